@@ -1,0 +1,170 @@
+"""Find, read, verify and load weights. Loading is safe (tensors only) and strict (all keys, or an error)."""
+
+import hashlib
+import pickle
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.errors import InputError, short_list
+from model.resnet import STAGE_DEPTHS, ResNet
+
+SUFFIXES = (".pyth", ".pth", ".pt")
+PUBLISHED = {50: "CVPR2022_CVNet_R50.pyth", 101: "CVPR2022_CVNet_R101.pyth"}
+
+# CVNet, DELG-pytorch, bare; the first that holds an encoder counts.
+_PREFIXES = ("encoder_q.", "globalmodel.", "")
+# What torch.save wrote before PyTorch 1.6: its magic number as a pickle of protocol 2.
+_LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+_ENCODER_KEY = re.compile(r"(stem|s\d+|head)\.")
+
+
+def find_checkpoint(path: Path, depth: int) -> Path:
+    """The file itself, or the one file in a folder that holds an encoder of this depth.
+
+    Raises:
+        InputError: where there is no such path, or a folder in which none or several files fit.
+    """
+    where = f"see weights/README.md for the download of {PUBLISHED[depth]}"
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise InputError(f"TEST.WEIGHTS: no file or folder {path}; {where}")
+    fitting, others = [], []
+    for file in sorted(f for f in path.iterdir() if f.suffix in SUFFIXES and f.is_file()):
+        try:
+            found = _depth_of(encoder_state(file))
+        except InputError as error:
+            others.append(str(error))
+            continue
+        if found == depth:
+            fitting.append(file)
+        else:
+            others.append(f"{file.name} is a {_network_name(found)}")
+    if len(fitting) > 1:
+        names = short_list([file.name for file in fitting])
+        raise InputError(f"TEST.WEIGHTS: {path} has several ResNet-{depth} checkpoints ({names}); name one of them")
+    if not fitting:
+        seen = f" ({short_list(others)})" if others else ""
+        raise InputError(f"TEST.WEIGHTS: no ResNet-{depth} checkpoint in {path}{seen}; {where}")
+    return fitting[0]
+
+
+def encoder_state(path: Path) -> dict[str, Tensor]:
+    """The encoder's tensors under their bare names; other keys of the file are left alone.
+
+    Raises:
+        InputError: where the file cannot be read safely or holds no encoder.
+    """
+    state = load_tensors(path)
+    state = state.get("model_state", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict):
+        raise InputError(f"{path} is no checkpoint: it holds a {type(state).__name__}, not a dict of tensors")
+    state = {key.removeprefix("module."): value for key, value in state.items() if isinstance(key, str)}
+    for prefix in _PREFIXES:
+        inner = {
+            key.removeprefix(prefix).removeprefix("module."): v for key, v in state.items() if key.startswith(prefix)
+        }
+        inner = {key: v for key, v in inner.items() if _ENCODER_KEY.match(key) and isinstance(v, Tensor)}
+        if any(key.startswith("stem.") for key in inner):
+            return inner
+    raise InputError(
+        f"{path} holds no CVNet encoder: no key stem.* behind encoder_q., globalmodel. or bare; "
+        f"its first keys are {short_list(list(state), 3) or 'none'}"
+    )
+
+
+def load_encoder(encoder: ResNet, path: Path) -> ResNet:
+    """Gives the encoder the file's weights, as float32, and puts it in evaluation mode.
+
+    Works for an encoder on the meta device, too: its tensors are replaced, not filled.
+
+    Raises:
+        InputError: where a key is missing, unknown, of the wrong shape, or not finite. The first few
+            are named, with a guess at the reason. Nothing is loaded then.
+    """
+    state = encoder_state(path)
+    expected = encoder.state_dict()
+    missing = [key for key in expected if key not in state]
+    unknown = [key for key in state if key not in expected]
+    wrong = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
+        for key in expected
+        if key in state and state[key].shape != expected[key].shape
+    ]
+    if missing or unknown or wrong:
+        problems = [
+            f"{len(keys)} {what} ({short_list(keys, 3)})"
+            for keys, what in ((missing, "missing"), (unknown, "unknown"), (wrong, "of the wrong shape"))
+            if keys
+        ]
+        raise InputError(
+            f"{path} does not fit a ResNet-{encoder.depth}: keys {'; '.join(problems)}"
+            f"{_guess(state, encoder.depth, wrong)}"
+        )
+    for key, value in state.items():
+        if not torch.isfinite(value).all():
+            raise InputError(f"{path}: {key} holds numbers that are not finite; fetch the file again")
+    state = {key: v.to(torch.float32 if v.is_floating_point() else v.dtype, copy=True) for key, v in state.items()}
+    encoder.load_state_dict(state, strict=True, assign=True)
+    return encoder.eval().requires_grad_(False)
+
+
+def load_tensors(path: Path) -> object:
+    """torch.load with weights_only, memory-mapped where the format allows, with errors in one line.
+
+    Raises:
+        InputError: where the file is missing, no PyTorch file, damaged, or holds more than tensors.
+    """
+    if not path.is_file():
+        raise InputError(f"no file {path}")
+    with path.open("rb") as file:
+        head = file.read(len(_LEGACY_MAGIC))
+    zipped = head.startswith(b"PK\x03\x04")
+    if not zipped and head != _LEGACY_MAGIC:
+        raise InputError(f"{path} is no PyTorch file" if head else f"{path} is empty")
+    try:
+        if zipped and not zipfile.is_zipfile(path):  # its directory stands at the end
+            raise EOFError("the end of the archive is missing")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError:
+        raise InputError(
+            f"{path} holds other things than tensors and might run code when loaded: refused; save its state dict alone"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "unexpected end of file"
+        raise InputError(f"{path} is truncated or damaged ({reason}); fetch it again") from None
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _stage_depths(state: dict[str, Tensor]) -> tuple[int, ...]:
+    blocks = {match.groups() for key in state if (match := re.match(r"s(\d+)\.(b\d+)\.", key))}
+    return tuple(sum(stage == str(s) for stage, _ in blocks) for s in (1, 2, 3, 4))
+
+
+def _depth_of(state: dict[str, Tensor]) -> int | None:
+    return {depths: depth for depth, depths in STAGE_DEPTHS.items()}.get(_stage_depths(state))
+
+
+def _network_name(depth: int | None) -> str:
+    return f"ResNet-{depth}" if depth else "network of another depth"
+
+
+def _guess(state: dict[str, Tensor], depth: int, wrong: list[str]) -> str:
+    found = _depth_of(state)
+    if found != depth and found is not None:
+        return f"; it is a ResNet-{found}: say MODEL.DEPTH {found}, or name another file"
+    if len(wrong) <= 2 and any(text.startswith("head.fc.") for text in wrong):
+        return f"; its descriptors have another size: say MODEL.HEADS.REDUCTION_DIM {len(state['head.fc.weight'])}"
+    return "; it may come from another project, or be cut off"

@@ -1,0 +1,92 @@
+"""From a file and a box to pixels, and from pixels to what the network was trained on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from model.errors import InputError
+
+# B, G, R order, as the network was trained.
+MEAN_BGR = (0.406, 0.456, 0.485)
+STD_BGR = (0.225, 0.224, 0.229)
+
+Box = tuple[float, float, float, float]
+
+
+class ImageError(InputError):
+    """A picture that cannot be used: which, and why."""
+
+    def __init__(self, path: Path, reason: str):
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """A picture of the disk, or the part of it inside a box (x0, y0, x1, y1)."""
+
+    path: Path
+    box: Box | None = None
+
+    def read(self) -> np.ndarray:
+        """(H, W, 3) uint8, RGB. Raises ImageError where the file is damaged or the box outside it."""
+        pixels = read_image(self.path)
+        return pixels if self.box is None else crop(pixels, self.box, self.path)
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Decodes a picture to (H, W, 3) uint8 RGB, upright by its EXIF orientation.
+
+    Grey, palette and CMYK are converted, alpha is dropped, 16 bits are cut to the upper 8.
+
+    Raises:
+        ImageError: where the file is missing, no picture, damaged, or has no 8-bit equivalent.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            if image.mode == "I" or image.mode.startswith("I;16"):
+                values = np.asarray(image)
+                if values.min() < 0 or values.max() > 0xFFFF:
+                    raise ValueError("32-bit picture; save it with 8 or 16 bits per channel")
+                return np.repeat((values >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
+            if image.mode == "F":
+                raise ValueError("floating-point picture; save it with 8 or 16 bits per channel")
+            return np.array(image.convert("RGB"))
+    except FileNotFoundError:
+        raise ImageError(path, "no such file") from None
+    except Image.UnidentifiedImageError:
+        raise ImageError(path, "not a picture") from None
+    except Exception as error:  # decoders raise what they like (SyntaxError, struct.error, ...)
+        raise ImageError(path, f"cannot be decoded ({str(error) or type(error).__name__})") from None
+
+
+def crop(pixels: np.ndarray, box: Box, path: Path) -> np.ndarray:
+    """The pixels inside the box: each number truncated to int, half-open, clipped to the picture.
+
+    Raises:
+        ImageError: where nothing is left.
+    """
+    height, width = pixels.shape[:2]
+    x0, y0, x1, y1 = (max(0, int(number)) for number in box)
+    cropped = pixels[y0:y1, x0:x1]
+    if cropped.size == 0:
+        shown = ", ".join(f"{number:g}" for number in box)
+        raise ImageError(path, f"the query box ({shown}) holds no pixel of this {width} x {height} picture")
+    return cropped
+
+
+def to_network_input(pixels: Tensor) -> Tensor:
+    """(N, H, W, 3) uint8 RGB -> (N, 3, H, W) float32 B, G, R, less the mean, over the deviation."""
+    x = pixels.permute(0, 3, 1, 2).flip(1).float() / 255
+    mean = torch.tensor(MEAN_BGR, device=x.device).view(3, 1, 1)
+    std = torch.tensor(STD_BGR, device=x.device).view(3, 1, 1)
+    return (x - mean) / std

@@ -1,0 +1,112 @@
+"""The encoder: CVNet's ResNet-50 and ResNet-101, with the names of the published checkpoints.
+
+A bottleneck ResNet (He et al., "Deep Residual Learning for Image Recognition", CVPR 2016) with the
+stride on the 3x3 convolution, and ReLU+ where SuperGlobal puts it.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modules.activation import RELUP_THRESHOLD, ReLUPlus
+
+STAGE_DEPTHS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+FEATURE_DIM = 2048
+
+
+class Stem(nn.Module):
+    """7x7/2 convolution, batch norm, ReLU, max-pool 3x3/2. (N, 3, H, W) -> (N, 64, ~H/4, ~W/4)."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+        self.bn = nn.BatchNorm2d(64, eps=1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(F.relu(self.bn(self.conv(x))), 3, stride=2, padding=1)
+
+
+class Bottleneck(nn.Module):
+    """The transform f of a block: 1x1, 3x3 (with the stride), 1x1."""
+
+    def __init__(self, w_in: int, w_mid: int, w_out: int, stride: int, relu: nn.Module):
+        super().__init__()
+        self.a = nn.Conv2d(w_in, w_mid, 1, bias=False)
+        self.a_bn = nn.BatchNorm2d(w_mid, eps=1e-5)
+        self.b = nn.Conv2d(w_mid, w_mid, 3, stride=stride, padding=1, bias=False)
+        self.b_bn = nn.BatchNorm2d(w_mid, eps=1e-5)
+        self.c = nn.Conv2d(w_mid, w_out, 1, bias=False)
+        self.c_bn = nn.BatchNorm2d(w_out, eps=1e-5)
+        self.relu = relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.a_bn(self.a(x)))
+        x = self.relu(self.b_bn(self.b(x)))
+        return self.c_bn(self.c(x))
+
+
+class Block(nn.Module):
+    """relu(shortcut + f(x)); the first block of a stage projects its shortcut."""
+
+    def __init__(
+        self, w_in: int, w_mid: int, w_out: int, stride: int, project: bool, inner: nn.Module, last: nn.Module
+    ):
+        super().__init__()
+        self.proj = nn.Conv2d(w_in, w_out, 1, stride=stride, bias=False) if project else None
+        self.bn = nn.BatchNorm2d(w_out, eps=1e-5) if project else None
+        self.f = Bottleneck(w_in, w_mid, w_out, stride, inner)
+        self.relu = last
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.proj is None else self.bn(self.proj(x))
+        return self.relu(shortcut + self.f(x))
+
+
+class Head(nn.Module):
+    """What the checkpoint was trained with: the GeM power and the projection (2048 -> reduction_dim)."""
+
+    def __init__(self, reduction_dim: int):
+        super().__init__()
+        self.pool = nn.ParameterDict({"p": nn.Parameter(torch.tensor([3.0]))})
+        self.fc = nn.Linear(FEATURE_DIM, reduction_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x)
+
+
+class ResNet(nn.Module):
+    """Pictures -> the stage-4 map. (N, 3, H, W) -> (N, 2048, ~H/32, ~W/32); `head` projects what is pooled.
+
+    Args:
+        depth: 50 or 101.
+        reduction_dim: dimensions D of the descriptor.
+        relup: threshold of ReLU+ inside the bottlenecks of stage 1 and at the end of every block
+            of stages 1, 2 and 3; None for the plain ReLU everywhere.
+    """
+
+    def __init__(self, depth: int, reduction_dim: int = 2048, relup: float | None = RELUP_THRESHOLD):
+        super().__init__()
+        if depth not in STAGE_DEPTHS:
+            raise ValueError(f"depth must be one of {tuple(STAGE_DEPTHS)}, got {depth}")
+        self.depth, self.relup = depth, relup
+        relu = nn.ReLU(inplace=True)
+        relu_plus = relu if relup is None else ReLUPlus(relup)
+        self.stem = Stem()
+        w_in = 64
+        for stage, blocks in enumerate(STAGE_DEPTHS[depth], start=1):
+            w_mid, w_out = 64 * 2 ** (stage - 1), 256 * 2 ** (stage - 1)
+            inner = relu_plus if stage == 1 else relu
+            last = relu if stage == 4 else relu_plus
+            layers = nn.Sequential()
+            for block in range(1, blocks + 1):
+                stride = 2 if block == 1 and stage > 1 else 1
+                layers.add_module(f"b{block}", Block(w_in, w_mid, w_out, stride, block == 1, inner, last))
+                w_in = w_out
+            self.add_module(f"s{stage}", layers)
+        self.head = Head(reduction_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.s4(self.s3(self.s2(self.s1(self.stem(x)))))
+
+    def extra_repr(self) -> str:
+        return f"depth={self.depth}, relup={self.relup}"

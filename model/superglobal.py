@@ -1,0 +1,105 @@
+"""SuperGlobal: the encoder and the pooling modules over several scales -> one unit descriptor."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.transforms.functional import resize
+
+from model.checkpoint import load_encoder
+from model.resnet import ResNet
+from modules.pooling import RGEM_WINDOW, GeMPlus, RegionalGeM, ScaleGeM, generalized_mean
+
+SCALES = {1: (1.0,), 3: (0.7071, 1.0, 1.4142), 5: (0.5, 0.7071, 1.0, 1.4142, 2.0)}
+
+
+class SuperGlobal(nn.Module):
+    """Pictures -> unit descriptors. (N, 3, H, W) -> (N, D); see images.to_network_input for the input.
+
+    Per scale: encoder -> Regional-GeM -> GeM+ -> L2-normalise -> head.fc; then Scale-GeM over the
+    scales and L2-normalise. A module that is None is left out: without GeM+, GeM with the trained
+    power; without Scale-GeM, the mean over the scales.
+
+    Shao et al., "Global Features are All You Need for Image Retrieval and Reranking", ICCV 2023.
+
+    Args:
+        encoder: the encoder with its head; ReLU+ is the encoder's own argument.
+        scales: factors by which the input is resized.
+        gemp, rgem, sgem: the pooling modules.
+    """
+
+    def __init__(
+        self,
+        encoder: ResNet,
+        scales: tuple[float, ...] = SCALES[3],
+        gemp: GeMPlus | None = None,
+        rgem: RegionalGeM | None = None,
+        sgem: ScaleGeM | None = None,
+    ):
+        super().__init__()
+        self.encoder = encoder
+        self.scales = tuple(scales)
+        self.gemp, self.rgem, self.sgem = gemp, rgem, sgem
+
+    @property
+    def dim(self) -> int:
+        return self.encoder.head.fc.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        vectors = torch.stack([self.describe(rescale(x, factor)) for factor in self.scales])  # (S, N, D)
+        pooled = vectors.mean(dim=0) if self.sgem is None else self.sgem(vectors)
+        return F.normalize(pooled, dim=-1)
+
+    def describe(self, x: Tensor) -> Tensor:
+        """The vector of one scale, not normalised. (N, 3, H, W) -> (N, D)."""
+        x = self.encoder(x)
+        if self.rgem is not None:
+            x = self.rgem(x)
+        x = generalized_mean(x, self.encoder.head.pool["p"]) if self.gemp is None else self.gemp(x)
+        return self.encoder.head(F.normalize(x, dim=-1))
+
+    def extra_repr(self) -> str:
+        return f"scales={self.scales}"
+
+
+def rescale(x: Tensor, factor: float) -> Tensor:
+    """Bilinear resize by a factor, each side cut to a whole number and at least 1.
+
+    The paper's numbers were made without antialiasing; torchvision has it on by default since 0.17.
+    """
+    size = [max(1, int(side * factor)) for side in x.shape[-2:]]
+    return resize(x, size, antialias=False)
+
+
+def build_model(
+    checkpoint: Path,
+    depth: int,
+    reduction_dim: int = 2048,
+    scales: tuple[float, ...] = SCALES[3],
+    relup: float | None = None,
+    gemp: float | None = None,
+    rgem: float | None = None,
+    rgem_window: int = RGEM_WINDOW,
+    sgem: float | None = None,
+) -> SuperGlobal:
+    """The network with a checkpoint's weights, in evaluation mode, on the CPU.
+
+    Args:
+        checkpoint, depth, reduction_dim: the file, and what it holds.
+        scales: factors by which a picture is resized.
+        relup: threshold of ReLU+; gemp, rgem, sgem: powers of the pooling modules. None leaves one out.
+        rgem_window: side of Regional-GeM's window.
+
+    Raises:
+        InputError: where the checkpoint cannot be used.
+    """
+    with torch.device("meta"):  # nothing is initialised that the checkpoint would then overwrite
+        encoder = ResNet(depth, reduction_dim, relup)
+    return SuperGlobal(
+        load_encoder(encoder, checkpoint),
+        scales,
+        None if gemp is None else GeMPlus(gemp),
+        None if rgem is None else RegionalGeM(rgem, rgem_window),
+        None if sgem is None else ScaleGeM(sgem),
+    ).eval()

@@ -1,0 +1,35 @@
+"""ReLU+: the rectifier of SuperGlobal."""
+
+from torch import Tensor, nn
+
+RELUP_THRESHOLD = 0.014
+
+
+def relu_plus(x: Tensor, threshold: float = RELUP_THRESHOLD) -> Tensor:
+    """max(x, threshold), any shape.
+
+    Shao et al., "Global Features are All You Need for Image Retrieval and Reranking", ICCV 2023, sec. 3.
+    """
+    return x.clamp(min=threshold)
+
+
+class ReLUPlus(nn.Module):
+    """ReLU+, see :func:`relu_plus`: values below the threshold become the threshold, not 0.
+
+    Args:
+        threshold: the floor, 0.014 in the paper; 0 is the plain ReLU.
+
+    >>> import torch
+    >>> ReLUPlus()(torch.tensor([-1.0, 0.01, 0.5]))
+    tensor([0.0140, 0.0140, 0.5000])
+    """
+
+    def __init__(self, threshold: float = RELUP_THRESHOLD):
+        super().__init__()
+        self.threshold = threshold
+
+    def forward(self, x: Tensor) -> Tensor:
+        return relu_plus(x, self.threshold)
+
+    def extra_repr(self) -> str:
+        return f"threshold={self.threshold}"

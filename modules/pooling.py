@@ -1,0 +1,150 @@
+"""Poolings of SuperGlobal: GeM, GeM+, Regional-GeM and Scale-GeM.
+
+Each is a pure function and a small module that holds its arguments. None has trained state: a
+state dict stays empty, so adding one to a network never breaks the loading of a checkpoint.
+Shapes: N pictures, C channels, H x W positions, S scales.
+"""
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+GEMP_P = 4.6
+GEMP_EPS = 1e-8
+RGEM_P = 2.5
+RGEM_WINDOW = 5
+SGEM_P = math.inf
+
+
+def generalized_mean(x: Tensor, p: float | Tensor, eps: float = 1e-6) -> Tensor:
+    """GeM over the last two axes: (mean of max(x, eps)^p)^(1/p). (N, C, H, W) -> (N, C).
+
+    Radenović et al., "Fine-tuning CNN Image Retrieval with No Human Annotation", TPAMI 2018, eq. 3.
+    """
+    return x.clamp(min=eps).pow(p).mean(dim=(-2, -1)).pow(1 / p)
+
+
+def regional_generalized_mean(x: Tensor, p: float = RGEM_P, window: int = RGEM_WINDOW, eps: float = GEMP_EPS) -> Tensor:
+    """Regional-GeM: (x + L) / 2, L the generalised mean of the window around each position.
+
+    (N, C, H, W) -> (N, C, H, W). L = (mean over window x window of max(x, eps)^p)^(1/p), stride 1,
+    reflect-padded by window // 2. Where a side of the map is not longer than the padding, reflection
+    is not defined and the whole map is padded by replication, so that no picture is too small.
+
+    Shao et al., "Global Features are All You Need for Image Retrieval and Reranking", ICCV 2023, sec. 3.
+    """
+    pad = window // 2
+    mode = "reflect" if min(x.shape[-2:]) > pad else "replicate"
+    padded = F.pad(x.clamp(min=eps), (pad, pad, pad, pad), mode=mode)
+    local = F.avg_pool2d(padded.pow(p), window, stride=1).pow(1 / p)
+    return (x + local) / 2
+
+
+def scale_generalized_mean(v: Tensor, p: float = SGEM_P) -> Tensor:
+    """Scale-GeM over the first axis. (S, N, C) -> (N, C), not normalised.
+
+    p = inf: the elementwise maximum of the L2-normalised vectors of the scales. Finite p:
+    (mean over scales of (v - g)^p)^(1/p) + g on the vectors as they come, with g the minimum over
+    the picture's own scales and channels, so that the powers are defined for negative values.
+
+    Shao et al., "Global Features are All You Need for Image Retrieval and Reranking", ICCV 2023, sec. 3.
+    """
+    if math.isinf(p):
+        return F.normalize(v, dim=-1).amax(dim=0)
+    floor = v.amin(dim=(0, 2), keepdim=True)
+    return (v - floor).pow(p).mean(dim=0).pow(1 / p) + floor[0]
+
+
+def _check_power(p: float, infinite: bool = False) -> float:
+    if not p > 0 or (math.isinf(p) and not infinite):
+        raise ValueError(f"the power p must be a positive{'' if infinite else ', finite'} number, got {p}")
+    return float(p)
+
+
+class GeM(nn.Module):
+    """Generalised-mean pooling with a fixed power, see :func:`generalized_mean`. (N, C, H, W) -> (N, C).
+
+    Args:
+        p: the power; 1 is the average, and the larger, the nearer to the maximum.
+        eps: floor of the values, so that the power is defined.
+
+    >>> import torch
+    >>> GeM(p=3.0)(torch.ones(2, 8, 7, 9)).shape
+    torch.Size([2, 8])
+    """
+
+    def __init__(self, p: float = 3.0, eps: float = 1e-6):
+        super().__init__()
+        self.p = _check_power(p)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return generalized_mean(x, self.p, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, eps={self.eps}"
+
+
+class GeMPlus(GeM):
+    """GeM+: GeM with the power that the paper found best for trained networks, and a lower floor.
+
+    Args:
+        p: the power, 4.6 in the paper.
+        eps: floor of the values.
+
+    >>> import torch
+    >>> GeMPlus()(torch.ones(2, 8, 7, 9)).shape
+    torch.Size([2, 8])
+    """
+
+    def __init__(self, p: float = GEMP_P, eps: float = GEMP_EPS):
+        super().__init__(p, eps)
+
+
+class RegionalGeM(nn.Module):
+    """Regional-GeM, see :func:`regional_generalized_mean`. (N, C, H, W) -> (N, C, H, W), before the pooling.
+
+    Args:
+        p: the power inside the window, 2.5 in the paper.
+        window: side of the window in positions, odd.
+
+    >>> import torch
+    >>> RegionalGeM()(torch.ones(2, 8, 1, 9)).shape
+    torch.Size([2, 8, 1, 9])
+    """
+
+    def __init__(self, p: float = RGEM_P, window: int = RGEM_WINDOW):
+        super().__init__()
+        if window < 1 or window % 2 == 0:
+            raise ValueError(f"the window of Regional-GeM must be odd and positive, got {window}")
+        self.p = _check_power(p)
+        self.window = window
+
+    def forward(self, x: Tensor) -> Tensor:
+        return regional_generalized_mean(x, self.p, self.window)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, window={self.window}"
+
+
+class ScaleGeM(nn.Module):
+    """Scale-GeM over the vectors of one picture's scales, see :func:`scale_generalized_mean`. (S, N, C) -> (N, C).
+
+    Args:
+        p: the power over scales, infinity (the maximum) in the paper.
+
+    >>> import torch
+    >>> ScaleGeM()(torch.ones(3, 2, 8)).shape
+    torch.Size([2, 8])
+    """
+
+    def __init__(self, p: float = SGEM_P):
+        super().__init__()
+        self.p = _check_power(p, infinite=True)
+
+    def forward(self, v: Tensor) -> Tensor:
+        return scale_generalized_mean(v, self.p)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"

@@ -1,0 +1,187 @@
+"""Read roxford5k, rparis6k and toy: pictures, query boxes and ground truth, in revisitop's layout."""
+
+import io
+import math
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from model.errors import InputError, short_list
+from model.images import ImageFile
+
+DATASETS = ("roxford5k", "rparis6k", "toy")
+HOME_PAGE = "http://cmp.felk.cvut.cz/revisitop"
+
+
+@dataclass(frozen=True)
+class GroundTruth:
+    """Of one query: database numbers of the easy, hard and junk pictures, each an int64 array."""
+
+    easy: np.ndarray
+    hard: np.ndarray
+    junk: np.ndarray
+
+    @property
+    def listed(self) -> np.ndarray:
+        """All that the protocol asks the position of: easy, hard, junk, in this order."""
+        return np.concatenate([self.easy, self.hard, self.junk])
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A benchmark: what to describe, and what is right.
+
+    Attributes:
+        name: as in TEST.DATASET_LIST.
+        folder: holds gnd_<name>.pkl and jpg/.
+        queries: the query pictures with their boxes, Q of them.
+        database: the database pictures, N of them.
+        ground_truth: per query; its numbers count the database from 0.
+    """
+
+    name: str
+    folder: Path
+    queries: list[ImageFile]
+    database: list[ImageFile]
+    ground_truth: list[GroundTruth]
+
+    def __repr__(self) -> str:
+        return f"{self.name}: {len(self.queries)} queries, {len(self.database)} database pictures in {self.folder}"
+
+    def check_files(self) -> None:
+        """Raises InputError where pictures are missing, with the names of the first and their number."""
+        paths = dict.fromkeys(image.path for image in self.queries + self.database)
+        missing = [path for path in paths if not path.is_file()]
+        if missing:
+            raise InputError(
+                f"{self.name}: {len(missing)} of {len(paths)} pictures are missing "
+                f"({short_list(missing)}); the pictures belong in {self.folder / 'jpg'}"
+            )
+
+
+def dataset_folder(data_dir: Path, name: str) -> Path | None:
+    """The dataset's folder below data_dir, or below its data/datasets as revisitop lays it out."""
+    for folder in (data_dir / name, data_dir / "data" / "datasets" / name):
+        if (folder / f"gnd_{name}.pkl").is_file():
+            return folder
+    return None
+
+
+def load_dataset(name: str, data_dir: Path) -> Dataset:
+    """Reads gnd_<name>.pkl and checks it; the pictures themselves are not opened.
+
+    Raises:
+        InputError: where the dataset is not there, or its ground truth is unsafe, damaged or inconsistent.
+    """
+    folder = dataset_folder(data_dir, name)
+    if folder is None:
+        raise InputError(
+            f"no dataset {name} in {data_dir}: {data_dir / name / f'gnd_{name}.pkl'} is missing; "
+            f"get it from {HOME_PAGE}, or name its folder with TEST.DATA_DIR"
+        )
+    path = folder / f"gnd_{name}.pkl"
+    content = load_pickle(path)
+    try:
+        names, query_names, entries = (list(content[key]) for key in ("imlist", "qimlist", "gnd"))
+    except (TypeError, KeyError, IndexError):
+        raise InputError(f"{path} is no ground truth: a dict with imlist, qimlist and gnd is expected") from None
+    if len(query_names) != len(entries):
+        raise InputError(f"{path}: {len(query_names)} queries but {len(entries)} entries of ground truth")
+    if not names or not query_names:
+        raise InputError(f"{path}: {len(query_names)} queries, {len(names)} database pictures; it must have both")
+    jpg = folder / "jpg"
+    boxes = [_box(entry, path, str(query)) for entry, query in zip(entries, query_names, strict=True)]
+    return Dataset(
+        name,
+        folder,
+        [ImageFile(_picture(jpg, query), box) for query, box in zip(query_names, boxes, strict=True)],
+        [ImageFile(_picture(jpg, picture)) for picture in names],
+        [_ground_truth(entry, len(names), path, str(q)) for entry, q in zip(entries, query_names, strict=True)],
+    )
+
+
+def load_pickle(path: Path) -> Any:
+    """Unpickles built-in containers and NumPy arrays, and nothing that could run code.
+
+    Raises:
+        InputError: where the file holds anything else, or is damaged.
+    """
+    try:
+        return _SafeUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
+    except _RefusedError as error:
+        raise InputError(f"{path} refused: it would call {error}, which no ground truth needs") from None
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except Exception as error:  # damaged pickles raise nearly anything
+        raise InputError(f"{path} is damaged or no pickle ({type(error).__name__}); fetch it again") from None
+
+
+class _RefusedError(Exception):
+    pass
+
+
+_BUILTINS = {"list", "tuple", "dict", "set", "frozenset", "complex", "bytearray"}
+_NUMPY = {
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("multiarray", "_reconstruct"),
+    ("multiarray", "scalar"),
+    ("numeric", "_frombuffer"),
+}
+_NUMPY_CORE = "numpy._core" if hasattr(np, "_core") else "numpy.core"
+
+
+class _SafeUnpickler(pickle.Unpickler):
+    """Admits containers and NumPy arrays; NumPy 2 renamed the modules that older pickles name."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("builtins", "__builtin__") and name in _BUILTINS:
+            return super().find_class(module, name)
+        if module == "_codecs" and name == "encode":  # how protocol 2 writes bytes
+            return _latin1
+        core = module.removeprefix("numpy._core.").removeprefix("numpy.core.")
+        if (core, name) in _NUMPY:
+            return super().find_class(module if core == "numpy" else f"{_NUMPY_CORE}.{core}", name)
+        raise _RefusedError(f"{module}.{name}")
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    if encoding not in ("latin1", "latin-1"):
+        raise _RefusedError(f"the codec {encoding}")
+    return text.encode("latin1")
+
+
+def _picture(jpg: Path, name: Any) -> Path:
+    return jpg / (str(name) if str(name).lower().endswith(".jpg") else f"{name}.jpg")
+
+
+def _box(entry: Any, path: Path, query: str) -> tuple[float, float, float, float]:
+    try:
+        x0, y0, x1, y1 = (float(number) for number in entry["bbx"])
+        if all(map(math.isfinite, (x0, y0, x1, y1))):
+            return x0, y0, x1, y1
+    except (TypeError, ValueError, KeyError, IndexError):
+        pass
+    raise InputError(f"{path}: query {query} has no box bbx of four numbers x0, y0, x1, y1")
+
+
+def _ground_truth(entry: Any, n: int, path: Path, query: str) -> GroundTruth:
+    lists = []
+    for kind in ("easy", "hard", "junk"):
+        try:
+            values = np.asarray(entry[kind]).reshape(-1)
+            numbers = values.astype(np.int64)
+            if (numbers != values).any():
+                raise ValueError
+        except (TypeError, ValueError, KeyError, OverflowError):
+            raise InputError(f"{path}: query {query} has no list of picture numbers '{kind}'") from None
+        outside = numbers[(numbers < 0) | (numbers >= n)]
+        if len(outside):
+            raise InputError(
+                f"{path}: query {query} lists picture {outside[0]} as {kind}, but imlist has {n} (0 to {n - 1})"
+            )
+        lists.append(numbers)
+    return GroundTruth(*lists)

@@ -1,0 +1,102 @@
+"""The revisited protocol: mAP and mP@k, Easy / Medium / Hard.
+
+Conventions: positions and ranks count from 0. A query's ignored pictures are taken out of the
+ranking before anything is counted. A query without a positive picture has no AP and is left out of
+the means; where no query has one, the mean is NaN.
+
+Radenović et al., "Revisiting Oxford and Paris: Large-Scale Image Retrieval Benchmarking", CVPR 2018.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from revisitop.dataset import GroundTruth
+
+KAPPAS = (1, 5, 10)
+PROTOCOLS = ("E", "M", "H")
+
+
+@dataclass(frozen=True)
+class Result:
+    """Figures of one protocol, each between 0 and 1.
+
+    Attributes:
+        map: mean average precision.
+        ap: average precision per query; NaN for a query without a positive.
+        mp_at_k: mean precision within the first k, for each k of KAPPAS.
+    """
+
+    map: float
+    ap: np.ndarray
+    mp_at_k: np.ndarray
+
+
+def evaluate_positions(
+    positions: Sequence[np.ndarray], ground_truth: Sequence[GroundTruth], kappas: Sequence[int] = KAPPAS
+) -> dict[str, Result]:
+    """The figures of each protocol, from where the listed pictures stand.
+
+    Args:
+        positions: per query (L,), the 0-based rank, in the ranking of all N pictures, of each of
+            ``ground_truth[query].listed`` (easy, then hard, then junk).
+        ground_truth: per query.
+        kappas: the k of mP@k.
+    """
+    easy, hard, junk = [], [], []
+    for where, truth in zip(positions, ground_truth, strict=True):
+        if len(where) != len(truth.listed):
+            raise ValueError(f"{len(where)} positions for {len(truth.listed)} listed pictures")
+        splits = np.split(np.asarray(where), np.cumsum([len(truth.easy), len(truth.hard)]))
+        for kind, split in zip((easy, hard, junk), splits, strict=True):
+            kind.append(split)
+
+    def protocol(positive: list[np.ndarray], *ignored: list[np.ndarray]) -> Result:
+        ranks = [remove_ignored(p, np.concatenate(i)) for p, *i in zip(positive, *ignored, strict=True)]
+        ap = np.array([average_precision(r) for r in ranks])
+        precision = np.array([precision_at(r, kappas) for r in ranks])
+        if np.isnan(ap).all():
+            return Result(float("nan"), ap, np.full(len(kappas), np.nan))
+        return Result(float(np.nanmean(ap)), ap, np.nanmean(precision, axis=0))
+
+    both = [np.concatenate(pair) for pair in zip(easy, hard, strict=True)]
+    return {"E": protocol(easy, junk, hard), "M": protocol(both, junk), "H": protocol(hard, junk, easy)}
+
+
+def evaluate_ranks(
+    ranks: np.ndarray, ground_truth: Sequence[GroundTruth], kappas: Sequence[int] = KAPPAS
+) -> dict[str, Result]:
+    """The same from full rankings, as revisitop's own tools hold them: (N, Q), a column per query."""
+    positions = []
+    for ranking, truth in zip(np.asarray(ranks).T, ground_truth, strict=True):
+        where = np.empty(len(ranking), dtype=np.int64)
+        where[ranking] = np.arange(len(ranking))
+        positions.append(where[truth.listed])
+    return evaluate_positions(positions, ground_truth, kappas)
+
+
+def remove_ignored(positive: np.ndarray, ignored: np.ndarray) -> np.ndarray:
+    """Ascending ranks of the positives in the ranking without the ignored pictures."""
+    positive = np.sort(positive)
+    return positive - np.searchsorted(np.sort(ignored), positive)
+
+
+def average_precision(ranks: np.ndarray) -> float:
+    """Trapezoid rule over the ascending 0-based ranks of all positives; NaN where there is none.
+
+    The k-th positive (from 0) at rank r adds (k/r + (k+1)/(r+1)) / 2 / n_pos, where k/r is 1 at r = 0.
+    """
+    if len(ranks) == 0:
+        return float("nan")
+    k = np.arange(len(ranks))
+    before = np.where(ranks == 0, 1.0, k / np.maximum(ranks, 1))
+    return float(np.mean((before + (k + 1) / (ranks + 1)) / 2))
+
+
+def precision_at(ranks: np.ndarray, kappas: Sequence[int]) -> np.ndarray:
+    """Precision within the first min(k, rank of the last positive, from 1), for each k; NaN without positives."""
+    if len(ranks) == 0:
+        return np.full(len(kappas), np.nan)
+    first = np.minimum(kappas, ranks[-1] + 1)
+    return np.searchsorted(ranks, first) / first

@@ -1,0 +1,122 @@
+"""Saved descriptors: our own, revisitop's .mat files, and the distractors'."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.io
+import torch
+from torch import Tensor
+
+from model.checkpoint import load_tensors
+from model.errors import InputError
+from revisitop.dataset import Dataset
+
+log = logging.getLogger(__name__)
+
+# float16 files are off by up to 5e-4; more than this is no rounding.
+_UNIT_TOLERANCE = 1e-3
+
+
+def load_features(path: Path, dataset: Dataset) -> tuple[Tensor, Tensor]:
+    """Query and database descriptors of a dataset, (Q, D) and (N, D) float32, unit rows.
+
+    Args:
+        path: a .mat, .npz or .pth file with Q and X, a column per picture as in revisitop's files or
+            a row per picture; one of our pair <dataset>_query.npy and <dataset>_db.npy; or the folder
+            that holds the pair.
+
+    Raises:
+        InputError: where a file is missing or damaged, does not fit the dataset, or holds a zero or
+            a number that is not finite in place of a descriptor.
+    """
+    suffix = path.suffix.lower()
+    if path.is_dir() or suffix == ".npy":
+        folder = path if path.is_dir() else path.parent
+        files = [folder / f"{dataset.name}_{kind}.npy" for kind in ("query", "db")]
+        if path.suffix and not path.is_dir() and path not in files:
+            raise InputError(f"TEST.FEATURES {path}: for {dataset.name} it must be {files[0].name} or {files[1].name}")
+        arrays = [_load_npy(file) for file in files]
+    elif suffix in (".mat", ".npz", ".pth"):
+        content = {".mat": _load_mat, ".npz": _load_npy, ".pth": load_tensors}[suffix](path)
+        try:
+            arrays = [np.asarray(content[name]) for name in ("Q", "X")]
+        except (KeyError, TypeError, IndexError, ValueError):
+            raise InputError(f"TEST.FEATURES {path} has no Q and X (query and database descriptors)") from None
+    else:
+        raise InputError(f"TEST.FEATURES {path}: a .mat, .npz, .pth or .npy file or a folder is needed")
+    counts = (len(dataset.queries), len(dataset.database))
+    columns_first = suffix == ".mat"
+    queries, database = (
+        _rows(array, count, columns_first, f"{kind} descriptors of {path}", dataset.name)
+        for array, count, kind in zip(arrays, counts, ("query", "database"), strict=True)
+    )
+    if queries.shape[1] != database.shape[1]:
+        raise InputError(
+            f"TEST.FEATURES {path}: queries have {queries.shape[1]} dimensions, the database {database.shape[1]}"
+        )
+    return queries, database
+
+
+def load_distractors(path: Path, dim: int) -> Tensor:
+    """The distractors' descriptors, (N, D), memory-mapped.
+
+    Raises:
+        InputError: where the file is missing, damaged, or of another width.
+    """
+    if not path.is_file():
+        raise InputError(f"SupG.onemeval: no {path} here; extract_rop1m.py makes it")
+    rows = load_tensors(path)
+    if not isinstance(rows, Tensor) or rows.ndim != 2 or not rows.is_floating_point():
+        raise InputError(f"{path} holds no (N, {dim}) tensor of descriptors")
+    if rows.shape[1] != dim:
+        raise InputError(f"{path} has descriptors of {rows.shape[1]} dimensions, the database {dim}")
+    return rows
+
+
+def _load_npy(path: Path) -> Any:
+    try:
+        return np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise InputError(f"TEST.FEATURES: no file {path}") from None
+    except Exception as error:  # zipfile's, zlib's and NumPy's own
+        raise InputError(f"TEST.FEATURES {path} is damaged or no NumPy file ({_first_line(error)})") from None
+
+
+def _load_mat(path: Path) -> dict:
+    try:
+        return scipy.io.loadmat(path, variable_names=["X", "Q"])
+    except FileNotFoundError:
+        raise InputError(f"TEST.FEATURES: no file {path}") from None
+    except NotImplementedError:
+        raise InputError(f"TEST.FEATURES {path} is MATLAB 7.3 (HDF5); save it with -v7") from None
+    except Exception as error:  # SciPy's reader lets many kinds through
+        raise InputError(f"TEST.FEATURES {path} is damaged or no MATLAB file ({_first_line(error)})") from None
+
+
+def _rows(array: np.ndarray, count: int, columns_first: bool, what: str, dataset: str) -> Tensor:
+    """One unit row per picture, whichever way the file holds them."""
+    if array.ndim != 2 or not np.issubdtype(array.dtype, np.floating):
+        raise InputError(f"{what}: expected a 2-dimensional array of floating numbers, got {array.dtype} {array.shape}")
+    fits = [axis for axis in ((1, 0) if columns_first else (0, 1)) if array.shape[axis] == count]
+    if not fits:
+        raise InputError(
+            f"{what}: {dataset} has {count} pictures, but the shape is {array.shape}; see TEST.DATASET_LIST"
+        )
+    rows = torch.from_numpy(np.ascontiguousarray(array if fits[0] == 0 else array.T, dtype=np.float32))
+    norms = rows.norm(dim=1)
+    bad = (~(norms > 0) | ~torch.isfinite(norms)).nonzero().flatten()
+    if len(bad):
+        raise InputError(
+            f"{what}: picture {int(bad[0])} (from 0) has a zero or a number that is not finite for a descriptor"
+        )
+    off = ((norms - 1).abs() > _UNIT_TOLERANCE).sum()
+    if off:
+        log.warning("%s: %d of %d are not of unit length; they are normalised", what, off, count)
+        rows = rows / norms[:, None]
+    return rows
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,0 +1,263 @@
+"""The embedded benchmark: drawn facades in ROxford's layout, and random weights in CVNet's.
+
+It is there so that a first run, and the tests, take every part of the real path without a download:
+a gauge of the code, never a claim about accuracy. Each landmark is one facade, seen from other
+distances and angles, in other light and weather, and behind occluders; how strong the change is
+decides whether a picture is easy, hard or junk. Everything is drawn from seeds.
+"""
+
+import logging
+import math
+import os
+import pickle
+import shutil
+import zlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFilter
+from torch import Tensor
+
+from model.errors import InputError
+from model.resnet import ResNet
+from revisitop.dataset import dataset_folder, load_pickle
+
+log = logging.getLogger(__name__)
+
+DISCLAIMER = "toy: drawn pictures and random weights; it shows that the code works, not how accurate the method is"
+
+_VERSION = 1  # raise it when the drawing changes: older toy folders are then drawn again
+_LANDMARKS = 12
+_VIEWS = {"easy": (5, 0.05, 0.2), "hard": (5, 0.3, 0.5), "junk": (1, 1.0, 1.2)}  # pictures, strength from, to
+_DISTRACTORS = 12
+_FACADE = 320  # side of a facade in pixels, before it is seen from somewhere
+
+
+def ensure_dataset(data_dir: Path, progress: Callable[[Iterable], Iterable] = iter) -> None:
+    """Draws data_dir/toy where it is not there yet, whole or not at all.
+
+    Raises:
+        InputError: where it cannot be written.
+    """
+    folder = dataset_folder(data_dir, "toy")
+    if folder is not None:
+        content = load_pickle(folder / "gnd_toy.pkl")
+        if isinstance(content, dict) and content.get("version") == _VERSION:
+            return
+    folder = data_dir / "toy"
+    new = data_dir / f"toy.{os.getpid()}.new"
+    try:
+        (new / "jpg").mkdir(parents=True)
+        _draw_dataset(new, progress)
+        shutil.rmtree(folder, ignore_errors=True)
+        new.rename(folder)
+    except OSError as error:
+        raise InputError(f"cannot draw the toy dataset into {folder} ({error.strerror}); see TEST.DATA_DIR") from None
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def ensure_weights(folder: Path, depth: int) -> Path:
+    """A checkpoint of random weights in the published layout, written on first use."""
+    path = folder / f"toy_R{depth}.pyth"
+    if not path.is_file():
+        log.info("drawing the random weights %s", path)
+        new = Path(f"{path}.{os.getpid()}.new")
+        try:
+            torch.save(seeded_checkpoint(depth), new)
+            os.replace(new, path)
+        except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch.save
+            new.unlink(missing_ok=True)
+            raise InputError(f"cannot write {path} ({str(error).splitlines()[0]}); see TEST.DATA_DIR") from None
+    return path
+
+
+def seeded_checkpoint(depth: int, prefix: str = "encoder_q.") -> dict:
+    """Random weights in the layout of a published checkpoint, the same on every machine.
+
+    Every tensor is drawn from NumPy's PCG64, seeded with the CRC-32 of its key. The bias of head.fc
+    then takes out the direction that all rectified features share, so that pictures differ.
+    """
+    with torch.device("meta"):
+        shapes = {f"{prefix}{key}": tuple(value.shape) for key, value in ResNet(depth).state_dict().items()}
+    state = {key: _draw_weights(key, shape) for key, shape in shapes.items()}
+    fc = state[f"{prefix}head.fc.weight"]
+    state[f"{prefix}head.fc.bias"] = -fc.sum(dim=1) / math.sqrt(fc.shape[1])
+    return {"epoch": 25, "model_state": state}
+
+
+def _draw_weights(key: str, shape: tuple[int, ...]) -> Tensor:
+    rng = np.random.default_rng(zlib.crc32(key.encode()))
+    if key.endswith("num_batches_tracked"):
+        return torch.tensor(1000)
+    if key.endswith("head.pool.p"):
+        return torch.tensor([3.0])
+    if len(shape) >= 2:
+        values = rng.standard_normal(shape) * math.sqrt(2 / math.prod(shape[1:]))
+    elif key.endswith("running_var"):
+        values = rng.uniform(0.6, 1.4, shape)
+    elif key.endswith("running_mean"):
+        values = rng.normal(0, 0.1, shape)
+    elif key.endswith("c_bn.weight"):  # the residual branches stay small
+        values = rng.uniform(0.1, 0.4, shape)
+    elif key.endswith("weight"):  # the other norms
+        values = rng.uniform(0.7, 1.3, shape)
+    else:  # biases
+        values = rng.normal(0, 0.05, shape)
+    return torch.from_numpy(values.astype(np.float32))
+
+
+def _draw_dataset(folder: Path, progress: Callable[[Iterable], Iterable]) -> None:
+    """Database pictures stand in a mixed order, as a landmark's pictures do in the real benchmarks."""
+    views = [
+        (landmark, kind, number, float(strength))
+        for landmark in range(_LANDMARKS)
+        for kind, (count, low, high) in _VIEWS.items()
+        for number, strength in enumerate(np.linspace(low, high, count))
+    ]
+    views += [(_LANDMARKS + number, "distractor", 0, 0.3) for number in range(_DISTRACTORS)]
+    order = np.random.default_rng(0).permutation(len(views))
+    ground_truth = [{"bbx": None, "easy": [], "hard": [], "junk": []} for _ in range(_LANDMARKS)]
+    names = [f"toy_{number:03d}" for number in range(len(views))]
+    query_names = [f"toy_query_{landmark:02d}" for landmark in range(_LANDMARKS)]
+
+    def draw(name: str, landmark: int, seed: tuple, strength: float) -> list[float]:
+        rng = np.random.default_rng([zlib.crc32(str(part).encode()) for part in seed])
+        picture, box = draw_view(draw_facade(landmark), rng, strength)
+        picture.save(folder / "jpg" / f"{name}.jpg", quality=90)
+        return box
+
+    pictures = list(zip(names, (views[index] for index in order), strict=True))
+    for position, (name, (landmark, kind, number, strength)) in enumerate(progress(pictures)):
+        draw(name, landmark, (landmark, kind, number), strength)
+        if kind != "distractor":
+            ground_truth[landmark][kind].append(position)
+    for landmark, name in enumerate(query_names):
+        ground_truth[landmark]["bbx"] = draw(name, landmark, (landmark, "query"), 0.1)
+    content = {"imlist": names, "qimlist": query_names, "gnd": ground_truth, "version": _VERSION}
+    (folder / "gnd_toy.pkl").write_bytes(pickle.dumps(content))
+
+
+def draw_facade(landmark: int) -> Image.Image:
+    """A building on a transparent ground, (320, 320) RGBA; its style follows from the number alone."""
+    rng = np.random.default_rng([7, landmark])
+    side = _FACADE
+    facade = Image.new("RGBA", (side, side), (0, 0, 0, 0))
+    pen = ImageDraw.Draw(facade)
+    wall, trim, glass, roof = (_colour(rng, low, high) for low, high in ((90, 230), (40, 250), (10, 120), (40, 190)))
+    left, right = int(rng.integers(10, 50)), side - int(rng.integers(10, 50))
+    eaves, floor = int(rng.integers(60, 120)), side - 8
+
+    # The roof: a gable, a dome, battlements or a pair of spires.
+    middle, kind = (left + right) // 2, rng.integers(4)
+    if kind == 0:
+        pen.polygon([(left - 8, eaves), (middle, 12), (right + 8, eaves)], fill=roof)
+    elif kind == 1:
+        pen.ellipse([left + 20, 10, right - 20, 2 * eaves - 10], fill=roof)
+    elif kind == 2:
+        for x in range(left, right - 12, 32):
+            pen.rectangle([x, eaves - 26, x + 16, eaves], fill=roof)
+    else:
+        for x in (left, right - 50):
+            pen.polygon([(x, eaves), (x + 25, 5), (x + 50, eaves)], fill=roof)
+    pen.rectangle([left, eaves, right, floor], fill=wall)
+
+    # The wall's texture: courses of stone, planks, or both.
+    course, plank = (int(rng.integers(6, 30)) if rng.random() < 0.7 else 0 for _ in range(2))
+    joint = tuple(int(c * 0.75) for c in wall)
+    if course:
+        for y in range(eaves, floor, course):
+            pen.line([left, y, right, y], fill=joint, width=2)
+    if plank:
+        for x in range(left, right, plank):
+            pen.line([x, eaves, x, floor], fill=joint, width=2)
+
+    # Windows on a grid: square, arched or round, with frames and perhaps bars.
+    columns, rows = (int(n) for n in rng.integers((3, 2), (9, 6)))
+    shape, bars = rng.integers(3), rng.random() < 0.5
+    width, height = (right - left) / columns, (floor - eaves - 50) / rows
+    for row in range(rows):
+        for column in range(columns):
+            x0, y0 = left + (column + 0.22) * width, eaves + 10 + (row + 0.18) * height
+            x1, y1 = x0 + 0.56 * width, y0 + 0.64 * height
+            outer = [x0 - 3, y0 - 3, x1 + 3, y1 + 3]
+            if shape == 0:
+                pen.rectangle(outer, fill=trim)
+                pen.rectangle([x0, y0, x1, y1], fill=glass)
+            else:
+                pen.ellipse(outer, fill=trim)
+                pen.ellipse([x0, y0, x1, y1], fill=glass)
+                if shape == 1:
+                    pen.rectangle([x0 - 3, (y0 + y1) / 2, x1 + 3, y1 + 3], fill=trim)
+                    pen.rectangle([x0, (y0 + y1) / 2, x1, y1], fill=glass)
+            if bars:
+                pen.line([(x0 + x1) / 2, y0, (x0 + x1) / 2, y1], fill=trim, width=2)
+    door = int(rng.integers(16, 34))
+    pen.rectangle([middle - door, floor - 52, middle + door, floor], fill=trim)
+    pen.rectangle([middle - door + 5, floor - 45, middle + door - 5, floor], fill=roof)
+    return facade
+
+
+def draw_view(facade: Image.Image, rng: np.random.Generator, strength: float) -> tuple[Image.Image, list[float]]:
+    """The facade seen from somewhere: the picture, and the box of the facade in it.
+
+    Strength 0 is a frontal view in clear light; at 1 little of the facade is left to see.
+    """
+    width, height = (int(n) for n in rng.integers(200, 281, 2))
+    sky = np.array([175, 200, 225]) + rng.uniform(-30, 30) + strength * rng.uniform(-25, 25, 3)
+    ground = np.array([120, 115, 105]) + rng.uniform(-20, 20) + strength * rng.uniform(-25, 25, 3)
+    fade = np.clip(np.linspace(-1.5, 2.5, height), 0, 1)[:, None, None]
+    scene = np.broadcast_to(sky * (1 - fade) + ground * fade, (height, width, 3))
+    picture = Image.fromarray(scene.astype(np.uint8))
+
+    # Where the four corners of the facade come to stand: distance, place, tilt and perspective.
+    size = 1.3 * min(width, height) * (1 - strength * rng.uniform(-0.3, 0.45))
+    centre = np.array([width, height]) / 2 + strength * rng.uniform(-0.22, 0.22, 2) * (width, height)
+    angle = strength * rng.uniform(-0.25, 0.25)
+    corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * size / 2
+    corners *= 1 - 0.35 * strength * rng.random((4, 1))
+    corners = corners @ np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]]) + centre
+    seen = facade.transform(
+        (width, height), Image.Transform.PERSPECTIVE, _homography(corners), Image.Resampling.BICUBIC
+    )
+    picture.paste(seen, mask=seen.getchannel("A"))
+
+    # Occluders: trees and posts.
+    pen = ImageDraw.Draw(picture)
+    for _ in range(int(rng.poisson(2 * strength))):
+        x, y = rng.uniform(0, width), rng.uniform(0.45 * height, height)
+        radius = rng.uniform(0.06, 0.2) * width
+        leaves = tuple(int(c) for c in rng.integers((10, 60, 10), (70, 140, 60)))
+        pen.rectangle([x - 3, y, x + 3, height], fill=(70, 50, 30))
+        pen.ellipse([x - radius, y - radius, x + radius, y + radius], fill=leaves)
+
+    # Light and weather: a tint, contrast, fog, rain or snow, and the camera's blur and noise.
+    pixels = np.asarray(picture, dtype=float) / 255
+    pixels = pixels ** math.exp(strength * rng.uniform(-0.4, 0.4)) * (1 + strength * rng.uniform(-0.15, 0.15, 3))
+    fog = strength * rng.uniform(0, 0.35)
+    pixels = pixels * (1 - fog) + 0.8 * fog
+    pixels += rng.normal(0, 0.005 + 0.02 * strength * rng.random(), pixels.shape)
+    picture = Image.fromarray((np.clip(pixels, 0, 1) * 255).astype(np.uint8))
+    pen = ImageDraw.Draw(picture)
+    for x, y in rng.uniform(0, (width, height), (int(rng.poisson(30 * strength)), 2)):
+        pen.line([x, y, x + 3, y + 9], fill=(225, 225, 235))
+    picture = picture.filter(ImageFilter.GaussianBlur(strength * rng.uniform(0, 1.4)))
+
+    low, high = corners.min(axis=0), corners.max(axis=0)
+    box = [max(0.0, low[0]), max(0.0, low[1]), min(float(width), high[0]), min(float(height), high[1])]
+    return picture, [round(float(number), 1) for number in box]
+
+
+def _colour(rng: np.random.Generator, low: int, high: int) -> tuple[int, ...]:
+    return tuple(int(c) for c in rng.integers(low, high, 3))
+
+
+def _homography(corners: np.ndarray) -> list[float]:
+    """Pillow's eight numbers of the map from the picture to the facade, from where its corners stand."""
+    rows, right = [], []
+    for (x, y), (u, v) in zip(corners, [(0, 0), (_FACADE, 0), (_FACADE, _FACADE), (0, _FACADE)], strict=True):
+        rows += [[x, y, 1, 0, 0, 0, -u * x, -u * y], [0, 0, 0, x, y, 1, -v * x, -v * y]]
+        right += [u, v]
+    return np.linalg.solve(np.array(rows), np.array(right, dtype=float)).tolist()

@@ -1,0 +1,115 @@
+"""Evaluate SuperGlobal on ROxford5k and RParis6k (+1M distractors), or on the embedded benchmark toy.
+
+python test.py TEST.DATASET_LIST "['toy']"
+python test.py MODEL.DEPTH 50 TEST.WEIGHTS ./weights TEST.DATA_DIR ./revisitop SupG.rerank
+"""
+
+import logging
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+from yacs.config import CfgNode
+
+from config import default_config, model_arguments, parse_config
+from model.checkpoint import find_checkpoint, sha256
+from model.errors import InputError, run_command
+from model.extract import choose_device
+from model.store import write_json
+from model.superglobal import build_model
+from modules.reranking import SuperGlobalReranker
+from modules.search import Database
+from revisitop import toy
+from revisitop.dataset import Dataset, load_dataset
+from revisitop.evaluate import PROTOCOLS
+from revisitop.features import load_distractors, load_features
+from revisitop.run import describe_dataset, retrieve
+from revisitop.runlog import device_name, start_log
+
+log = logging.getLogger(__name__)
+
+
+def main(argv: list[str]) -> None:
+    cfg = parse_config(argv, __doc__)
+    out_dir = Path(cfg.TEST.OUT_DIR)
+    make_folder(out_dir)
+    report = {"date": datetime.now().isoformat(timespec="seconds"), **start_log(Path("log.txt"), cfg)}
+    device = choose_device(cfg.TEST.DEVICE)
+    report["device"] = device_name(device)
+    log.info("device: %s", report["device"])
+
+    # Everything that can be missing is looked for before the long work begins.
+    datasets = [find_dataset(name, Path(cfg.TEST.DATA_DIR)) for name in cfg.TEST.DATASET_LIST]
+    checkpoints = {} if cfg.TEST.FEATURES else {dataset.name: find_weights(cfg, dataset) for dataset in datasets}
+    reranker = SuperGlobalReranker(cfg.SupG.rerank_m, cfg.SupG.rerank_k, cfg.SupG.rerank_beta)
+
+    report["datasets"] = {}
+    for dataset in datasets:
+        log.info("%r", dataset)
+        entry = report["datasets"][dataset.name] = {"queries": len(dataset.queries), "database": len(dataset.database)}
+        if cfg.TEST.FEATURES:
+            queries, rows = load_features(Path(cfg.TEST.FEATURES), dataset)
+            entry["features"] = cfg.TEST.FEATURES
+        else:
+            checkpoint, settings = checkpoints[dataset.name], model_arguments(cfg)
+            entry["checkpoint"] = {"path": str(checkpoint), "sha256": sha256(checkpoint)}
+            log.info("checkpoint: %s, SHA-256 %s", *entry["checkpoint"].values())
+            model = build_model(checkpoint, **settings).to(device)
+            source = {"checkpoint": entry["checkpoint"]["sha256"], "precision": cfg.TEST.PRECISION, **settings}
+            loading = {
+                "workers": cfg.DATA_LOADER.NUM_WORKERS,
+                "pin_memory": cfg.DATA_LOADER.PIN_MEMORY and device.type == "cuda",
+            }
+            queries, rows = describe_dataset(dataset, model, source, out_dir, resume=cfg.TEST.RESUME, **loading)
+        database = Database(rows)
+        if cfg.SupG.onemeval:
+            distractors = load_distractors(Path(f"feats_1m_RN{cfg.MODEL.DEPTH}.pth"), database.dim)
+            database = Database([rows, distractors])
+            entry["distractors"] = len(distractors)
+
+        stages = retrieve(queries, database, dataset.ground_truth, reranker if cfg.SupG.rerank else None, device)
+        for name, ranking in stages.items():
+            for line in ranking.in_words():
+                log.info("%s results: %s", name.capitalize(), line)
+            entry[name] = ranking.as_dict()
+            np.save(out_dir / f"{dataset.name}_{name}_ranks.npy", ranking.ids.numpy())
+        if dataset.name == "toy":
+            log.info("%s", toy.DISCLAIMER)
+        write_json(out_dir / "results.json", report)
+    print_summary(report["datasets"])
+    log.info("results, descriptors and rankings are in %s, the log in log.txt", out_dir)
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"TEST.OUT_DIR {folder} cannot be made ({error.strerror})") from None
+
+
+def find_dataset(name: str, data_dir: Path) -> Dataset:
+    if name == "toy":
+        toy.ensure_dataset(data_dir, lambda pictures: tqdm(pictures, desc="drawing toy", unit="img"))
+    return load_dataset(name, data_dir)
+
+
+def find_weights(cfg: CfgNode, dataset: Dataset) -> Path:
+    """The checkpoint; toy brings random weights of its own, unless TEST.WEIGHTS was given."""
+    if dataset.name == "toy" and cfg.TEST.WEIGHTS == default_config().TEST.WEIGHTS:
+        return toy.ensure_weights(dataset.folder, cfg.MODEL.DEPTH)
+    return find_checkpoint(Path(cfg.TEST.WEIGHTS), cfg.MODEL.DEPTH)
+
+
+def print_summary(datasets: dict[str, dict]) -> None:
+    lines = [f"{'mAP in percent':<24}{'Easy':>8}{'Medium':>8}{'Hard':>8}"]
+    for dataset, entry in datasets.items():
+        for stage in (name for name in ("retrieval", "reranking") if name in entry):
+            title = f"{dataset}{' + 1M' if 'distractors' in entry else ''}, {stage}"
+            lines.append(f"{title:<24}" + "".join(f"{entry[stage][protocol]['mAP']:8.2f}" for protocol in PROTOCOLS))
+    for line in lines:
+        log.info("%s", line)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,106 @@
+import importlib.util
+import json
+import pickle
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model.errors import run_command
+from revisitop.toy import seeded_checkpoint
+
+ROOT = Path(__file__).parents[1]
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="session")
+def reference() -> dict[str, np.ndarray]:
+    """Inputs and outputs of the paper's released code, see data/README.md."""
+    with np.load(DATA / "reference.npz") as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture(scope="session")
+def evaluation() -> dict:
+    return json.loads((DATA / "evaluation.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def checkpoint_50(tmp_path_factory) -> Path:
+    return _write_checkpoint(tmp_path_factory, 50)
+
+
+@pytest.fixture(scope="session")
+def checkpoint_101(tmp_path_factory) -> Path:
+    return _write_checkpoint(tmp_path_factory, 101)
+
+
+def _write_checkpoint(tmp_path_factory, depth: int) -> Path:
+    path = tmp_path_factory.mktemp(f"weights_{depth}") / f"CVPR2022_CVNet_R{depth}.pyth"
+    torch.save(seeded_checkpoint(depth), path)
+    return path
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """Runs a top-level script in an empty folder, as `python SCRIPT ARGUMENTS` would."""
+
+    def run(script: str, *arguments: str) -> Outcome:
+        work = tmp_path / "work"
+        work.mkdir(exist_ok=True)
+        monkeypatch.chdir(work)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        spec = importlib.util.spec_from_file_location(f"script_{Path(script).stem}", ROOT / script)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        code = 0
+        try:
+            run_command(module.main)
+        except SystemExit as stop:
+            code = stop.code
+        return Outcome(code, *capsys.readouterr())
+
+    return run
+
+
+class Layout:
+    """A small dataset in ROxford's layout, whose ground truth a test may change before writing it."""
+
+    def __init__(self, data_dir: Path, name: str = "roxford5k"):
+        self.data_dir, self.folder, self.name = data_dir, data_dir / name, name
+        (self.folder / "jpg").mkdir(parents=True)
+        rng = np.random.default_rng(5)
+        self.gnd = {"imlist": [f"db_{i}" for i in range(24)], "qimlist": [f"query_{i}" for i in range(3)], "gnd": []}
+        for i, _ in enumerate(self.gnd["qimlist"]):
+            numbers = rng.permutation(24)
+            lists = {"easy": numbers[:3].tolist(), "hard": numbers[3:7].tolist(), "junk": numbers[7:9].tolist()}
+            self.gnd["gnd"].append({"bbx": [4.5, 3, 60.2, 50 + i], **lists})
+        for name in self.gnd["imlist"] + self.gnd["qimlist"]:
+            pixels = np.kron(rng.integers(0, 256, (6, 8, 3)), np.ones((10, 10, 1)))
+            Image.fromarray(pixels.astype(np.uint8)).save(self.picture(name), quality=95)
+        self.write()
+
+    def picture(self, name: str) -> Path:
+        return self.folder / "jpg" / f"{name}.jpg"
+
+    @property
+    def ground_truth_file(self) -> Path:
+        return self.folder / f"gnd_{self.name}.pkl"
+
+    def write(self) -> None:
+        self.ground_truth_file.write_bytes(pickle.dumps(self.gnd))
+
+
+@pytest.fixture
+def layout(tmp_path) -> Layout:
+    return Layout(tmp_path / "data")

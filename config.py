@@ -199,7 +199,7 @@ def _typed(option: Option, value: Any) -> Any:
             value = _list(value)
         else:
             problem = "has the wrong type"
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, SyntaxError):
         problem = "has the wrong type"
     if problem is None:
         problem = option.check(value)

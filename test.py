@@ -23,7 +23,7 @@ from modules.search import Database
 from revisitop import toy
 from revisitop.dataset import Dataset, load_dataset
 from revisitop.evaluate import PROTOCOLS
-from revisitop.features import load_distractors, load_features
+from revisitop.features import add_distractors, load_distractors, load_features
 from revisitop.run import describe_dataset, retrieve
 from revisitop.runlog import device_name, start_log
 
@@ -42,6 +42,7 @@ def main(argv: list[str]) -> None:
     # Everything that can be missing is looked for before the long work begins.
     datasets = [find_dataset(name, Path(cfg.TEST.DATA_DIR)) for name in cfg.TEST.DATASET_LIST]
     checkpoints = {} if cfg.TEST.FEATURES else {dataset.name: find_weights(cfg, dataset) for dataset in datasets}
+    distractors = load_distractors(Path(f"feats_1m_RN{cfg.MODEL.DEPTH}.pth")) if cfg.SupG.onemeval else None
     reranker = SuperGlobalReranker(cfg.SupG.rerank_m, cfg.SupG.rerank_k, cfg.SupG.rerank_beta)
 
     report["datasets"] = {}
@@ -63,9 +64,8 @@ def main(argv: list[str]) -> None:
             }
             queries, rows = describe_dataset(dataset, model, source, out_dir, resume=cfg.TEST.RESUME, **loading)
         database = Database(rows)
-        if cfg.SupG.onemeval:
-            distractors = load_distractors(Path(f"feats_1m_RN{cfg.MODEL.DEPTH}.pth"), database.dim)
-            database = Database([rows, distractors])
+        if distractors is not None:
+            database = add_distractors(rows, distractors)
             entry["distractors"] = len(distractors)
 
         stages = retrieve(queries, database, dataset.ground_truth, reranker if cfg.SupG.rerank else None, device)

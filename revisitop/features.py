@@ -11,6 +11,7 @@ from torch import Tensor
 
 from model.checkpoint import load_tensors
 from model.errors import InputError
+from modules.search import Database
 from revisitop.dataset import Dataset
 
 log = logging.getLogger(__name__)
@@ -59,20 +60,25 @@ def load_features(path: Path, dataset: Dataset) -> tuple[Tensor, Tensor]:
     return queries, database
 
 
-def load_distractors(path: Path, dim: int) -> Tensor:
+def load_distractors(path: Path) -> Tensor:
     """The distractors' descriptors, (N, D), memory-mapped.
 
     Raises:
-        InputError: where the file is missing, damaged, or of another width.
+        InputError: where the file is missing, damaged, or holds something else.
     """
     if not path.is_file():
         raise InputError(f"SupG.onemeval: no {path} here; extract_rop1m.py makes it")
     rows = load_tensors(path)
-    if not isinstance(rows, Tensor) or rows.ndim != 2 or not rows.is_floating_point():
-        raise InputError(f"{path} holds no (N, {dim}) tensor of descriptors")
-    if rows.shape[1] != dim:
-        raise InputError(f"{path} has descriptors of {rows.shape[1]} dimensions, the database {dim}")
+    if not isinstance(rows, Tensor) or rows.ndim != 2 or not rows.is_floating_point() or not len(rows):
+        raise InputError(f"{path} holds no (N, D) tensor of descriptors; extract_rop1m.py makes it")
     return rows
+
+
+def add_distractors(rows: Tensor, distractors: Tensor) -> Database:
+    """The database with the distractors behind it. Raises InputError where their widths differ."""
+    if rows.shape[1] != distractors.shape[1]:
+        raise InputError(f"the distractors have {distractors.shape[1]} dimensions, the database {rows.shape[1]}")
+    return Database([rows, distractors])
 
 
 def _load_npy(path: Path) -> Any:

@@ -77,15 +77,15 @@ def ensure_weights(folder: Path, depth: int) -> Path:
 def seeded_checkpoint(depth: int, prefix: str = "encoder_q.") -> dict:
     """Random weights in the layout of a published checkpoint, the same on every machine.
 
-    Every tensor is drawn from NumPy's PCG64, seeded with the CRC-32 of its key. The bias of head.fc
+    Every tensor is drawn from NumPy's PCG64, seeded with the CRC-32 of its bare key. The bias of head.fc
     then takes out the direction that all rectified features share, so that pictures differ.
     """
     with torch.device("meta"):
-        shapes = {f"{prefix}{key}": tuple(value.shape) for key, value in ResNet(depth).state_dict().items()}
+        shapes = {key: tuple(value.shape) for key, value in ResNet(depth).state_dict().items()}
     state = {key: _draw_weights(key, shape) for key, shape in shapes.items()}
-    fc = state[f"{prefix}head.fc.weight"]
-    state[f"{prefix}head.fc.bias"] = -fc.sum(dim=1) / math.sqrt(fc.shape[1])
-    return {"epoch": 25, "model_state": state}
+    fc = state["head.fc.weight"]
+    state["head.fc.bias"] = -fc.sum(dim=1) / math.sqrt(fc.shape[1])
+    return {"epoch": 25, "model_state": {f"{prefix}{key}": value for key, value in state.items()}}
 
 
 def _draw_weights(key: str, shape: tuple[int, ...]) -> Tensor:

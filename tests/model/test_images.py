@@ -1,0 +1,94 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model.images import ImageError, ImageFile, read_image, to_network_input
+
+RGB = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr"])
+def test_every_mode_becomes_8_bit_rgb(tmp_path, mode):
+    path = tmp_path / ("x.tiff" if mode in ("CMYK", "YCbCr") else "x.png")
+    picture = Image.fromarray(RGB).convert(mode)
+    picture.save(path)
+    pixels = read_image(path)
+    assert pixels.dtype == np.uint8
+    np.testing.assert_array_equal(pixels, np.asarray(picture.convert("RGB")))
+
+
+def test_alpha_is_dropped_not_blended(tmp_path):
+    path = tmp_path / "x.png"
+    Image.fromarray(np.dstack([RGB, np.zeros((20, 30), np.uint8)])).save(path)
+    np.testing.assert_array_equal(read_image(path), RGB)
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.tiff"])
+def test_16_bits_are_cut_to_the_upper_8(tmp_path, name):
+    values = np.random.default_rng(0).integers(0, 65536, (20, 30), dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / name)
+    np.testing.assert_array_equal(read_image(tmp_path / name), np.repeat((values >> 8)[:, :, None], 3, axis=2))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_is_turned_upright_by_its_exif(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(RGB).save(tmp_path / "x.png", exif=exif)
+    turned = {
+        1: RGB,
+        2: RGB[:, ::-1],
+        3: RGB[::-1, ::-1],
+        4: RGB[::-1],
+        5: RGB.transpose(1, 0, 2),
+        6: RGB[::-1].transpose(1, 0, 2),
+        7: RGB[::-1, ::-1].transpose(1, 0, 2),
+        8: RGB[:, ::-1].transpose(1, 0, 2),
+    }
+    np.testing.assert_array_equal(read_image(tmp_path / "x.png"), turned[orientation])
+
+
+@pytest.mark.parametrize(
+    ("box", "expected"),
+    [
+        ((2, 3, 10, 12), RGB[3:12, 2:10]),
+        ((2.9, 3.9, 10.9, 12.9), RGB[3:12, 2:10]),
+        ((-5, -0.5, 100, 100), RGB),
+    ],
+)
+def test_a_box_is_cut_truncated_half_open_and_clipped(tmp_path, box, expected):
+    Image.fromarray(RGB).save(tmp_path / "x.png")
+    np.testing.assert_array_equal(ImageFile(tmp_path / "x.png", box).read(), expected)
+
+
+@pytest.mark.parametrize("box", [(40, 3, 50, 12), (5, 5, 5, 9), (9, 5, 3, 9), (-9, -9, -1, -1), (5.2, 1, 5.8, 9)])
+def test_a_box_without_a_pixel_is_an_error(tmp_path, box):
+    Image.fromarray(RGB).save(tmp_path / "query_7.png")
+    with pytest.raises(ImageError, match=r"query_7.png: the query box .* holds no pixel of this 30 x 20 picture"):
+        ImageFile(tmp_path / "query_7.png", box).read()
+
+
+def test_damaged_pictures_are_told(tmp_path):
+    whole = tmp_path / "whole.jpg"
+    Image.fromarray(RGB).resize((300, 200)).save(whole)
+    cut = tmp_path / "cut.jpg"
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    text = tmp_path / "text.jpg"
+    text.write_text("hello")
+    for path, reason in ((cut, "truncated"), (text, "not a picture"), (tmp_path / "none.jpg", "no such file")):
+        with pytest.raises(ImageError, match=f"{path.name}: .*{reason}"):
+            read_image(path)
+
+
+@pytest.mark.parametrize("values", [np.full((4, 4), 0.5, np.float32), np.full((4, 4), 70000, np.int32)])
+def test_pictures_without_an_8_bit_equivalent_are_refused(tmp_path, values):
+    Image.fromarray(values).save(tmp_path / "x.tiff")
+    with pytest.raises(ImageError, match="save it with 8 or 16 bits"):
+        read_image(tmp_path / "x.tiff")
+
+
+def test_the_network_takes_bgr_less_the_mean_over_the_deviation():
+    x = to_network_input(torch.tensor([[[[255, 0, 51]]]], dtype=torch.uint8))
+    expected = [(0.2 - 0.406) / 0.225, (0 - 0.456) / 0.224, (1 - 0.485) / 0.229]
+    torch.testing.assert_close(x.flatten(), torch.tensor(expected))

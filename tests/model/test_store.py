@@ -1,0 +1,102 @@
+import json
+import logging
+
+import numpy as np
+import pytest
+
+from model.errors import InputError
+from model.store import DescriptorStore
+
+ROWS = np.random.default_rng(0).standard_normal((10, 4)).astype(np.float32)
+SOURCE = {"checkpoint": "abc", "scales": [0.7071, 1.0], "sgem": float("inf")}
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "rows.npy"
+
+
+def begin(path, count: int, blocks: int = 1) -> None:
+    """An interrupted run that described the first `count` rows, in so many blocks."""
+    store = DescriptorStore(path, 10, 4, SOURCE)
+    for part in np.array_split(np.arange(count), blocks):
+        for row in part:
+            store.write(row, ROWS[row])
+        store.flush()
+
+
+def finish(path) -> np.ndarray:
+    store = DescriptorStore(path, 10, 4, SOURCE)
+    for row in store.missing():
+        store.write(row, ROWS[row])
+    return store.finish()
+
+
+def test_rows_come_back_as_they_went_in(path):
+    np.testing.assert_array_equal(finish(path), ROWS)
+    np.testing.assert_array_equal(np.load(path), ROWS)
+    assert sorted(file.name for file in path.parent.iterdir()) == ["rows.json", "rows.npy"]
+
+
+def test_a_second_start_goes_on_where_the_first_ended(path):
+    begin(path, 6)
+    assert not path.exists()
+    assert DescriptorStore(path, 10, 4, SOURCE).missing().tolist() == [6, 7, 8, 9]
+    np.testing.assert_array_equal(finish(path), ROWS)
+
+
+def test_rows_that_were_not_flushed_are_made_again(path):
+    begin(path, 3)
+    store = DescriptorStore(path, 10, 4, SOURCE)
+    store.write(3, ROWS[3])
+    del store
+    assert 3 in DescriptorStore(path, 10, 4, SOURCE).missing()
+
+
+def test_a_torn_last_line_of_the_journal_is_made_again(path, caplog):
+    begin(path, 6, blocks=2)
+    journal = path.with_name("rows.npy.journal")
+    journal.write_bytes(journal.read_bytes()[:-5])
+    assert DescriptorStore(path, 10, 4, SOURCE).missing().tolist() == [3, 4, 5, 6, 7, 8, 9]
+    np.testing.assert_array_equal(finish(path), ROWS)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize("name", ["rows.npy.journal", "rows.npy.part"])
+def test_a_damaged_block_is_told_and_never_used(path, caplog, name):
+    begin(path, 6, blocks=2)
+    file = path.with_name(name)
+    content = bytearray(file.read_bytes())
+    at = content.index(b"\n") + 3 if name.endswith("journal") else 128 + 5
+    content[at] ^= 1
+    file.write_bytes(content)
+    assert DescriptorStore(path, 10, 4, SOURCE).missing().tolist() == [0, 1, 2, 6, 7, 8, 9]
+    assert "1 damaged blocks are not used" in caplog.text
+    np.testing.assert_array_equal(finish(path), ROWS)
+
+
+def test_a_journal_without_a_head_and_a_part_of_another_length_are_refused(path):
+    begin(path, 6)
+    part, journal = path.with_name("rows.npy.part"), path.with_name("rows.npy.journal")
+    whole = journal.read_bytes()
+    journal.write_bytes(b"x" + whole)
+    with pytest.raises(InputError, match=r"rows.npy.journal is damaged; resume=False starts over"):
+        DescriptorStore(path, 10, 4, SOURCE)
+    journal.write_bytes(whole)
+    part.write_bytes(part.read_bytes()[:-8])
+    with pytest.raises(InputError, match="is not 288 bytes long"):
+        DescriptorStore(path, 10, 4, SOURCE)
+
+
+def test_rows_of_other_settings_are_not_mixed(path):
+    begin(path, 6)
+    with pytest.raises(InputError, match="checkpoint: abc before, xyz now"):
+        DescriptorStore(path, 10, 4, {**SOURCE, "checkpoint": "xyz"})
+    assert len(DescriptorStore(path, 10, 4, {**SOURCE, "checkpoint": "xyz"}, resume=False).missing()) == 10
+
+
+def test_a_finished_file_is_used_again_only_for_the_same_source(path):
+    finish(path)
+    assert DescriptorStore(path, 10, 4, SOURCE).complete
+    assert not DescriptorStore(path, 10, 4, {**SOURCE, "scales": [1.0]}).complete
+    assert json.loads(path.with_suffix(".json").read_text())["sgem"] == "inf"

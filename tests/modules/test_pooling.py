@@ -1,0 +1,63 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from modules.activation import ReLUPlus
+from modules.pooling import GeM, GeMPlus, RegionalGeM, ScaleGeM
+
+
+@pytest.mark.parametrize(
+    ("layer", "given", "expected"),
+    [
+        (RegionalGeM(), "pool_in", "rgem_out"),
+        (GeMPlus(), "pool_in", "gemp_out"),
+        (GeM(p=3.0), "pool_in", "gem3_out"),
+        (ScaleGeM(), "sgem_in", "sgem_max_out"),
+        (ScaleGeM(p=10), "sgem_in", "sgem_p10_out"),
+        (ReLUPlus(), "relup_in", "relup_out"),
+    ],
+)
+def test_layer_computes_the_papers_values(reference, layer, given, expected):
+    out = layer(torch.from_numpy(reference[given]))
+    np.testing.assert_allclose(out.numpy(), reference[expected], atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 2), (2, 2), (3, 3), (40, 3)])
+def test_regional_gem_takes_maps_of_any_size(size):
+    x = torch.rand(2, 4, *size)
+    out = RegionalGeM()(x)
+    assert out.shape == x.shape
+    assert torch.isfinite(out).all()
+
+
+def test_regional_gem_pads_a_small_map_by_replication():
+    x = torch.rand(1, 1, 2, 6)
+    replicated = torch.nn.functional.pad(x, (2, 2, 2, 2), mode="replicate")
+    window = replicated[0, 0, 0:5, 1:6]  # around position (0, 1)
+    local = window.pow(2.5).mean().pow(1 / 2.5)
+    torch.testing.assert_close(RegionalGeM()(x)[0, 0, 0, 1], (x[0, 0, 0, 1] + local) / 2)
+
+
+def test_scale_gem_takes_the_minimum_per_picture():
+    v = torch.randn(3, 4, 16)
+    together = ScaleGeM(p=5)(v)
+    alone = torch.cat([ScaleGeM(p=5)(v[:, i : i + 1]) for i in range(4)])
+    torch.testing.assert_close(together, alone)
+
+
+@pytest.mark.parametrize("layer", [GeM(), GeMPlus(), RegionalGeM(), ScaleGeM(), ReLUPlus()])
+def test_layers_have_no_state_to_load(layer):
+    assert layer.state_dict() == {}
+
+
+@pytest.mark.parametrize("p", [0, -1, math.nan, math.inf])
+def test_a_power_that_is_no_power_is_refused(p):
+    with pytest.raises(ValueError, match="p must be a positive, finite number"):
+        GeM(p)
+
+
+def test_an_even_window_is_refused():
+    with pytest.raises(ValueError, match="odd and positive, got 4"):
+        RegionalGeM(window=4)

@@ -1,0 +1,83 @@
+import numpy as np
+import pytest
+import torch
+from oracles import full_ranking
+
+from modules.search import Database, search
+
+
+def unit(*shape: int, seed: int = 0) -> torch.Tensor:
+    rows = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return rows / rows.norm(dim=-1, keepdim=True)
+
+
+def test_search_gives_the_papers_ranking(reference):
+    queries, database = (torch.from_numpy(reference[name]) for name in ("rerank_Q", "rerank_X"))
+    found = search(queries, database, m=len(database))
+    np.testing.assert_array_equal(found.ids.T, reference["retrieval_ranks"])
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 100, 1000])
+def test_results_do_not_depend_on_the_chunk_size(chunk_size):
+    queries, database = unit(5, 64), unit(300, 64, seed=1)
+    database[[17, 120, 250]] = database[3].clone()  # ties, across the borders of chunks
+    database[200] = 0
+    listed = [torch.tensor([250, 3, 120, 17, 200]), torch.arange(300), torch.tensor([], dtype=torch.int64)] * 2
+    ranking = torch.from_numpy(full_ranking(queries.numpy(), database.numpy()))
+
+    found = search(queries, database, m=40, listed=listed[:5], chunk_size=chunk_size)
+
+    assert torch.equal(found.ids, ranking[:, :40])
+    places = ranking.argsort(dim=1)
+    for row, numbers, positions in zip(places, listed, found.positions, strict=False):
+        assert torch.equal(positions, row[numbers])
+
+
+def test_equal_rows_keep_the_lower_number_first():
+    database = unit(1, 2048).repeat(500, 1)
+    found = search(unit(3, 2048, seed=1), database, m=100, listed=[torch.tensor([499, 0])] * 3, chunk_size=64)
+    assert torch.equal(found.ids, torch.arange(100).repeat(3, 1))
+    assert [where.tolist() for where in found.positions] == [[499, 0]] * 3
+
+
+def test_scores_descend_and_are_cosines():
+    queries, database = unit(4, 32), unit(50, 32, seed=1)
+    found = search(queries, database, m=50)
+    assert (found.scores.diff(dim=1) <= 0).all()
+    torch.testing.assert_close(found.scores, (queries @ database.T).gather(1, found.ids))
+
+
+def test_parts_are_numbered_as_if_stacked():
+    queries, database = unit(2, 16), unit(30, 16, seed=1)
+    parts = Database([database[:11], database[11:12], database[12:]])
+    assert torch.equal(search(queries, parts, m=30).ids, search(queries, database, m=30).ids)
+    ids = torch.tensor([[29, 0], [11, 12]])
+    assert torch.equal(parts.rows(ids), database[ids])
+
+
+def test_half_precision_rows_are_searched_as_they_are():
+    queries, database = unit(2, 16), unit(30, 16, seed=1).half()
+    assert torch.equal(search(queries, database, m=30).ids, search(queries, database.float(), m=30).ids)
+
+
+def test_m_above_the_size_of_the_database_gives_all():
+    assert search(unit(2, 8), unit(5, 8, seed=1), m=400).ids.shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("queries", "database", "message"),
+    [
+        (unit(2, 8), unit(5, 9), r"queries must be \(Q, 9\)"),
+        (unit(2, 8), torch.full((5, 8), float("nan")), "database row 0 .* not finite"),
+        (unit(2, 8), torch.zeros(5, 8, dtype=torch.int64), "floating numbers"),
+        (unit(2, 8), unit(5), r"\(N, D\) tensors"),
+    ],
+)
+def test_bad_input_is_told(queries, database, message):
+    with pytest.raises(ValueError, match=message):
+        search(queries, database, m=3)
+
+
+def test_a_listed_row_outside_the_database_is_told():
+    with pytest.raises(ValueError, match="outside the database of 5 rows"):
+        search(unit(1, 8), unit(5, 8, seed=1), m=3, listed=[torch.tensor([5])])

@@ -1,0 +1,80 @@
+import pickle
+
+import numpy as np
+import pytest
+
+from model.errors import InputError
+from revisitop.dataset import load_dataset, load_pickle
+
+
+def test_reads_roxfords_layout(layout):
+    dataset = load_dataset("roxford5k", layout.data_dir)
+    assert [image.path.name for image in dataset.database[:2]] == ["db_0.jpg", "db_1.jpg"]
+    assert dataset.queries[1].box == (4.5, 3.0, 60.2, 51.0)
+    assert dataset.ground_truth[2].listed.tolist() == [
+        number for kind in ("easy", "hard", "junk") for number in layout.gnd["gnd"][2][kind]
+    ]
+
+
+def test_finds_revisitops_own_subfolder(layout):
+    moved = layout.data_dir / "data" / "datasets" / "roxford5k"
+    moved.parent.mkdir(parents=True)
+    layout.folder.rename(moved)
+    assert load_dataset("roxford5k", layout.data_dir).folder == moved
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_ground_truth_may_hold_numpy_arrays_of_any_pickle_protocol(layout, protocol):
+    for entry in layout.gnd["gnd"]:
+        entry["easy"] = np.array(entry["easy"])
+        entry["bbx"] = np.array(entry["bbx"], dtype=np.float32)
+        entry["hard"] = [np.int64(number) for number in entry["hard"]]
+    layout.ground_truth_file.write_bytes(pickle.dumps(layout.gnd, protocol))
+    dataset = load_dataset("roxford5k", layout.data_dir)
+    assert dataset.ground_truth[0].easy.tolist() == layout.gnd["gnd"][0]["easy"].tolist()
+
+
+@pytest.mark.parametrize("core", ["numpy.core", "numpy._core"])
+def test_arrays_of_old_and_new_numpy_are_read(tmp_path, core):
+    path = tmp_path / "array.pkl"
+    content = pickle.dumps(np.arange(3), protocol=0)
+    path.write_bytes(content.replace(b"numpy._core.", b"numpy.core.").replace(b"numpy.core.", f"{core}.".encode()))
+    assert load_pickle(path).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        b"cos\nsystem\n(S'echo'\ntR.",
+        b"cbuiltins\neval\n(S'1'\ntR.",
+        b"c__builtin__\neval\n(S'1'\ntR.",
+        b"cnumpy\nload\n(S'x'\ntR.",
+        b"cnumpy.core.multiarray\nfromfile\n(S'x'\ntR.",
+        b"c_codecs\nencode\n(S'x'\nS'rot13'\ntR.",
+        b"c_codecs\nencode\n(Vx\nVrot13\ntR.",
+    ],
+)
+def test_a_pickle_that_would_run_code_is_refused(tmp_path, stream):
+    path = tmp_path / "bad.pkl"
+    path.write_bytes(stream)
+    with pytest.raises(InputError, match="refused: it would call"):
+        load_pickle(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda gnd: gnd.pop("imlist"), "imlist, qimlist and gnd"),
+        (lambda gnd: gnd["gnd"].pop(), "3 queries but 2 entries"),
+        (lambda gnd: gnd["gnd"][1].pop("bbx"), "query query_1 has no box"),
+        (lambda gnd: gnd["gnd"][1].update(bbx=[1, 2, 3]), "query query_1 has no box"),
+        (lambda gnd: gnd["gnd"][1].update(junk=None), "query query_1 has no list of picture numbers 'junk'"),
+        (lambda gnd: gnd["gnd"][1].update(hard=["a"]), "'hard'"),
+        (lambda gnd: gnd["gnd"][1].update(hard=[-1]), "lists picture -1 as hard"),
+    ],
+)
+def test_inconsistent_ground_truth_is_told(layout, change, message):
+    change(layout.gnd)
+    layout.write()
+    with pytest.raises(InputError, match=message):
+        load_dataset("roxford5k", layout.data_dir)

@@ -1,0 +1,53 @@
+import numpy as np
+import pytest
+from oracles import all_protocols
+
+from revisitop.dataset import GroundTruth
+from revisitop.evaluate import evaluate_positions, evaluate_ranks
+
+
+def truth(lists: dict) -> GroundTruth:
+    return GroundTruth(*(np.array(lists[kind], dtype=np.int64) for kind in ("easy", "hard", "junk")))
+
+
+def test_figures_are_revisitops(evaluation):
+    ground_truth = [truth(lists) for lists in evaluation["gnd"]]
+    figures = evaluate_ranks(np.array(evaluation["ranks"]).T, ground_truth, evaluation["kappas"])
+    for protocol, expected in evaluation["expected"].items():
+        result = figures[protocol]
+        assert result.map == pytest.approx(expected["map"], abs=1e-12)
+        np.testing.assert_allclose(result.mp_at_k, expected["mp_at_k"], atol=1e-12)
+        np.testing.assert_allclose(result.ap, np.array(expected["ap"], dtype=float), atol=1e-12)
+
+
+def test_positions_say_the_same_as_rankings(evaluation):
+    ground_truth = [truth(lists) for lists in evaluation["gnd"]]
+    ranks = np.array(evaluation["ranks"])
+    positions = [np.argsort(row)[t.listed] for row, t in zip(ranks, ground_truth, strict=True)]
+    by_positions, by_ranks = evaluate_positions(positions, ground_truth), evaluate_ranks(ranks.T, ground_truth)
+    for protocol, result in by_positions.items():
+        assert result.map == by_ranks[protocol].map
+
+
+def test_figures_are_those_of_walking_down_the_ranking():
+    rng = np.random.default_rng(0)
+    rankings = np.stack([rng.permutation(80) for _ in range(20)])
+    lists = []
+    for _ in range(20):
+        numbers, ends = rng.permutation(80), np.sort(rng.integers(0, 30, 3))
+        kinds = ("easy", "hard", "junk")
+        lists.append({kind: part.tolist() for kind, part in zip(kinds, np.split(numbers, ends)[:3], strict=True)})
+    figures = evaluate_ranks(rankings.T, [truth(entry) for entry in lists])
+    for protocol, expected in all_protocols(rankings, lists).items():
+        assert 100 * figures[protocol].map == pytest.approx(expected, abs=1e-9)
+
+
+def test_a_protocol_without_any_positive_has_no_figure():
+    figures = evaluate_positions([np.array([3, 0])], [truth({"easy": [1, 2], "hard": [], "junk": []})])
+    assert np.isnan(figures["H"].map)
+    assert not np.isnan(figures["E"].map)
+
+
+def test_positions_of_another_number_of_pictures_are_refused():
+    with pytest.raises(ValueError, match="1 positions for 2 listed"):
+        evaluate_positions([np.array([3])], [truth({"easy": [1, 2], "hard": [], "junk": []})])

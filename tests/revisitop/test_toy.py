@@ -1,0 +1,85 @@
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model.extract import describe
+from model.superglobal import SCALES, build_model
+from modules.search import Database
+from revisitop import toy
+from revisitop.dataset import load_dataset
+from revisitop.run import retrieve
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    toy.ensure_dataset(folder)
+    return folder
+
+
+def test_has_the_layout_of_roxford(data_dir):
+    dataset = load_dataset("toy", data_dir)
+    dataset.check_files()
+    assert len(dataset.queries) >= 12
+    assert 140 <= len(dataset.queries) + len(dataset.database) <= 160
+    for image in dataset.queries + dataset.database:
+        with Image.open(image.path) as picture:
+            assert all(200 <= side <= 320 for side in picture.size)
+    for query, truth in zip(dataset.queries, dataset.ground_truth, strict=True):
+        assert query.read().size
+        assert min(len(truth.easy), len(truth.hard), len(truth.junk)) > 0
+        assert len(set(truth.listed)) == len(truth.listed)
+
+
+def test_is_drawn_the_same_each_time(data_dir, tmp_path):
+    toy.ensure_dataset(tmp_path)
+    for name in ("toy_000.jpg", "toy_077.jpg", "toy_query_03.jpg"):
+        assert (tmp_path / "toy" / "jpg" / name).read_bytes() == (data_dir / "toy" / "jpg" / name).read_bytes()
+
+
+def test_an_older_drawing_is_drawn_again_and_a_present_one_is_kept(data_dir, monkeypatch):
+    kept = data_dir / "toy" / "kept"
+    kept.touch()
+    toy.ensure_dataset(data_dir)
+    assert kept.exists()
+    monkeypatch.setattr(toy, "_VERSION", toy._VERSION + 1)
+    toy.ensure_dataset(data_dir)
+    assert not kept.exists()
+    monkeypatch.undo()
+    toy.ensure_dataset(data_dir)
+
+
+def test_runs_from_nothing_and_is_a_useful_gauge(command, data_dir):
+    outcome = command("test.py", "TEST.DATASET_LIST", "['toy']", "TEST.DATA_DIR", data_dir, "TEST.SCALE_LIST", 1)
+    assert outcome.code == 0, outcome.err
+    easy, medium, hard = map(
+        float, re.search(r"Retrieval results: mAP E: ([\d.]+), M: ([\d.]+), H: ([\d.]+)", outcome.out).groups()
+    )
+    assert 40 < medium < 90
+    assert easy > medium > hard
+    assert toy.DISCLAIMER in outcome.out
+
+    dataset = load_dataset("toy", data_dir)
+    queries, rows = (torch.from_numpy(np.load(f"output/toy_{kind}.npy")) for kind in ("query", "db"))
+    mixed = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
+    control = retrieve(queries, Database(mixed), dataset.ground_truth)["retrieval"].figures
+    assert 100 * control["M"].map < medium / 3
+
+
+def test_every_module_moves_the_figures(data_dir, checkpoint_50):
+    dataset = load_dataset("toy", data_dir)
+    chosen = dataset.ground_truth[0].listed.tolist() + dataset.ground_truth[1].listed.tolist()
+
+    def descriptors(**changes) -> torch.Tensor:
+        modules = {"relup": 0.014, "gemp": 4.6, "rgem": 2.5, "sgem": float("inf"), **changes}
+        model = build_model(checkpoint_50, 50, scales=SCALES[3], **modules)
+        pictures = [torch.from_numpy(dataset.database[number].read()[::3, ::3].copy()) for number in chosen]
+        return torch.stack([describe(model, picture) for picture in pictures])
+
+    all_on = descriptors()
+    for name in ("relup", "gemp", "rgem", "sgem"):
+        similarity = descriptors(**{name: None}) @ all_on[0]
+        assert not torch.equal(similarity.argsort(), (all_on @ all_on[0]).argsort()), name

@@ -1,0 +1,83 @@
+import re
+
+import pytest
+from conftest import ROOT
+
+from config import OPTIONS, make_config, model_arguments, pair_options, parse_config
+from model.errors import InputError
+
+
+def test_the_documented_commands_parse():
+    line = "MODEL.DEPTH 50 TEST.WEIGHTS ./weights TEST.DATA_DIR ./revisitop SupG.gemp SupG.rgem SupG.sgem SupG.relup"
+    cfg = parse_config([*line.split(), "SupG.rerank", "SupG.onemeval", "False"], "")
+    assert (cfg.SupG.rerank, cfg.SupG.onemeval) == (True, False)
+    cfg = parse_config([*line.split(), "SupG.rerank", "SupG.onemeval"], "")
+    assert cfg.SupG.onemeval is True
+
+
+def test_a_boolean_alone_is_true_and_a_value_is_taken():
+    words = ["SupG.gemp", "false", "SupG.rgem", "SupG.sgem", "0", "SupG.rerank"]
+    assert pair_options(words) == [
+        ("SupG.gemp", "false"),
+        ("SupG.rgem", True),
+        ("SupG.sgem", "0"),
+        ("SupG.rerank", True),
+    ]
+
+
+def test_values_get_the_type_of_their_default():
+    cfg = make_config([("SupG.sgem_p", "10"), ("TEST.DATASET_LIST", "['toy']"), ("SupG.rerank_beta", 1)])
+    assert (cfg.SupG.sgem_p, cfg.TEST.DATASET_LIST, cfg.SupG.rerank_beta) == (10.0, ["toy"], 1.0)
+    assert (
+        make_config([("SupG.sgem_p", "inf"), ("TEST.DATASET_LIST", "toy,rparis6k")]).TEST.DATASET_LIST[1] == "rparis6k"
+    )
+
+
+def test_a_yaml_file_is_merged_before_the_command_line(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("MODEL: {DEPTH: 101}\nSupG: {gemp: false, rerank_k: 5}\n")
+    cfg = parse_config(["--config-file", str(path), "SupG.rerank_k", "7"], "")
+    assert (cfg.MODEL.DEPTH, cfg.SupG.gemp, cfg.SupG.rerank_k) == (101, False, 7)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["SupG.gem"], "unknown option SupG.gem; did you mean SupG.gemp?"),
+        (["SupG.gemp", "SupG.gem"], "did you mean SupG.gemp?"),
+        (["test.weights", "x"], "did you mean TEST.WEIGHTS?"),
+        (["MODEL.DEPTH", "52"], "52 is not one of 50, 101"),
+        (["MODEL.DEPTH", "deep"], "'deep' has the wrong type"),
+        (["MODEL.DEPTH"], "MODEL.DEPTH needs a value"),
+        (["TEST.SCALE_LIST", "4"], "4 is not one of 1, 3, 5"),
+        (["SupG.gemp", "maybe"], "'maybe' has the wrong type"),
+        (["SupG.gemp_p", "nan"], "is not above 0"),
+        (["SupG.rerank_k", "30", "SupG.rerank_m", "20"], "SupG.rerank_k 30 is above SupG.rerank_m 20"),
+        (["TEST.DATASET_LIST", "['oxford']"], "'oxford', which is not one of roxford5k"),
+        (["TEST.DATASET_LIST", "[]"], "is empty"),
+        (["TEST.DATASET_LIST", "['toy'"], "has the wrong type"),
+        (["TEST.DEVICE", "gpu"], "is not one of auto, cpu"),
+        (["--weights", "x"], "unrecognized arguments: --weights"),
+    ],
+)
+def test_bad_options_are_told(words, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        parse_config(words, "")
+
+
+@pytest.mark.parametrize("content", ["- a\n- b\n", "MODEL: [", "word"])
+def test_a_config_file_that_holds_no_options_is_told(tmp_path, content):
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    with pytest.raises(InputError, match=r"run.yaml"):
+        parse_config(["--config-file", str(path)], "")
+
+
+def test_modules_that_are_off_are_left_out_of_the_model():
+    arguments = model_arguments(make_config([("SupG.gemp", False), ("SupG.relup", False)]))
+    assert (arguments["gemp"], arguments["relup"], arguments["rgem"]) == (None, None, 2.5)
+
+
+def test_the_readme_explains_every_option():
+    readme = (ROOT / "README.md").read_text()
+    assert [option.key for option in OPTIONS if f"`{option.key}`" not in readme] == []

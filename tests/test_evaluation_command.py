@@ -1,0 +1,296 @@
+"""The command line of test.py, from files to figures."""
+
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import scipy.io
+import torch
+from conftest import ROOT
+from oracles import all_protocols, dense_reranking, full_ranking
+
+MODULES = ("SupG.gemp", "SupG.rgem", "SupG.sgem", "SupG.relup", "SupG.rerank", "SupG.onemeval", "False")
+
+
+def logged(work, stage: str) -> dict[str, float]:
+    """The figures of the log's last line of this stage."""
+    lines = re.findall(rf"{stage} results: mAP E: ([\d.]+), M: ([\d.]+), H: ([\d.]+)", (work / "log.txt").read_text())
+    return dict(zip("EMH", map(float, lines[-1]), strict=True))
+
+
+def evaluate_saved(work, layout, rerank: tuple | None = None) -> dict[str, float]:
+    """The protocol's figures for the descriptors that a run saved, by the textbook."""
+    queries, rows = (np.load(work / "output" / f"roxford5k_{kind}.npy") for kind in ("query", "db"))
+    ranking = full_ranking(queries, rows)
+    if rerank:
+        m, k, beta = rerank
+        for i, query in enumerate(queries):
+            ranking[i, :m] = ranking[i, :m][dense_reranking(query, rows[ranking[i, :m]], k, beta)]
+    return all_protocols(ranking, layout.gnd["gnd"])
+
+
+@pytest.mark.parametrize("scales", [1, 3, 5])
+def test_figures_are_the_protocols_for_the_saved_descriptors(command, layout, checkpoint_50, tmp_path, scales):
+    outcome = command(
+        "test.py", "MODEL.DEPTH", 50, "TEST.WEIGHTS", checkpoint_50.parent, "TEST.DATA_DIR", layout.data_dir,
+        *MODULES, "TEST.DATASET_LIST", "['roxford5k']", "TEST.SCALE_LIST", scales, "DATA_LOADER.NUM_WORKERS", 0,
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    work = tmp_path / "work"
+    assert logged(work, "Retrieval") == pytest.approx(evaluate_saved(work, layout), abs=0.0051)
+    assert logged(work, "Reranking") == pytest.approx(evaluate_saved(work, layout, (24, 9, 0.15)), abs=0.0051)
+
+    entry = json.loads((work / "output" / "results.json").read_text())["datasets"]["roxford5k"]
+    assert entry["retrieval"]["M"]["mAP"] == pytest.approx(evaluate_saved(work, layout)["M"], abs=1e-9)
+    assert entry["checkpoint"]["sha256"] in (work / "log.txt").read_text()
+    assert np.load(work / "output" / "roxford5k_reranking_ranks.npy").shape == (3, 24)
+
+
+def test_reranking_can_be_set_and_switched_off_and_descriptors_are_used_again(command, layout, checkpoint_50, tmp_path):
+    base = ("TEST.WEIGHTS", checkpoint_50, "TEST.DATA_DIR", layout.data_dir, "TEST.DATASET_LIST", "roxford5k")
+    quick = ("TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0)
+    outcome = command("test.py", *base, *quick, "SupG.rerank", "False")
+    assert outcome.code == 0, outcome.err
+    assert "Reranking" not in outcome.out
+    outcome = command("test.py", *base, *quick, "SupG.rerank_m", 10, "SupG.rerank_k", 3, "SupG.rerank_beta", 0.5)
+    assert "used again" in outcome.out
+    work = tmp_path / "work"
+    assert logged(work, "Reranking") == pytest.approx(evaluate_saved(work, layout, (10, 3, 0.5)), abs=0.0051)
+
+    shutil.copy(layout.picture("db_3"), layout.picture("db_4"))  # a picture changed: described anew
+    assert command("test.py", *base, *quick).out.count("used again") == 1
+
+
+def test_depth_101_runs(command, layout, checkpoint_101):
+    outcome = command(
+        "test.py", "MODEL.DEPTH", 101, "TEST.WEIGHTS", checkpoint_101, "TEST.DATA_DIR", layout.data_dir,
+        "TEST.DATASET_LIST", "['roxford5k']", "TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0,
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+
+
+def test_the_script_starts_from_another_folder_and_ends_with_code_2_and_one_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "test.py", "SupG.gem"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: unknown option SupG.gem; did you mean SupG.gemp? --help lists all\n"
+
+
+# ---- bad input: one line, exit code 2 ----
+
+
+@pytest.fixture
+def refused(command, layout, checkpoint_50):
+    """Runs on roxford5k, with a good checkpoint unless the test names another; returns the error's line."""
+
+    def run(*arguments, weights=checkpoint_50) -> str:
+        outcome = command(
+            "test.py", "TEST.WEIGHTS", weights, "TEST.DATA_DIR", layout.data_dir, "TEST.DATASET_LIST", "roxford5k",
+            "TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0, *arguments,
+        )  # fmt: skip
+        assert outcome.code == 2
+        assert "Traceback" not in outcome.err
+        last = outcome.err.splitlines()[-1]  # before it there may be a progress bar
+        assert last.startswith("error: ")
+        return last
+
+    return run
+
+
+def test_weights_that_are_not_there(refused, tmp_path):
+    assert "no file or folder" in refused(weights=tmp_path / "none.pyth")
+
+
+def test_a_folder_without_weights_says_where_to_get_them(refused, tmp_path):
+    (tmp_path / "weights").mkdir()
+    line = refused(weights=tmp_path / "weights")
+    assert "no ResNet-50 checkpoint in" in line
+    assert "weights/README.md" in line
+
+
+def test_a_folder_with_two_weights_that_fit(refused, checkpoint_50, tmp_path):
+    for name in ("a.pyth", "b.pth"):
+        (tmp_path / name).symlink_to(checkpoint_50)
+    assert "several ResNet-50 checkpoints (a.pyth, b.pth)" in refused(weights=tmp_path)
+
+
+def test_a_resnet_101_file_for_depth_50(refused, checkpoint_101):
+    assert "it is a ResNet-101: say MODEL.DEPTH 101" in refused(weights=checkpoint_101)
+    assert "is a ResNet-101" in refused(weights=checkpoint_101.parent)
+
+
+def test_a_file_that_is_no_checkpoint(refused, tmp_path):
+    path = tmp_path / "page.pyth"
+    path.write_text("<html>")
+    assert "is no PyTorch file" in refused(weights=path)
+
+
+def test_a_truncated_checkpoint(refused, checkpoint_50, tmp_path):
+    path = tmp_path / "cut.pyth"
+    path.write_bytes(checkpoint_50.read_bytes()[:1_000_000])
+    assert "is truncated or damaged" in refused(weights=path)
+    assert "cut.pyth is truncated or damaged" in refused(weights=tmp_path)
+
+
+class RunsCode:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def test_a_checkpoint_that_would_run_code(refused, tmp_path):
+    path = tmp_path / "evil.pyth"
+    torch.save({"model_state": RunsCode()}, path)
+    assert "might run code when loaded: refused" in refused(weights=path)
+    assert not (tmp_path / "work" / "ran").exists()
+
+
+def test_ground_truth_that_would_run_code(refused, layout, tmp_path):
+    layout.ground_truth_file.write_bytes(pickle.dumps({"gnd": RunsCode()}))
+    assert "refused: it would call posix.mkdir" in refused()
+    assert not (tmp_path / "work" / "ran").exists()
+
+
+def test_ground_truth_that_points_past_the_image_list(refused, layout):
+    layout.gnd["gnd"][1]["hard"].append(24)
+    layout.write()
+    assert "query query_1 lists picture 24 as hard, but imlist has 24 (0 to 23)" in refused()
+
+
+def test_damaged_ground_truth(refused, layout):
+    layout.ground_truth_file.write_bytes(layout.ground_truth_file.read_bytes()[:100])
+    assert "is damaged or no pickle" in refused()
+
+
+def test_missing_pictures(refused, layout):
+    layout.picture("db_3").unlink()
+    layout.picture("query_0").unlink()
+    line = refused()
+    assert "2 of 27 pictures are missing" in line
+    assert "db_3.jpg" in line
+
+
+def test_damaged_pictures_are_all_named(refused, layout):
+    cut = layout.picture("db_3")
+    cut.write_bytes(cut.read_bytes()[:-300])
+    layout.picture("db_9").write_text("not a picture")
+    line = refused()
+    assert re.search(r"2 pictures cannot be used: .*db_3.jpg: .*truncated.*, .*db_9.jpg: not a picture", line)
+
+
+def test_a_query_box_outside_its_picture(refused, layout):
+    layout.gnd["gnd"][2]["bbx"] = [90, 5, 120, 30]
+    layout.write()
+    assert "query_2.jpg: the query box (90, 5, 120, 30) holds no pixel of this 80 x 60 picture" in refused()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("MODEL.DEPTH", 52), "52 is not one of 50, 101"),
+        (("SupG.gem",), "did you mean SupG.gemp?"),
+        (("TEST.SCALE_LIST", 4), "4 is not one of 1, 3, 5"),
+        (("TEST.DATASET_LIST", "rparis6k"), "no dataset rparis6k in"),
+        (("TEST.OUT_DIR", "/dev/null/out"), "TEST.OUT_DIR /dev/null/out cannot be made"),
+        (("SupG.onemeval",), "no feats_1m_RN50.pth here; extract_rop1m.py makes it"),
+    ],
+)
+def test_bad_options(refused, words, message):
+    assert message in refused(*words)
+
+
+def test_roxford5k_never_takes_the_toys_weights(command, layout):
+    (layout.data_dir / "toy").mkdir()
+    outcome = command("test.py", "TEST.DATA_DIR", layout.data_dir, "TEST.DATASET_LIST", "roxford5k")
+    assert outcome.code == 2
+    assert "see weights/README.md for the download of CVPR2022_CVNet_R50.pyth" in outcome.err
+
+
+# ---- descriptors from elsewhere ----
+
+
+@pytest.fixture
+def features() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(3)
+    rows = rng.standard_normal((27, 16)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows[:3], rows[3:]
+
+
+def save_features(folder, kind: str, queries: np.ndarray, rows: np.ndarray):
+    folder.mkdir()
+    path = folder / f"features.{kind}"
+    if kind == "mat":
+        scipy.io.savemat(path, {"Q": queries.T, "X": rows.T})
+    elif kind == "npz":
+        np.savez(path, Q=queries, X=rows)
+    elif kind == "pth":
+        torch.save({"Q": torch.from_numpy(queries.T.copy()), "X": torch.from_numpy(rows.T.copy())}, path)
+    else:
+        path = folder if kind == "folder" else folder / "roxford5k_db.npy"
+        np.save(folder / "roxford5k_query.npy", queries)
+        np.save(folder / "roxford5k_db.npy", rows)
+    return path
+
+
+@pytest.fixture
+def evaluate_features(command, layout):
+    def run(path):
+        return command(
+            "test.py", "TEST.FEATURES", path, "TEST.DATA_DIR", layout.data_dir, "TEST.DATASET_LIST", "roxford5k"
+        )
+
+    return run
+
+
+@pytest.mark.parametrize("kind", ["mat", "npz", "pth", "npy", "folder"])
+def test_saved_descriptors_are_evaluated_without_pictures(evaluate_features, layout, tmp_path, features, kind):
+    shutil.rmtree(layout.folder / "jpg")
+    outcome = evaluate_features(save_features(tmp_path / "saved", kind, *features))
+    assert outcome.code == 0, outcome.err
+    assert "not of unit length" not in outcome.out
+    expected = all_protocols(full_ranking(*features), layout.gnd["gnd"])
+    assert logged(tmp_path / "work", "Retrieval") == pytest.approx(expected, abs=0.0051)
+
+
+def test_unit_length_is_restored_with_a_warning(evaluate_features, layout, tmp_path, features):
+    queries, rows = features
+    scale = np.linspace(0.5, 2, len(rows), dtype=np.float32)[:, None]
+    outcome = evaluate_features(save_features(tmp_path / "saved", "mat", queries, rows * scale))
+    assert re.search(r"database descriptors of .*: \d+ of 24 are not of unit length; they are normalised", outcome.out)
+    expected = all_protocols(full_ranking(queries, rows), layout.gnd["gnd"])
+    assert logged(tmp_path / "work", "Retrieval") == pytest.approx(expected, abs=0.0051)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q, x: (q, x[:-1]), "roxford5k has 24 pictures, but the shape is (16, 23)"),
+        (lambda q, x: (q[:, :-1], x), "queries have 15 dimensions, the database 16"),
+        (lambda q, x: (q, x * (np.arange(24) != 5)[:, None]), "picture 5 (from 0) has a zero"),
+        (lambda q, x: (q + np.nan, x), "picture 0 (from 0) has a zero or a number that is not finite"),
+        (lambda q, x: ((q * 100).astype(np.int16), x), "floating numbers, got int16"),
+    ],
+)
+def test_saved_descriptors_that_do_not_fit_are_told(evaluate_features, tmp_path, features, change, message):
+    outcome = evaluate_features(save_features(tmp_path / "saved", "mat", *change(*features)))
+    assert outcome.code == 2
+    assert message in outcome.err
+
+
+@pytest.mark.parametrize(
+    "name", ["none.mat", "bad.mat", "bad.npz", "bad.pth", "roxford5k_db.npy", "x.txt", "other.npy"]
+)
+def test_files_without_descriptors_are_told(evaluate_features, tmp_path, name):
+    path = tmp_path / name
+    if name != "none.mat":
+        path.write_text("something else")
+    outcome = evaluate_features(path)
+    assert outcome.code == 2
+    assert outcome.err.count("\n") == 1

@@ -72,6 +72,7 @@ def main(argv: list[str]) -> None:
         for name, ranking in stages.items():
             for line in ranking.in_words():
                 log.info("%s results: %s", name.capitalize(), line)
+            log.info("%s took %.2f s for %d queries", name, ranking.seconds, len(dataset.queries))
             entry[name] = ranking.as_dict()
             np.save(out_dir / f"{dataset.name}_{name}_ranks.npy", ranking.ids.numpy())
         if dataset.name == "toy":

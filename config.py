@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from yacs.config import CfgNode
 
+from model.checkpoint import sha256
 from model.errors import InputError
 from model.resnet import STAGE_DEPTHS
 from model.superglobal import SCALES
@@ -73,6 +75,7 @@ OPTIONS = (
     Option("TEST.DEVICE", "auto", "auto (GPU where there is one), cpu, cuda or cuda:N", _device),
     Option("TEST.PRECISION", "fp32", "precision of the network: fp32 (PyTorch's defaults)", _one_of("fp32")),
     Option("TEST.OUT_DIR", "./output", "folder of results.json, descriptors and rankings"),
+    Option("TEST.DISTRACTORS", "", "descriptors for SupG.onemeval; default: feats_1m_RN<depth>.pth or .npy here"),
     Option("TEST.RESUME", True, "go on with, and use again, descriptors of the same run in TEST.OUT_DIR"),
     Option("DATA_LOADER.NUM_WORKERS", 4, "processes that decode pictures, at most one per core", _at_least(0)),
     Option("DATA_LOADER.PIN_MEMORY", True, "copy to the GPU from pinned memory"),
@@ -113,14 +116,23 @@ def parse_config(argv: list[str], description: str) -> CfgNode:
     Raises:
         InputError: on an unknown key (suggesting the nearest), a wrong type, or a refused value.
     """
+    return read_config(make_parser(description).parse_intermixed_args(argv))
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """A parser of these options, for a command to add its own to. Its errors are InputErrors."""
     parser = _Parser(
         description=description, epilog=_options_help(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config-file", type=Path, metavar="FILE", help="YAML file of options, merged first")
     parser.add_argument("options", nargs="*", metavar="KEY VALUE", help="options, listed below")
-    args = parser.parse_intermixed_args(argv)
+    return parser
+
+
+def read_config(args: argparse.Namespace, *fixed: tuple[str, Any]) -> CfgNode:
+    """The config of parsed arguments; `fixed` settings come last."""
     settings = _read_yaml(args.config_file) if args.config_file else []
-    return make_config(settings + pair_options(args.options))
+    return make_config(settings + pair_options(args.options) + list(fixed))
 
 
 def make_config(settings: list[tuple[str, Any]]) -> CfgNode:
@@ -147,6 +159,21 @@ def model_arguments(cfg: CfgNode) -> dict[str, Any]:
         "rgem_window": method.rgem_window,
         "sgem": method.sgem_p if method.sgem else None,
     }
+
+
+def descriptor_source(cfg: CfgNode, checkpoint: Path) -> dict[str, Any]:
+    """All that a descriptor is made from beside the picture, to be kept with it and compared."""
+    return {
+        "checkpoint_sha256": sha256(checkpoint),
+        "precision": cfg.TEST.PRECISION,
+        **model_arguments(cfg),
+    }
+
+
+def loader_arguments(cfg: CfgNode, device: torch.device) -> dict[str, Any]:
+    """What model.extract takes for the reading of pictures."""
+    pin_memory = cfg.DATA_LOADER.PIN_MEMORY and device.type == "cuda"
+    return {"workers": cfg.DATA_LOADER.NUM_WORKERS, "pin_memory": pin_memory}
 
 
 def pair_options(words: list[str]) -> list[tuple[str, Any]]:

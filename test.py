@@ -12,8 +12,8 @@ import numpy as np
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from config import default_config, model_arguments, parse_config
-from model.checkpoint import find_checkpoint, sha256
+from config import default_config, descriptor_source, loader_arguments, model_arguments, parse_config
+from model.checkpoint import find_checkpoint
 from model.errors import InputError, run_command
 from model.extract import choose_device
 from model.store import write_json
@@ -23,7 +23,13 @@ from modules.search import Database
 from revisitop import toy
 from revisitop.dataset import Dataset, load_dataset
 from revisitop.evaluate import PROTOCOLS
-from revisitop.features import add_distractors, load_distractors, load_features
+from revisitop.features import (
+    add_distractors,
+    check_distractors,
+    find_distractors,
+    load_distractors,
+    load_features,
+)
 from revisitop.run import describe_dataset, retrieve
 from revisitop.runlog import device_name, start_log
 
@@ -42,7 +48,15 @@ def main(argv: list[str]) -> None:
     # Everything that can be missing is looked for before the long work begins.
     datasets = [find_dataset(name, Path(cfg.TEST.DATA_DIR)) for name in cfg.TEST.DATASET_LIST]
     checkpoints = {} if cfg.TEST.FEATURES else {dataset.name: find_weights(cfg, dataset) for dataset in datasets}
-    distractors = load_distractors(Path(f"feats_1m_RN{cfg.MODEL.DEPTH}.pth")) if cfg.SupG.onemeval else None
+    sources = {name: descriptor_source(cfg, checkpoint) for name, checkpoint in checkpoints.items()}
+    distractors = None
+    if cfg.SupG.onemeval:
+        path = find_distractors(cfg.TEST.DISTRACTORS, cfg.MODEL.DEPTH)
+        distractors = load_distractors(path)
+        for source in sources.values():
+            check_distractors(path, source)
+        if cfg.TEST.FEATURES:
+            log.warning("TEST.FEATURES: whether %s was made by the same network cannot be checked", path)
     reranker = SuperGlobalReranker(cfg.SupG.rerank_m, cfg.SupG.rerank_k, cfg.SupG.rerank_beta)
 
     report["datasets"] = {}
@@ -53,16 +67,13 @@ def main(argv: list[str]) -> None:
             queries, rows = load_features(Path(cfg.TEST.FEATURES), dataset)
             entry["features"] = cfg.TEST.FEATURES
         else:
-            checkpoint, settings = checkpoints[dataset.name], model_arguments(cfg)
-            entry["checkpoint"] = {"path": str(checkpoint), "sha256": sha256(checkpoint)}
+            checkpoint, source = checkpoints[dataset.name], sources[dataset.name]
+            entry["checkpoint"] = {"path": str(checkpoint), "sha256": source["checkpoint_sha256"]}
             log.info("checkpoint: %s, SHA-256 %s", *entry["checkpoint"].values())
-            model = build_model(checkpoint, **settings).to(device)
-            source = {"checkpoint": entry["checkpoint"]["sha256"], "precision": cfg.TEST.PRECISION, **settings}
-            loading = {
-                "workers": cfg.DATA_LOADER.NUM_WORKERS,
-                "pin_memory": cfg.DATA_LOADER.PIN_MEMORY and device.type == "cuda",
-            }
-            queries, rows = describe_dataset(dataset, model, source, out_dir, resume=cfg.TEST.RESUME, **loading)
+            model = build_model(checkpoint, **model_arguments(cfg)).to(device)
+            queries, rows = describe_dataset(
+                dataset, model, source, out_dir, resume=cfg.TEST.RESUME, **loader_arguments(cfg, device)
+            )
         database = Database(rows)
         if distractors is not None:
             database = add_distractors(rows, distractors)

@@ -1,6 +1,7 @@
 """Many pictures -> descriptors: decoding in worker processes ahead of the network, results in list order."""
 
 import hashlib
+import logging
 import os
 from collections.abc import Iterator, Sequence
 
@@ -14,6 +15,8 @@ from model.errors import InputError, short_list
 from model.images import ImageError, ImageFile, to_network_input
 from model.store import DescriptorStore
 from model.superglobal import SuperGlobal
+
+log = logging.getLogger(__name__)
 
 # All damaged files are named, but a line stays a line.
 _NAMED_AT_MOST = 50
@@ -35,13 +38,18 @@ class _Pixels(Dataset):
             return error
 
 
-def choose_device(name: str) -> torch.device:
-    """ "auto" is the GPU where there is one, and the CPU otherwise. Raises InputError where there is no such GPU."""
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """ "auto" is the GPU of this process where there is one, and the CPU otherwise.
+
+    Raises:
+        InputError: where there is no such GPU.
+    """
+    count = torch.cuda.device_count()
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(f"cuda:{local_rank % count}" if count else "cpu")
     device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"TEST.DEVICE {name}: PyTorch sees {torch.cuda.device_count()} GPUs here")
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise InputError(f"TEST.DEVICE {name}: PyTorch sees {count} GPUs here")
     return device
 
 
@@ -64,26 +72,40 @@ def describe_all(
     model: SuperGlobal,
     images: Sequence[ImageFile],
     store: DescriptorStore,
+    rows: np.ndarray,
     title: str,
     workers: int = 0,
     pin_memory: bool = False,
-) -> np.ndarray:
-    """Describes the pictures that the store does not have yet. Returns all rows, (N, D), memory-mapped.
+    on_error: str = "list",
+) -> None:
+    """Describes some of the pictures into the store; interrupted or not, what is described stays there.
 
-    A damaged picture stops the network; the remaining pictures are then only decoded, so that the
-    error can name every damaged file at once. What has been described stays in the store.
+    Args:
+        images: the whole list, a picture per row of the store.
+        rows: which to describe, ascending.
+        title: for the progress bar and the errors.
+        on_error: what a damaged picture does. "stop" ends at once; "list" stops the network, and the
+            other pictures are only decoded, so that the error can name every damaged file; "skip"
+            makes it a zero row, whose cosine with everything is 0.
 
     Raises:
         InputError: naming the damaged files.
     """
-    missing = store.missing()
-    todo = [images[row] for row in missing]
     damaged: list[ImageError] = []
-    bar = tqdm(total=len(images), initial=len(images) - len(todo), desc=title, unit="img", dynamic_ncols=True)
+    bar = tqdm(
+        total=len(rows) + int(store.done.sum()), initial=int(store.done.sum()), desc=title, unit="img",
+        dynamic_ncols=True, smoothing=0.05,
+    )  # fmt: skip
     try:
-        for row, pixels in zip(missing, read_ahead(todo, workers, pin_memory), strict=True):
-            if isinstance(pixels, ImageError):
+        pictures = read_ahead([images[row] for row in rows], workers, pin_memory)
+        for row, pixels in zip(rows, pictures, strict=True):
+            if isinstance(pixels, ImageError) and on_error == "skip":
+                log.warning("skipped, a zero row: %s", pixels)
+                store.write(row, np.zeros(model.dim, dtype=np.float32))
+            elif isinstance(pixels, ImageError):
                 damaged.append(pixels)
+                if on_error == "stop":
+                    break
                 bar.set_description(f"{title}: looking for damaged pictures, {len(damaged)} found")
             elif not damaged:
                 store.write(row, describe(model, pixels).numpy())
@@ -94,7 +116,6 @@ def describe_all(
     if damaged:
         count = f"{len(damaged)} pictures" if len(damaged) > 1 else "a picture"
         raise InputError(f"{title}: {count} cannot be used: {short_list(damaged, _NAMED_AT_MOST)}")
-    return store.finish()
 
 
 def fingerprint(images: Sequence[ImageFile]) -> str:

@@ -1,16 +1,18 @@
 """Descriptors on disk that survive an interruption at any moment, a power cut included.
 
-While a list of pictures is being described, two files stand beside the coming `NAME.npy`:
+While a list of pictures is being described, two files stand beside the coming `NAME.npy` or `NAME.pth`:
 
     NAME.npy.part       the rows, in place, in NumPy's format
     NAME.npy.journal    first line: JSON, what the rows are made from; then one line per block of
                         rows that is safely on disk: first row, rows, CRC-32 of their bytes, CRC-32 of the line
 
 A block's rows are synced to disk before its line is written, so a line never promises too much. A
-row counts only if its line is whole and its bytes match. When all rows are there, the part gets
-its name, and a small `NAME.json` keeps what they were made from.
+row counts only if its line is whole and its bytes match. When all rows are there, the file gets its
+name, and a small `NAME.json` keeps what it was made from. Processes that share the work write into
+one part, each with a journal of its own (`NAME.npy.journal.RANK`); the next start joins them.
 """
 
+import glob
 import json
 import logging
 import math
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from model.errors import InputError, short_list
 
@@ -34,27 +37,43 @@ class DescriptorStore:
     """(rows, dim) float32 rows at `path`, some of which may be there from an earlier run.
 
     Args:
-        path: the coming .npy file.
+        path: the coming file, .npy or .pth (one tensor).
         rows, dim: its shape.
         source: what the rows are made from (checkpoint, settings, list of pictures), as JSON can hold it.
         resume: False starts over.
         hint: what to do about a store that cannot be used, for the error.
+        rank: of the processes that share the work, which this is. Rank 0 opens the store first.
+        done: for the other ranks, which rows are there: rank 0's.
 
     Raises:
-        InputError: where what an earlier run left was made from something else (it says what
+        InputError: where what an interrupted run left was made from something else (it says what
             differs), cannot be read, or the disk has no room for the rows.
     """
 
-    def __init__(self, path: Path, rows: int, dim: int, source: dict, resume: bool = True, hint: str = ""):
-        self.path, self.rows, self.dim, self.hint = path, rows, dim, hint or "resume=False starts over"
+    def __init__(
+        self,
+        path: Path,
+        rows: int,
+        dim: int,
+        source: dict,
+        resume: bool = True,
+        hint: str = "resume=False starts over",
+        rank: int = 0,
+        done: np.ndarray | None = None,
+    ):
+        self.path, self.rows, self.dim, self.hint = path, rows, dim, hint
         self.source = json.loads(json.dumps(jsonable(source)))
-        self.part, self.journal = Path(f"{path}.part"), Path(f"{path}.journal")
-        self.done = np.zeros(rows, dtype=bool)
+        self.part = Path(f"{path}.part")
+        self.journal = Path(f"{path}.journal{f'.{rank}' if rank else ''}")
         self._buffer: list[np.ndarray] = []
         self._buffer_start = 0
         self._flushed = time.monotonic()
+        self.done = np.zeros(rows, dtype=bool) if done is None else done
+        self.complete = False
+        if rank:
+            return
         if not resume:
-            for file in (self.path, self.source_path, self.part, self.journal):
+            for file in (self.path, self.source_path, self.part, *self._journals()):
                 file.unlink(missing_ok=True)
         self.complete = self._is_complete()
         if not self.complete:
@@ -82,46 +101,59 @@ class DescriptorStore:
         """Brings the rows taken so far to disk, then says so in the journal."""
         if not self._buffer:
             return
-        block = np.stack(self._buffer).astype("<f4")
-        start, count = self._buffer_start, len(block)
+        start, block = self._buffer_start, np.stack(self._buffer).astype("<f4").tobytes()
         with self.part.open("r+b") as file:
             file.seek(self._offset(start))
-            file.write(block.tobytes())
+            file.write(block)
             _sync(file)
+        if not self.journal.exists():
+            self._write_journal([])
         with self.journal.open("ab") as file:
-            file.write(_line(start, count, zlib.crc32(block.tobytes())))
+            file.write(_line(start, len(self._buffer), zlib.crc32(block)))
             _sync(file)
-        self.done[start : start + count] = True
+        self.done[start : start + len(self._buffer)] = True
         self._buffer = []
         self._flushed = time.monotonic()
 
-    def finish(self) -> np.ndarray:
-        """Gives the file its name, and returns its rows (memory-mapped). All rows must be there."""
-        if not self.complete:
-            self.flush()
-            if not self.done.all():
-                raise RuntimeError(f"{self.path}: {len(self.missing())} rows are missing")
-            write_json(self.source_path, self.source)
+    def part_rows(self) -> np.ndarray:
+        """The rows as they stand in the part, memory-mapped."""
+        return np.load(self.part, mmap_mode="c")
+
+    def finish(self, facts: dict | None = None) -> None:
+        """Gives the file its name; all rows must be there. `facts` go into the JSON beside it."""
+        self.flush()
+        if not self.done.all():
+            raise RuntimeError(f"{self.path}: {len(self.missing())} rows are missing")
+        write_json(self.source_path, {**self.source, **(facts or {})})
+        if self.path.suffix == ".pth":
+            new = Path(f"{self.path}.new")
+            torch.save(torch.from_numpy(self.part_rows()), new)
+            with new.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(new, self.path)
+            self.part.unlink()
+        else:
             os.replace(self.part, self.path)
-            self.journal.unlink()
-            self.complete = True
-        return np.load(self.path, mmap_mode="c")
+        for journal in self._journals():
+            journal.unlink()
+        self.complete = True
 
     def _is_complete(self) -> bool:
         """Whether an earlier run finished this file, from the same things."""
         if not self.path.is_file() or self.part.exists():
             return False
-        try:
-            before = json.loads(self.source_path.read_text())
-            fits = before == self.source and np.load(self.path, mmap_mode="r").shape == (self.rows, self.dim)
-        except (OSError, ValueError):
-            return False
+        fits = source_differences(self.path, self.source) == []
+        if self.path.suffix == ".npy":
+            fits &= self.path.stat().st_size == self._offset(self.rows)
         self.done[:] = fits
         return fits
 
+    def _journals(self) -> list[Path]:
+        return sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.journal*"))
+
     def _open(self) -> None:
         try:
-            if self.journal.exists() and self.part.exists():
+            if self._journals() and self.part.exists():
                 self._resume()
             else:
                 self._create()
@@ -130,60 +162,75 @@ class DescriptorStore:
 
     def _create(self) -> None:
         """An empty part of full size (so that a full disk is known now) and a journal without rows."""
-        self.journal.unlink(missing_ok=True)
+        for journal in self._journals():
+            journal.unlink()
         with self.part.open("wb") as file:
-            np.lib.format.write_array_header_1_0(file, {**self._header(), "shape": (self.rows, self.dim)})
-            size = self._offset(self.rows)
+            header = {"descr": "<f4", "fortran_order": False, "shape": (self.rows, self.dim)}
+            np.lib.format.write_array_header_1_0(file, header)
+            file.flush()
             if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)
+                os.posix_fallocate(file.fileno(), 0, self._offset(self.rows))
             else:
-                file.truncate(size)
+                file.truncate(self._offset(self.rows))
             _sync(file)
-        new = Path(f"{self.journal}.new")
-        with new.open("wb") as file:
-            file.write(json.dumps(self.source).encode() + b"\n")
-            _sync(file)
-        os.replace(new, self.journal)
+        self._write_journal([])
 
     def _resume(self) -> None:
-        first, *lines = self.journal.read_bytes().split(b"\n")
-        try:
-            before = json.loads(first)
-        except ValueError:
-            raise InputError(f"{self.journal} is damaged; {self.hint}") from None
-        if differing := differences(before, self.source):
-            raise InputError(f"{self.part} was begun with other settings ({short_list(differing)}); {self.hint}")
+        """Takes over the blocks that are whole, from all journals, and joins these into one."""
+        blocks, damaged = [], 0
+        for journal in self._journals():
+            first, *lines = journal.read_bytes().split(b"\n")
+            try:
+                before = json.loads(first)
+            except ValueError:
+                raise InputError(f"{journal} is damaged; {self.hint}") from None
+            if differing := differences(before, self.source):
+                raise InputError(f"{self.part} was begun with other settings ({short_list(differing)}); {self.hint}")
+            parsed = [_parse(line) for line in lines[:-1]]  # what follows the last line break was never finished
+            blocks += [block for block in parsed if block is not None]
+            damaged += parsed.count(None)
         if self.part.stat().st_size != self._offset(self.rows):
             raise InputError(f"{self.part} is not {self._offset(self.rows)} bytes long, it was changed; {self.hint}")
-        damaged = 0
+        intact = []
         with self.part.open("rb") as file:
-            for line in lines[:-1]:  # what follows the last line break was never finished
-                block = _parse(line)
-                if block is None or block[0] + block[1] > self.rows:
-                    damaged += 1
-                    continue
-                start, count, checksum = block
+            for start, count, checksum in blocks:
                 file.seek(self._offset(start))
-                intact = zlib.crc32(file.read(count * 4 * self.dim)) == checksum
-                damaged += not intact
-                self.done[start : start + count] |= intact
-        if lines[-1]:
-            os.truncate(self.journal, self.journal.stat().st_size - len(lines[-1]))
+                if zlib.crc32(file.read(count * 4 * self.dim)) == checksum:
+                    self.done[start : start + count] = True
+                    intact.append((start, count, checksum))
+        damaged += len(blocks) - len(intact)
+        self._write_journal(intact)
+        for journal in self._journals():
+            if journal != self.journal:
+                journal.unlink()
         if damaged:
             log.warning("%s: %d damaged blocks are not used; their rows are made again", self.part, damaged)
         log.info("%s: going on after %d of %d rows", self.part, self.done.sum(), self.rows)
 
-    def _header(self) -> dict:
-        return {"descr": "<f4", "fortran_order": False}
+    def _write_journal(self, blocks: list[tuple[int, int, int]]) -> None:
+        new = Path(f"{self.path}.new-{self.journal.name}")
+        with new.open("wb") as file:
+            file.write(json.dumps(self.source).encode() + b"\n")
+            file.writelines(_line(*block) for block in blocks)
+            _sync(file)
+        os.replace(new, self.journal)
 
     def _offset(self, row: int) -> int:
         return 128 + row * 4 * self.dim  # NumPy's header of a small array is 128 bytes
 
 
+def source_differences(path: Path, source: dict) -> list[str] | None:
+    """In what a finished file was made from something else; None where no JSON beside it tells."""
+    try:
+        before = json.loads(path.with_suffix(".json").read_text())
+    except (OSError, ValueError):
+        return None
+    return differences(before, json.loads(json.dumps(jsonable(source)))) if isinstance(before, dict) else None
+
+
 def differences(before: dict, now: dict) -> list[str]:
-    """The keys in which two sources differ, with both values."""
-    keys = [*before, *(key for key in now if key not in before)]
-    return [f"{key}: {before.get(key)} before, {now.get(key)} now" for key in keys if before.get(key) != now.get(key)]
+    """What of `now` is different in `before`, with both values; more than that in `before` does not matter."""
+    return [f"{key}: {before.get(key)} before, {value} now" for key, value in now.items() if before.get(key) != value]
 
 
 def write_json(path: Path, content: dict) -> None:

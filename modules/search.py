@@ -14,6 +14,14 @@ _INDEX_MASK = (1 << _INDEX_BITS) - 1
 _CHUNK_BYTES = 64 << 20
 
 
+class NotFiniteError(ValueError):
+    """A score is NaN or infinite: `row` of the database or a query holds no descriptor."""
+
+    def __init__(self, query: int, row: int):
+        super().__init__(f"query {query} and database row {row} have a score that is not finite")
+        self.query, self.row = query, row
+
+
 class Database:
     """Rows of one or more (N_i, D) tensors, numbered as if they were stacked.
 
@@ -99,7 +107,7 @@ def search(
 
     Raises:
         ValueError: on shapes that do not fit, m < 1, a listed number outside the database, or a
-            score that is not finite (the row is named).
+            score that is not finite (NotFiniteError; the row is named).
 
     >>> import torch
     >>> search(torch.eye(3)[:1], torch.eye(3), m=2).ids
@@ -175,7 +183,7 @@ def _scores(queries: Tensor, rows: Tensor, start: int) -> Tensor:
     scores = (queries @ rows.to(torch.float64).T).to(torch.float32).add_(0.0)
     if not torch.isfinite(scores).all():
         query, column = (~torch.isfinite(scores)).nonzero()[0].tolist()
-        raise ValueError(f"query {query} and database row {start + column} have a score that is not finite")
+        raise NotFiniteError(query, start + column)
     return scores
 
 

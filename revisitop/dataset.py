@@ -1,7 +1,9 @@
 """Read roxford5k, rparis6k and toy: pictures, query boxes and ground truth, in revisitop's layout."""
 
+import hashlib
 import io
 import math
+import os
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +103,29 @@ def load_dataset(name: str, data_dir: Path) -> Dataset:
         [ImageFile(_picture(jpg, picture)) for picture in names],
         [_ground_truth(entry, len(names), path, str(q)) for entry, q in zip(entries, query_names, strict=True)],
     )
+
+
+def load_distractor_list(folder: Path) -> tuple[str, list[ImageFile]]:
+    """The pictures of revisitop1m.txt, in its order, and the list's SHA-256.
+
+    The names count from the folder, or from its jpg/. The pictures themselves are not looked for.
+
+    Raises:
+        InputError: where the list is missing or empty.
+    """
+    path = folder / "revisitop1m.txt"
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"{path}: {error.strerror}; get it from {HOME_PAGE}, or name its folder with --data-dir"
+        ) from None
+    names = [os.fsdecode(line.strip()) for line in content.splitlines() if line.strip()]
+    if not names:
+        raise InputError(f"{path} names no picture")
+    roots = (folder, folder / "jpg")
+    root = next((root for name in names[:100] for root in roots if (root / name).is_file()), roots[1])
+    return hashlib.sha256(content).hexdigest(), [ImageFile(root / name) for name in names]
 
 
 def load_pickle(path: Path) -> Any:

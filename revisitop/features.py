@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import load_tensors
-from model.errors import InputError
+from model.errors import InputError, short_list
+from model.store import source_differences
 from modules.search import Database
 from revisitop.dataset import Dataset
 
@@ -60,18 +61,55 @@ def load_features(path: Path, dataset: Dataset) -> tuple[Tensor, Tensor]:
     return queries, database
 
 
+def find_distractors(name: str, depth: int) -> Path:
+    """The file of that name, or the default one in the current folder. Raises InputError where there is none."""
+    candidates = [Path(name)] if name else [Path(f"feats_1m_RN{depth}{suffix}") for suffix in (".pth", ".npy")]
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise InputError(
+        f"SupG.onemeval: no {candidates[0]} here; extract_rop1m.py makes it, TEST.DISTRACTORS names another"
+    )
+
+
 def load_distractors(path: Path) -> Tensor:
-    """The distractors' descriptors, (N, D), memory-mapped.
+    """The distractors' descriptors, (N, D) float32 or float16, memory-mapped.
 
     Raises:
-        InputError: where the file is missing, damaged, or holds something else.
+        InputError: where the file is damaged, holds something else, or rows that are no unit vectors
+            (a thousand are looked at; zero rows, of skipped pictures, are fine).
     """
-    if not path.is_file():
-        raise InputError(f"SupG.onemeval: no {path} here; extract_rop1m.py makes it")
-    rows = load_tensors(path)
-    if not isinstance(rows, Tensor) or rows.ndim != 2 or not rows.is_floating_point() or not len(rows):
-        raise InputError(f"{path} holds no (N, D) tensor of descriptors; extract_rop1m.py makes it")
+    if path.suffix == ".npy":
+        array = _load_npy(path, "TEST.DISTRACTORS", mmap_mode="c")
+        rows = torch.from_numpy(array) if array.dtype in (np.float32, np.float16) else None
+    else:
+        rows = load_tensors(path)
+    if not isinstance(rows, Tensor) or rows.ndim != 2 or not rows.is_floating_point():
+        raise InputError(f"{path} holds no (N, D) array of float32 or float16 descriptors; extract_rop1m.py makes it")
+    if not rows.numel():
+        raise InputError(f"{path} holds no descriptors: its shape is {tuple(rows.shape)}; extract_rop1m.py makes it")
+    norms = rows[:: max(1, len(rows) // 1000)].float().norm(dim=1)
+    if ((norms > 0) & ((norms - 1).abs() > _UNIT_TOLERANCE)).any():
+        raise InputError(
+            f"{path}: its rows are not of unit length ({norms.min():.3g} to {norms.max():.3g}); normalise them"
+        )
     return rows
+
+
+def check_distractors(path: Path, source: dict) -> None:
+    """Compares what made the distractors' descriptors with what makes the database's.
+
+    Raises:
+        InputError: where they differ, and in what. Where no JSON beside the file tells, it warns.
+    """
+    differing = source_differences(path, source)
+    if differing is None:
+        log.warning("%s: no %s tells what made it; not compared with this run", path, path.with_suffix(".json").name)
+    elif differing:
+        raise InputError(
+            f"{path} was made with other settings ({short_list(differing)}); "
+            "run with those, or make it anew with extract_rop1m.py"
+        )
 
 
 def add_distractors(rows: Tensor, distractors: Tensor) -> Database:
@@ -81,13 +119,13 @@ def add_distractors(rows: Tensor, distractors: Tensor) -> Database:
     return Database([rows, distractors])
 
 
-def _load_npy(path: Path) -> Any:
+def _load_npy(path: Path, option: str = "TEST.FEATURES", mmap_mode: str | None = None) -> Any:
     try:
-        return np.load(path, allow_pickle=False)
+        return np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
     except FileNotFoundError:
-        raise InputError(f"TEST.FEATURES: no file {path}") from None
+        raise InputError(f"{option}: no file {path}") from None
     except Exception as error:  # zipfile's, zlib's and NumPy's own
-        raise InputError(f"TEST.FEATURES {path} is damaged or no NumPy file ({_first_line(error)})") from None
+        raise InputError(f"{option} {path} is damaged or no NumPy file ({_first_line(error)})") from None
 
 
 def _load_mat(path: Path) -> dict:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from model.errors import InputError
 from model.extract import describe_all, fingerprint
 from model.store import DescriptorStore
 from model.superglobal import SuperGlobal
 from modules.reranking import SuperGlobalReranker
-from modules.search import Database, search
+from modules.search import Database, NotFiniteError, search
 from revisitop.dataset import Dataset, GroundTruth
 from revisitop.evaluate import KAPPAS, Result, evaluate_positions
 
@@ -93,13 +94,13 @@ def describe_dataset(
         )
         if store.complete:
             log.info("%s: used again, made from the same pictures, checkpoint and settings", store.path)
-            described.append(torch.from_numpy(store.finish()))
-            continue
-        start = time.perf_counter()
-        title = f"{dataset.name} {'queries' if kind == 'query' else 'database'}"
-        rows = describe_all(model, images, store, title, workers, pin_memory)
-        log.info("%s: %d pictures described in %.1f s", title, len(images), time.perf_counter() - start)
-        described.append(torch.from_numpy(rows))
+        else:
+            start = time.perf_counter()
+            title = f"{dataset.name} {'queries' if kind == 'query' else 'database'}"
+            describe_all(model, images, store, store.missing(), title, workers, pin_memory)
+            store.finish()
+            log.info("%s: %d pictures described in %.1f s", title, len(images), time.perf_counter() - start)
+        described.append(torch.from_numpy(np.load(store.path, mmap_mode="c")))
     return described[0], described[1]
 
 
@@ -115,7 +116,14 @@ def retrieve(
     start = time.perf_counter()
     with tqdm(total=len(database), desc="search", unit="img", dynamic_ncols=True) as bar:
         listed = [torch.from_numpy(truth.listed) for truth in ground_truth]
-        found = search(queries, database, m, listed, device=device, on_chunk=bar.update)
+        try:
+            found = search(queries, database, m, listed, device=device, on_chunk=bar.update)
+        except NotFiniteError as error:
+            own = len(database.parts[0])
+            where = f"database row {error.row}" if error.row < own else f"distractor {error.row - own}"
+            raise InputError(
+                f"the descriptor of {where} (from 0) or of query {error.query} has NaN; make it again"
+            ) from None
     seconds = time.perf_counter() - start
     positions = [where.numpy() for where in found.positions]
     stages = {"retrieval": Ranking(found.ids[:, :SAVED_RANKS], evaluate_positions(positions, ground_truth), seconds)}

@@ -12,7 +12,8 @@ def full_ranking(queries: np.ndarray, database: np.ndarray) -> np.ndarray:
 def dense_reranking(query: np.ndarray, candidates: np.ndarray, k: int, beta: float) -> np.ndarray:
     """The new order of the candidates, with all refined rows and their neighbours built. (D,), (M, D) -> (M,)."""
     gram = candidates @ candidates.T
-    near = np.argsort(-gram, axis=1, kind="stable")[:, : k + 1]
+    itself_first = np.where(np.eye(len(gram)), np.inf, gram)
+    near = np.argsort(-itself_first, axis=1, kind="stable")[:, : k + 1]
     weights = beta * np.take_along_axis(gram, near, axis=1)
     weights[:, 0] = 1
     refined = (weights[:, :, None] * candidates[near]).sum(axis=1) / weights.sum(axis=1, keepdims=True)

@@ -32,8 +32,14 @@ def rotated() -> Image.Exif:
     return exif
 
 
-def store(folder, rows: int) -> DescriptorStore:
-    return DescriptorStore(folder / "rows.npy", rows, 2048, {})
+def store(folder, rows: int, name: str = "rows.npy") -> DescriptorStore:
+    return DescriptorStore(folder / name, rows, 2048, {})
+
+
+def run(model, images: list[ImageFile], into: DescriptorStore, **options) -> np.ndarray:
+    describe_all(model, images, into, into.missing(), "test", **options)
+    into.finish()
+    return np.load(into.path)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -47,9 +53,9 @@ def test_pictures_of_every_kind_have_finite_unit_descriptors_in_list_order(model
         write(tmp_path, "deep.png", "I;16"),
         write(tmp_path, "rotated.jpg", exif=rotated()),
     ]
-    rows = describe_all(model, images, store(tmp_path, len(images)), "test", workers)
+    rows = run(model, images, store(tmp_path, len(images)), workers=workers)
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
-    alone = describe_all(model, images[-1:], DescriptorStore(tmp_path / "alone.npy", 1, 2048, {}), "test")
+    alone = run(model, images[-1:], store(tmp_path, 1, "alone.npy"))
     np.testing.assert_allclose(rows[-1], alone[0], atol=2e-6)
 
 
@@ -60,13 +66,31 @@ def test_damaged_pictures_stop_the_run_all_named_and_nothing_is_lost(model, tmp_
     with pytest.raises(
         InputError, match=r"2 pictures cannot be used: .*2\.png: not a picture, .*4\.png: not a picture"
     ):
-        describe_all(model, images, store(tmp_path, 6), "test")
+        run(model, images, store(tmp_path, 6))
     assert store(tmp_path, 6).missing().tolist() == [2, 3, 4, 5]
 
     for i in (2, 4):
         write(tmp_path, f"{i}.png")
-    whole = describe_all(model, images, DescriptorStore(tmp_path / "whole.npy", 6, 2048, {}), "test")
-    np.testing.assert_array_equal(describe_all(model, images, store(tmp_path, 6), "test"), whole)
+    whole = run(model, images, store(tmp_path, 6, "whole.npy"))
+    np.testing.assert_array_equal(run(model, images, store(tmp_path, 6)), whole)
+
+
+def test_a_damaged_picture_can_be_skipped_as_a_zero_row(model, tmp_path, caplog):
+    images = [write(tmp_path, f"{i}.png") for i in range(3)]
+    images[1].path.write_text("no picture")
+    rows = run(model, images, store(tmp_path, 3), on_error="skip")
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), [1, 0, 1], atol=1e-5)
+    assert "skipped, a zero row" in caplog.text
+    assert "1.png" in caplog.text
+
+
+def test_stopping_at_a_damaged_picture_keeps_what_came_before(model, tmp_path):
+    images = [write(tmp_path, f"{i}.png") for i in range(4)]
+    for i in (1, 2):
+        images[i].path.write_text("no picture")
+    with pytest.raises(InputError, match=r"a picture cannot be used: .*1\.png: not a picture$"):
+        run(model, images, store(tmp_path, 4), on_error="stop")
+    assert store(tmp_path, 4).missing().tolist() == [1, 2, 3]
 
 
 def test_auto_is_the_gpu_where_there_is_one():

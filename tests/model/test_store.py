@@ -29,12 +29,12 @@ def finish(path) -> np.ndarray:
     store = DescriptorStore(path, 10, 4, SOURCE)
     for row in store.missing():
         store.write(row, ROWS[row])
-    return store.finish()
+    store.finish()
+    return np.load(path)
 
 
 def test_rows_come_back_as_they_went_in(path):
     np.testing.assert_array_equal(finish(path), ROWS)
-    np.testing.assert_array_equal(np.load(path), ROWS)
     assert sorted(file.name for file in path.parent.iterdir()) == ["rows.json", "rows.npy"]
 
 

@@ -1,0 +1,46 @@
+"""The processes that PyTorch's launcher started together, if it did."""
+
+import datetime
+import os
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+class Processes:
+    """This process among those of one `torchrun`; alone where there is no launcher.
+
+    Only control messages pass (gloo, on the CPU), so any mixture of machines works that sees the same files.
+
+    Attributes:
+        rank: number of this process, from 0; `local` is its number on its own machine.
+        count: number of processes.
+    """
+
+    def __init__(self):
+        self.rank, self.local, self.count = (
+            int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+        )
+        if self.count > 1:
+            # One process may have hours of work left when another is done.
+            dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+
+    def __repr__(self) -> str:
+        return f"process {self.rank + 1} of {self.count}"
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.count > 1:
+            dist.barrier()
+
+    def from_first(self, array: np.ndarray) -> np.ndarray:
+        """The first process's array, in all; the others give one of the same shape and type."""
+        if self.count > 1:
+            message = torch.from_numpy(array.view(np.uint8))
+            dist.broadcast(message, src=0)
+        return array
+
+    def end(self) -> None:
+        if self.count > 1:
+            dist.destroy_process_group()

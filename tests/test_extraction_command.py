@@ -1,0 +1,354 @@
+"""The command line of extract_rop1m.py, killed and restarted, and the evaluation that reads its file."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from oracles import all_protocols, dense_reranking, full_ranking
+from PIL import Image
+
+COUNT = 40
+
+# Blocks of three rows, so that a kill comes between blocks.
+DRIVER = f"""
+import runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+import model.store
+model.store.FLUSH_ROWS = 3
+runpy.run_path({str(ROOT / "extract_rop1m.py")!r}, run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="session")
+def distractors(tmp_path_factory):
+    """A folder in revisitop1m's layout."""
+    folder = tmp_path_factory.mktemp("revisitop1m")
+    rng = np.random.default_rng(1)
+    names = [f"{number % 3}/{number:03d}.jpg" for number in range(COUNT)]
+    for name in names:
+        path = folder / "jpg" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(path)
+    (folder / "revisitop1m.txt").write_text("\n".join(names) + "\n")
+    return folder
+
+
+@pytest.fixture
+def arguments(distractors, checkpoint_50) -> list[str]:
+    return [
+        "--weight", str(checkpoint_50), "--depth", "50", "--data-dir", str(distractors),
+        "TEST.SCALE_LIST", "1", "DATA_LOADER.NUM_WORKERS", "0",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def work(tmp_path):
+    folder = tmp_path / "work"
+    folder.mkdir()
+    (folder / "driver.py").write_text(DRIVER)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole(distractors, checkpoint_50, tmp_path_factory):
+    """The file of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    command = [
+        sys.executable, ROOT / "extract_rop1m.py", "--weight", checkpoint_50, "--depth", "50",
+        "--data-dir", distractors, "TEST.SCALE_LIST", "1", "DATA_LOADER.NUM_WORKERS", "2",
+    ]  # fmt: skip
+    subprocess.run(command, cwd=folder, check=True, env=one_thread())
+    return folder / "feats_1m_RN50.pth"
+
+
+def one_thread() -> dict[str, str]:
+    """What torchrun gives each of its processes."""
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def run_until(command: list, work, blocks: int | None) -> int | None:
+    """Starts a command; kills it, and all its processes, once the journals hold so many blocks of rows."""
+    process = subprocess.Popen(command, cwd=work, env=one_thread(), start_new_session=True)
+    while process.poll() is None:
+        lines = sum(path.read_bytes().count(b"\n") - 1 for path in work.glob("*.journal*"))
+        if blocks is not None and lines >= blocks:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return None
+        time.sleep(0.01)
+    return process.returncode
+
+
+def same_tensor_file(a, b) -> bool:
+    return a.read_bytes() == b.read_bytes()
+
+
+def test_the_file_holds_unit_rows_in_list_order(whole, distractors, checkpoint_50):
+    rows = torch.load(whole, weights_only=True)
+    assert rows.dtype == torch.float32
+    assert rows.shape == (COUNT, 2048)
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(COUNT))
+    facts = json.loads(whole.with_suffix(".json").read_text())
+    assert facts["depth"] == 50
+    assert facts["skipped"] == []
+    assert sorted(path.name for path in whole.parent.iterdir()) == [
+        "feats_1m_RN50.json",
+        "feats_1m_RN50.pth",
+        "log.txt",
+    ]
+
+
+def test_killed_at_several_moments_it_ends_with_the_same_file(work, arguments, whole):
+    command = [sys.executable, "driver.py", *arguments]
+    for blocks in (1, 4, 9):
+        assert run_until(command, work, blocks) is None
+        assert not (work / "feats_1m_RN50.pth").exists()
+    assert run_until(command, work, None) == 0
+    assert "going on after" in (work / "log.txt").read_text()
+    assert same_tensor_file(work / "feats_1m_RN50.pth", whole)
+
+
+def test_two_processes_killed_and_restarted_end_with_the_same_file(work, arguments, whole):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "driver.py"]
+    assert run_until([*launcher, *arguments], work, 4) is None
+    assert run_until([*launcher, *arguments], work, None) == 0
+    assert same_tensor_file(work / "feats_1m_RN50.pth", whole)
+    assert not list(work.glob("*.journal*"))
+
+
+def test_damage_between_two_runs_is_told_and_never_used(work, arguments, whole):
+    command = [sys.executable, "driver.py", *arguments]
+    assert run_until(command, work, 5) is None
+    part, journal = work / "feats_1m_RN50.pth.part", work / "feats_1m_RN50.pth.journal"
+    with part.open("r+b") as file:
+        file.seek(128 + 4 * 2048)
+        file.write(b"\xff\xff\xff\xff")
+    lines = journal.read_bytes().split(b"\n")
+    lines[2] = lines[2].replace(b" ", b"  ", 1)
+    journal.write_bytes(b"\n".join(lines)[:-3])
+    assert run_until(command, work, None) == 0
+    assert "2 damaged blocks are not used; their rows are made again" in (work / "log.txt").read_text()
+    assert same_tensor_file(work / "feats_1m_RN50.pth", whole)
+
+
+def test_a_second_start_after_the_end_changes_nothing(command, arguments, whole, tmp_path):
+    (tmp_path / "work").mkdir()
+    for path in (whole, whole.with_suffix(".json")):
+        shutil.copy(path, tmp_path / "work")
+    before = (tmp_path / "work" / whole.name).stat()
+    outcome = command("extract_rop1m.py", *arguments)
+    assert outcome.code == 0, outcome.err
+    assert "is complete already" in outcome.out
+    assert (tmp_path / "work" / whole.name).stat() == before
+
+
+def test_a_picture_that_cannot_be_read_stops_or_is_skipped(command, arguments, distractors, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(distractors, folder)
+    (folder / "jpg" / "1" / "004.jpg").write_text("no picture")
+    arguments[arguments.index("--data-dir") + 1] = str(folder)
+    outcome = command("extract_rop1m.py", *arguments)
+    assert outcome.code == 2
+    assert re.search(r"error: distractors: a picture cannot be used: .*1/004.jpg: not a picture\n$", outcome.err)
+
+    outcome = command("extract_rop1m.py", *arguments, "--on-error", "skip")
+    assert outcome.code == 0, outcome.err
+    rows = torch.load("feats_1m_RN50.pth", weights_only=True)
+    assert rows.norm(dim=1).round().tolist() == [float(row != 4) for row in range(COUNT)]
+    assert json.loads((tmp_path / "work" / "feats_1m_RN50.json").read_text())["skipped"] == ["004.jpg"]
+
+
+# ---- bad input: one line, exit code 2 ----
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--weight": "none.pyth"}, "no file or folder none.pyth"),
+        ({"--depth": "52"}, "argument --depth: invalid choice: 52"),
+        ({"--depth": "101"}, "it is a ResNet-50: say MODEL.DEPTH 50"),
+        ({"--data-dir": "none"}, "none/revisitop1m.txt: No such file"),
+        ({"--out": "feats.bin"}, "must end in .pth or .npy"),
+        ({"--out": "none/feats.pth"}, "there is no folder none"),
+    ],
+)
+def test_bad_arguments(command, arguments, change, message):
+    for name, value in change.items():
+        if name in arguments:
+            arguments[arguments.index(name) + 1] = value
+        else:
+            arguments = [name, value, *arguments]
+    outcome = command("extract_rop1m.py", *arguments)
+    assert outcome.code == 2
+    assert message in outcome.err.splitlines()[-1]
+
+
+def test_a_list_that_names_a_missing_file(command, arguments, distractors, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(distractors, folder)
+    (folder / "jpg" / "0" / "003.jpg").unlink()
+    arguments[arguments.index("--data-dir") + 1] = str(folder)
+    outcome = command("extract_rop1m.py", *arguments)
+    assert outcome.code == 2
+    assert re.search(r"1 of 40 pictures are missing \(.*0/003.jpg\)", outcome.err.splitlines()[-1])
+
+
+def test_a_file_of_other_settings_is_neither_overwritten_nor_mixed(command, arguments, whole, tmp_path):
+    (tmp_path / "work").mkdir()
+    for path in (whole, whole.with_suffix(".json")):
+        shutil.copy(path, tmp_path / "work")
+    outcome = command("extract_rop1m.py", *arguments, "SupG.gemp", "False")
+    assert outcome.code == 2
+    assert "was made with other settings (gemp: 4.6 before, None now)" in outcome.err
+    (tmp_path / "work" / "feats_1m_RN50.json").unlink()
+    outcome = command("extract_rop1m.py", *arguments)
+    assert outcome.code == 2
+    assert "no feats_1m_RN50.json tells what made it" in outcome.err
+
+
+def test_an_interrupted_run_of_other_settings_is_not_mixed(work, command, arguments):
+    assert run_until([sys.executable, "driver.py", *arguments], work, 1) is None
+    outcome = command("extract_rop1m.py", *arguments, "SupG.relup", "False")
+    assert outcome.code == 2
+    assert "relup: 0.014 before, None now" in outcome.err
+
+
+def test_a_full_disk_is_told_before_the_start(command, arguments, monkeypatch):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    outcome = command("extract_rop1m.py", *arguments)
+    assert outcome.code == 2
+    assert "GB are needed" in outcome.err
+
+
+# ---- evaluation with distractors ----
+
+
+@pytest.fixture
+def evaluate(command, layout, checkpoint_50, tmp_path):
+    """Runs test.py on roxford5k with distractors; the descriptors of the pictures are random and saved."""
+    rng = np.random.default_rng(3)
+    rows = rng.standard_normal((27, 2048)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    np.save(saved / "roxford5k_query.npy", rows[:3])
+    np.save(saved / "roxford5k_db.npy", rows[3:])
+
+    def run(*arguments):
+        return command(
+            "test.py", "TEST.FEATURES", saved, "TEST.DATA_DIR", layout.data_dir, "TEST.DATASET_LIST", "roxford5k",
+            "SupG.onemeval", *arguments,
+        )  # fmt: skip
+
+    run.queries, run.rows = rows[:3], rows[3:]
+    return run
+
+
+def far_rows(count: int) -> np.ndarray:
+    rows = np.random.default_rng(4).standard_normal((count, 2048)).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("kind", ["pth", "npy", "half", "old.pth"])
+def test_distractors_follow_the_database(evaluate, layout, tmp_path, kind):
+    rows = far_rows(500)
+    rows[7] = evaluate.rows[3]  # the same score as a database picture, which stands before it
+    rows[9] = 0
+    work = tmp_path / "work"
+    work.mkdir()
+    if kind == "npy":
+        np.save(work / "feats_1m_RN50.npy", rows)
+    else:
+        rows = rows.astype(np.float16 if kind == "half" else np.float32)
+        new = kind != "old.pth"
+        torch.save(torch.from_numpy(rows), work / "feats_1m_RN50.pth", _use_new_zipfile_serialization=new)
+    outcome = evaluate()
+    assert outcome.code == 0, outcome.err
+
+    together = np.concatenate([evaluate.rows, rows.astype(np.float32)])
+    ranking = full_ranking(evaluate.queries, together)
+    entry = json.loads((work / "output" / "results.json").read_text())["datasets"]["roxford5k"]
+    assert entry["distractors"] == 500
+    np.testing.assert_array_equal(np.load(work / "output" / "roxford5k_retrieval_ranks.npy"), ranking[:, :400])
+    for stage in ("retrieval", "reranking"):
+        expected = all_protocols(ranking, layout.gnd["gnd"])
+        assert {name: entry[stage][name]["mAP"] for name in "EMH"} == pytest.approx(expected, abs=1e-6)
+        for row, query in zip(ranking, evaluate.queries, strict=True):
+            row[:400] = row[:400][dense_reranking(query, together[row[:400]], 9, 0.15)]
+
+
+def test_distractors_of_other_settings_are_refused(command, layout, checkpoint_50, whole):
+    options = (
+        "TEST.WEIGHTS", checkpoint_50, "TEST.DATA_DIR", layout.data_dir, "TEST.DATASET_LIST", "roxford5k",
+        "TEST.DISTRACTORS", whole, "SupG.onemeval", "DATA_LOADER.NUM_WORKERS", "0",
+    )  # fmt: skip
+    outcome = command("test.py", *options)
+    assert outcome.code == 2
+    assert "was made with other settings (scales: [1.0] before, [0.7071, 1.0, 1.4142] now)" in outcome.err
+    assert command("test.py", *options, "TEST.SCALE_LIST", "1").code == 0
+
+
+def test_distractors_that_do_not_tell_what_made_them_are_used_with_a_warning(
+    command, layout, checkpoint_50, whole, tmp_path
+):
+    path = tmp_path / "alone.pth"
+    path.symlink_to(whole)
+    outcome = command(
+        "test.py", "TEST.WEIGHTS", checkpoint_50, "TEST.DATA_DIR", layout.data_dir, "TEST.DATASET_LIST", "roxford5k",
+        "TEST.DISTRACTORS", path, "SupG.onemeval", "TEST.SCALE_LIST", "1", "DATA_LOADER.NUM_WORKERS", "0",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    assert "no alone.json tells what made it; not compared with this run" in outcome.out
+
+
+def test_distractors_of_another_depth_are_refused(command, layout, checkpoint_101, whole):
+    outcome = command(
+        "test.py", "MODEL.DEPTH", "101", "TEST.WEIGHTS", checkpoint_101, "TEST.DATA_DIR", layout.data_dir,
+        "TEST.DATASET_LIST", "roxford5k", "TEST.DISTRACTORS", whole, "SupG.onemeval", "TEST.SCALE_LIST", "1",
+    )  # fmt: skip
+    assert outcome.code == 2
+    assert "depth: 50 before, 101 now" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (far_rows(5)[:, :512], "the distractors have 512 dimensions, the database 2048"),
+        (np.where(np.arange(5)[:, None] == 3, np.nan, far_rows(5)), "the descriptor of distractor 3 or of query 0"),
+        (far_rows(5)[:0], "holds no descriptors"),
+        (far_rows(5) * 3, "not of unit length but 3 to 3"),
+        (far_rows(5).astype(np.float64).astype(np.int64), "holds no (N, D) array"),
+        (far_rows(5)[0], "holds no (N, D) array"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".pth", ".npy"])
+def test_distractors_that_do_not_fit_are_told(evaluate, tmp_path, rows, message, suffix):
+    path = tmp_path / f"feats{suffix}"
+    if suffix == ".npy":
+        np.save(path, rows.astype(np.float32) if rows.dtype == np.float64 else rows)
+    else:
+        torch.save(torch.from_numpy(rows.astype(np.float32) if rows.dtype == np.float64 else rows.copy()), path)
+    outcome = evaluate("TEST.DISTRACTORS", path)
+    assert outcome.code == 2
+    assert message in outcome.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("kept", [0, 0.5, 0.999])
+@pytest.mark.parametrize("suffix", [".pth", ".npy"])
+def test_truncated_and_empty_files_are_told(evaluate, tmp_path, suffix, kept):
+    path = tmp_path / f"feats{suffix}"
+    np.save(path, far_rows(50)) if suffix == ".npy" else torch.save(torch.from_numpy(far_rows(50)), path)
+    os.truncate(path, int(path.stat().st_size * kept))
+    outcome = evaluate("TEST.DISTRACTORS", path)
+    assert outcome.code == 2
+    assert re.search(r"damaged|is empty", outcome.err.splitlines()[-1])

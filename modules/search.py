@@ -11,7 +11,8 @@ from torch import Tensor
 
 _INDEX_BITS = 32
 _INDEX_MASK = (1 << _INDEX_BITS) - 1
-_CHUNK_BYTES = 64 << 20
+_PRODUCT_BYTES = 8 << 20
+_BLOCK = 2048  # pairs or rows whose float64 products are made at a time
 
 
 class NotFiniteError(ValueError):
@@ -92,16 +93,18 @@ def search(
 ) -> SearchResult:
     """The M best rows per query, and the rank of the listed rows, in one pass over the database.
 
-    Score = q . x. Higher first; equal scores keep the lower row number first. A score is the
-    float32 nearest to the float64 dot product, so that rankings are the same on any device, for
-    any chunk size, and equal rows tie wherever they stand. Nothing of size N x Q is kept or sorted.
+    Score = q . x. Higher first; equal scores keep the lower row number first. A score is the float32
+    nearest to the float64 dot product, so that rankings are the same on any device, for any chunk
+    size, and equal rows tie wherever they stand. Only scores that decide something are computed
+    that way: those so near to the M-th best, or to a listed row, that float32 products could err.
+    Nothing of size N x Q is kept or sorted.
 
     Args:
         queries: (Q, D), unit rows.
         database: N rows of D.
         m: results per query; all where the database is smaller.
         listed: per query the row numbers (L,) int64 whose rank is wanted; none by default.
-        chunk_size: rows read at a time; by default what keeps the work arrays near 64 MB.
+        chunk_size: rows read at a time; by default what keeps the products near 8 MB.
         device: where the products are computed.
         on_chunk: called with the number of rows after each chunk, for a progress bar.
 
@@ -122,22 +125,48 @@ def search(
     if len(listed) != len(queries):
         raise ValueError(f"{len(queries)} queries need {len(queries)} lists of rows, got {len(listed)}")
     if chunk_size is None:
-        chunk_size = max(256, _CHUNK_BYTES // (8 * max(database.dim, len(queries), 1)))
+        chunk_size = max(1024, min(16384, _PRODUCT_BYTES // (4 * max(len(queries), 1))))
 
     queries = queries.to(device, torch.float64)
     ranks = _ListedRanks(queries, database, listed)
-    best = torch.empty(len(queries), 0, dtype=torch.int64, device=device)
+    best = torch.empty(len(queries), 0, dtype=torch.int64, device=device)  # order keys, descending
     for start, chunk in database.chunks(chunk_size):
-        scores = _scores(queries, chunk.to(device), start)
-        ranks.make_consistent(scores, start)
-        keys = _order_keys(scores, start)
-        ranks.count(keys)
-        best = torch.cat([best, keys.topk(min(m, len(chunk)), sorted=False).values], dim=1)
-        best = best.topk(min(m, best.shape[1]), sorted=True).values
+        chunk = chunk.to(device)
+        scores, error = _products(queries, chunk, start)
+        # Only scores above both the M-th best and the lowest listed one can change a result.
+        bar = _from_order_keys(best[:, -1])[1] if best.shape[1] == m else torch.full_like(ranks.lowest, -torch.inf)
+        query, column = (scores >= (torch.minimum(bar, ranks.lowest) - error)[:, None]).nonzero(as_tuple=True)
+        values = scores[query, column]
+        above, near = ranks.place(query, values, error)
+        challenging = values >= (bar - error)[query]
+        _make_exact(scores, queries, chunk, column[near | challenging].unique())
+        values, ids = scores[query, column], column + start
+        ranks.count(query, values, ids, above, near)
+        best = _merge(best, query[challenging], _order_keys(values[challenging], ids[challenging]), m)
         if on_chunk is not None:
             on_chunk(len(chunk))
-    ids, scores = _from_order_keys(best)
-    return SearchResult(ids.cpu(), scores.cpu(), ranks.positions())
+    ids, values = _from_order_keys(best)
+    return SearchResult(ids.cpu(), values.cpu(), ranks.positions())
+
+
+def _products(queries: Tensor, chunk: Tensor, start: int) -> tuple[Tensor, float]:
+    """The scores of a chunk, (Q, C) float32, and by how much each may err."""
+    # Reduced precision (TF32, say), where somebody chose it, has no useful bound.
+    fast = torch.get_float32_matmul_precision() == "highest" and chunk.dtype != torch.float64
+    work = torch.float32 if fast else torch.float64
+    scores = (queries.to(work) @ chunk.to(work).T).to(torch.float32)
+    if not torch.isfinite(scores.sum()):
+        bad = (~torch.isfinite(scores)).nonzero()
+        if len(bad):
+            raise NotFiniteError(int(bad[0, 0]), start + int(bad[0, 1]))
+    # The roundings of a sum of D products of unit vectors add up like a random walk of half ulps.
+    return scores, chunk.shape[1] ** 0.5 * 2.0**-24
+
+
+def _make_exact(scores: Tensor, queries: Tensor, chunk: Tensor, columns: Tensor) -> None:
+    """Replaces the scores of some columns by the float32 nearest to the float64 product."""
+    for part in columns.split(_BLOCK):
+        scores[:, part] = _rounded(queries @ chunk[part].to(torch.float64).T)
 
 
 class _ListedRanks:
@@ -147,60 +176,81 @@ class _ListedRanks:
         device, n = queries.device, len(database)
         self.lengths = [len(ids) for ids in listed]
         width = max(self.lengths, default=0)
-        ids = torch.full((len(listed), width), -1, dtype=torch.int64, device=device)  # -1 pads
-        scores = torch.zeros(len(listed), width, device=device)
+        keys = torch.full((len(listed), width + 1), torch.iinfo(torch.int64).max, device=device)  # the last one pads
         for query, (numbers, vector) in enumerate(zip(listed, queries, strict=True)):
             if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < n:
                 raise ValueError(f"query {query}: a listed row lies outside the database of {n} rows")
-            ids[query, : len(numbers)] = numbers.to(device)
-            rows = database.rows(numbers).to(device)
-            scores[query, : len(numbers)] = _scores(vector[None], rows, 0)[0]
-        self.ids, self.scores = ids, scores
-        keys = _order_keys(scores, ids).masked_fill(ids < 0, torch.iinfo(torch.int64).max)
-        self.keys, self.order = keys.sort(dim=1)
-        # before[q, i]: rows that stand before exactly the first i of the query's sorted listed rows
-        self.before = torch.zeros(len(listed), width + 1, dtype=torch.int64, device=device)
+            rows = database.rows(numbers).to(device, torch.float64)
+            if len(numbers):
+                keys[query, : len(numbers)] = _order_keys(_rounded((rows * vector).sum(dim=1)), numbers.to(device))
+        self.keys, self.order = keys.sort(dim=1)  # (Q, L+1)
+        self.scores = _from_order_keys(self.keys)[1].masked_fill(
+            torch.arange(width + 1, device=device) >= torch.tensor(self.lengths, device=device)[:, None], torch.inf
+        )
+        self.lowest = self.scores[:, 0]
+        # As one ascending list for all queries, searched in one call.
+        offset = torch.arange(len(listed), device=device)[:, None]
+        self.flat = _flat_keys(offset, self.scores).flatten()
+        # passed[q, i]: rows that stand before exactly the first i of the query's sorted listed rows
+        self.passed = torch.zeros_like(self.keys)
 
-    def make_consistent(self, scores: Tensor, start: int) -> None:
-        """Give the listed rows of this chunk the very scores that the others are compared with."""
-        query, column = ((self.ids >= start) & (self.ids < start + scores.shape[1])).nonzero(as_tuple=True)
-        scores[query, self.ids[query, column] - start] = self.scores[query, column]
+    def place(self, query: Tensor, values: Tensor, error: float) -> tuple[Tensor, Tensor]:
+        """How many of the query's listed rows score lower, and whether that is in doubt for the error."""
+        scores = self.scores.flatten()
+        above = torch.searchsorted(self.flat, _flat_keys(query, values)).clamp_(max=len(scores) - 1)
+        below = (above - 1).clamp_(min=0)
+        near = ((scores[above] - values).abs() <= error) | ((scores[below] - values).abs() <= error)
+        return above - query * self.keys.shape[1], near
 
-    def count(self, keys: Tensor) -> None:
-        if self.keys.shape[1]:
-            passed = torch.searchsorted(self.keys, keys)
-            bins = passed + self.before.shape[1] * torch.arange(len(keys), device=keys.device)[:, None]
-            self.before += torch.bincount(bins.flatten(), minlength=self.before.numel()).view_as(self.before)
+    def count(self, query: Tensor, values: Tensor, ids: Tensor, above: Tensor, near: Tensor) -> None:
+        """Counts these rows; the near ones have exact scores by now, and are placed again."""
+        for part in near.nonzero().squeeze(1).split(_BLOCK):
+            keys = _order_keys(values[part], ids[part])
+            above[part] = torch.searchsorted(self.keys[query[part]], keys[:, None]).squeeze(1)
+        bins = query * self.passed.shape[1] + above
+        self.passed += torch.bincount(bins, minlength=self.passed.numel()).view_as(self.passed)
 
     def positions(self) -> list[Tensor]:
-        ahead = self.before[:, 1:].flip(1).cumsum(1).flip(1)
+        ahead = self.passed.flip(1).cumsum(1).flip(1)[:, 1:]
+        ahead = torch.nn.functional.pad(ahead, (0, 1))
         positions = torch.empty_like(ahead).scatter_(1, self.order, ahead).cpu()
         return [row[:length] for row, length in zip(positions, self.lengths, strict=True)]
 
 
-def _scores(queries: Tensor, rows: Tensor, start: int) -> Tensor:
-    """(Q, D) float64, (C, D) -> (Q, C) float32, rounded once. Adding 0 turns -0 into 0."""
-    scores = (queries @ rows.to(torch.float64).T).to(torch.float32).add_(0.0)
-    if not torch.isfinite(scores).all():
-        query, column = (~torch.isfinite(scores)).nonzero()[0].tolist()
-        raise NotFiniteError(query, start + column)
-    return scores
+def _merge(best: Tensor, query: Tensor, keys: Tensor, m: int) -> Tensor:
+    """The m largest keys per query of best (Q, B) and of new ones, given as pairs in the order of queries."""
+    counts = torch.bincount(query, minlength=len(best))
+    new = torch.full((len(best), int(counts.max()) if len(query) else 0), torch.iinfo(torch.int64).min)
+    new = new.to(best.device)
+    place = torch.arange(len(query), device=best.device) - (counts.cumsum(0) - counts)[query]
+    new[query, place] = keys
+    merged = torch.cat([best, new], dim=1)
+    return merged.topk(min(m, merged.shape[1]), sorted=True).values
 
 
-def _order_keys(scores: Tensor, first: int | Tensor) -> Tensor:
-    """One int64 per score whose order is: higher score, then lower row number. All are distinct.
+def _rounded(scores: Tensor) -> Tensor:
+    """float64 -> the nearest float32; adding 0 turns -0 into 0."""
+    return scores.to(torch.float32).add_(0.0)
 
-    The float32's bits, flipped for negative numbers, order as integers do; the row number, counted
-    down, fills the lower half. `first` is the number of the first column, or all numbers.
-    """
+
+def _sortable(scores: Tensor) -> Tensor:
+    """float32 -> int64 that orders alike: the bits, flipped for negative numbers."""
     bits = scores.view(torch.int32)
-    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)
-    if not isinstance(first, Tensor):
-        first = torch.arange(first, first + scores.shape[1], device=scores.device)
-    return (bits << _INDEX_BITS) | (_INDEX_MASK - first)
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)
+
+
+def _order_keys(scores: Tensor, ids: Tensor) -> Tensor:
+    """One int64 per score whose order is: higher score, then lower row number. All are distinct."""
+    return (_sortable(scores) << _INDEX_BITS) | (_INDEX_MASK - ids)
 
 
 def _from_order_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """The row numbers and the scores of order keys."""
     bits = (keys >> _INDEX_BITS).to(torch.int32)
     scores = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).view(torch.float32)
     return _INDEX_MASK - (keys & _INDEX_MASK), scores
+
+
+def _flat_keys(query: Tensor, scores: Tensor) -> Tensor:
+    """One int64 per score whose order is: query, then score."""
+    return (query << _INDEX_BITS) + _sortable(scores) + (1 << (_INDEX_BITS - 1))

@@ -254,8 +254,8 @@ def evaluate(command, layout, checkpoint_50, tmp_path):
     return run
 
 
-def far_rows(count: int) -> np.ndarray:
-    rows = np.random.default_rng(4).standard_normal((count, 2048)).astype(np.float32)
+def far_rows(count: int, dim: int = 2048) -> np.ndarray:
+    rows = np.random.default_rng(4).standard_normal((count, dim)).astype(np.float32)
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
@@ -323,10 +323,10 @@ def test_distractors_of_another_depth_are_refused(command, layout, checkpoint_10
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (far_rows(5)[:, :512], "the distractors have 512 dimensions, the database 2048"),
+        (far_rows(5, 512), "the distractors have 512 dimensions, the database 2048"),
         (np.where(np.arange(5)[:, None] == 3, np.nan, far_rows(5)), "the descriptor of distractor 3 or of query 0"),
         (far_rows(5)[:0], "holds no descriptors"),
-        (far_rows(5) * 3, "not of unit length but 3 to 3"),
+        (far_rows(5) * 3, "not of unit length (3 to 3)"),
         (far_rows(5).astype(np.float64).astype(np.int64), "holds no (N, D) array"),
         (far_rows(5)[0], "holds no (N, D) array"),
     ],

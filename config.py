@@ -1,7 +1,6 @@
 """Every option once: default, one-line meaning, check. Only the command lines read it."""
 
 import argparse
-import ast
 import difflib
 import math
 import re
@@ -53,6 +52,10 @@ def _odd(value: int) -> str | None:
     return None if value > 0 and value % 2 else "is not odd and positive"
 
 
+def _not_empty(value: str) -> str | None:
+    return None if value else "is empty"
+
+
 def _datasets(value: list) -> str | None:
     if not value:
         return "is empty"
@@ -67,14 +70,14 @@ def _device(value: str) -> str | None:
 OPTIONS = (
     Option("MODEL.DEPTH", 50, "layers of the ResNet encoder: 50 or 101", _one_of(*STAGE_DEPTHS)),
     Option("MODEL.HEADS.REDUCTION_DIM", 2048, "dimensions of the descriptor, as in the checkpoint", _at_least(1)),
-    Option("TEST.WEIGHTS", "./weights", "checkpoint, or a folder in which exactly one fits the depth"),
-    Option("TEST.DATA_DIR", "./revisitop", "folder of the datasets"),
+    Option("TEST.WEIGHTS", "./weights", "checkpoint, or a folder in which exactly one fits the depth", _not_empty),
+    Option("TEST.DATA_DIR", "./revisitop", "folder of the datasets", _not_empty),
     Option("TEST.DATASET_LIST", ["roxford5k", "rparis6k"], f"datasets to run: {', '.join(DATASETS)}", _datasets),
     Option("TEST.SCALE_LIST", 3, "number of scales: 1, 3 or 5", _one_of(*SCALES)),
     Option("TEST.FEATURES", "", "evaluate saved descriptors (.mat, .npy, .npz, .pth, a folder of ours); no network"),
     Option("TEST.DEVICE", "auto", "auto (GPU where there is one), cpu, cuda or cuda:N", _device),
     Option("TEST.PRECISION", "fp32", "precision of the network: fp32 (PyTorch's defaults)", _one_of("fp32")),
-    Option("TEST.OUT_DIR", "./output", "folder of results.json, descriptors and rankings"),
+    Option("TEST.OUT_DIR", "./output", "folder of results.json, descriptors and rankings", _not_empty),
     Option("TEST.DISTRACTORS", "", "descriptors for SupG.onemeval; default: feats_1m_RN<depth>.pth or .npy here"),
     Option("TEST.RESUME", True, "go on with, and use again, descriptors of the same run in TEST.OUT_DIR"),
     Option("DATA_LOADER.NUM_WORKERS", 4, "processes that decode pictures, at most one per core", _at_least(0)),
@@ -183,7 +186,7 @@ def pair_options(words: list[str]) -> list[tuple[str, Any]]:
         option = _option(rest.pop(0))
         if isinstance(option.default, bool) and (not rest or _is_key(rest[0])):
             settings.append((option.key, True))
-        elif not rest:
+        elif not rest or rest[0] in _BY_KEY:
             raise InputError(f"{option.key} needs a value ({option.meaning})")
         else:
             settings.append((option.key, rest.pop(0)))
@@ -206,7 +209,9 @@ def _option(key: str) -> Option:
     def likeness(other: str) -> tuple[float, bool]:
         return difflib.SequenceMatcher(None, key.lower(), other.lower()).ratio(), other.startswith(key)
 
-    raise InputError(f"unknown option {key}; did you mean {max(_BY_KEY, key=likeness)}? --help lists all")
+    nearest = max(_BY_KEY, key=likeness)
+    meant = f"did you mean {nearest}? " if likeness(nearest)[0] > 0.6 else ""
+    raise InputError(f"unknown option {key}; {meant}--help lists all")
 
 
 def _typed(option: Option, value: Any) -> Any:
@@ -226,7 +231,7 @@ def _typed(option: Option, value: Any) -> Any:
             value = _list(value)
         else:
             problem = "has the wrong type"
-    except (ValueError, TypeError, SyntaxError):
+    except (ValueError, TypeError):
         problem = "has the wrong type"
     if problem is None:
         problem = option.check(value)
@@ -237,10 +242,10 @@ def _typed(option: Option, value: Any) -> Any:
 
 
 def _list(value: Any) -> list:
-    """A list, or text: "['a', 'b']", "a,b" or "a"."""
+    """A list, or text: "['a', 'b']", "[a, b]", "a,b" or "a"."""
     if isinstance(value, str):
-        value = ast.literal_eval(value) if value.startswith(("[", "(")) else value.split(",")
-    return [str(item).strip() for item in value]
+        value = [item.strip(" '\"") for item in value.strip("[]() ").split(",")]
+    return [str(item) for item in value if item]
 
 
 def _read_yaml(path: Path) -> list[tuple[str, Any]]:
@@ -250,10 +255,9 @@ def _read_yaml(path: Path) -> list[tuple[str, Any]]:
     except OSError as error:
         raise InputError(f"--config-file {path}: {error.strerror}") from None
     except Exception as error:  # the YAML reader's own, through yacs
-        reason = " ".join(str(error).split())
-        raise InputError(
-            f"--config-file {path} holds no YAML options such as 'MODEL: {{DEPTH: 50}}' ({reason})"
-        ) from None
+        text = " ".join(str(error).split())
+        reason = f" ({text})" if "line" in text else ""
+        raise InputError(f"--config-file {path} holds no YAML options such as 'MODEL: {{DEPTH: 50}}'{reason}") from None
 
     def flatten(node: dict, prefix: str) -> list[tuple[str, Any]]:
         pairs = []

@@ -5,6 +5,7 @@ python test.py MODEL.DEPTH 50 TEST.WEIGHTS ./weights TEST.DATA_DIR ./revisitop S
 """
 
 import logging
+import os
 from datetime import datetime
 from pathlib import Path
 
@@ -47,6 +48,9 @@ def main(argv: list[str]) -> None:
 
     # Everything that can be missing is looked for before the long work begins.
     datasets = [find_dataset(name, Path(cfg.TEST.DATA_DIR)) for name in cfg.TEST.DATASET_LIST]
+    if not cfg.TEST.FEATURES:
+        for dataset in datasets:
+            dataset.check_files()
     checkpoints = {} if cfg.TEST.FEATURES else {dataset.name: find_weights(cfg, dataset) for dataset in datasets}
     sources = {name: descriptor_source(cfg, checkpoint) for name, checkpoint in checkpoints.items()}
     distractors = None
@@ -79,6 +83,7 @@ def main(argv: list[str]) -> None:
             database = add_distractors(rows, distractors)
             entry["distractors"] = len(distractors)
 
+        (out_dir / f"{dataset.name}_reranking_ranks.npy").unlink(missing_ok=True)  # an earlier run's
         stages = retrieve(queries, database, dataset.ground_truth, reranker if cfg.SupG.rerank else None, device)
         for name, ranking in stages.items():
             for line in ranking.in_words():
@@ -98,6 +103,8 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"TEST.OUT_DIR {folder} cannot be made ({error.strerror})") from None
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"TEST.OUT_DIR {folder}: nothing can be written there")
 
 
 def find_dataset(name: str, data_dir: Path) -> Dataset:
@@ -108,7 +115,7 @@ def find_dataset(name: str, data_dir: Path) -> Dataset:
 
 def find_weights(cfg: CfgNode, dataset: Dataset) -> Path:
     """The checkpoint; toy brings random weights of its own, unless TEST.WEIGHTS was given."""
-    if dataset.name == "toy" and cfg.TEST.WEIGHTS == default_config().TEST.WEIGHTS:
+    if dataset.name == "toy" and Path(cfg.TEST.WEIGHTS) == Path(default_config().TEST.WEIGHTS):
         return toy.ensure_weights(dataset.folder, cfg.MODEL.DEPTH)
     return find_checkpoint(Path(cfg.TEST.WEIGHTS), cfg.MODEL.DEPTH)
 

@@ -132,7 +132,7 @@ def load_tensors(path: Path) -> object:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError:
         raise InputError(
-            f"{path} holds other things than tensors and might run code when loaded: refused; save its state dict alone"
+            f"{path} holds other things than tensors and might run code when loaded: refused; save tensors alone"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
         reason = str(error).splitlines()[0] if str(error) else "unexpected end of file"

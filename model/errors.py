@@ -28,7 +28,7 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     except (InputError, OSError) as error:
         if not isinstance(error, InputError) and error.errno not in _MENDABLE:
             raise
-        text = f"error: {error}"
+        text = f"error: {error}" if isinstance(error, InputError) else f"error: {error.filename}: {error.strerror}"
         print(text, file=sys.stderr)
         if logging.root.handlers:  # the log file gets it, too
             logging.root.error(text)

@@ -108,7 +108,11 @@ def describe_all(
                     break
                 bar.set_description(f"{title}: looking for damaged pictures, {len(damaged)} found")
             elif not damaged:
-                store.write(row, describe(model, pixels).numpy())
+                vector = describe(model, pixels).numpy()
+                if not np.isfinite(vector).all():
+                    path = images[row].path
+                    raise InputError(f"{path}: its descriptor is not finite; a power or threshold of SupG is too large")
+                store.write(row, vector)
             bar.update()
     finally:
         store.flush()
@@ -118,10 +122,11 @@ def describe_all(
         raise InputError(f"{title}: {count} cannot be used: {short_list(damaged, _NAMED_AT_MOST)}")
 
 
-def fingerprint(images: Sequence[ImageFile]) -> str:
-    """A digest that changes with the names, boxes, sizes or times of the files."""
-    digest = hashlib.sha256()
-    for image in images:
-        stat = image.path.stat()
-        digest.update(repr((image.path.name, image.box, stat.st_size, stat.st_mtime_ns)).encode())
-    return digest.hexdigest()
+def list_digest(images: Sequence[ImageFile]) -> str:
+    """A digest of the names and boxes, in their order."""
+    return hashlib.sha256(repr([(image.path.name, image.box) for image in images]).encode()).hexdigest()
+
+
+def file_stamps(images: Sequence[ImageFile]) -> list[str]:
+    """Per picture, what changes when its file does: size and time."""
+    return [f"{stat.st_size}-{stat.st_mtime_ns}" for stat in (image.path.stat() for image in images)]

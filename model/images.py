@@ -65,6 +65,8 @@ def read_image(path: Path) -> np.ndarray:
         raise ImageError(path, "no such file") from None
     except Image.UnidentifiedImageError:
         raise ImageError(path, "not a picture") from None
+    except PermissionError as error:
+        raise ImageError(path, error.strerror) from None
     except Exception as error:  # decoders raise what they like (SyntaxError, struct.error, ...)
         raise ImageError(path, f"cannot be decoded ({str(error) or type(error).__name__})") from None
 

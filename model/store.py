@@ -39,7 +39,9 @@ class DescriptorStore:
     Args:
         path: the coming file, .npy or .pth (one tensor).
         rows, dim: its shape.
-        source: what the rows are made from (checkpoint, settings, list of pictures), as JSON can hold it.
+        source: what all rows are made from (checkpoint, settings, list of pictures), as JSON can hold it.
+        stamps: per row, what tells whether its picture is the same as before; rows whose stamp has
+            changed are made again, the others stay.
         resume: False starts over.
         hint: what to do about a store that cannot be used, for the error.
         rank: of the processes that share the work, which this is. Rank 0 opens the store first.
@@ -60,9 +62,11 @@ class DescriptorStore:
         hint: str = "resume=False starts over",
         rank: int = 0,
         done: np.ndarray | None = None,
+        stamps: list[str] | None = None,
     ):
         self.path, self.rows, self.dim, self.hint = path, rows, dim, hint
         self.source = json.loads(json.dumps(jsonable(source)))
+        self.stamps = stamps
         self.part = Path(f"{path}.part")
         self.journal = Path(f"{path}.journal{f'.{rank}' if rank else ''}")
         self._buffer: list[np.ndarray] = []
@@ -124,10 +128,15 @@ class DescriptorStore:
         self.flush()
         if not self.done.all():
             raise RuntimeError(f"{self.path}: {len(self.missing())} rows are missing")
-        write_json(self.source_path, {**self.source, **(facts or {})})
+        write_json(self.source_path, {**self._head(), **(facts or {})})
         if self.path.suffix == ".pth":
             new = Path(f"{self.path}.new")
-            torch.save(torch.from_numpy(self.part_rows()), new)
+            try:
+                torch.save(torch.from_numpy(self.part_rows()), new)
+            except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch.save
+                new.unlink(missing_ok=True)
+                reason = str(error).splitlines()[0]
+                raise InputError(f"cannot write {self.path} ({reason}); all rows are safe in {self.part}") from None
             with new.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(new, self.path)
@@ -139,14 +148,36 @@ class DescriptorStore:
         self.complete = True
 
     def _is_complete(self) -> bool:
-        """Whether an earlier run finished this file, from the same things."""
+        """Whether an earlier run finished this file, from the same things.
+
+        Where only some pictures have changed, the file becomes the part again, with the other rows.
+        """
         if not self.path.is_file() or self.part.exists():
             return False
-        fits = source_differences(self.path, self.source) == []
-        if self.path.suffix == ".npy":
-            fits &= self.path.stat().st_size == self._offset(self.rows)
-        self.done[:] = fits
-        return fits
+        differing = source_differences(self.path, self.source)
+        if differing:
+            log.info("%s: made with other settings (%s), to be replaced", self.path, short_list(differing))
+        if differing != [] or (self.path.suffix == ".npy" and self.path.stat().st_size != self._offset(self.rows)):
+            return False
+        same = self._same_stamps(json.loads(self.source_path.read_text()))
+        if not same.all():
+            self._write_journal(_blocks(np.load(self.path, mmap_mode="r"), same))
+            os.replace(self.path, self.part)
+            return False
+        self.done[:] = True
+        return True
+
+    def _head(self) -> dict:
+        return self.source if self.stamps is None else {**self.source, "stamps": self.stamps}
+
+    def _same_stamps(self, before: dict) -> np.ndarray:
+        """Which rows' pictures are as they were."""
+        if self.stamps is None:
+            return np.ones(self.rows, dtype=bool)
+        old = before.get("stamps")
+        if not isinstance(old, list) or len(old) != self.rows:
+            return np.zeros(self.rows, dtype=bool)
+        return np.array(old) == np.array(self.stamps)
 
     def _journals(self) -> list[Path]:
         return sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.journal*"))
@@ -177,7 +208,7 @@ class DescriptorStore:
 
     def _resume(self) -> None:
         """Takes over the blocks that are whole, from all journals, and joins these into one."""
-        blocks, damaged = [], 0
+        blocks, damaged, same = [], 0, np.ones(self.rows, dtype=bool)
         for journal in self._journals():
             first, *lines = journal.read_bytes().split(b"\n")
             try:
@@ -186,6 +217,7 @@ class DescriptorStore:
                 raise InputError(f"{journal} is damaged; {self.hint}") from None
             if differing := differences(before, self.source):
                 raise InputError(f"{self.part} was begun with other settings ({short_list(differing)}); {self.hint}")
+            same &= self._same_stamps(before)
             parsed = [_parse(line) for line in lines[:-1]]  # what follows the last line break was never finished
             blocks += [block for block in parsed if block is not None]
             damaged += parsed.count(None)
@@ -199,6 +231,9 @@ class DescriptorStore:
                     self.done[start : start + count] = True
                     intact.append((start, count, checksum))
         damaged += len(blocks) - len(intact)
+        if not same.all():  # the rows of changed pictures; their blocks are split
+            self.done &= same
+            intact = _blocks(np.load(self.part, mmap_mode="r"), self.done)
         self._write_journal(intact)
         for journal in self._journals():
             if journal != self.journal:
@@ -210,7 +245,7 @@ class DescriptorStore:
     def _write_journal(self, blocks: list[tuple[int, int, int]]) -> None:
         new = Path(f"{self.path}.new-{self.journal.name}")
         with new.open("wb") as file:
-            file.write(json.dumps(self.source).encode() + b"\n")
+            file.write(json.dumps(self._head()).encode() + b"\n")
             file.writelines(_line(*block) for block in blocks)
             _sync(file)
         os.replace(new, self.journal)
@@ -230,7 +265,15 @@ def source_differences(path: Path, source: dict) -> list[str] | None:
 
 def differences(before: dict, now: dict) -> list[str]:
     """What of `now` is different in `before`, with both values; more than that in `before` does not matter."""
-    return [f"{key}: {before.get(key)} before, {value} now" for key, value in now.items() if before.get(key) != value]
+
+    def shown(value: Any) -> str:
+        return f"{value[:12]}…" if isinstance(value, str) and len(value) > 20 else str(value)
+
+    return [
+        f"{key}: {shown(before.get(key))} before, {shown(value)} now"
+        for key, value in now.items()
+        if before.get(key) != value
+    ]
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -249,6 +292,12 @@ def jsonable(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else str(value)
     return value.item() if isinstance(value, np.generic) else value
+
+
+def _blocks(rows: np.ndarray, done: np.ndarray) -> list[tuple[int, int, int]]:
+    """First row, number and checksum of each run of rows that are done."""
+    ends = np.flatnonzero(np.diff(done, prepend=False, append=False)).reshape(-1, 2).tolist()
+    return [(start, end - start, zlib.crc32(rows[start:end].tobytes())) for start, end in ends]
 
 
 def _line(start: int, count: int, checksum: int) -> bytes:

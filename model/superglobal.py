@@ -9,7 +9,17 @@ from torchvision.transforms.functional import resize
 
 from model.checkpoint import load_encoder
 from model.resnet import ResNet
-from modules.pooling import RGEM_WINDOW, GeMPlus, RegionalGeM, ScaleGeM, generalized_mean
+from modules.activation import RELUP_THRESHOLD
+from modules.pooling import (
+    GEMP_P,
+    RGEM_P,
+    RGEM_WINDOW,
+    SGEM_P,
+    GeMPlus,
+    RegionalGeM,
+    ScaleGeM,
+    generalized_mean,
+)
 
 SCALES = {1: (1.0,), 3: (0.7071, 1.0, 1.4142), 5: (0.5, 0.7071, 1.0, 1.4142, 2.0)}
 
@@ -32,10 +42,10 @@ class SuperGlobal(nn.Module):
     def __init__(
         self,
         encoder: ResNet,
-        scales: tuple[float, ...] = SCALES[3],
-        gemp: GeMPlus | None = None,
-        rgem: RegionalGeM | None = None,
-        sgem: ScaleGeM | None = None,
+        scales: tuple[float, ...],
+        gemp: GeMPlus | None,
+        rgem: RegionalGeM | None,
+        sgem: ScaleGeM | None,
     ):
         super().__init__()
         self.encoder = encoder
@@ -77,11 +87,11 @@ def build_model(
     depth: int,
     reduction_dim: int = 2048,
     scales: tuple[float, ...] = SCALES[3],
-    relup: float | None = None,
-    gemp: float | None = None,
-    rgem: float | None = None,
+    relup: float | None = RELUP_THRESHOLD,
+    gemp: float | None = GEMP_P,
+    rgem: float | None = RGEM_P,
     rgem_window: int = RGEM_WINDOW,
-    sgem: float | None = None,
+    sgem: float | None = SGEM_P,
 ) -> SuperGlobal:
     """The network with a checkpoint's weights, in evaluation mode, on the CPU.
 

@@ -113,6 +113,8 @@ class SuperGlobalReranker(nn.Module):
         Returns:
             order and scores of shape (Q, min(m, R)), on the CPU.
         """
+        if not callable(fetch):
+            raise ValueError(f"fetch is a function from ids to rows, Database(rows).rows, say; got {type(fetch)}")
         ids = ids[:, : self.m]
         m, d = ids.shape[1], queries.shape[1]
         block = max(1, _BLOCK_BYTES // (4 * m * max(m, d)))

@@ -38,6 +38,8 @@ class Database:
 
     def __init__(self, parts: Tensor | Sequence[Tensor]):
         self.parts = [parts] if isinstance(parts, Tensor) else list(parts)
+        if not all(isinstance(part, Tensor) for part in self.parts):
+            raise ValueError("a database is one or more tensors; torch.from_numpy makes one of an array")
         shapes = [tuple(part.shape) for part in self.parts]
         if not shapes or any(len(shape) != 2 or shape[1] != shapes[0][-1] for shape in shapes):
             raise ValueError(f"a database is one or more (N, D) tensors of equal D, got shapes {shapes}")

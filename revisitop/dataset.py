@@ -82,7 +82,7 @@ def load_dataset(name: str, data_dir: Path) -> Dataset:
     if folder is None:
         raise InputError(
             f"no dataset {name} in {data_dir}: {data_dir / name / f'gnd_{name}.pkl'} is missing; "
-            f"get it from {HOME_PAGE}, or name its folder with TEST.DATA_DIR"
+            f"get it from {HOME_PAGE}; TEST.DATA_DIR is the folder that holds {name}/"
         )
     path = folder / f"gnd_{name}.pkl"
     content = load_pickle(path)
@@ -209,4 +209,7 @@ def _ground_truth(entry: Any, n: int, path: Path, query: str) -> GroundTruth:
                 f"{path}: query {query} lists picture {outside[0]} as {kind}, but imlist has {n} (0 to {n - 1})"
             )
         lists.append(numbers)
+    together, counts = np.unique(np.concatenate(lists), return_counts=True)
+    if (counts > 1).any():
+        raise InputError(f"{path}: query {query} lists picture {together[counts > 1][0]} more than once")
     return GroundTruth(*lists)

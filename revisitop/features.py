@@ -1,5 +1,6 @@
 """Saved descriptors: our own, revisitop's .mat files, and the distractors'."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ def load_features(path: Path, dataset: Dataset) -> tuple[Tensor, Tensor]:
         InputError: where a file is missing or damaged, does not fit the dataset, or holds a zero or
             a number that is not finite in place of a descriptor.
     """
+    if not path.exists():
+        raise InputError(f"TEST.FEATURES: no file or folder {path}")
     suffix = path.suffix.lower()
     if path.is_dir() or suffix == ".npy":
         folder = path if path.is_dir() else path.parent
@@ -40,6 +43,7 @@ def load_features(path: Path, dataset: Dataset) -> tuple[Tensor, Tensor]:
         if path.suffix and not path.is_dir() and path not in files:
             raise InputError(f"TEST.FEATURES {path}: for {dataset.name} it must be {files[0].name} or {files[1].name}")
         arrays = [_load_npy(file) for file in files]
+        _check_pair(*files)
     elif suffix in (".mat", ".npz", ".pth"):
         content = {".mat": _load_mat, ".npz": _load_npy, ".pth": load_tensors}[suffix](path)
         try:
@@ -112,6 +116,18 @@ def check_distractors(path: Path, source: dict) -> None:
         )
 
 
+def _check_pair(queries: Path, database: Path) -> None:
+    """An interrupted run may have left queries and database that were made with different settings."""
+    try:
+        source = json.loads(queries.with_suffix(".json").read_text())
+    except (OSError, ValueError):
+        return
+    source = {key: value for key, value in source.items() if key not in ("pictures", "stamps")}
+    if differing := source_differences(database, source):
+        what = short_list(differing).replace("before", "in the database").replace("now", "in the queries")
+        raise InputError(f"{queries} and {database} were made with different settings ({what}); make them again")
+
+
 def add_distractors(rows: Tensor, distractors: Tensor) -> Database:
     """The database with the distractors behind it. Raises InputError where their widths differ."""
     if rows.shape[1] != distractors.shape[1]:
@@ -122,8 +138,8 @@ def add_distractors(rows: Tensor, distractors: Tensor) -> Database:
 def _load_npy(path: Path, option: str = "TEST.FEATURES", mmap_mode: str | None = None) -> Any:
     try:
         return np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
-    except FileNotFoundError:
-        raise InputError(f"{option}: no file {path}") from None
+    except OSError as error:
+        raise InputError(f"{option} {path}: {error.strerror or error}") from None
     except Exception as error:  # zipfile's, zlib's and NumPy's own
         raise InputError(f"{option} {path} is damaged or no NumPy file ({_first_line(error)})") from None
 
@@ -131,8 +147,8 @@ def _load_npy(path: Path, option: str = "TEST.FEATURES", mmap_mode: str | None =
 def _load_mat(path: Path) -> dict:
     try:
         return scipy.io.loadmat(path, variable_names=["X", "Q"])
-    except FileNotFoundError:
-        raise InputError(f"TEST.FEATURES: no file {path}") from None
+    except OSError as error:
+        raise InputError(f"TEST.FEATURES {path}: {error.strerror or error}") from None
     except NotImplementedError:
         raise InputError(f"TEST.FEATURES {path} is MATLAB 7.3 (HDF5); save it with -v7") from None
     except Exception as error:  # SciPy's reader lets many kinds through

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model.errors import InputError
-from model.extract import describe_all, fingerprint
+from model.extract import describe_all, file_stamps, list_digest
 from model.store import DescriptorStore
 from model.superglobal import SuperGlobal
 from modules.reranking import SuperGlobalReranker
@@ -79,28 +79,31 @@ def describe_dataset(
             descriptors of the same source and pictures are used again, unless resume is False.
 
     Raises:
-        InputError: where pictures are missing or damaged; what has been described is kept.
+        InputError: where pictures are damaged; what has been described is kept.
     """
-    dataset.check_files()
-    described = []
-    for kind, images in (("query", dataset.queries), ("db", dataset.database)):
-        store = DescriptorStore(
+    parts = {"query": dataset.queries, "db": dataset.database}
+    stores = {  # all are opened before one is touched
+        kind: DescriptorStore(
             out_dir / f"{dataset.name}_{kind}.npy",
             len(images),
             model.dim,
-            {**source, "pictures": fingerprint(images)},
+            {**source, "pictures": list_digest(images)},
             resume,
             hint="TEST.RESUME False starts over, another TEST.OUT_DIR keeps both",
+            stamps=file_stamps(images),
         )
+        for kind, images in parts.items()
+    }
+    for kind, store in stores.items():
         if store.complete:
             log.info("%s: used again, made from the same pictures, checkpoint and settings", store.path)
-        else:
-            start = time.perf_counter()
-            title = f"{dataset.name} {'queries' if kind == 'query' else 'database'}"
-            describe_all(model, images, store, store.missing(), title, workers, pin_memory)
-            store.finish()
-            log.info("%s: %d pictures described in %.1f s", title, len(images), time.perf_counter() - start)
-        described.append(torch.from_numpy(np.load(store.path, mmap_mode="c")))
+            continue
+        start, missing = time.perf_counter(), store.missing()
+        title = f"{dataset.name} {'queries' if kind == 'query' else 'database'}"
+        describe_all(model, parts[kind], store, missing, title, workers, pin_memory)
+        store.finish()
+        log.info("%s: %d pictures described in %.1f s", title, len(missing), time.perf_counter() - start)
+    described = [torch.from_numpy(np.load(store.path, mmap_mode="c")) for store in stores.values()]
     return described[0], described[1]
 
 

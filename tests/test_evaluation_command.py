@@ -63,8 +63,12 @@ def test_reranking_can_be_set_and_switched_off_and_descriptors_are_used_again(co
     work = tmp_path / "work"
     assert logged(work, "Reranking") == pytest.approx(evaluate_saved(work, layout, (10, 3, 0.5)), abs=0.0051)
 
-    shutil.copy(layout.picture("db_3"), layout.picture("db_4"))  # a picture changed: described anew
-    assert command("test.py", *base, *quick).out.count("used again") == 1
+    before = np.load(work / "output" / "roxford5k_db.npy")
+    shutil.copy(layout.picture("db_3"), layout.picture("db_4"))  # one picture changed: it alone is described again
+    assert "roxford5k database: 1 pictures described" in command("test.py", *base, *quick).out
+    after = np.load(work / "output" / "roxford5k_db.npy")
+    assert np.flatnonzero((before != after).any(axis=1)).tolist() == [4]
+    np.testing.assert_array_equal(after[4], after[3])
 
 
 def test_depth_101_runs(command, layout, checkpoint_101):
@@ -184,6 +188,30 @@ def test_damaged_pictures_are_all_named(refused, layout):
     assert re.search(r"2 pictures cannot be used: .*db_3.jpg: .*truncated.*, .*db_9.jpg: not a picture", line)
 
 
+def test_after_a_damaged_picture_is_replaced_the_run_goes_on(refused, layout, tmp_path):
+    picture = layout.picture("db_20")
+    whole = picture.read_bytes()
+    picture.write_text("not a picture")
+    refused()
+    picture.write_bytes(whole)
+    layout.picture("db_22").write_text("not a picture")
+    refused()
+    assert "going on after 20 of 24 rows" in (tmp_path / "work" / "log.txt").read_text()
+
+
+def test_missing_pictures_of_the_last_dataset_are_told_before_the_first_is_described(refused, layout):
+    shutil.copytree(layout.folder, layout.data_dir / "rparis6k")
+    (layout.data_dir / "rparis6k" / "gnd_roxford5k.pkl").rename(layout.data_dir / "rparis6k" / "gnd_rparis6k.pkl")
+    (layout.data_dir / "rparis6k" / "jpg" / "db_3.jpg").unlink()
+    assert "rparis6k: 1 of 27 pictures are missing" in refused("TEST.DATASET_LIST", "[roxford5k, rparis6k]")
+    assert not (layout.data_dir.parent / "work" / "output" / "roxford5k_query.npy").exists()
+
+
+def test_a_descriptor_that_is_not_finite_is_never_saved(refused, tmp_path):
+    assert "its descriptor is not finite; a power or threshold of SupG is too large" in refused("SupG.gemp_p", "1e6")
+    assert not list((tmp_path / "work" / "output").glob("*.npy"))
+
+
 def test_a_query_box_outside_its_picture(refused, layout):
     layout.gnd["gnd"][2]["bbx"] = [90, 5, 120, 30]
     layout.write()
@@ -282,6 +310,15 @@ def test_saved_descriptors_that_do_not_fit_are_told(evaluate_features, tmp_path,
     outcome = evaluate_features(save_features(tmp_path / "saved", "mat", *change(*features)))
     assert outcome.code == 2
     assert message in outcome.err
+
+
+def test_queries_and_database_of_different_settings_are_not_compared(evaluate_features, tmp_path, features):
+    folder = save_features(tmp_path / "saved", "folder", *features)
+    for kind, scales in (("query", 3), ("db", 5)):
+        (folder / f"roxford5k_{kind}.json").write_text(json.dumps({"scales": scales, "pictures": kind}))
+    outcome = evaluate_features(folder)
+    assert outcome.code == 2
+    assert "with different settings (scales: 5 in the database, 3 in the queries)" in outcome.err
 
 
 @pytest.mark.parametrize(

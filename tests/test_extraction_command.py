@@ -324,7 +324,10 @@ def test_distractors_of_another_depth_are_refused(command, layout, checkpoint_10
     ("rows", "message"),
     [
         (far_rows(5, 512), "the distractors have 512 dimensions, the database 2048"),
-        (np.where(np.arange(5)[:, None] == 3, np.nan, far_rows(5)), "the descriptor of distractor 3 or of query 0"),
+        (
+            np.where(np.arange(5)[:, None] == 3, np.nan, far_rows(5)),
+            "the descriptor of distractor 3 (from 0)",
+        ),
         (far_rows(5)[:0], "holds no descriptors"),
         (far_rows(5) * 3, "not of unit length (3 to 3)"),
         (far_rows(5).astype(np.float64).astype(np.int64), "holds no (N, D) array"),

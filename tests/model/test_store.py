@@ -95,6 +95,27 @@ def test_rows_of_other_settings_are_not_mixed(path):
     assert len(DescriptorStore(path, 10, 4, {**SOURCE, "checkpoint": "xyz"}, resume=False).missing()) == 10
 
 
+@pytest.mark.parametrize("finished", [False, True])
+def test_only_rows_whose_picture_changed_are_made_again(path, finished):
+    stamps = [f"size-{row}" for row in range(10)]
+    store = DescriptorStore(path, 10, 4, SOURCE, stamps=stamps)
+    for row in range(10 if finished else 6):
+        store.write(row, ROWS[row])
+    store.finish() if finished else store.flush()
+
+    changed = ["new" if row in (2, 9) else stamp for row, stamp in enumerate(stamps)]
+    expected = [2, 9] if finished else [2, 6, 7, 8, 9]
+    for _ in range(2):  # the second start finds what the first one left
+        assert DescriptorStore(path, 10, 4, SOURCE, stamps=changed).missing().tolist() == expected
+    store = DescriptorStore(path, 10, 4, SOURCE, stamps=changed)
+    for row in store.missing():
+        store.write(row, -ROWS[row])
+    store.finish()
+    signs = np.where(np.isin(np.arange(10), expected), -1, 1)[:, None]
+    np.testing.assert_array_equal(np.load(path), signs * ROWS)
+    assert DescriptorStore(path, 10, 4, SOURCE, stamps=changed).complete
+
+
 def test_a_finished_file_is_used_again_only_for_the_same_source(path):
     finish(path)
     assert DescriptorStore(path, 10, 4, SOURCE).complete

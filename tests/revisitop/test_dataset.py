@@ -71,6 +71,8 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, stream):
         (lambda gnd: gnd["gnd"][1].update(junk=None), "query query_1 has no list of picture numbers 'junk'"),
         (lambda gnd: gnd["gnd"][1].update(hard=["a"]), "'hard'"),
         (lambda gnd: gnd["gnd"][1].update(hard=[-1]), "lists picture -1 as hard"),
+        (lambda gnd: gnd["gnd"][1].update(junk=gnd["gnd"][1]["easy"][:1]), "more than once"),
+        (lambda gnd: gnd["gnd"][1].update(easy=[5, 5], hard=[], junk=[]), "lists picture 5 more than once"),
     ],
 )
 def test_inconsistent_ground_truth_is_told(layout, change, message):

@@ -16,7 +16,7 @@ RERANK_M = 400
 RERANK_K = 9
 RERANK_BETA = 0.15
 
-_BLOCK_BYTES = 64 << 20
+_BLOCK_BYTES = 32 << 20
 
 
 class Reranking(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 _INDEX_BITS = 32
 _INDEX_MASK = (1 << _INDEX_BITS) - 1
-_PRODUCT_BYTES = 8 << 20
+_PRODUCT_BYTES = 4 << 20
 _BLOCK = 2048  # pairs or rows whose float64 products are made at a time
 
 
@@ -106,7 +106,7 @@ def search(
         database: N rows of D.
         m: results per query; all where the database is smaller.
         listed: per query the row numbers (L,) int64 whose rank is wanted; none by default.
-        chunk_size: rows read at a time; by default what keeps the products near 8 MB.
+        chunk_size: rows read at a time; by default what keeps the products near 4 MB.
         device: where the products are computed.
         on_chunk: called with the number of rows after each chunk, for a progress bar.
 
@@ -127,7 +127,7 @@ def search(
     if len(listed) != len(queries):
         raise ValueError(f"{len(queries)} queries need {len(queries)} lists of rows, got {len(listed)}")
     if chunk_size is None:
-        chunk_size = max(1024, min(16384, _PRODUCT_BYTES // (4 * max(len(queries), 1))))
+        chunk_size = max(1024, min(8192, _PRODUCT_BYTES // (4 * max(len(queries), 1))))
 
     queries = queries.to(device, torch.float64)
     ranks = _ListedRanks(queries, database, listed)

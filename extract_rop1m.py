@@ -20,7 +20,7 @@ from model.checkpoint import find_checkpoint
 from model.distributed import Processes
 from model.errors import InputError, run_command, short_list
 from model.extract import choose_device, describe_all
-from model.images import ImageFile
+from model.images import ImageList
 from model.store import DescriptorStore, source_differences
 from model.superglobal import build_model
 from revisitop.dataset import load_distractor_list
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
     if first and not store.complete:
         if processes.count > 1:  # joins the journals of all
             store = DescriptorStore(out, len(images), dim, source, hint=HINT)
-        skipped = [images[row].path.name for row in zero_rows(store.part_rows())]
+        skipped = [images.name(row) for row in zero_rows(store.part_rows())]
         if skipped:
             log.warning("%d pictures could not be read and are zero rows: %s", len(skipped), short_list(skipped))
         log.info("writing %s", out)
@@ -114,7 +114,7 @@ def is_finished(out: Path, source: dict, resume: bool) -> bool:
     return True
 
 
-def check_pictures(images: list[ImageFile]) -> None:
+def check_pictures(images: ImageList) -> None:
     bar = tqdm(images, desc="looking for the pictures", unit="img", dynamic_ncols=True)
     missing = [image.path for image in bar if not image.path.is_file()]
     if missing:

@@ -25,15 +25,15 @@ _NAMED_AT_MOST = 50
 class _Pixels(Dataset):
     """Picture -> (H, W, 3) uint8 pixels, or the error, so that one bad file does not end a worker."""
 
-    def __init__(self, images: Sequence[ImageFile]):
-        self.images = images
+    def __init__(self, images: Sequence[ImageFile], rows: np.ndarray):
+        self.images, self.rows = images, rows
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> Tensor | ImageError:
         try:
-            return torch.from_numpy(self.images[index].read())
+            return torch.from_numpy(self.images[self.rows[index]].read())
         except ImageError as error:
             return error
 
@@ -54,11 +54,11 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def read_ahead(
-    images: Sequence[ImageFile], workers: int = 0, pin_memory: bool = False
+    images: Sequence[ImageFile], rows: np.ndarray, workers: int = 0, pin_memory: bool = False
 ) -> Iterator[Tensor | ImageError]:
-    """The pixels of each picture in list order, (H, W, 3) uint8, or its ImageError."""
-    workers = min(workers, os.cpu_count() or 1, len(images))
-    return iter(DataLoader(_Pixels(images), batch_size=None, num_workers=workers, pin_memory=pin_memory))
+    """The pixels of each of these rows of the list, in order, (H, W, 3) uint8, or its ImageError."""
+    workers = min(workers, os.cpu_count() or 1, len(rows))
+    return iter(DataLoader(_Pixels(images, rows), batch_size=None, num_workers=workers, pin_memory=pin_memory))
 
 
 def describe(model: SuperGlobal, pixels: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def describe_all(
         dynamic_ncols=True, smoothing=0.05,
     )  # fmt: skip
     try:
-        pictures = read_ahead([images[row] for row in rows], workers, pin_memory)
+        pictures = read_ahead(images, rows, workers, pin_memory)
         for row, pixels in zip(rows, pictures, strict=True):
             if isinstance(pixels, ImageError) and on_error == "skip":
                 log.warning("skipped, a zero row: %s", pixels)

@@ -1,5 +1,7 @@
 """From a file and a box to pixels, and from pixels to what the network was trained on."""
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +41,26 @@ class ImageFile:
         """(H, W, 3) uint8, RGB. Raises ImageError where the file is damaged or the box outside it."""
         pixels = read_image(self.path)
         return pixels if self.box is None else crop(pixels, self.box, self.path)
+
+
+class ImageList(Sequence[ImageFile]):
+    """Pictures below a folder, by name: as compact for a million of them as the names' bytes.
+
+    (A list of a million objects would be copied into every process that reads pictures.)
+    """
+
+    def __init__(self, folder: Path, names: Sequence[bytes]):
+        self.folder, self.names = folder, np.array(names, dtype=np.bytes_)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> ImageFile:
+        return ImageFile(self.folder / self.name(index))
+
+    def name(self, index: int) -> str:
+        """As the list has it."""
+        return os.fsdecode(bytes(self.names[index]))
 
 
 def read_image(path: Path) -> np.ndarray:

@@ -128,6 +128,7 @@ class DescriptorStore:
         self.flush()
         if not self.done.all():
             raise RuntimeError(f"{self.path}: {len(self.missing())} rows are missing")
+        self.path.unlink(missing_ok=True)  # one of other settings must not stand beside the new JSON
         write_json(self.source_path, {**self._head(), **(facts or {})})
         if self.path.suffix == ".pth":
             new = Path(f"{self.path}.new")
@@ -279,7 +280,9 @@ def differences(before: dict, now: dict) -> list[str]:
 def write_json(path: Path, content: dict) -> None:
     """Writes a JSON file whole or not at all."""
     new = Path(f"{path}.new")
-    new.write_text(json.dumps(jsonable(content), indent=1) + "\n")
+    with new.open("wb") as file:
+        file.write(json.dumps(jsonable(content), indent=1).encode() + b"\n")
+        _sync(file)
     os.replace(new, path)
 
 

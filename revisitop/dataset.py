@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from model.errors import InputError, short_list
-from model.images import ImageFile
+from model.images import ImageFile, ImageList
 
 DATASETS = ("roxford5k", "rparis6k", "toy")
 HOME_PAGE = "http://cmp.felk.cvut.cz/revisitop"
@@ -105,7 +105,7 @@ def load_dataset(name: str, data_dir: Path) -> Dataset:
     )
 
 
-def load_distractor_list(folder: Path) -> tuple[str, list[ImageFile]]:
+def load_distractor_list(folder: Path) -> tuple[str, ImageList]:
     """The pictures of revisitop1m.txt, in its order, and the list's SHA-256.
 
     The names count from the folder, or from its jpg/. The pictures themselves are not looked for.
@@ -120,12 +120,12 @@ def load_distractor_list(folder: Path) -> tuple[str, list[ImageFile]]:
         raise InputError(
             f"{path}: {error.strerror}; get it from {HOME_PAGE}, or name its folder with --data-dir"
         ) from None
-    names = [os.fsdecode(line.strip()) for line in content.splitlines() if line.strip()]
+    names = [line.strip() for line in content.splitlines() if line.strip()]
     if not names:
         raise InputError(f"{path} names no picture")
     roots = (folder, folder / "jpg")
-    root = next((root for name in names[:100] for root in roots if (root / name).is_file()), roots[1])
-    return hashlib.sha256(content).hexdigest(), [ImageFile(root / name) for name in names]
+    root = next((root for name in names[:100] for root in roots if (root / os.fsdecode(name)).is_file()), roots[1])
+    return hashlib.sha256(content).hexdigest(), ImageList(root, names)
 
 
 def load_pickle(path: Path) -> Any:

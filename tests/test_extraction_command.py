@@ -164,7 +164,7 @@ def test_a_picture_that_cannot_be_read_stops_or_is_skipped(command, arguments, d
     assert outcome.code == 0, outcome.err
     rows = torch.load("feats_1m_RN50.pth", weights_only=True)
     assert rows.norm(dim=1).round().tolist() == [float(row != 4) for row in range(COUNT)]
-    assert json.loads((tmp_path / "work" / "feats_1m_RN50.json").read_text())["skipped"] == ["004.jpg"]
+    assert json.loads((tmp_path / "work" / "feats_1m_RN50.json").read_text())["skipped"] == ["1/004.jpg"]
 
 
 # ---- bad input: one line, exit code 2 ----

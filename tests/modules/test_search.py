@@ -40,6 +40,15 @@ def test_equal_rows_keep_the_lower_number_first():
     assert [where.tolist() for where in found.positions] == [[499, 0]] * 3
 
 
+def test_more_ties_than_are_kept_still_give_the_lowest_numbers():
+    query = unit(1, 32)
+    database = unit(1, 32, seed=1).repeat(6000, 1)
+    database[5990] = query[0]
+    found = search(query, database, m=20, listed=[torch.tensor([5999])], chunk_size=1000)
+    assert found.ids[0].tolist() == [5990, *range(19)]
+    assert found.positions[0].item() == 5999
+
+
 def test_scores_descend_and_are_cosines():
     queries, database = unit(4, 32), unit(50, 32, seed=1)
     found = search(queries, database, m=50)

@@ -33,7 +33,7 @@ HINT = "--no-resume starts over, --out names another file"
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    cfg = read_config(args, ("MODEL.DEPTH", args.depth))
+    cfg = read_config(args, ("MODEL.DEPTH", args.depth), ("TEST.WEIGHTS", str(args.weight)))
     out = args.out or Path(f"feats_1m_RN{args.depth}.pth")
     if out.suffix not in (".pth", ".npy"):
         raise InputError(f"--out {out} must end in .pth or .npy")
@@ -66,7 +66,10 @@ def main(argv: list[str]) -> None:
     if len(mine):
         model = build_model(checkpoint, **model_arguments(cfg)).to(device)
         title = "distractors" if processes.count == 1 else f"distractors, {processes!r}"
-        describe_all(model, images, store, mine, title, on_error=args.on_error, **loader_arguments(cfg, device))
+        try:
+            describe_all(model, images, store, mine, title, on_error=args.on_error, **loader_arguments(cfg, device))
+        except InputError as error:
+            raise InputError(f"{error}; mend it and start again to go on, or say --on-error skip") from None
     processes.wait()
 
     if first and not store.complete:

@@ -121,11 +121,11 @@ def find_weights(cfg: CfgNode, dataset: Dataset) -> Path:
 
 
 def print_summary(datasets: dict[str, dict]) -> None:
-    lines = [f"{'mAP in percent':<24}{'Easy':>8}{'Medium':>8}{'Hard':>8}"]
+    lines = [f"{'mAP in percent':<36}{'Easy':>8}{'Medium':>8}{'Hard':>8}"]
     for dataset, entry in datasets.items():
         for stage in (name for name in ("retrieval", "reranking") if name in entry):
-            title = f"{dataset}{' + 1M' if 'distractors' in entry else ''}, {stage}"
-            lines.append(f"{title:<24}" + "".join(f"{entry[stage][protocol]['mAP']:8.2f}" for protocol in PROTOCOLS))
+            title = f"{dataset}{' + distractors' if 'distractors' in entry else ''}, {stage}"
+            lines.append(f"{title:<36}" + "".join(f"{entry[stage][protocol]['mAP']:8.2f}" for protocol in PROTOCOLS))
     for line in lines:
         log.info("%s", line)
 

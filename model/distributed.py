@@ -2,10 +2,13 @@
 
 import datetime
 import os
+from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.distributed as dist
+
+from model.errors import InputError
 
 
 class Processes:
@@ -32,14 +35,20 @@ class Processes:
     def wait(self) -> None:
         """Until all processes are here."""
         if self.count > 1:
-            dist.barrier()
+            self._together(dist.barrier)
 
     def from_first(self, array: np.ndarray) -> np.ndarray:
         """The first process's array, in all; the others give one of the same shape and type."""
         if self.count > 1:
             message = torch.from_numpy(array.view(np.uint8))
-            dist.broadcast(message, src=0)
+            self._together(lambda: dist.broadcast(message, src=0))
         return array
+
+    def _together(self, step: Callable[[], object]) -> None:
+        try:
+            step()
+        except RuntimeError:  # how gloo tells that a peer is gone
+            raise InputError(f"{self!r}: another one ended, with the message that it printed") from None
 
     def end(self) -> None:
         if self.count > 1:

@@ -17,6 +17,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import time
 import zlib
 from pathlib import Path
@@ -77,9 +78,9 @@ class DescriptorStore:
         if rank:
             return
         if not resume:
-            for file in (self.path, self.source_path, self.part, *self._journals()):
+            for file in (self.part, *self._journals()):  # a finished file stays until there is a new one
                 file.unlink(missing_ok=True)
-        self.complete = self._is_complete()
+        self.complete = resume and self._is_complete()
         if not self.complete:
             self._open()
 
@@ -131,16 +132,20 @@ class DescriptorStore:
         self.path.unlink(missing_ok=True)  # one of other settings must not stand beside the new JSON
         write_json(self.source_path, {**self._head(), **(facts or {})})
         if self.path.suffix == ".pth":
-            new = Path(f"{self.path}.new")
+            # torch.save writes the file's name into it: a fixed one makes equal rows equal files.
+            folder = Path(f"{self.path}.new")
+            new = folder / "descriptors.pth"
             try:
+                folder.mkdir(exist_ok=True)
                 torch.save(torch.from_numpy(self.part_rows()), new)
             except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch.save
-                new.unlink(missing_ok=True)
+                shutil.rmtree(folder, ignore_errors=True)
                 reason = str(error).splitlines()[0]
                 raise InputError(f"cannot write {self.path} ({reason}); all rows are safe in {self.part}") from None
             with new.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(new, self.path)
+            folder.rmdir()
             self.part.unlink()
         else:
             os.replace(self.part, self.path)
@@ -241,7 +246,8 @@ class DescriptorStore:
                 journal.unlink()
         if damaged:
             log.warning("%s: %d damaged blocks are not used; their rows are made again", self.part, damaged)
-        log.info("%s: going on after %d of %d rows", self.part, self.done.sum(), self.rows)
+        if not self.done.all():
+            log.info("%s: going on after %d of %d rows", self.part, self.done.sum(), self.rows)
 
     def _write_journal(self, blocks: list[tuple[int, int, int]]) -> None:
         new = Path(f"{self.path}.new-{self.journal.name}")
@@ -268,6 +274,8 @@ def differences(before: dict, now: dict) -> list[str]:
     """What of `now` is different in `before`, with both values; more than that in `before` does not matter."""
 
     def shown(value: Any) -> str:
+        if value is None:
+            return "off"
         return f"{value[:12]}…" if isinstance(value, str) and len(value) > 20 else str(value)
 
     return [

@@ -75,17 +75,23 @@ def one_thread() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
+def lines_of(path) -> int:
+    try:
+        return path.read_bytes().count(b"\n")
+    except FileNotFoundError:  # a journal that was just joined with another
+        return 1
+
+
 def run_until(command: list, work, blocks: int | None) -> int | None:
     """Starts a command; kills it, and all its processes, once the journals hold so many blocks of rows."""
     process = subprocess.Popen(command, cwd=work, env=one_thread(), start_new_session=True)
-    while process.poll() is None:
-        lines = sum(path.read_bytes().count(b"\n") - 1 for path in work.glob("*.journal*"))
-        if blocks is not None and lines >= blocks:
+    while blocks is not None and process.poll() is None:
+        if sum(lines_of(path) - 1 for path in work.glob("*.journal*")) >= blocks:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             return None
         time.sleep(0.01)
-    return process.returncode
+    return process.wait()
 
 
 def same_tensor_file(a, b) -> bool:
@@ -119,9 +125,10 @@ def test_killed_at_several_moments_it_ends_with_the_same_file(work, arguments, w
 
 def test_two_processes_killed_and_restarted_end_with_the_same_file(work, arguments, whole):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "driver.py"]
-    assert run_until([*launcher, *arguments], work, 4) is None
-    assert run_until([*launcher, *arguments], work, None) == 0
-    assert same_tensor_file(work / "feats_1m_RN50.pth", whole)
+    command = [*launcher, *arguments, "--out", "other.pth"]
+    assert run_until(command, work, 4) is None
+    assert run_until(command, work, None) == 0
+    assert same_tensor_file(work / "other.pth", whole)
     assert not list(work.glob("*.journal*"))
 
 
@@ -158,7 +165,9 @@ def test_a_picture_that_cannot_be_read_stops_or_is_skipped(command, arguments, d
     arguments[arguments.index("--data-dir") + 1] = str(folder)
     outcome = command("extract_rop1m.py", *arguments)
     assert outcome.code == 2
-    assert re.search(r"error: distractors: a picture cannot be used: .*1/004.jpg: not a picture\n$", outcome.err)
+    assert re.search(
+        r"error: distractors: a picture cannot be used: .*1/004.jpg: not a picture; .*skip\n$", outcome.err
+    )
 
     outcome = command("extract_rop1m.py", *arguments, "--on-error", "skip")
     assert outcome.code == 0, outcome.err
@@ -208,18 +217,26 @@ def test_a_file_of_other_settings_is_neither_overwritten_nor_mixed(command, argu
         shutil.copy(path, tmp_path / "work")
     outcome = command("extract_rop1m.py", *arguments, "SupG.gemp", "False")
     assert outcome.code == 2
-    assert "was made with other settings (gemp: 4.6 before, None now)" in outcome.err
+    assert "was made with other settings (gemp: 4.6 before, off now)" in outcome.err
     (tmp_path / "work" / "feats_1m_RN50.json").unlink()
     outcome = command("extract_rop1m.py", *arguments)
     assert outcome.code == 2
     assert "no feats_1m_RN50.json tells what made it" in outcome.err
 
 
+def test_starting_over_keeps_the_finished_file_until_there_is_a_new_one(work, arguments, whole):
+    for path in (whole, whole.with_suffix(".json")):
+        shutil.copy(path, work)
+    command = [sys.executable, "driver.py", *arguments, "--no-resume"]
+    assert run_until(command, work, 2) is None
+    assert same_tensor_file(work / whole.name, whole)
+
+
 def test_an_interrupted_run_of_other_settings_is_not_mixed(work, command, arguments):
     assert run_until([sys.executable, "driver.py", *arguments], work, 1) is None
     outcome = command("extract_rop1m.py", *arguments, "SupG.relup", "False")
     assert outcome.code == 2
-    assert "relup: 0.014 before, None now" in outcome.err
+    assert "relup: 0.014 before, off now" in outcome.err
 
 
 def test_a_full_disk_is_told_before_the_start(command, arguments, monkeypatch):

@@ -66,7 +66,8 @@ def ensure_weights(folder: Path, depth: int) -> Path:
         log.info("drawing the random weights %s", path)
         new = Path(f"{path}.{os.getpid()}.new")
         try:
-            torch.save(seeded_checkpoint(depth), new)
+            with new.open("wb") as file:  # given a path, torch.save would write its name into the file
+                torch.save(seeded_checkpoint(depth), file)
             os.replace(new, path)
         except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch.save
             new.unlink(missing_ok=True)

@@ -40,6 +40,14 @@ def test_is_drawn_the_same_each_time(data_dir, tmp_path):
         assert (tmp_path / "toy" / "jpg" / name).read_bytes() == (data_dir / "toy" / "jpg" / name).read_bytes()
 
 
+def test_its_weights_are_the_same_file_each_time(tmp_path, monkeypatch):
+    (tmp_path / "again").mkdir()
+    monkeypatch.setattr(toy.os, "getpid", lambda: 1)
+    first = toy.ensure_weights(tmp_path, 50)
+    monkeypatch.setattr(toy.os, "getpid", lambda: 2)
+    assert toy.ensure_weights(tmp_path / "again", 50).read_bytes() == first.read_bytes()
+
+
 def test_an_older_drawing_is_drawn_again_and_a_present_one_is_kept(data_dir, monkeypatch):
     kept = data_dir / "toy" / "kept"
     kept.touch()

@@ -165,7 +165,7 @@ class DescriptorStore:
             log.info("%s: made with other settings (%s), to be replaced", self.path, short_list(differing))
         if differing != [] or (self.path.suffix == ".npy" and self.path.stat().st_size != self._offset(self.rows)):
             return False
-        same = self._same_stamps(json.loads(self.source_path.read_text()))
+        same = self._same_stamps(read_source(self.path) or {})
         if not same.all():
             self._write_journal(_blocks(np.load(self.path, mmap_mode="r"), same))
             os.replace(self.path, self.part)
@@ -263,11 +263,17 @@ class DescriptorStore:
 
 def source_differences(path: Path, source: dict) -> list[str] | None:
     """In what a finished file was made from something else; None where no JSON beside it tells."""
+    before = read_source(path)
+    return None if before is None else differences(before, json.loads(json.dumps(jsonable(source))))
+
+
+def read_source(path: Path) -> dict | None:
+    """What the JSON beside a finished file says; None where there is none."""
     try:
-        before = json.loads(path.with_suffix(".json").read_text())
+        content = json.loads(path.with_suffix(".json").read_text())
     except (OSError, ValueError):
         return None
-    return differences(before, json.loads(json.dumps(jsonable(source)))) if isinstance(before, dict) else None
+    return content if isinstance(content, dict) else None
 
 
 def differences(before: dict, now: dict) -> list[str]:

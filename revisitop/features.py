@@ -1,6 +1,5 @@
 """Saved descriptors: our own, revisitop's .mat files, and the distractors'."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from model.checkpoint import load_tensors
 from model.errors import InputError, short_list
-from model.store import source_differences
+from model.store import read_source, source_differences
 from modules.search import Database
 from revisitop.dataset import Dataset
 
@@ -118,11 +117,8 @@ def check_distractors(path: Path, source: dict) -> None:
 
 def _check_pair(queries: Path, database: Path) -> None:
     """An interrupted run may have left queries and database that were made with different settings."""
-    try:
-        source = json.loads(queries.with_suffix(".json").read_text())
-    except (OSError, ValueError):
-        return
-    source = {key: value for key, value in source.items() if key not in ("pictures", "stamps")}
+    made_from = read_source(queries) or {}
+    source = {key: value for key, value in made_from.items() if key not in ("pictures", "stamps")}
     if differing := source_differences(database, source):
         what = short_list(differing).replace("before", "in the database").replace("now", "in the queries")
         raise InputError(f"{queries} and {database} were made with different settings ({what}); make them again")

@@ -14,6 +14,7 @@ from yacs.config import CfgNode
 
 from model.checkpoint import sha256
 from model.errors import InputError
+from model.folding import PRECISIONS
 from model.resnet import STAGE_DEPTHS
 from model.superglobal import SCALES
 from modules.activation import RELUP_THRESHOLD
@@ -76,7 +77,8 @@ OPTIONS = (
     Option("TEST.SCALE_LIST", 3, "number of scales: 1, 3 or 5", _one_of(*SCALES)),
     Option("TEST.FEATURES", "", "evaluate saved descriptors (.mat, .npy, .npz, .pth, a folder of ours); no network"),
     Option("TEST.DEVICE", "auto", "auto (GPU where there is one), cpu, cuda or cuda:N", _device),
-    Option("TEST.PRECISION", "fp32", "precision of the network: fp32 (PyTorch's defaults)", _one_of("fp32")),
+    Option("TEST.PRECISION", "fp32", "precision of the network: fp32, bf16 or fp16", _one_of(*PRECISIONS)),
+    Option("TEST.BATCH_SIZE", 0, "pictures (of equal size) in a batch at most; 0: as the memory allows", _at_least(0)),
     Option("TEST.OUT_DIR", "./output", "folder of results.json, descriptors and rankings", _not_empty),
     Option("TEST.DISTRACTORS", "", "descriptors for SupG.onemeval; default: feats_1m_RN<depth>.pth or .npy here"),
     Option("TEST.RESUME", True, "go on with, and use again, descriptors of the same run in TEST.OUT_DIR"),
@@ -161,6 +163,7 @@ def model_arguments(cfg: CfgNode) -> dict[str, Any]:
         "rgem": method.rgem_p if method.rgem else None,
         "rgem_window": method.rgem_window,
         "sgem": method.sgem_p if method.sgem else None,
+        "precision": cfg.TEST.PRECISION,
     }
 
 
@@ -168,15 +171,14 @@ def descriptor_source(cfg: CfgNode, checkpoint: Path) -> dict[str, Any]:
     """All that a descriptor is made from beside the picture, to be kept with it and compared."""
     return {
         "checkpoint_sha256": sha256(checkpoint),
-        "precision": cfg.TEST.PRECISION,
         **model_arguments(cfg),
     }
 
 
 def loader_arguments(cfg: CfgNode, device: torch.device) -> dict[str, Any]:
-    """What model.extract takes for the reading of pictures."""
+    """What model.extract takes for the reading and batching of pictures."""
     pin_memory = cfg.DATA_LOADER.PIN_MEMORY and device.type == "cuda"
-    return {"workers": cfg.DATA_LOADER.NUM_WORKERS, "pin_memory": pin_memory}
+    return {"workers": cfg.DATA_LOADER.NUM_WORKERS, "pin_memory": pin_memory, "batch_size": cfg.TEST.BATCH_SIZE}
 
 
 def pair_options(words: list[str]) -> list[tuple[str, Any]]:

@@ -1,16 +1,20 @@
-"""Many pictures -> descriptors: decoding in worker processes ahead of the network, results in list order."""
+"""Many pictures -> descriptors: decoding ahead in worker processes, batches of equal sizes, results in list order."""
 
 import hashlib
 import logging
 import os
+import re
+from collections import deque
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
+from model.batching import equal_sizes, first_batch_size, in_fitting_parts
 from model.errors import InputError, short_list
 from model.images import ImageError, ImageFile, to_network_input
 from model.store import DescriptorStore
@@ -21,21 +25,110 @@ log = logging.getLogger(__name__)
 # All damaged files are named, but a line stays a line.
 _NAMED_AT_MOST = 50
 
+# Batches that a GPU has been given before the first of them is waited for.
+_IN_FLIGHT = 3
+
+
+class ReadAhead:
+    """The pixels of some rows of a list of pictures, in order, decoded ahead in worker processes.
+
+    Iterating gives (H, W, 3) uint8 tensors, or a picture's ImageError in its place.
+
+    Args:
+        images: the whole list.
+        rows: which of them.
+        workers: processes; 0 decodes in this one.
+        pin_memory: for copies to a GPU.
+    """
+
+    def __init__(self, images: Sequence[ImageFile], rows: np.ndarray, workers: int = 0, pin_memory: bool = False):
+        workers = min(workers, os.cpu_count() or 1, len(rows))
+        self.pixels = _Pixels(images, rows, workers)
+        self.loader = DataLoader(self.pixels, batch_size=None, num_workers=workers, pin_memory=pin_memory)
+
+    def __iter__(self) -> Iterator[Tensor | ImageError]:
+        return iter(self.loader)
+
+    def death_of_a_worker(self, error: RuntimeError) -> InputError | None:
+        """What to say if this error is PyTorch's about a worker that died; it may come at any moment."""
+        pids = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
+        if pids is None:
+            return None
+        dead = [int(pid) for pid in pids[1].split(",")]
+        paths = [self.pixels.images[row].path for pid, row in self.pixels.reading.tolist() if pid in dead and row >= 0]
+        return InputError(
+            f"a process that decodes pictures died{f' while reading {short_list(paths)}' if paths else ''}; if memory "
+            "was short, fewer DATA_LOADER.NUM_WORKERS need less, else look at that file; what is described is kept"
+        )
+
 
 class _Pixels(Dataset):
     """Picture -> (H, W, 3) uint8 pixels, or the error, so that one bad file does not end a worker."""
 
-    def __init__(self, images: Sequence[ImageFile], rows: np.ndarray):
+    def __init__(self, images: Sequence[ImageFile], rows: np.ndarray, workers: int):
         self.images, self.rows = images, rows
+        self.reading = torch.full((workers, 2), -1).share_memory_()  # per worker: its process, the row it reads
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Tensor | ImageError:
+        row = int(self.rows[index])
+        worker = get_worker_info()
+        if worker is not None:
+            self.reading[worker.id] = torch.tensor([os.getpid(), row])
         try:
-            return torch.from_numpy(self.images[self.rows[index]].read())
+            return torch.from_numpy(self.images[row].read())
         except ImageError as error:
             return error
+        finally:
+            if worker is not None:
+                self.reading[worker.id, 1] = -1
+
+
+class _InListOrder:
+    """Takes descriptors as they come, from the device too, and writes them to the store in the order of the list."""
+
+    def __init__(self, store: DescriptorStore, images: Sequence[ImageFile], rows: np.ndarray, bar: tqdm):
+        self.store, self.images, self.rows, self.bar = store, images, rows, bar
+        self.arriving: deque[tuple[Sequence[int], Tensor, torch.cuda.Event | None]] = deque()
+        self.here: dict[int, np.ndarray] = {}
+        self.next = 0
+
+    def take(self, numbers: Sequence[int], vectors: Tensor) -> None:
+        """The descriptors of these pictures (numbers into rows), which the device may still be at."""
+        event = None
+        if vectors.device.type == "cuda":  # the next batches are queued before this one is waited for
+            host = torch.empty(vectors.shape, pin_memory=True).copy_(vectors, non_blocking=True)
+            event = torch.cuda.current_stream(vectors.device).record_event()
+            vectors = host
+        self.arriving.append((numbers, vectors, event))
+        while len(self.arriving) > (0 if event is None else _IN_FLIGHT):
+            self._arrive()
+
+    def finish(self) -> None:
+        """Writes all that was taken, whether what comes before it in the list is there or not."""
+        try:
+            while self.arriving:
+                self._arrive()
+        finally:
+            for number in sorted(self.here):
+                self.store.write(int(self.rows[number]), self.here.pop(number))
+            self.store.flush()
+
+    def _arrive(self) -> None:
+        numbers, vectors, event = self.arriving.popleft()
+        if event is not None:
+            event.synchronize()
+        for number, vector in zip(numbers, vectors.numpy(), strict=True):
+            if not np.isfinite(vector).all():
+                path = self.images[self.rows[number]].path
+                raise InputError(f"{path}: its descriptor is not finite; a power or threshold of SupG is too large")
+            self.here[number] = vector
+        while self.next in self.here:
+            self.store.write(int(self.rows[self.next]), self.here.pop(self.next))
+            self.next += 1
+            self.bar.update()
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
@@ -53,19 +146,11 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
-def read_ahead(
-    images: Sequence[ImageFile], rows: np.ndarray, workers: int = 0, pin_memory: bool = False
-) -> Iterator[Tensor | ImageError]:
-    """The pixels of each of these rows of the list, in order, (H, W, 3) uint8, or its ImageError."""
-    workers = min(workers, os.cpu_count() or 1, len(rows))
-    return iter(DataLoader(_Pixels(images, rows), batch_size=None, num_workers=workers, pin_memory=pin_memory))
-
-
-def describe(model: SuperGlobal, pixels: Tensor) -> Tensor:
-    """The unit descriptor of one picture, on the CPU. (H, W, 3) uint8 RGB -> (D,)."""
+def describe(model: SuperGlobal, pictures: Sequence[Tensor]) -> Tensor:
+    """Unit descriptors of pictures of equal size, on the model's device. (H, W, 3) uint8 RGB each -> (N, D)."""
     device = next(model.parameters()).device
     with torch.inference_mode():
-        return model(to_network_input(pixels.to(device, non_blocking=True)[None]))[0].cpu()
+        return model(to_network_input(torch.stack([pixels.to(device, non_blocking=True) for pixels in pictures])))
 
 
 def describe_all(
@@ -76,6 +161,7 @@ def describe_all(
     title: str,
     workers: int = 0,
     pin_memory: bool = False,
+    batch_size: int = 0,
     on_error: str = "list",
 ) -> None:
     """Describes some of the pictures into the store; interrupted or not, what is described stays there.
@@ -84,38 +170,50 @@ def describe_all(
         images: the whole list, a picture per row of the store.
         rows: which to describe, ascending.
         title: for the progress bar and the errors.
+        workers, pin_memory: see ReadAhead.
+        batch_size: pictures in a batch at most; 0 for what the memory allows.
         on_error: what a damaged picture does. "stop" ends at once; "list" stops the network, and the
             other pictures are only decoded, so that the error can name every damaged file; "skip"
             makes it a zero row, whose cosine with everything is 0.
 
     Raises:
-        InputError: naming the damaged files.
+        InputError: naming the damaged files, the one at which a worker process died, or one too large for
+            the device.
     """
     damaged: list[ImageError] = []
     bar = tqdm(
         total=len(rows) + int(store.done.sum()), initial=int(store.done.sum()), desc=title, unit="img",
         dynamic_ncols=True, smoothing=0.05,
     )  # fmt: skip
-    try:
-        pictures = read_ahead(images, rows, workers, pin_memory)
-        for row, pixels in zip(rows, pictures, strict=True):
+    pictures = ReadAhead(images, rows, workers, pin_memory)
+    results = _InListOrder(store, images, rows, bar)
+    size = first_batch_size(model, batch_size)
+
+    def usable() -> Iterator[tuple[int, Tensor]]:
+        for number, pixels in enumerate(pictures):
             if isinstance(pixels, ImageError) and on_error == "skip":
                 log.warning("skipped, a zero row: %s", pixels)
-                store.write(row, np.zeros(model.dim, dtype=np.float32))
+                results.take([number], torch.zeros(1, model.dim))
             elif isinstance(pixels, ImageError):
                 damaged.append(pixels)
                 if on_error == "stop":
-                    break
+                    return
                 bar.set_description(f"{title}: looking for damaged pictures, {len(damaged)} found")
-            elif not damaged:
-                vector = describe(model, pixels).numpy()
-                if not np.isfinite(vector).all():
-                    path = images[row].path
-                    raise InputError(f"{path}: its descriptor is not finite; a power or threshold of SupG is too large")
-                store.write(row, vector)
-            bar.update()
+                bar.update()
+            elif damaged:
+                bar.update()
+            else:
+                yield number, pixels
+
+    try:
+        for numbers, batch in equal_sizes(usable(), size):
+            paths = [images[rows[number]].path for number in numbers]
+            for part, vectors in in_fitting_parts(partial(describe, model), batch, paths, size):
+                results.take(numbers[part], vectors)
+    except RuntimeError as error:
+        raise pictures.death_of_a_worker(error) or error from None
     finally:
-        store.flush()
+        results.finish()
         bar.close()
     if damaged:
         count = f"{len(damaged)} pictures" if len(damaged) > 1 else "a picture"

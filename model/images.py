@@ -110,7 +110,7 @@ def crop(pixels: np.ndarray, box: Box, path: Path) -> np.ndarray:
 
 def to_network_input(pixels: Tensor) -> Tensor:
     """(N, H, W, 3) uint8 RGB -> (N, 3, H, W) float32 B, G, R, less the mean, over the deviation."""
-    x = pixels.permute(0, 3, 1, 2).flip(1).float() / 255
+    x = pixels.permute(0, 3, 1, 2).contiguous().flip(1).float()
     mean = torch.tensor(MEAN_BGR, device=x.device).view(3, 1, 1)
     std = torch.tensor(STD_BGR, device=x.device).view(3, 1, 1)
-    return (x - mean) / std
+    return x.div_(255).sub_(mean).div_(std)

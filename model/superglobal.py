@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import resize
 
 from model.checkpoint import load_encoder
+from model.folding import FoldedResNet
 from model.resnet import ResNet
 from modules.activation import RELUP_THRESHOLD
 from modules.pooling import (
@@ -23,6 +24,9 @@ from modules.pooling import (
 
 SCALES = {1: (1.0,), 3: (0.7071, 1.0, 1.4142), 5: (0.5, 0.7071, 1.0, 1.4142, 2.0)}
 
+# Matrix products of another number of rows may sum in another order.
+_PROJECTED_TOGETHER = 16
+
 
 class SuperGlobal(nn.Module):
     """Pictures -> unit descriptors. (N, 3, H, W) -> (N, D); see images.to_network_input for the input.
@@ -34,14 +38,14 @@ class SuperGlobal(nn.Module):
     Shao et al., "Global Features are All You Need for Image Retrieval and Reranking", ICCV 2023.
 
     Args:
-        encoder: the encoder with its head; ReLU+ is the encoder's own argument.
+        encoder: the encoder with its head, trainable or folded; ReLU+ is the encoder's own argument.
         scales: factors by which the input is resized.
         gemp, rgem, sgem: the pooling modules.
     """
 
     def __init__(
         self,
-        encoder: ResNet,
+        encoder: ResNet | FoldedResNet,
         scales: tuple[float, ...],
         gemp: GeMPlus | None,
         rgem: RegionalGeM | None,
@@ -57,17 +61,20 @@ class SuperGlobal(nn.Module):
         return self.encoder.head.fc.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        vectors = torch.stack([self.describe(rescale(x, factor)) for factor in self.scales])  # (S, N, D)
-        pooled = vectors.mean(dim=0) if self.sgem is None else self.sgem(vectors)
-        return F.normalize(pooled, dim=-1)
+        pooled = torch.stack([self.pool(self.encoder(rescale(x, factor))) for factor in self.scales])
+        vectors = self.project(F.normalize(pooled, dim=-1).flatten(0, 1)).unflatten(0, pooled.shape[:2])  # (S, N, D)
+        return F.normalize(vectors.mean(dim=0) if self.sgem is None else self.sgem(vectors), dim=-1)
 
-    def describe(self, x: Tensor) -> Tensor:
-        """The vector of one scale, not normalised. (N, 3, H, W) -> (N, D)."""
-        x = self.encoder(x)
+    def pool(self, x: Tensor) -> Tensor:
+        """The vector of one scale, before the projection. (N, C, H, W) -> (N, C)."""
         if self.rgem is not None:
             x = self.rgem(x)
-        x = generalized_mean(x, self.encoder.head.pool["p"]) if self.gemp is None else self.gemp(x)
-        return self.encoder.head(F.normalize(x, dim=-1))
+        return generalized_mean(x, self.encoder.head.pool["p"]) if self.gemp is None else self.gemp(x)
+
+    def project(self, rows: Tensor) -> Tensor:
+        """(R, C) -> (R, D), with the same kernel for any R: a row's result does not depend on the others, to the bit."""
+        padded = F.pad(rows, (0, 0, 0, -len(rows) % _PROJECTED_TOGETHER))
+        return torch.cat([self.encoder.head(part) for part in padded.split(_PROJECTED_TOGETHER)])[: len(rows)]
 
     def extra_repr(self) -> str:
         return f"scales={self.scales}"
@@ -92,14 +99,16 @@ def build_model(
     rgem: float | None = RGEM_P,
     rgem_window: int = RGEM_WINDOW,
     sgem: float | None = SGEM_P,
+    precision: str = "fp32",
 ) -> SuperGlobal:
-    """The network with a checkpoint's weights, in evaluation mode, on the CPU.
+    """The network with a checkpoint's weights, folded for fast inference, on the CPU.
 
     Args:
         checkpoint, depth, reduction_dim: the file, and what it holds.
         scales: factors by which a picture is resized.
         relup: threshold of ReLU+; gemp, rgem, sgem: powers of the pooling modules. None leaves one out.
         rgem_window: side of Regional-GeM's window.
+        precision: of the encoder, fp32, bf16 or fp16; poolings, norms and projection are in fp32.
 
     Raises:
         InputError: where the checkpoint cannot be used.
@@ -107,9 +116,9 @@ def build_model(
     with torch.device("meta"):  # nothing is initialised that the checkpoint would then overwrite
         encoder = ResNet(depth, reduction_dim, relup)
     return SuperGlobal(
-        load_encoder(encoder, checkpoint),
+        FoldedResNet(load_encoder(encoder, checkpoint), precision),
         scales,
         None if gemp is None else GeMPlus(gemp),
         None if rgem is None else RegionalGeM(rgem, rgem_window),
         None if sgem is None else ScaleGeM(sgem),
-    ).eval()
+    ).eval().requires_grad_(False)

@@ -70,6 +70,7 @@ def describe_dataset(
     out_dir: Path,
     workers: int = 0,
     pin_memory: bool = False,
+    batch_size: int = 0,
     resume: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Query and database descriptors, (Q, D) and (N, D); out_dir keeps them as .npy files.
@@ -100,7 +101,7 @@ def describe_dataset(
             continue
         start, missing = time.perf_counter(), store.missing()
         title = f"{dataset.name} {'queries' if kind == 'query' else 'database'}"
-        describe_all(model, parts[kind], store, missing, title, workers, pin_memory)
+        describe_all(model, parts[kind], store, missing, title, workers, pin_memory, batch_size)
         store.finish()
         log.info("%s: %d pictures described in %.1f s", title, len(missing), time.perf_counter() - start)
     described = [torch.from_numpy(np.load(store.path, mmap_mode="c")) for store in stores.values()]

@@ -46,7 +46,7 @@ def distractors(tmp_path_factory):
 def arguments(distractors, checkpoint_50) -> list[str]:
     return [
         "--weight", str(checkpoint_50), "--depth", "50", "--data-dir", str(distractors),
-        "TEST.SCALE_LIST", "1", "DATA_LOADER.NUM_WORKERS", "0",
+        "TEST.SCALE_LIST", "1", "DATA_LOADER.NUM_WORKERS", "0", "TEST.BATCH_SIZE", "2",
     ]  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def work(tmp_path):
 
 @pytest.fixture(scope="session")
 def whole(distractors, checkpoint_50, tmp_path_factory):
-    """The file of a run that nothing interrupted."""
+    """The file of a run that nothing interrupted, with other batches than those of `arguments`."""
     folder = tmp_path_factory.mktemp("whole")
     command = [
         sys.executable, ROOT / "extract_rop1m.py", "--weight", checkpoint_50, "--depth", "50",

@@ -85,7 +85,7 @@ def test_every_module_moves_the_figures(data_dir, checkpoint_50):
         modules = {"relup": 0.014, "gemp": 4.6, "rgem": 2.5, "sgem": float("inf"), **changes}
         model = build_model(checkpoint_50, 50, scales=SCALES[3], **modules)
         pictures = [torch.from_numpy(dataset.database[number].read()[::3, ::3].copy()) for number in chosen]
-        return torch.stack([describe(model, picture) for picture in pictures])
+        return torch.cat([describe(model, [picture]) for picture in pictures])
 
     all_on = descriptors()
     for name in ("relup", "gemp", "rgem", "sgem"):

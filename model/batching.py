@@ -1,0 +1,124 @@
+"""Batches of pictures of equal size out of a list of mixed ones, as large as the memory allows."""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from model.errors import InputError
+from model.superglobal import SuperGlobal
+
+log = logging.getLogger(__name__)
+
+# How far pictures are read ahead to find some of equal size: in pictures (each is a file
+# descriptor while it is shared with the process that decoded it), and in bytes.
+WINDOW_PICTURES = 256
+WINDOW_BYTES = 512 << 20
+
+# Pixels and pictures in a batch. On two CPU cores, batches of 8 made pictures of 320x240 faster by a
+# third or more (each call reorders the weights), and pictures of 1024x768 not at all.
+CPU_PIXELS, CPU_PICTURES = 1 << 20, 16
+GPU_PIXELS = 16 << 20
+# Of the encoder's activations, per pixel of the scaled picture: about 60 values live at the peak.
+_LIVE_VALUES = 60
+
+
+class BatchSize:
+    """How many pictures of some size go into a batch: bounded by pixels, so that memory is.
+
+    Args:
+        pixels: in a batch.
+        pictures: in a batch at most; 0 for no such limit.
+    """
+
+    def __init__(self, pixels: int, pictures: int = 0):
+        self.pixels, self.pictures = pixels, pictures
+
+    def of(self, pixels: Tensor) -> int:
+        """For pictures like this one, (H, W, 3)."""
+        count = max(1, self.pixels // (pixels.shape[0] * pixels.shape[1]))
+        return min(count, self.pictures or count)
+
+    def halve(self, batch: Sequence[Tensor]) -> None:
+        """After a batch that did not fit."""
+        self.pixels = len(batch) * batch[0].shape[0] * batch[0].shape[1] // 2
+
+
+def first_batch_size(model: SuperGlobal, pictures: int = 0) -> BatchSize:
+    """What fits into half of the GPU's free memory by a rough estimate; on a CPU, what makes the most of its caches."""
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        return BatchSize(CPU_PIXELS, min(pictures or CPU_PICTURES, CPU_PICTURES))
+    free, _ = torch.cuda.mem_get_info(device)
+    per_pixel = _LIVE_VALUES * 4 * max(model.scales) ** 2
+    return BatchSize(min(GPU_PIXELS, int(free / 2 / per_pixel)), pictures)
+
+
+def equal_sizes(
+    pictures: Iterable[tuple[int, Tensor]], size: BatchSize
+) -> Iterator[tuple[tuple[int, ...], tuple[Tensor, ...]]]:
+    """Batches of pictures of equal size, with their numbers, from numbered pictures (H, W, 3).
+
+    A batch comes when it is full. When the window is full, the oldest picture's comes as it is, so
+    that no picture waits for ever.
+    """
+    waiting: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}  # by shape, the one with the oldest picture first
+    count = held = 0
+    for number, pixels in pictures:
+        shape = tuple(pixels.shape)
+        waiting.setdefault(shape, []).append((number, pixels))
+        count, held = count + 1, held + pixels.nbytes
+        if len(waiting[shape]) < size.of(pixels):
+            if count < WINDOW_PICTURES and held < WINDOW_BYTES:
+                continue
+            shape = next(iter(waiting))
+        batch = waiting.pop(shape)
+        count, held = count - len(batch), held - sum(part.nbytes for _, part in batch)
+        yield tuple(zip(*batch, strict=True))
+    for batch in waiting.values():
+        yield tuple(zip(*batch, strict=True))
+
+
+def in_fitting_parts(
+    describe: Callable[[Sequence[Tensor]], Tensor], batch: Sequence[Tensor], names: Sequence[object], size: BatchSize
+) -> Iterator[tuple[slice, Tensor]]:
+    """Which part of the batch, and describe(part): in parts as large as the memory allows, in order.
+
+    Args:
+        describe: from pictures of equal size.
+        names: of the pictures, for the error.
+        size: halved whenever a part does not fit.
+
+    Raises:
+        InputError: where a single picture does not fit.
+    """
+    done = 0
+    while done < len(batch):
+        part = slice(done, min(done + size.of(batch[0]), len(batch)))
+        vectors = None
+        try:
+            vectors = describe(batch[part])
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if part.stop == done + 1:
+                height, width = batch[done].shape[:2]
+                raise InputError(
+                    f"{names[done]}: the memory of the device is too small for {width} x {height} pixels; "
+                    "TEST.SCALE_LIST 1, TEST.PRECISION bf16 or TEST.DEVICE cpu need less"
+                ) from None
+        if vectors is None:  # here, as the handler would hold on to the memory of what failed
+            size.halve(batch[part])
+            log.info("out of memory with %d pictures in a batch, going on with half as many", part.stop - done)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            continue
+        yield part, vectors
+        done = part.stop
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether that is what a device says when its memory is full."""
+    words = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)

@@ -1,0 +1,134 @@
+"""The encoder made ready for fast inference: batch norms folded into convolutions, rectifiers into what precedes them.
+
+Same result within rounding, fewer passes over memory:
+
+- a convolution and its batch norm become one convolution (folded in float64);
+- shortcut and rectifier follow it in the same pass where the device has such a kernel (oneDNN on
+  CPUs), and in place elsewhere;
+- oneDNN's kernel with a shortcut knows only max(x, 0). The end of a block with ReLU+, max(x, t), is
+  kept as z = max(x - t, 0) = max(x, t) - t; the biases of the 1x1 convolutions that read it make up for t.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.resnet import Block, ResNet
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def has_fused_kernels(dtype: torch.dtype) -> bool:
+    """Whether this CPU has oneDNN's convolutions in that type."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.float16:
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return True
+
+
+class FoldedConv(nn.Module):
+    """max(conv(x) [+ shortcut], floor), with the batch norm in the convolution. (N, C, H, W) -> (N, C', H', W').
+
+    Args:
+        conv, bn: the two layers.
+        floor: of the rectifier; None for none.
+        shift_in: what the input is short of; only for 1x1 convolutions.
+        shift_out: what the output, before the rectifier, is to be short of.
+        dtype: of weights, input and output.
+    """
+
+    def __init__(
+        self,
+        conv: nn.Conv2d,
+        bn: nn.BatchNorm2d,
+        floor: float | None,
+        shift_in: float = 0.0,
+        shift_out: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__()
+        scale = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
+        weight = conv.weight.double() * scale[:, None, None, None]
+        bias = bn.bias.double() - bn.running_mean.double() * scale
+        bias += shift_in * weight.sum(dim=(1, 2, 3)) - shift_out
+        self.register_buffer("weight", weight.to(dtype).contiguous(memory_format=torch.channels_last))
+        self.register_buffer("bias", bias.to(dtype))
+        self.stride, self.padding, self.floor = conv.stride, conv.padding, floor
+        self.fused = has_fused_kernels(dtype)
+
+    def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        """The shortcut, if there is one, is overwritten."""
+        if self.fused and x.device.type == "cpu":
+            return self._fused(x, shortcut)
+        x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+        if shortcut is not None:
+            x += shortcut
+        return x if self.floor is None else x.clamp_(min=self.floor)
+
+    def _fused(self, x: Tensor, shortcut: Tensor | None) -> Tensor:
+        geometry = (self.padding, self.stride, (1, 1), 1)  # dilation 1, one group
+        if shortcut is not None and self.floor == 0:
+            add = torch.ops.mkldnn._convolution_pointwise_.binary
+            return add(shortcut, x, self.weight, self.bias, *geometry, "add", 1.0, "relu", [], None)
+        rectifier = {None: ("none", []), 0: ("relu", [])}.get(
+            self.floor, ("hardtanh", [self.floor, torch.finfo(torch.float32).max])
+        )
+        return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *geometry, *rectifier, "")
+
+    def extra_repr(self) -> str:
+        out_channels, in_channels, side, _ = self.weight.shape
+        return f"{in_channels}, {out_channels}, {side}x{side}, stride={self.stride[0]}, floor={self.floor}"
+
+
+class FoldedBlock(nn.Module):
+    """max(shortcut + f(x), floor), see resnet.Block. Its input may be overwritten."""
+
+    def __init__(self, block: Block, inner: float, shift_in: float, shift_out: float, dtype: torch.dtype):
+        super().__init__()
+        f = block.f
+        self.proj = None if block.proj is None else FoldedConv(block.proj, block.bn, None, shift_in, dtype=dtype)
+        shortcut_shift = shift_in if self.proj is None else 0.0
+        self.a = FoldedConv(f.a, f.a_bn, inner, shift_in, dtype=dtype)
+        self.b = FoldedConv(f.b, f.b_bn, inner, dtype=dtype)
+        self.c = FoldedConv(f.c, f.c_bn, 0.0, shift_out=shift_out - shortcut_shift, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.proj is None else self.proj(x)
+        return self.c(self.b(self.a(x)), shortcut)
+
+
+class FoldedResNet(nn.Module):
+    """A ResNet for inference alone, in some precision. (N, 3, H, W) -> (N, 2048, ~H/32, ~W/32) float32.
+
+    Args:
+        encoder: the network with its trained weights, which stays as it is.
+        precision: fp32, bf16 or fp16: of weights and activations. The map is handed on in float32:
+            powers such as 4.6 overflow half precision.
+    """
+
+    def __init__(self, encoder: ResNet, precision: str = "fp32"):
+        super().__init__()
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        self.depth, self.relup, self.precision = encoder.depth, encoder.relup, precision
+        dtype, t = PRECISIONS[precision], encoder.relup or 0.0
+        self.stem = FoldedConv(encoder.stem.conv, encoder.stem.bn, 0.0, dtype=dtype)
+        blocks, shift = [], 0.0
+        for number, stage in enumerate((encoder.s1, encoder.s2, encoder.s3, encoder.s4), start=1):
+            for block in stage:
+                shift_out = t if number < 4 else 0.0
+                blocks.append(FoldedBlock(block, t if number == 1 else 0.0, shift, shift_out, dtype))
+                shift = shift_out
+        self.blocks = nn.Sequential(*blocks)
+        self.head = encoder.head
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(PRECISIONS[self.precision]).contiguous(memory_format=torch.channels_last)
+        x = F.max_pool2d(self.stem(x), 3, stride=2, padding=1)
+        return self.blocks(x).float()
+
+    def extra_repr(self) -> str:
+        return f"depth={self.depth}, relup={self.relup}, precision={self.precision!r}"

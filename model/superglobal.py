@@ -72,7 +72,7 @@ class SuperGlobal(nn.Module):
         return generalized_mean(x, self.encoder.head.pool["p"]) if self.gemp is None else self.gemp(x)
 
     def project(self, rows: Tensor) -> Tensor:
-        """(R, C) -> (R, D), with the same kernel for any R: a row's result does not depend on the others, to the bit."""
+        """(R, C) -> (R, D), by the same kernel for any R: a row's result does not depend on the others, to the bit."""
         padded = F.pad(rows, (0, 0, 0, -len(rows) % _PROJECTED_TOGETHER))
         return torch.cat([self.encoder.head(part) for part in padded.split(_PROJECTED_TOGETHER)])[: len(rows)]
 
@@ -115,10 +115,14 @@ def build_model(
     """
     with torch.device("meta"):  # nothing is initialised that the checkpoint would then overwrite
         encoder = ResNet(depth, reduction_dim, relup)
-    return SuperGlobal(
-        FoldedResNet(load_encoder(encoder, checkpoint), precision),
-        scales,
-        None if gemp is None else GeMPlus(gemp),
-        None if rgem is None else RegionalGeM(rgem, rgem_window),
-        None if sgem is None else ScaleGeM(sgem),
-    ).eval().requires_grad_(False)
+    return (
+        SuperGlobal(
+            FoldedResNet(load_encoder(encoder, checkpoint), precision),
+            scales,
+            None if gemp is None else GeMPlus(gemp),
+            None if rgem is None else RegionalGeM(rgem, rgem_window),
+            None if sgem is None else ScaleGeM(sgem),
+        )
+        .eval()
+        .requires_grad_(False)
+    )

@@ -36,9 +36,9 @@ def regional_generalized_mean(x: Tensor, p: float = RGEM_P, window: int = RGEM_W
     """
     pad = window // 2
     mode = "reflect" if min(x.shape[-2:]) > pad else "replicate"
-    padded = F.pad(x.clamp(min=eps), (pad, pad, pad, pad), mode=mode)
-    local = F.avg_pool2d(padded.pow(p), window, stride=1).pow(1 / p)
-    return (x + local) / 2
+    powers = F.pad(x.clamp(min=eps).pow(p), (pad, pad, pad, pad), mode=mode)
+    local = F.avg_pool2d(powers, window, stride=1).pow(1 / p)
+    return x.lerp(local, 0.5)
 
 
 def scale_generalized_mean(v: Tensor, p: float = SGEM_P) -> Tensor:

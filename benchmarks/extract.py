@@ -1,0 +1,147 @@
+"""Extraction: a plain network, picture by picture, beside ours, in every precision.
+
+    python benchmarks/extract.py
+    python benchmarks/extract.py --device cuda --pictures 64
+
+The baseline is the network as it was trained, float32, a picture at a time, and waits for each
+descriptor. Pictures are in memory, decoding is timed apart. Weights are random: they do not matter
+for speed. "of the floor" is the time that the network's FLOPs take at the device's measured matrix
+rate in that precision, over the time taken.
+"""
+
+import argparse
+import io
+import math
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from alternate import alternate, machine, matrix_rate, report
+
+from model.checkpoint import load_encoder
+from model.extract import choose_device, describe_all, prepare_process
+from model.folding import PRECISIONS
+from model.images import read_image, to_network_input
+from model.resnet import STAGE_DEPTHS, ResNet
+from model.store import DescriptorStore
+from model.superglobal import SCALES, SuperGlobal, build_model
+from modules.pooling import GeMPlus, RegionalGeM, ScaleGeM
+from revisitop.toy import seeded_checkpoint
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    parser.add_argument("--depth", type=int, default=50, choices=STAGE_DEPTHS, help="layers of the ResNet [50]")
+    parser.add_argument("--scales", type=int, default=3, choices=SCALES, help="number of scales [3]")
+    parser.add_argument("--size", default="1024x768", help="WIDTHxHEIGHT of the pictures [1024x768]")
+    parser.add_argument("--pictures", type=int, help="in a run [2, on a GPU 64]")
+    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=PRECISIONS, help="[fp32 bf16]")
+    parser.add_argument("--repeat", type=int, default=5, help="runs of each, of which the median counts [5]")
+    args = parser.parse_args()
+    device = choose_device(args.device)
+    width, height = map(int, args.size.split("x"))
+    count = args.pictures or (64 if device.type == "cuda" else 2)
+    pictures = [InMemory(picture(width, height, seed)) for seed in range(count)]
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder) / "random.pyth"
+        torch.save(seeded_checkpoint(args.depth), checkpoint)
+        network = (checkpoint, args.depth, SCALES[args.scales])
+        contenders = {"baseline": partial(baseline, *network, device, pictures)}
+        contenders |= {name: partial(ours, *network, name, device, pictures) for name in args.precision}
+        timings = alternate(contenders, args.repeat)
+        flops = network_flops(*network, width, height)
+    print(f"ResNet-{args.depth}, {args.scales} scales, {width}x{height}, {count} pictures a run, {machine(device)}")
+    report(timings, "baseline", "img/s", lambda seconds: count / seconds)
+    reference = timings["baseline"].value
+    for name in args.precision:
+        floor = count * flops / matrix_rate(device, PRECISIONS[name])
+        rows = timings[name].value
+        print(
+            f"{name:<12}{100 * floor / timings[name].median:.0f}% of the floor "
+            f"({flops / 1e9:.0f} GFLOP a picture, {count * flops / floor / 1e9:.0f} GFLOP/s); from the baseline's "
+            f"descriptors: {np.abs(rows - reference).max():.1e} at most, cosine {(rows * reference).sum(1).min():.6f}"
+        )
+    decoding = decoding_seconds(width, height)
+    for name in args.precision:
+        needed = math.ceil(decoding * count / timings[name].median)
+        print(f"{name:<12}{needed} worker processes keep it fed ({1000 * decoding:.0f} ms to decode a JPEG)")
+
+
+class InMemory:
+    """What model.images.ImageFile is to a file."""
+
+    def __init__(self, pixels: np.ndarray):
+        self.pixels, self.path = pixels, Path("memory")
+
+    def read(self) -> np.ndarray:
+        return self.pixels
+
+
+def picture(width: int, height: int, seed: int) -> np.ndarray:
+    """Smooth colours with some noise, about as hard to decode as a photograph."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (height // 32, width // 32, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.int16)
+    return (smooth + rng.integers(-12, 13, smooth.shape)).clip(0, 255).astype(np.uint8)
+
+
+def baseline(checkpoint: Path, depth: int, scales: tuple, device: torch.device, pictures: list[InMemory]):
+    encoder = load_encoder(ResNet(depth), checkpoint)
+    model = SuperGlobal(encoder, scales, GeMPlus(), RegionalGeM(), ScaleGeM()).eval().to(device)
+    torch.backends.cudnn.allow_tf32 = False
+
+    def run() -> np.ndarray:
+        with torch.no_grad():
+            pixels = [torch.from_numpy(image.read())[None] for image in pictures]
+            return torch.cat([model(to_network_input(each.to(device))).cpu() for each in pixels]).numpy()
+
+    return run
+
+
+def ours(checkpoint: Path, depth: int, scales: tuple, precision: str, device: torch.device, pictures: list[InMemory]):
+    prepare_process(device)
+    model = build_model(checkpoint, depth, scales=scales, precision=precision).to(device)
+
+    def run() -> np.ndarray:
+        with tempfile.TemporaryDirectory() as folder:
+            store = DescriptorStore(Path(folder) / "rows.npy", len(pictures), model.dim, {})
+            describe_all(model, pictures, store, store.missing(), precision)
+            store.finish()
+            return np.load(store.path)
+
+    return run
+
+
+def network_flops(checkpoint: Path, depth: int, scales: tuple, width: int, height: int) -> int:
+    """Of one picture, convolutions and projection, without computing any of them."""
+    model = build_model(checkpoint, depth, scales=scales).to("meta")
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model(torch.empty(1, 3, height, width, device="meta"))
+    return counter.get_total_flops()
+
+
+def decoding_seconds(width: int, height: int) -> float:
+    """To decode one JPEG in one process."""
+    file = io.BytesIO()
+    Image.fromarray(picture(width, height, 0)).save(file, "JPEG", quality=90)
+    seconds = []
+    for _ in range(10):
+        file.seek(0)
+        start = time.perf_counter()
+        read_image(file)
+        seconds.append(time.perf_counter() - start)
+    return sorted(seconds)[len(seconds) // 2]
+
+
+if __name__ == "__main__":
+    main()

@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 
+# Seconds before a run, until the threads of the one before have gone to sleep.
+_REST = 0.5
+
 
 @dataclass
 class Timing:
@@ -37,7 +40,7 @@ def alternate(contenders: dict[str, Callable[[], Callable[[], Any]]], repeat: in
 
     Args:
         contenders: per name, what is called once in a new process (it must be picklable) and gives
-            the function to be timed; what that one gives must be picklable.
+            the function to be timed, which gives something picklable without tensors.
     """
     context = multiprocessing.get_context("spawn")
     processes, pipes = [], {}
@@ -52,11 +55,12 @@ def alternate(contenders: dict[str, Callable[[], Callable[[], Any]]], repeat: in
         pipes[name].recv()
     for _ in range(repeat):
         for name, timing in timings.items():
+            time.sleep(_REST)
             pipes[name].send("run")
-            seconds, timing.value, timing.megabytes, timing.more = pipes[name].recv()
-            timing.seconds.append(seconds)
+            timing.seconds.append(pipes[name].recv())
     for name, process in zip(contenders, processes, strict=True):
         pipes[name].send("end")
+        timings[name].value, timings[name].megabytes, timings[name].more = pipes[name].recv()
         process.join()
     return timings
 
@@ -90,14 +94,13 @@ def _serve(prepare: Callable[[], Callable[[], Any]], pipe: Connection) -> None:
     before = memory()
     run()
     pipe.send(None)
-    peak = 0.0
     while pipe.recv() == "run":
-        with PeakMemory() as watched:
-            start = time.perf_counter()
-            value = run()
-            seconds = time.perf_counter() - start
-        peak = max(peak, watched.megabytes)
-        pipe.send((seconds, value, peak, peak - before))
+        start = time.perf_counter()
+        run()
+        pipe.send(time.perf_counter() - start)
+    with PeakMemory() as peak:  # a run of its own: looking at the memory takes a core's time
+        value = run()
+    pipe.send((value, peak.megabytes, peak.megabytes - before))
 
 
 class PeakMemory:

@@ -65,7 +65,10 @@ class Database:
         start = 0
         for part in self.parts:
             here = ((flat >= start) & (flat < start + len(part))).nonzero().squeeze(1)
-            out[here] = part[(flat[here] - start).to(part.device)].to("cpu", torch.float32)
+            rows = part.index_select(0, (flat[here] - start).to(part.device)).to("cpu", torch.float32)
+            if len(here) == len(flat):  # nothing to put together
+                return rows.view(*ids.shape, self.dim)
+            out[here] = rows
             start += len(part)
         return out.view(*ids.shape, self.dim)
 

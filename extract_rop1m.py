@@ -19,7 +19,7 @@ from config import descriptor_source, loader_arguments, make_parser, model_argum
 from model.checkpoint import find_checkpoint
 from model.distributed import Processes
 from model.errors import InputError, run_command, short_list
-from model.extract import choose_device, describe_all
+from model.extract import choose_device, describe_all, prepare_process
 from model.images import ImageList
 from model.store import DescriptorStore, source_differences
 from model.superglobal import build_model
@@ -41,6 +41,7 @@ def main(argv: list[str]) -> None:
     first = processes.rank == 0
     head = start_log(Path("log.txt"), cfg) if first else {}
     device = choose_device(cfg.TEST.DEVICE, processes.local)
+    prepare_process(device)
     log.info("device: %s, %r", device_name(device), processes)
 
     # What the rows are made from; a second start compares it.

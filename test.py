@@ -16,7 +16,7 @@ from yacs.config import CfgNode
 from config import default_config, descriptor_source, loader_arguments, model_arguments, parse_config
 from model.checkpoint import find_checkpoint
 from model.errors import InputError, run_command
-from model.extract import choose_device
+from model.extract import choose_device, prepare_process
 from model.store import write_json
 from model.superglobal import build_model
 from modules.reranking import SuperGlobalReranker
@@ -43,6 +43,7 @@ def main(argv: list[str]) -> None:
     make_folder(out_dir)
     report = {"date": datetime.now().isoformat(timespec="seconds"), **start_log(Path("log.txt"), cfg)}
     device = choose_device(cfg.TEST.DEVICE)
+    prepare_process(device)
     report["device"] = device_name(device)
     log.info("device: %s", report["device"])
 

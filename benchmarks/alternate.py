@@ -15,6 +15,8 @@ import torch
 
 # Seconds before a run, until the threads of the one before have gone to sleep.
 _REST = 0.5
+# Seconds that a measurement takes: shorter runs are repeated, and their mean is taken.
+_AT_LEAST = 1.5
 
 
 @dataclass
@@ -65,12 +67,12 @@ def alternate(contenders: dict[str, Callable[[], Callable[[], Any]]], repeat: in
     return timings
 
 
-def report(timings: dict[str, Timing], baseline: str, unit: str, per_second: Callable[[float], float]) -> None:
-    """A line per contender: median and range of a quantity of the seconds, ratio to the baseline, memory."""
+def report(timings: dict[str, Timing], baseline: str, unit: str, quantity: Callable[[float], float]) -> None:
+    """A line per contender: median and range of a quantity (of the seconds), ratio to the baseline, memory."""
     for name, timing in timings.items():
-        low, high = sorted(per_second(seconds) for seconds in (min(timing.seconds), max(timing.seconds)))
+        low, high = sorted(quantity(seconds) for seconds in (min(timing.seconds), max(timing.seconds)))
         print(
-            f"{name:<12}{per_second(timing.median):10.3f} {unit} ({low:.3f} to {high:.3f})"
+            f"{name:<12}{quantity(timing.median):10.3f} {unit} ({low:.3f} to {high:.3f})"
             f"{timings[baseline].median / timing.median:8.2f} x"
             f"{timing.megabytes:9.0f} MB, {timing.more:.0f} of it for the run"
         )
@@ -95,9 +97,11 @@ def _serve(prepare: Callable[[], Callable[[], Any]], pipe: Connection) -> None:
     run()
     pipe.send(None)
     while pipe.recv() == "run":
-        start = time.perf_counter()
-        run()
-        pipe.send(time.perf_counter() - start)
+        runs, start = 0, time.perf_counter()
+        while runs == 0 or time.perf_counter() - start < _AT_LEAST:
+            run()
+            runs += 1
+        pipe.send((time.perf_counter() - start) / runs)
     with PeakMemory() as peak:  # a run of its own: looking at the memory takes a core's time
         value = run()
     pipe.send((value, peak.megabytes, peak.megabytes - before))

@@ -12,6 +12,7 @@ rate in that precision, over the time taken.
 import argparse
 import io
 import math
+import os
 import sys
 import tempfile
 import time
@@ -24,6 +25,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+os.environ["TQDM_DISABLE"] = "1"
 
 from alternate import alternate, machine, matrix_rate, report
 
@@ -58,17 +60,19 @@ def main() -> None:
         network = (checkpoint, args.depth, SCALES[args.scales])
         contenders = {"baseline": partial(baseline, *network, device, pictures)}
         contenders |= {name: partial(ours, *network, name, device, pictures) for name in args.precision}
+        rates = {name: matrix_rate(device, PRECISIONS[name]) for name in args.precision}
         timings = alternate(contenders, args.repeat)
         flops = network_flops(*network, width, height)
     print(f"ResNet-{args.depth}, {args.scales} scales, {width}x{height}, {count} pictures a run, {machine(device)}")
     report(timings, "baseline", "img/s", lambda seconds: count / seconds)
     reference = timings["baseline"].value
     for name in args.precision:
-        floor = count * flops / matrix_rate(device, PRECISIONS[name])
+        rate = max(rates[name], matrix_rate(device, PRECISIONS[name]))  # the machine's speed may have changed
+        floor = count * flops / rate
         rows = timings[name].value
         print(
             f"{name:<12}{100 * floor / timings[name].median:.0f}% of the floor "
-            f"({flops / 1e9:.0f} GFLOP a picture, {count * flops / floor / 1e9:.0f} GFLOP/s); from the baseline's "
+            f"({flops / 1e9:.0f} GFLOP a picture, {rate / 1e9:.0f} GFLOP/s); from the baseline's "
             f"descriptors: {np.abs(rows - reference).max():.1e} at most, cosine {(rows * reference).sum(1).min():.6f}"
         )
     decoding = decoding_seconds(width, height)

@@ -3,18 +3,12 @@
     python benchmarks/million.py --folder /tmp/million
 
 Writes random unit descriptors (8.2 GB for a million) into the folder once. The baseline multiplies
-everything, argsorts the N x Q scores and builds each query's (M, K+1, D) neighbours. Each runs in
-processes of its own, in turn; medians are printed, and the peak of the anonymous memory, which
-leaves out the file's page cache.
+everything, argsorts the N x Q scores and builds each query's (M, K+1, D) neighbours.
 """
 
 import argparse
-import json
-import statistics
-import subprocess
 import sys
-import threading
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +16,8 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from alternate import alternate, machine, report
 
 from modules.reranking import SuperGlobalReranker
 from modules.search import Database
@@ -39,29 +35,16 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000, help="distractors [1000000]")
     parser.add_argument("--queries", type=int, default=70, help="queries [70]")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each, of which the median counts [3]")
-    parser.add_argument("--only", choices=("streamed", "dense"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     path = args.folder / f"random_{args.rows}.npy"
-    if args.only:
-        print(json.dumps(measure({"streamed": streamed, "dense": dense}[args.only], path, args.queries)))
-        return
     if not path.exists():
         write_rows(path, args.rows)
-    runs = {"dense": [], "streamed": []}
-    for _ in range(args.repeat):
-        for name, results in runs.items():
-            command = [sys.executable, __file__, "--only", name, *sys.argv[1:]]
-            done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-            results.append(json.loads(done.stdout))
-            print(f"{name:<9} {results[-1]['seconds']:7.1f} s   {results[-1]['anonymous_mb']:7.0f} MB", flush=True)
-    seconds = {name: statistics.median(run["seconds"] for run in results) for name, results in runs.items()}
-    memory = {name: statistics.median(run["anonymous_mb"] for run in results) for name, results in runs.items()}
-    print(f"\n{args.queries} queries, {args.rows} distractors of {DIM} dimensions, {torch.get_num_threads()} threads")
-    for name in runs:
-        print(f"{name:<9} {seconds[name]:7.1f} s   {memory[name]:7.0f} MB of anonymous memory at the peak")
-    print(f"ratio     {seconds['dense'] / seconds['streamed']:7.1f}     {memory['dense'] / memory['streamed']:7.1f}")
-    figures = [run["map"] for results in runs.values() for run in results]
-    print(f"largest difference in mAP: {np.ptp(np.array(figures), axis=0).max():.1e}")
+    contenders = {run.__name__: partial(partial, run, path, args.queries) for run in (dense, streamed)}
+    timings = alternate(contenders, args.repeat)
+    print(f"{args.queries} queries, {args.rows} distractors of {DIM} dimensions, {machine(torch.device('cpu'))}")
+    report(timings, "dense", "s", lambda seconds: seconds)
+    difference = np.abs(np.subtract(timings["dense"].value, timings["streamed"].value)).max()
+    print(f"largest difference in mAP: {difference:.1e}")
 
 
 def write_rows(path: Path, count: int) -> None:
@@ -111,24 +94,6 @@ def dense(path: Path, count: int) -> list[float]:
         column[:M] = column[:M][((s1 + refined @ expanded) / 2).argsort(descending=True).numpy()]
     figures.append(evaluate_ranks(ranks, truths))
     return [stage[name].map for stage in figures for name in "EMH"]
-
-
-def measure(run, path: Path, count: int) -> dict:
-    peak, stop = [0], threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(0.02):
-            status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-            peak[0] = max(peak[0], int(status["RssAnon"].split()[0]))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    start = time.perf_counter()
-    figures = run(path, count)
-    seconds = time.perf_counter() - start
-    stop.set()
-    watcher.join()
-    return {"seconds": seconds, "anonymous_mb": peak[0] / 1024, "map": figures}
 
 
 if __name__ == "__main__":

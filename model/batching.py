@@ -58,24 +58,24 @@ def first_batch_size(model: SuperGlobal, pictures: int = 0) -> BatchSize:
 def equal_sizes(
     pictures: Iterable[tuple[int, Tensor]], size: BatchSize
 ) -> Iterator[tuple[tuple[int, ...], tuple[Tensor, ...]]]:
-    """Batches of pictures of equal size, with their numbers, from numbered pictures (H, W, 3).
+    """Batches of pictures of equal size, with their numbers, from pictures (H, W, 3) numbered in ascending order.
 
-    A batch comes when it is full. When the window is full, the oldest picture's comes as it is, so
-    that no picture waits for ever.
+    A batch comes when it is full, or when its first picture would be left behind by more than the
+    window, so that results that are written in the order of the list need not wait for ever.
     """
     waiting: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}  # by shape, the one with the oldest picture first
-    count = held = 0
+    held = 0
     for number, pixels in pictures:
         shape = tuple(pixels.shape)
         waiting.setdefault(shape, []).append((number, pixels))
-        count, held = count + 1, held + pixels.nbytes
-        if len(waiting[shape]) < size.of(pixels):
-            if count < WINDOW_PICTURES and held < WINDOW_BYTES:
-                continue
-            shape = next(iter(waiting))
-        batch = waiting.pop(shape)
-        count, held = count - len(batch), held - sum(part.nbytes for _, part in batch)
-        yield tuple(zip(*batch, strict=True))
+        held += pixels.nbytes
+        due = [shape] if len(waiting[shape]) >= size.of(pixels) else []
+        oldest = next(iter(waiting))
+        if oldest not in due and (held >= WINDOW_BYTES or number - waiting[oldest][0][0] >= WINDOW_PICTURES):
+            due.append(oldest)
+        for batch in map(waiting.pop, due):
+            held -= sum(part.nbytes for _, part in batch)
+            yield tuple(zip(*batch, strict=True))
     for batch in waiting.values():
         yield tuple(zip(*batch, strict=True))
 

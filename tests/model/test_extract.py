@@ -1,8 +1,12 @@
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from model import batching
 from model.errors import InputError
 from model.extract import choose_device, describe_all
 from model.images import ImageFile
@@ -57,6 +61,53 @@ def test_pictures_of_every_kind_have_finite_unit_descriptors_in_list_order(model
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
     alone = run(model, images[-1:], store(tmp_path, 1, "alone.npy"))
     np.testing.assert_allclose(rows[-1], alone[0], atol=2e-6)
+
+
+@pytest.mark.parametrize(("batch_size", "window", "workers"), [(0, 256, 2), (3, 256, 0), (4, 2, 0)])
+def test_rows_are_the_same_whatever_the_batches(model, tmp_path, monkeypatch, batch_size, window, workers):
+    monkeypatch.setattr(batching, "WINDOW_PICTURES", window)
+    sizes = [(40, 30), (30, 40), (33, 33)]
+    images = [write(tmp_path, f"{i}.png", size=sizes[(i * i) % 3]) for i in range(20)]
+    one_by_one = run(model, images, store(tmp_path, 20, "one.npy"), batch_size=1)
+    assert len(np.unique(one_by_one, axis=0)) > 2
+    rows = run(model, images, store(tmp_path, 20), batch_size=batch_size, workers=workers)
+    np.testing.assert_array_equal(rows, one_by_one)
+
+
+def test_a_device_that_runs_out_of_memory_gets_smaller_batches(model, tmp_path):
+    tried = []
+
+    def small_memory(_, inputs):
+        tried.append(len(inputs[0]))
+        if len(inputs[0]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    images = [write(tmp_path, f"{i}.png") for i in range(9)]
+    one_by_one = run(model, images, store(tmp_path, 9, "one.npy"), batch_size=1)
+    hook = model.register_forward_pre_hook(small_memory)
+    try:
+        rows = run(model, images, store(tmp_path, 9))
+    finally:
+        hook.remove()
+    assert max(tried) > 2
+    np.testing.assert_array_equal(rows, one_by_one)
+
+
+class DeadlyFile(ImageFile):
+    """A file at which the process that decodes it dies, as when the system's memory ends."""
+
+    def read(self) -> np.ndarray:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_dies_is_reported_with_its_file_and_nothing_is_lost(model, tmp_path):
+    images = [write(tmp_path, f"{i}.png") for i in range(12)]
+    images[9] = DeadlyFile(images[9].path)
+    with pytest.raises(InputError, match=r"a process that decodes pictures died while reading \S*9\.png; if memory"):
+        run(model, images, store(tmp_path, 12), workers=1, batch_size=2)
+    missing = store(tmp_path, 12).missing().tolist()
+    assert missing == list(range(missing[0], 12))
+    assert 2 <= missing[0] <= 9
 
 
 def test_damaged_pictures_stop_the_run_all_named_and_nothing_is_lost(model, tmp_path, caplog):

@@ -3,7 +3,7 @@ import pytest
 import torch
 from oracles import dense_reranking
 
-from modules.reranking import SuperGlobalReranker, neighbour_weights, refined_scores
+from modules.reranking import SuperGlobalReranker, gram_matrices, largest, neighbour_weights, refined_scores
 from modules.search import Database, search
 
 SETTINGS = [(50, 9, 0.15), (400, 9, 0.15), (30, 3, 0.5)]
@@ -71,3 +71,21 @@ def test_settings_that_make_no_sense_are_refused(m, k, beta):
 def test_shapes_that_do_not_fit_are_told():
     with pytest.raises(ValueError, match=r"got \(2, 16\) and \(2, 5, 8\)"):
         SuperGlobalReranker()(torch.rand(2, 16), torch.rand(2, 5, 8))
+
+
+@pytest.mark.parametrize("m", [1, 10, 127, 128, 129, 400])
+def test_the_gram_matrix_is_symmetric_and_exact(m):
+    candidates = torch.stack([clustered(m, 64, seed) for seed in range(3)])
+    gram = gram_matrices(candidates)
+    assert torch.equal(gram, gram.transpose(1, 2))
+    exact = candidates.double() @ candidates.double().transpose(1, 2)
+    torch.testing.assert_close(gram.double(), exact, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("m", "k"), [(1, 1), (79, 10), (80, 10), (81, 40), (399, 10), (400, 1), (401, 41)])
+def test_the_largest_are_those_of_a_sort(m, k):
+    x = torch.randn(3, 7, m, generator=torch.Generator().manual_seed(m))
+    values, indices = largest(x, k)
+    expected = x.sort(dim=-1, descending=True)
+    assert torch.equal(values, expected.values[..., :k])
+    assert torch.equal(indices, expected.indices[..., :k])

@@ -1,5 +1,6 @@
 """Contenders timed in turn, each in a process of its own: medians, spread, and peak memory."""
 
+import argparse
 import multiprocessing
 import platform
 import statistics
@@ -136,6 +137,13 @@ def memory() -> float:
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return sum(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, of a command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, side: int = 4096) -> float:

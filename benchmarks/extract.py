@@ -27,9 +27,10 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ["TQDM_DISABLE"] = "1"
 
-from alternate import alternate, machine, matrix_rate, report
+from alternate import alternate, machine, matrix_rate, positive, report
 
 from model.checkpoint import load_encoder
+from model.errors import run_command
 from model.extract import choose_device, describe_all, prepare_process
 from model.folding import PRECISIONS
 from model.images import read_image, to_network_input
@@ -40,18 +41,18 @@ from modules.pooling import GeMPlus, RegionalGeM, ScaleGeM
 from revisitop.toy import seeded_checkpoint
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
-    parser.add_argument("--depth", type=int, default=50, choices=STAGE_DEPTHS, help="layers of the ResNet [50]")
-    parser.add_argument("--scales", type=int, default=3, choices=SCALES, help="number of scales [3]")
-    parser.add_argument("--size", default="1024x768", help="WIDTHxHEIGHT of the pictures [1024x768]")
-    parser.add_argument("--pictures", type=int, help="in a run [2, on a GPU 64]")
+    parser.add_argument("--depth", type=positive, default=50, choices=STAGE_DEPTHS, help="layers of the ResNet [50]")
+    parser.add_argument("--scales", type=positive, default=3, choices=SCALES, help="number of scales [3]")
+    parser.add_argument("--size", type=sides, default="1024x768", help="WIDTHxHEIGHT of the pictures [1024x768]")
+    parser.add_argument("--pictures", type=positive, help="in a run [2, on a GPU 64]")
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=PRECISIONS, help="[fp32 bf16]")
-    parser.add_argument("--repeat", type=int, default=5, help="runs of each, of which the median counts [5]")
-    args = parser.parse_args()
+    parser.add_argument("--repeat", type=positive, default=5, help="runs of each, of which the median counts [5]")
+    args = parser.parse_args(argv)
     device = choose_device(args.device)
-    width, height = map(int, args.size.split("x"))
+    width, height = args.size
     count = args.pictures or (64 if device.type == "cuda" else 2)
     pictures = [InMemory(picture(width, height, seed)) for seed in range(count)]
     with tempfile.TemporaryDirectory() as folder:
@@ -78,7 +79,13 @@ def main() -> None:
     decoding = decoding_seconds(width, height)
     for name in args.precision:
         needed = math.ceil(decoding * count / timings[name].median)
-        print(f"{name:<12}{needed} worker processes keep it fed ({1000 * decoding:.0f} ms to decode a JPEG)")
+        print(f"{name:<12}worker processes that keep it fed: {needed} ({1000 * decoding:.0f} ms to decode a JPEG)")
+
+
+def sides(text: str) -> tuple[int, int]:
+    """WIDTHxHEIGHT of a picture."""
+    width, _, height = text.partition("x")
+    return positive(width), positive(height)
 
 
 class InMemory:
@@ -94,7 +101,7 @@ class InMemory:
 def picture(width: int, height: int, seed: int) -> np.ndarray:
     """Smooth colours with some noise, about as hard to decode as a photograph."""
     rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (height // 32, width // 32, 3), dtype=np.uint8))
+    coarse = Image.fromarray(rng.integers(0, 256, (-(-height // 32), -(-width // 32), 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.int16)
     return (smooth + rng.integers(-12, 13, smooth.shape)).clip(0, 255).astype(np.uint8)
 
@@ -148,4 +155,4 @@ def decoding_seconds(width: int, height: int) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from alternate import alternate, machine, report
+from alternate import alternate, machine, positive, report
 
+from model.errors import run_command
 from modules.reranking import SuperGlobalReranker
 from modules.search import Database
 from revisitop.dataset import GroundTruth
@@ -29,13 +30,13 @@ M, K, BETA = 400, 9, 0.15
 DIM, LISTED = 2048, 120
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where the descriptors are written, once")
-    parser.add_argument("--rows", type=int, default=1_000_000, help="distractors [1000000]")
-    parser.add_argument("--queries", type=int, default=70, help="queries [70]")
-    parser.add_argument("--repeat", type=int, default=3, help="runs of each, of which the median counts [3]")
-    args = parser.parse_args()
+    parser.add_argument("--rows", type=positive, default=1_000_000, help="distractors [1000000]")
+    parser.add_argument("--queries", type=positive, default=70, help="queries [70]")
+    parser.add_argument("--repeat", type=positive, default=3, help="runs of each, of which the median counts [3]")
+    args = parser.parse_args(argv)
     path = args.folder / f"random_{args.rows}.npy"
     if not path.exists():
         write_rows(path, args.rows)
@@ -97,4 +98,4 @@ def dense(path: Path, count: int) -> list[float]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -21,24 +21,27 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from alternate import alternate, machine, matrix_rate, report
+from alternate import alternate, machine, matrix_rate, positive, report
 
+from model.errors import run_command
 from model.extract import choose_device, prepare_process
 from modules.reranking import RERANK_BETA, RERANK_K, RERANK_M, SuperGlobalReranker
 
 CENTRES = 200
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
-    parser.add_argument("--queries", type=int, default=70, help="Q [70]")
-    parser.add_argument("--database", type=int, default=5000, help="N [5000]")
-    parser.add_argument("--dim", type=int, default=2048, help="D [2048]")
-    parser.add_argument("--m", type=int, default=RERANK_M, help=f"M, candidates [{RERANK_M}]")
-    parser.add_argument("--k", type=int, default=RERANK_K, help=f"K, neighbours [{RERANK_K}]")
-    parser.add_argument("--repeat", type=int, default=9, help="runs of each, of which the median counts [9]")
-    args = parser.parse_args()
+    parser.add_argument("--queries", type=positive, default=70, help="Q [70]")
+    parser.add_argument("--database", type=positive, default=5000, help="N [5000]")
+    parser.add_argument("--dim", type=positive, default=2048, help="D [2048]")
+    parser.add_argument("--m", type=positive, default=RERANK_M, help=f"M, candidates [{RERANK_M}]")
+    parser.add_argument("--k", type=positive, default=RERANK_K, help=f"K, neighbours [{RERANK_K}]")
+    parser.add_argument("--repeat", type=positive, default=9, help="runs of each, of which the median counts [9]")
+    args = parser.parse_args(argv)
+    if not args.k < args.m <= args.database:
+        parser.error("K must be below M, and M not above N")
     device = choose_device(args.device)
     prepare_process(device)
     sizes = (args.queries, args.database, args.dim, args.m, args.k, device)
@@ -102,4 +105,4 @@ def baseline(queries: int, database: int, dim: int, m: int, k: int, device: torc
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -71,6 +71,20 @@ def test_reranking_can_be_set_and_switched_off_and_descriptors_are_used_again(co
     np.testing.assert_array_equal(after[4], after[3])
 
 
+def test_descriptors_of_another_precision_are_made_anew(command, layout, checkpoint_50, tmp_path):
+    base = ("TEST.WEIGHTS", checkpoint_50, "TEST.DATA_DIR", layout.data_dir, "TEST.DATASET_LIST", "roxford5k")
+    rows = {}
+    for precision in ("fp32", "bf16"):
+        outcome = command(
+            "test.py", *base, "TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0, "TEST.PRECISION", precision
+        )
+        assert outcome.code == 0, outcome.err
+        rows[precision] = np.load(tmp_path / "work" / "output" / "roxford5k_db.npy")
+    assert "precision: fp32 before, bf16 now" in outcome.out
+    cosines = (rows["fp32"] * rows["bf16"]).sum(axis=1)
+    assert 0.999 < cosines.min() < cosines.max() < 0.9999999
+
+
 def test_depth_101_runs(command, layout, checkpoint_101):
     outcome = command(
         "test.py", "MODEL.DEPTH", 101, "TEST.WEIGHTS", checkpoint_101, "TEST.DATA_DIR", layout.data_dir,

@@ -20,8 +20,8 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 def has_fused_kernels(dtype: torch.dtype) -> bool:
     """Whether this CPU has oneDNN's convolutions in that type."""
-    if not torch.backends.mkldnn.is_available():
-        return False
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+        return False  # the operator is PyTorch's own compiler's: it may go
     if dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if dtype == torch.float16:

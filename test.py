@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
         for dataset in datasets:
             dataset.check_files()
     checkpoints = {} if cfg.TEST.FEATURES else {dataset.name: find_weights(cfg, dataset) for dataset in datasets}
-    sources = {name: descriptor_source(cfg, checkpoint) for name, checkpoint in checkpoints.items()}
+    sources = {checkpoint: descriptor_source(cfg, checkpoint) for checkpoint in dict.fromkeys(checkpoints.values())}
     distractors = None
     if cfg.SupG.onemeval:
         path = find_distractors(cfg.TEST.DISTRACTORS, cfg.MODEL.DEPTH)
@@ -72,7 +72,8 @@ def main(argv: list[str]) -> None:
             queries, rows = load_features(Path(cfg.TEST.FEATURES), dataset)
             entry["features"] = cfg.TEST.FEATURES
         else:
-            checkpoint, source = checkpoints[dataset.name], sources[dataset.name]
+            checkpoint = checkpoints[dataset.name]
+            source = sources[checkpoint]
             entry["checkpoint"] = {"path": str(checkpoint), "sha256": source["checkpoint_sha256"]}
             log.info("checkpoint: %s, SHA-256 %s", *entry["checkpoint"].values())
             model = build_model(checkpoint, **model_arguments(cfg)).to(device)

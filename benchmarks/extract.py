@@ -13,6 +13,7 @@ import argparse
 import io
 import math
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -151,7 +152,7 @@ def decoding_seconds(width: int, height: int) -> float:
         start = time.perf_counter()
         read_image(file)
         seconds.append(time.perf_counter() - start)
-    return sorted(seconds)[len(seconds) // 2]
+    return statistics.median(seconds)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from alternate import alternate, machine, matrix_rate, positive, report
 
 from model.errors import run_command
-from model.extract import choose_device, prepare_process
+from model.extract import choose_device
 from modules.reranking import RERANK_BETA, RERANK_K, RERANK_M, SuperGlobalReranker
 
 CENTRES = 200
@@ -43,7 +43,6 @@ def main(argv: list[str]) -> None:
     if not args.k < args.m <= args.database:
         parser.error("K must be below M, and M not above N")
     device = choose_device(args.device)
-    prepare_process(device)
     sizes = (args.queries, args.database, args.dim, args.m, args.k, device)
     rate = matrix_rate(device, torch.float32)
     timings = alternate({"baseline": partial(baseline, *sizes), "ours": partial(ours, *sizes)}, args.repeat)

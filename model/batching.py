@@ -47,10 +47,9 @@ class BatchSize:
 
 def first_batch_size(model: SuperGlobal, pictures: int = 0) -> BatchSize:
     """What fits into half of the GPU's free memory by a rough estimate; on a CPU, what makes the most of its caches."""
-    device = next(model.parameters()).device
-    if device.type != "cuda":
+    if model.device.type != "cuda":
         return BatchSize(CPU_PIXELS, min(pictures or CPU_PICTURES, CPU_PICTURES))
-    free, _ = torch.cuda.mem_get_info(device)
+    free, _ = torch.cuda.mem_get_info(model.device)
     per_pixel = _LIVE_VALUES * 4 * max(model.scales) ** 2
     return BatchSize(min(GPU_PIXELS, int(free / 2 / per_pixel)), pictures)
 

@@ -168,9 +168,8 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 def describe(model: SuperGlobal, pictures: Sequence[Tensor]) -> Tensor:
     """Unit descriptors of pictures of equal size, on the model's device. (H, W, 3) uint8 RGB each -> (N, D)."""
-    device = next(model.parameters()).device
     with torch.inference_mode():
-        return model(to_network_input(torch.stack([pixels.to(device, non_blocking=True) for pixels in pictures])))
+        return model(to_network_input(torch.stack([pixels.to(model.device, non_blocking=True) for pixels in pictures])))
 
 
 def describe_all(

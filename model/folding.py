@@ -57,11 +57,14 @@ class FoldedConv(nn.Module):
         self.register_buffer("weight", weight.to(dtype).contiguous(memory_format=torch.channels_last))
         self.register_buffer("bias", bias.to(dtype))
         self.stride, self.padding, self.floor = conv.stride, conv.padding, floor
+        self.rectifier = {None: ("none", []), 0: ("relu", [])}.get(  # in oneDNN's words
+            floor, ("hardtanh", [floor, torch.finfo(torch.float32).max])
+        )
         self.fused = has_fused_kernels(dtype)
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
         """The shortcut, if there is one, is overwritten."""
-        if self.fused and x.device.type == "cpu":
+        if self.fused and x.device.type == "cpu" and (shortcut is None or self.floor == 0):
             return self._fused(x, shortcut)
         x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
         if shortcut is not None:
@@ -70,13 +73,10 @@ class FoldedConv(nn.Module):
 
     def _fused(self, x: Tensor, shortcut: Tensor | None) -> Tensor:
         geometry = (self.padding, self.stride, (1, 1), 1)  # dilation 1, one group
-        if shortcut is not None and self.floor == 0:
-            add = torch.ops.mkldnn._convolution_pointwise_.binary
-            return add(shortcut, x, self.weight, self.bias, *geometry, "add", 1.0, "relu", [], None)
-        rectifier = {None: ("none", []), 0: ("relu", [])}.get(
-            self.floor, ("hardtanh", [self.floor, torch.finfo(torch.float32).max])
-        )
-        return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *geometry, *rectifier, "")
+        if shortcut is None:
+            return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *geometry, *self.rectifier, "")
+        add = torch.ops.mkldnn._convolution_pointwise_.binary
+        return add(shortcut, x, self.weight, self.bias, *geometry, "add", 1.0, "relu", [], None)
 
     def extra_repr(self) -> str:
         out_channels, in_channels, side, _ = self.weight.shape

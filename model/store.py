@@ -66,7 +66,7 @@ class DescriptorStore:
         stamps: list[str] | None = None,
     ):
         self.path, self.rows, self.dim, self.hint = path, rows, dim, hint
-        self.source = json.loads(json.dumps(jsonable(source)))
+        self.source = jsonable(source)
         self.stamps = stamps
         self.part = Path(f"{path}.part")
         self.journal = Path(f"{path}.journal{f'.{rank}' if rank else ''}")
@@ -264,7 +264,7 @@ class DescriptorStore:
 def source_differences(path: Path, source: dict) -> list[str] | None:
     """In what a finished file was made from something else; None where no JSON beside it tells."""
     before = read_source(path)
-    return None if before is None else differences(before, json.loads(json.dumps(jsonable(source))))
+    return None if before is None else differences(before, jsonable(source))
 
 
 def read_source(path: Path) -> dict | None:

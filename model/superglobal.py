@@ -60,6 +60,10 @@ class SuperGlobal(nn.Module):
     def dim(self) -> int:
         return self.encoder.head.fc.out_features
 
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.head.fc.weight.device
+
     def forward(self, x: Tensor) -> Tensor:
         pooled = torch.stack([self.pool(self.encoder(rescale(x, factor))) for factor in self.scales])
         vectors = self.project(F.normalize(pooled, dim=-1).flatten(0, 1)).unflatten(0, pooled.shape[:2])  # (S, N, D)

@@ -32,7 +32,7 @@ def find_checkpoint(path: Path, depth: int) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise InputError(f"TEST.WEIGHTS: no file or folder {path}; {where}")
+        raise InputError(f"weights: no file or folder {path}; {where}")
     fitting, others = [], []
     for file in sorted(f for f in path.iterdir() if f.suffix in SUFFIXES and f.is_file()):
         try:
@@ -46,10 +46,10 @@ def find_checkpoint(path: Path, depth: int) -> Path:
             others.append(f"{file.name} is a {_network_name(found)}")
     if len(fitting) > 1:
         names = short_list([file.name for file in fitting])
-        raise InputError(f"TEST.WEIGHTS: {path} has several ResNet-{depth} checkpoints ({names}); name one of them")
+        raise InputError(f"weights: {path} has several ResNet-{depth} checkpoints ({names}); name one of them")
     if not fitting:
         seen = f" ({short_list(others)})" if others else ""
-        raise InputError(f"TEST.WEIGHTS: no ResNet-{depth} checkpoint in {path}{seen}; {where}")
+        raise InputError(f"weights: no ResNet-{depth} checkpoint in {path}{seen}; {where}")
     return fitting[0]
 
 

@@ -21,6 +21,7 @@ from model.errors import InputError, short_list
 from model.images import ImageError, ImageFile, to_network_input
 from model.store import DescriptorStore
 from model.superglobal import SuperGlobal
+from modules.checks import values_unseen
 
 log = logging.getLogger(__name__)
 
@@ -167,8 +168,11 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def describe(model: SuperGlobal, pictures: Sequence[Tensor]) -> Tensor:
-    """Unit descriptors of pictures of equal size, on the model's device. (H, W, 3) uint8 RGB each -> (N, D)."""
-    with torch.inference_mode():
+    """Unit descriptors of pictures of equal size, on the model's device. (H, W, 3) uint8 RGB each -> (N, D).
+
+    Whether they are finite is not looked at, as this would wait for the device.
+    """
+    with torch.inference_mode(), values_unseen():
         return model(to_network_input(torch.stack([pixels.to(model.device, non_blocking=True) for pixels in pictures])))
 
 

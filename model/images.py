@@ -64,9 +64,7 @@ class ImageList(Sequence[ImageFile]):
 
 
 def read_image(path: Path) -> np.ndarray:
-    """Decodes a picture to (H, W, 3) uint8 RGB, upright by its EXIF orientation.
-
-    Grey, palette and CMYK are converted, alpha is dropped, 16 bits are cut to the upper 8.
+    """Decodes a picture to (H, W, 3) uint8 RGB, upright by its EXIF orientation, see to_rgb.
 
     Raises:
         ImageError: where the file is missing, no picture, damaged, or has no 8-bit equivalent.
@@ -75,14 +73,7 @@ def read_image(path: Path) -> np.ndarray:
         with Image.open(path) as image:
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
-            if image.mode == "I" or image.mode.startswith("I;16"):
-                values = np.asarray(image)
-                if values.min() < 0 or values.max() > 0xFFFF:
-                    raise ValueError("32-bit picture; save it with 8 or 16 bits per channel")
-                return np.repeat((values >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
-            if image.mode == "F":
-                raise ValueError("floating-point picture; save it with 8 or 16 bits per channel")
-            return np.array(image.convert("RGB"))
+            return to_rgb(image)
     except FileNotFoundError:
         raise ImageError(path, "no such file") from None
     except Image.UnidentifiedImageError:
@@ -91,6 +82,24 @@ def read_image(path: Path) -> np.ndarray:
         raise ImageError(path, error.strerror) from None
     except Exception as error:  # decoders raise what they like (SyntaxError, struct.error, ...)
         raise ImageError(path, f"cannot be decoded ({str(error) or type(error).__name__})") from None
+
+
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """The pixels of a picture, (H, W, 3) uint8 RGB.
+
+    Grey, palette and CMYK are converted, alpha is dropped, 16 bits are cut to the upper 8.
+
+    Raises:
+        ValueError: where the picture has no 8-bit equivalent.
+    """
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 0xFFFF:
+            raise ValueError("32-bit picture; save it with 8 or 16 bits per channel")
+        return np.repeat((values >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
+    if image.mode == "F":
+        raise ValueError("floating-point picture; save it with 8 or 16 bits per channel")
+    return np.array(image.convert("RGB"))
 
 
 def crop(pixels: np.ndarray, box: Box, path: Path) -> np.ndarray:
@@ -109,8 +118,9 @@ def crop(pixels: np.ndarray, box: Box, path: Path) -> np.ndarray:
 
 
 def to_network_input(pixels: Tensor) -> Tensor:
-    """(N, H, W, 3) uint8 RGB -> (N, 3, H, W) float32 B, G, R, less the mean, over the deviation."""
-    x = pixels.permute(0, 3, 1, 2).contiguous().flip(1).float()
+    """RGB, uint8 or floating in 0..1 -> B, G, R, less the mean, over the deviation. (N, H, W, 3) -> (N, 3, H, W)."""
+    x = pixels.permute(0, 3, 1, 2).contiguous().flip(1)
+    x = x.float().div_(255) if x.dtype == torch.uint8 else x.float()
     mean = torch.tensor(MEAN_BGR, device=x.device).view(3, 1, 1)
     std = torch.tensor(STD_BGR, device=x.device).view(3, 1, 1)
-    return x.div_(255).sub_(mean).div_(std)
+    return x.sub_(mean).div_(std)

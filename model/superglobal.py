@@ -4,23 +4,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torchvision.transforms.functional import resize
+from torch import Tensor
 
 from model.checkpoint import load_encoder
 from model.folding import FoldedResNet
 from model.resnet import ResNet
 from modules.activation import RELUP_THRESHOLD
-from modules.pooling import (
-    GEMP_P,
-    RGEM_P,
-    RGEM_WINDOW,
-    SGEM_P,
-    GeMPlus,
-    RegionalGeM,
-    ScaleGeM,
-    generalized_mean,
-)
+from modules.attach import Attached
+from modules.pooling import GEMP_P, RGEM_P, RGEM_WINDOW, SGEM_P, GeM, GeMPlus, RegionalGeM, ScaleGeM
 
 SCALES = {1: (1.0,), 3: (0.7071, 1.0, 1.4142), 5: (0.5, 0.7071, 1.0, 1.4142, 2.0)}
 
@@ -28,8 +19,8 @@ SCALES = {1: (1.0,), 3: (0.7071, 1.0, 1.4142), 5: (0.5, 0.7071, 1.0, 1.4142, 2.0
 _PROJECTED_TOGETHER = 16
 
 
-class SuperGlobal(nn.Module):
-    """Pictures -> unit descriptors. (N, 3, H, W) -> (N, D); see images.to_network_input for the input.
+class SuperGlobal(Attached):
+    """The modules attached to the encoder and its head. (N, 3, H, W) -> (N, D); see images.to_network_input.
 
     Per scale: encoder -> Regional-GeM -> GeM+ -> L2-normalise -> head.fc; then Scale-GeM over the
     scales and L2-normalise. A module that is None is left out: without GeM+, GeM with the trained
@@ -51,46 +42,21 @@ class SuperGlobal(nn.Module):
         rgem: RegionalGeM | None,
         sgem: ScaleGeM | None,
     ):
-        super().__init__()
-        self.encoder = encoder
-        self.scales = tuple(scales)
-        self.gemp, self.rgem, self.sgem = gemp, rgem, sgem
+        trained = GeM(encoder.head.pool["p"].item())
+        super().__init__(encoder, (), trained if gemp is None else gemp, rgem, sgem, scales, "head")
 
     @property
     def dim(self) -> int:
-        return self.encoder.head.fc.out_features
+        return self.model.head.fc.out_features
 
     @property
     def device(self) -> torch.device:
-        return self.encoder.head.fc.weight.device
-
-    def forward(self, x: Tensor) -> Tensor:
-        pooled = torch.stack([self.pool(self.encoder(rescale(x, factor))) for factor in self.scales])
-        vectors = self.project(F.normalize(pooled, dim=-1).flatten(0, 1)).unflatten(0, pooled.shape[:2])  # (S, N, D)
-        return F.normalize(vectors.mean(dim=0) if self.sgem is None else self.sgem(vectors), dim=-1)
-
-    def pool(self, x: Tensor) -> Tensor:
-        """The vector of one scale, before the projection. (N, C, H, W) -> (N, C)."""
-        if self.rgem is not None:
-            x = self.rgem(x)
-        return generalized_mean(x, self.encoder.head.pool["p"]) if self.gemp is None else self.gemp(x)
+        return self.model.head.fc.weight.device
 
     def project(self, rows: Tensor) -> Tensor:
         """(R, C) -> (R, D), by the same kernel for any R: a row's result does not depend on the others, to the bit."""
         padded = F.pad(rows, (0, 0, 0, -len(rows) % _PROJECTED_TOGETHER))
-        return torch.cat([self.encoder.head(part) for part in padded.split(_PROJECTED_TOGETHER)])[: len(rows)]
-
-    def extra_repr(self) -> str:
-        return f"scales={self.scales}"
-
-
-def rescale(x: Tensor, factor: float) -> Tensor:
-    """Bilinear resize by a factor, each side cut to a whole number and at least 1.
-
-    The paper's numbers were made without antialiasing; torchvision has it on by default since 0.17.
-    """
-    size = [max(1, int(side * factor)) for side in x.shape[-2:]]
-    return resize(x, size, antialias=False)
+        return torch.cat([self.model.head(part) for part in padded.split(_PROJECTED_TOGETHER)])[: len(rows)]
 
 
 def build_model(

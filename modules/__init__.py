@@ -1,0 +1,22 @@
+"""SuperGlobal's modules for any trained network and any index; they need nothing but PyTorch.
+
+Installed (``pip install .``) this package is `superglobal`, in its repository it is `modules`.
+"""
+
+from .activation import ReLUPlus
+from .attach import attach
+from .pooling import GeM, GeMPlus, RegionalGeM, ScaleGeM
+from .reranking import SuperGlobalReranker
+from .search import Database, search
+
+__all__ = [
+    "Database",
+    "GeM",
+    "GeMPlus",
+    "ReLUPlus",
+    "RegionalGeM",
+    "ScaleGeM",
+    "SuperGlobalReranker",
+    "attach",
+    "search",
+]

@@ -1,5 +1,7 @@
 """ReLU+: the rectifier of SuperGlobal."""
 
+import math
+
 from torch import Tensor, nn
 
 RELUP_THRESHOLD = 0.014
@@ -26,9 +28,13 @@ class ReLUPlus(nn.Module):
 
     def __init__(self, threshold: float = RELUP_THRESHOLD):
         super().__init__()
+        if not 0 <= threshold < math.inf:
+            raise ValueError(f"the threshold of ReLU+ must be 0 or more and finite, got {threshold}")
         self.threshold = threshold
 
     def forward(self, x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            raise ValueError(f"ReLUPlus takes floating numbers, got {x.dtype} of shape {tuple(x.shape)}")
         return relu_plus(x, self.threshold)
 
     def extra_repr(self) -> str:

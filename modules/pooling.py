@@ -10,6 +10,8 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import check_tensor
+
 GEMP_P = 4.6
 GEMP_EPS = 1e-8
 RGEM_P = 2.5
@@ -80,6 +82,7 @@ class GeM(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        check_tensor(x, type(self).__name__, "N, C, H, W")
         return generalized_mean(x, self.p, self.eps)
 
     def extra_repr(self) -> str:
@@ -122,6 +125,7 @@ class RegionalGeM(nn.Module):
         self.window = window
 
     def forward(self, x: Tensor) -> Tensor:
+        check_tensor(x, "RegionalGeM", "N, C, H, W")
         return regional_generalized_mean(x, self.p, self.window)
 
     def extra_repr(self) -> str:
@@ -144,6 +148,7 @@ class ScaleGeM(nn.Module):
         self.p = _check_power(p, infinite=True)
 
     def forward(self, v: Tensor) -> Tensor:
+        check_tensor(v, "ScaleGeM", "S, N, C")
         return scale_generalized_mean(v, self.p)
 
     def extra_repr(self) -> str:

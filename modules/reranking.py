@@ -6,12 +6,17 @@ candidates come from anywhere (a database, an index, a vector store): only their
 Shao et al., "Global Features are All You Need for Image Retrieval and Reranking", ICCV 2023, sec. 4.
 """
 
+import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .checks import values_can_be_seen
+
+Array = Any  # a tensor, or a NumPy array
 
 RERANK_M = 400
 RERANK_K = 9
@@ -24,9 +29,15 @@ _CPU_BYTES, _GPU_BYTES = 16 << 20, 1 << 30
 _STRIP, _COLUMNS = 128, 40
 
 
+# Rows this much longer than 1 were surely never normalised; lossy indexes shorten theirs.
+_LONGEST = 1.05
+
+
 class Reranking(NamedTuple):
-    order: Tensor  # (Q, M) int64: the old place, within the candidates, of each new place
-    scores: Tensor  # (Q, M): score of each new place, descending
+    """Tensors, or NumPy arrays where the queries were one."""
+
+    order: Array  # (Q, M) int64: the old place, within the candidates, of each new place
+    scores: Array  # (Q, M): score of each new place, descending; -inf for a candidate that is not there
 
 
 def gram_matrices(candidates: Tensor) -> Tensor:
@@ -57,20 +68,25 @@ def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, columns.gather(-1, places % k) + places // k * _COLUMNS
 
 
-def neighbour_weights(candidates: Tensor, k: int, beta: float) -> tuple[Tensor, Tensor]:
+def neighbour_weights(candidates: Tensor, k: int, beta: float, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The sparse rows of W: each candidate's K + 1 most similar candidates and their shares.
 
     (Q, M, D) -> neighbours (Q, M, K+1) int64, weights (Q, M, K+1) that sum to 1. The first
     neighbour is the candidate itself with weight 1, the others have beta * (x_i . x_j), before the
-    division by the sum. Where M < K + 1 all M are taken.
+    division by the sum. Where M < K + 1 all M are taken. With a mask (Q, M), candidates where it
+    is False are nobody's neighbours.
     """
     gram = gram_matrices(candidates)
+    if mask is not None:
+        gram.masked_fill_(~mask[:, None], -torch.inf)
     # A candidate is its own first neighbour by rule, not by rounding: a zero row, say, would
     # otherwise tie with all and might take the place of another.
     gram.diagonal(dim1=1, dim2=2).fill_(torch.inf)
     similarity, neighbours = largest(gram, min(k + 1, gram.shape[-1]))
     weights = similarity * beta
     weights[..., 0] = 1
+    if mask is not None:
+        weights = weights.masked_fill(similarity == -torch.inf, 0)
     return neighbours, weights / weights.sum(dim=-1, keepdim=True)
 
 
@@ -95,10 +111,19 @@ class SuperGlobalReranker(nn.Module):
     and x' = W X: S1 = x' . q; e = the elementwise maximum of the x' of the first K + 1 in S1 order;
     S2 = x' . e; the new order is by (S1 + S2) / 2. Equal scores keep their order.
 
+    Shao et al., "Global Features are All You Need for Image Retrieval and Reranking", ICCV 2023, sec. 4.
+
     Args:
-        m: candidates that are reranked; results after the first m keep their place.
+        m: candidates that are reranked; results after the first m are not looked at.
         k: neighbours of a candidate.
         beta: weight of the neighbours, each times its cosine similarity.
+
+    Shape:
+        - queries (Q, D), candidates (Q, M', D), mask (Q, M')
+        - order and scores (Q, M), where M = min(m, M')
+
+    It has no state. It works on the tensors' own device, in float32, or in float64 where an input is;
+    the scores have gradients, the order has none.
 
     >>> import torch
     >>> SuperGlobalReranker(m=4, k=2)(torch.eye(8)[:1], torch.eye(8)[None, :4]).order
@@ -109,58 +134,153 @@ class SuperGlobalReranker(nn.Module):
         super().__init__()
         if not 1 <= k <= m:
             raise ValueError(f"reranking needs 1 <= k <= m, got k = {k}, m = {m}")
-        if not beta >= 0:
-            raise ValueError(f"beta must not be negative, got {beta}")
+        if not 0 <= beta < float("inf"):
+            raise ValueError(f"beta must not be negative, and finite, got {beta}")
         self.m, self.k, self.beta = m, k, beta
 
-    def forward(self, queries: Tensor, candidates: Tensor) -> Reranking:
-        """queries (Q, D), candidates (Q, M, D), each query's own in ranking order, all unit rows."""
-        if queries.ndim != 2 or candidates.ndim != 3 or candidates.shape[::2] != queries.shape:
-            raise ValueError(
-                "reranking takes queries (Q, D) and candidates (Q, M, D), "
-                f"got {tuple(queries.shape)} and {tuple(candidates.shape)}"
-            )
-        neighbours, weights = neighbour_weights(candidates, self.k, self.beta)
-        s1 = refined_scores(queries, candidates, neighbours, weights)
-        first = s1.argsort(dim=1, descending=True, stable=True)[:, : self.k + 1]
-        expanded = expanded_query(candidates, neighbours, weights, first)
-        s2 = refined_scores(expanded, candidates, neighbours, weights)
-        scores, order = ((s1 + s2) / 2).sort(dim=1, descending=True, stable=True)
+    def forward(self, queries: Array, candidates: Array, mask: Array | None = None) -> Reranking:
+        """Reranks each query's own candidates.
+
+        Args:
+            queries: (Q, D), unit rows, tensor or NumPy array.
+            candidates: (Q, M', D), unit rows, each query's own in ranking order.
+            mask: (Q, M') bool, False where a query has no such candidate (its row may hold anything).
+                These end up last, with score -inf.
+
+        Returns:
+            order and scores of the first m, of the queries' kind.
+
+        Raises:
+            ValueError: where shapes, types or devices do not fit, nothing is there to rerank, or a
+                score is not finite.
+        """
+        q, x = _tensor(queries, "queries"), _tensor(candidates, "candidates")
+        given = f"got {tuple(q.shape)} and {tuple(x.shape)}"
+        if q.ndim != 2 or x.ndim != 3 or x.shape[::2] != q.shape:
+            raise ValueError(f"reranking takes queries (Q, D) and candidates (Q, M, D), {given}")
+        if 0 in x.shape[1:]:
+            raise ValueError(f"there are no candidates to rerank: {given}")
+        if not (q.is_floating_point() and x.is_floating_point()):
+            raise ValueError(f"descriptors are floating numbers, {given} of {q.dtype} and {x.dtype}")
+        if q.device != x.device:
+            raise ValueError(f"queries and candidates are on different devices, {q.device} and {x.device}")
+        dtype = torch.promote_types(torch.promote_types(q.dtype, x.dtype), torch.float32)
+        if mask is not None:
+            mask = _tensor(mask, "mask").to(x.device)
+            if mask.dtype != torch.bool or mask.shape != x.shape[:2]:
+                raise ValueError(f"the mask is bool (Q, M), got {mask.dtype} of shape {tuple(mask.shape)}, {given}")
+            mask = mask[:, : self.m]
+        q, x = q.to(dtype), x[:, : self.m].to(dtype)
+        if mask is not None:
+            x = x.masked_fill(~mask[..., None], 0)
+        _warn_of_long_rows(q, x)
+        scores, order = self._scores(q, x, mask).sort(dim=1, descending=True, stable=True)
+        if not isinstance(queries, Tensor):
+            order, scores = order.numpy(), scores.numpy()
         return Reranking(order, scores)
+
+    def _scores(self, q: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+        """The score of each candidate, in the candidates' order. (Q, D), (Q, M, D) -> (Q, M)."""
+        neighbours, weights = neighbour_weights(x, self.k, self.beta, mask)
+        s1 = refined_scores(q, x, neighbours, weights)
+        if values_can_be_seen(s1) and not s1.isfinite().all():
+            query, candidate = (~s1.isfinite()).nonzero()[0].tolist()
+            raise ValueError(
+                f"query {query} and its candidate {candidate} have a score that is not finite: there is NaN or "
+                f"infinity in the queries {tuple(q.shape)} or the candidates {tuple(x.shape)}"
+            )
+        if mask is not None:
+            s1 = s1.masked_fill(~mask, -torch.inf)
+        first = s1.argsort(dim=1, descending=True, stable=True)[:, : self.k + 1]
+        if mask is not None:  # once more the best one, instead of one that is not there, leaves the maximum as it is
+            first = torch.where(mask.gather(1, first), first, first[:, :1])
+        expanded = expanded_query(x, neighbours, weights, first)
+        return (s1 + refined_scores(expanded, x, neighbours, weights)) / 2
 
     def rerank(
         self,
-        queries: Tensor,
-        ids: Tensor,
-        fetch: Callable[[Tensor], Tensor],
-        device: torch.device | str = "cpu",
+        queries: Array,
+        ids: Array,
+        fetch: Callable[[Array], Array],
+        device: torch.device | str | None = None,
     ) -> Reranking:
         """Reranks the first m of each query's results, fetching their descriptors a few queries at a time.
 
         Args:
-            queries: (Q, D), unit rows.
-            ids: (Q, R) int64, each query's results in ranking order; only the first m are used.
-            fetch: gives the descriptors (..., D) of the ids (...), as ``Database.rows`` does.
-            device: where the work is done.
+            queries: (Q, D), unit rows, tensor or NumPy array.
+            ids: (Q, R) integers, each query's results in ranking order; only the first m are used. -1
+                stands where a query has no more results, as in FAISS.
+            fetch: gives the descriptors (n, D) of the ids (n,), from wherever they are; it is given
+                ids of the kind that came in, never -1.
+            device: where the work is done; by default the queries' own.
 
         Returns:
-            order and scores of shape (Q, min(m, R)), on the CPU.
+            order and scores of shape (Q, min(m, R)), of the queries' kind, on their device.
+
+        Raises:
+            ValueError: as forward, and where fetch does not give a row per id.
         """
         if not callable(fetch):
             raise ValueError(f"fetch is a function from ids to rows, Database(rows).rows, say; got {type(fetch)}")
-        ids = ids[:, : self.m]
-        m, d = ids.shape[1], queries.shape[1]
-        limit = _GPU_BYTES if torch.device(device).type == "cuda" else _CPU_BYTES
-        block = max(1, limit // (4 * m * max(m, d)))
+        q, numbers = _tensor(queries, "queries"), _tensor(ids, "ids")
+        given = f"got queries {tuple(q.shape)} and ids {tuple(numbers.shape)} of {numbers.dtype}"
+        if q.ndim != 2 or numbers.ndim != 2 or len(q) != len(numbers):
+            raise ValueError(f"reranking takes queries (Q, D) and ids (Q, R), {given}")
+        if 0 in numbers.shape[1:] + q.shape[1:]:
+            raise ValueError(f"there are no candidates to rerank: {given}")
+        if numbers.is_floating_point() or numbers.dtype == torch.bool or (numbers < -1).any():
+            raise ValueError(f"ids are integers from 0, and -1 for none, {given}")
+        device = q.device if device is None else torch.device(device)
+        numbers = numbers[:, : self.m]
+        present = numbers >= 0
+        mask = None if present.all() else present
+        m, d = numbers.shape[1], q.shape[1]
+        block = max(1, (_GPU_BYTES if device.type == "cuda" else _CPU_BYTES) // (4 * m * max(m, d)))
         block -= block % min(block, torch.get_num_threads())  # so that all threads have as many to do
-        done = [
-            self(
-                queries[start : start + block].to(device, torch.float32),
-                fetch(ids[start : start + block]).to(device, torch.float32),
-            )
-            for start in range(0, len(queries), block)
-        ]
-        return Reranking(*(torch.cat(column).cpu() for column in zip(*done, strict=True)))
+        done = []
+        for start in range(0, max(1, len(q)), block):
+            part = slice(start, start + block)
+            there = None if mask is None else mask[part]
+            rows = _fetched(fetch, numbers[part], there, d, isinstance(ids, Tensor)).to(device)
+            done.append(self(q[part].to(device), rows, there))
+        order, scores = (torch.cat(column).to(q.device) for column in zip(*done, strict=True))
+        return Reranking(order, scores) if isinstance(queries, Tensor) else Reranking(order.numpy(), scores.numpy())
 
     def extra_repr(self) -> str:
         return f"m={self.m}, k={self.k}, beta={self.beta}"
+
+
+def _tensor(x: Array, name: str) -> Tensor:
+    """A NumPy array as a tensor, in its own memory where possible."""
+    if isinstance(x, Tensor):
+        return x
+    if not hasattr(x, "__array_interface__"):
+        raise ValueError(f"{name}: a tensor or a NumPy array is needed, got {type(x).__name__}")
+    try:
+        return torch.from_numpy(x if x.flags.writeable and x.flags.c_contiguous else x.copy())
+    except TypeError:
+        raise ValueError(f"{name}: an array of {x.dtype}, shape {x.shape}, has no tensor of its type") from None
+
+
+def _fetched(fetch: Callable, ids: Tensor, there: Tensor | None, dim: int, as_tensor: bool) -> Tensor:
+    """The candidates with these ids, zero where none is there. (Q, M) -> (Q, M, D)."""
+    wanted = ids.flatten() if there is None else ids[there]
+    rows = _tensor(fetch(wanted if as_tensor else wanted.numpy()), "what fetch gave")
+    if rows.shape != (len(wanted), dim):
+        raise ValueError(f"fetch gave shape {tuple(rows.shape)} for {len(wanted)} ids of {dim} dimensions")
+    if there is None:
+        return rows.view(*ids.shape, dim)
+    candidates = rows.new_zeros(*ids.shape, dim)
+    candidates[there.to(rows.device)] = rows
+    return candidates
+
+
+def _warn_of_long_rows(q: Tensor, x: Tensor) -> None:
+    if values_can_be_seen(q) and len(q):
+        longest = torch.cat([q, x[:, 0]]).norm(dim=1).max().item()
+        if longest > _LONGEST:
+            warnings.warn(
+                f"reranking is for rows of unit length, there are some of length {longest:.3g}; "
+                "torch.nn.functional.normalize(rows, dim=-1) makes them so",
+                stacklevel=4,
+            )

@@ -74,5 +74,5 @@ def test_an_unknown_precision_is_told(checkpoint_50):
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
 def test_the_fused_kernels_are_used_where_they_are(checkpoint_50):
     assert has_fused_kernels(torch.float32)
-    encoder = build_model(checkpoint_50, 50).encoder
+    encoder = build_model(checkpoint_50, 50).model
     assert all(module.fused for module in encoder.modules() if isinstance(module, FoldedConv))

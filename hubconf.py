@@ -1,0 +1,37 @@
+"""PyTorch Hub's entry points: torch.hub.load("<owner>/<repository>", "superglobal_resnet50", weights="FILE").
+
+From a checkout, without network: torch.hub.load(".", "superglobal_resnet50", source="local", weights="FILE").
+"""
+
+from pathlib import Path
+
+from model.checkpoint import find_checkpoint
+from model.hub import PictureDescriber
+from model.superglobal import build_model
+from modules.reranking import SuperGlobalReranker
+
+dependencies = ["torch", "torchvision", "numpy", "PIL", "tqdm"]
+
+
+def superglobal_resnet50(weights: str | Path, **options) -> PictureDescriber:
+    """SuperGlobal on CVNet's ResNet-50: RGB tensors in 0..1 or PIL pictures -> unit descriptors (N, 2048).
+
+    Args:
+        weights: the checkpoint (CVPR2022_CVNet_R50.pyth), or a folder in which exactly one fits.
+        options: of model.superglobal.build_model: scales, relup, gemp, rgem, rgem_window, sgem, precision, ...
+    """
+    return _superglobal(50, weights, options)
+
+
+def superglobal_resnet101(weights: str | Path, **options) -> PictureDescriber:
+    """SuperGlobal on CVNet's ResNet-101, see superglobal_resnet50."""
+    return _superglobal(101, weights, options)
+
+
+def reranker(m: int = 400, k: int = 9, beta: float = 0.15) -> SuperGlobalReranker:
+    """SuperGlobal reranking of each query's first m results: (queries, candidates), or .rerank(queries, ids, fetch)."""
+    return SuperGlobalReranker(m, k, beta)
+
+
+def _superglobal(depth: int, weights: str | Path, options: dict) -> PictureDescriber:
+    return PictureDescriber(build_model(find_checkpoint(Path(weights), depth), depth, **options)).eval()

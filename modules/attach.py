@@ -1,0 +1,362 @@
+"""SuperGlobal's modules on a trained network: pictures -> unit descriptors, without training."""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .activation import RELUP_THRESHOLD, ReLUPlus, relu_plus
+from .checks import check_tensor, values_can_be_seen
+from .pooling import GeMPlus, RegionalGeM, ScaleGeM
+
+SCALES = (0.7071, 1.0, 1.4142)
+
+# They have no state, so all networks may share them.
+_GEMP, _RGEM, _SGEM = GeMPlus(), RegionalGeM(), ScaleGeM()
+
+# torchvision's networks whose forward is their children in order; the map is what enters `avgpool`.
+_IN_ORDER = ("ResNet", "ConvNeXt", "EfficientNet", "RegNet", "VGG", "AlexNet", "MobileNetV3", "SwinTransformer")
+# Where other people's networks have their map.
+_USUAL = ("forward_features", "extract_features", "features", "backbone", "encoder", "trunk")
+
+_RELU = (nn.ReLU, nn.ReLU6)
+_OF_THE_BATCH = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+
+
+class Change(NamedTuple):
+    """What attach did to a layer of the network."""
+
+    layer: str
+    original: nn.Module | None  # what stood there, where it was replaced
+    hook: Any  # the handle of the hook, where one was added
+    meaning: str
+
+
+class Attached(nn.Module):
+    """A network with SuperGlobal's modules, made by :func:`attach`. (N, 3, H, W) -> (N, D), unit rows.
+
+    Per scale: resize -> the network's map (N, C, h, w) -> rgem -> pooling -> L2-normalise ->
+    projection; then sgem over the scales (without it, their mean), and L2-normalise.
+
+    Args: see :func:`attach`; `path` names the attributes of `model` that are called one after the
+    other to get the map, and is empty where the model itself gives it.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[Tensor], Tensor],
+        path: Sequence[str] = (),
+        pooling: nn.Module | str = _GEMP,
+        rgem: nn.Module | None = _RGEM,
+        sgem: nn.Module | None = _SGEM,
+        scales: Sequence[float] = SCALES,
+        projection: nn.Module | str | None = None,
+    ):
+        super().__init__()
+        self.model, self.path = model, tuple(path)
+        self.pooling, self.rgem, self.sgem, self.projection = pooling, rgem, sgem, projection
+        self.scales = tuple(float(factor) for factor in scales)
+        if not self.scales or not all(0 < factor < math.inf for factor in self.scales):
+            raise ValueError(f"scales are positive factors, at least one, got {tuple(scales)}")
+        self.changes: list[Change] = []
+        self.detached = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.detached:
+            raise RuntimeError("the network was detached; attach it again")
+        check_tensor(x, "an attached network", "N, C, H, W")
+        pooled = torch.stack([self.pool(self.feature_map(rescale(x, factor))) for factor in self.scales])
+        vectors = self.project(F.normalize(pooled, dim=-1).flatten(0, 1)).unflatten(0, pooled.shape[:2])  # (S, N, D)
+        descriptors = F.normalize(vectors.mean(dim=0) if self.sgem is None else self.sgem(vectors), dim=-1)
+        if values_can_be_seen(descriptors) and not descriptors.isfinite().all():
+            raise ValueError(f"the descriptor of pictures {tuple(x.shape)} is not finite; a power is too large")
+        return descriptors
+
+    def feature_map(self, x: Tensor) -> Tensor:
+        """The network's own map of one scale. (N, 3, H, W) -> (N, C, h, w), float32 or float64."""
+        for name in self.path:
+            x = attrgetter(name)(self.model)(x)
+        if not self.path:
+            x = self.model(x)
+        if not isinstance(x, Tensor) or x.ndim != 4:
+            got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            there = [name for name in _USUAL if hasattr(self.model, name) and name not in self.path]
+            raise ValueError(
+                f"{_name(self.model)}{''.join('.' + name for name in self.path[-1:])} gives {got}, not a map "
+                "(N, C, H, W); name the method or submodule that gives it, features="
+                f"{' or '.join(map(repr, there)) or '...'}, or attach a function that does (see attach for a ViT)"
+            )
+        width = getattr(self.model, "num_features", None)
+        if width is not None and x.shape[1] != width == x.shape[-1]:
+            raise ValueError(
+                f"{_name(self.model)} gives (N, H, W, C), shape {tuple(x.shape)}; attach a function that gives "
+                "(N, C, H, W): lambda x: model.forward_features(x).permute(0, 3, 1, 2)"
+            )
+        return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # powers overflow half precision
+
+    def pool(self, x: Tensor) -> Tensor:
+        """The vector of one scale, before the projection. (N, C, h, w) -> (N, C)."""
+        if self.rgem is not None:
+            x = self.rgem(x)
+        pooled = self._part(self.pooling)(x)
+        if pooled.ndim == 4 and pooled.shape[2:] == (1, 1):
+            pooled = pooled.flatten(1)
+        if pooled.ndim != 2:
+            raise ValueError(f"the pooling gives shape {tuple(pooled.shape)} for a map {tuple(x.shape)}, not (N, C)")
+        return pooled
+
+    def project(self, rows: Tensor) -> Tensor:
+        """(R, C) -> (R, D)."""
+        if self.projection is None:
+            return rows
+        projection = self._part(self.projection)
+        width = getattr(projection, "in_features", rows.shape[1])
+        if width != rows.shape[1]:
+            raise ValueError(f"the projection takes (N, {width}), the pooled vectors are {tuple(rows.shape)}")
+        weight = next(projection.parameters(), rows)
+        return projection(rows.to(weight.dtype)).to(rows.dtype)
+
+    def _part(self, part: nn.Module | str) -> nn.Module:
+        return attrgetter(part)(self.model) if isinstance(part, str) else part
+
+    def detach(self) -> nn.Module:
+        """Undoes what attach changed in the network, and returns it; this module is of no use afterwards."""
+        for change in self.changes:
+            if change.hook is None:
+                _replace(self.model, change.layer, change.original)
+            else:
+                change.hook.remove()
+        self.changes.clear()
+        self.detached = True
+        return self.model
+
+    def __enter__(self) -> "Attached":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        """The modules, and every layer of the network that is not as it was."""
+        path = f", its map from {' > '.join(self.path)}" if self.path else ""
+        projection = self.projection
+        if isinstance(projection, str):
+            projection = f"{projection} of the network, {self._part(projection)!r}"
+        pooling = f"{self.pooling} of the network" if isinstance(self.pooling, str) else self.pooling
+        lines = [
+            f"network: {_name(self.model)}{path}",
+            f"rgem: {self.rgem}",
+            f"pooling: {pooling}",
+            f"projection: {projection}",
+            f"sgem: {self.sgem}, scales {', '.join(f'{factor:g}' for factor in self.scales)}",
+            f"changed layers: {'' if self.changes else 'none'}",
+            *(f"  {change.layer}: {change.meaning}" for change in self.changes),
+        ]
+        return "Attached(\n" + "".join(f"  {line.rstrip()}\n" for line in lines) + ")"
+
+
+def attach(
+    model: Callable[[Tensor], Tensor],
+    features: str | Sequence[str] | None = None,
+    pooling: nn.Module = _GEMP,
+    rgem: nn.Module | None = _RGEM,
+    sgem: nn.Module | None = _SGEM,
+    scales: Sequence[float] = SCALES,
+    projection: "nn.Module | str | Tensor | tuple[Tensor, Tensor] | None" = None,
+    relup: str | Sequence[str] = (),
+    relup_ends: str | Sequence[str] = (),
+    relup_threshold: float = RELUP_THRESHOLD,
+) -> Attached:
+    """Puts SuperGlobal's modules on a trained network. The result maps (N, 3, H, W) to unit rows (N, D).
+
+    The pictures are normalised as the network was trained, as before. The network is not copied; its
+    weights, mode (training or not), device and state dict stay as they are, and only the rectifiers
+    named in `relup` and `relup_ends` are changed, until :meth:`Attached.detach` or the end of a
+    ``with`` block. ``repr`` tells which.
+
+    Shao et al., "Global Features are All You Need for Image Retrieval and Reranking", ICCV 2023, sec. 3.
+
+    Args:
+        model: a network, or any callable that gives a map (N, C, H, W). Of torchvision's ResNet,
+            ResNeXt, ConvNeXt, EfficientNet, RegNet, VGG, MobileNetV3 and Swin the map is what enters
+            their `avgpool`; of timm's networks, what `forward_features` gives.
+        features: for other networks, the name of the method or submodule that gives the map, or of
+            several that are called one after the other.
+        pooling: (N, C, H, W) -> (N, C) or (N, C, 1, 1); a submodule of the network's will do.
+        rgem: Regional-GeM, (N, C, H, W) -> (N, C, H, W); None leaves it out.
+        sgem: Scale-GeM, (S, N, D) -> (N, D); None takes the mean over the scales.
+        scales: factors by which the pictures are resized (bilinear, without antialiasing).
+        projection: what follows the pooling: a module (N, C) -> (N, D), or the name of a submodule of
+            the network's (``"fc"``, say); a matrix P (D, C); or whitening, (P, m) with m (C,): P (x - m).
+        relup: names of submodules, stages or layers, in which every ReLU (or ReLU6) becomes ReLU+.
+        relup_ends: names of stages whose blocks end in ReLU+, while the ReLUs inside stay. In the
+            paper, of a ResNet: ``relup="layer1", relup_ends=("layer2", "layer3")``.
+        relup_threshold: threshold of ReLU+.
+
+    Raises:
+        ValueError: where a name does not fit the network, or a stage has no ReLU; when called, where
+            the network gives no map, or the shapes of map, pooling and projection do not fit.
+
+    The map may hold negative numbers (ConvNeXt, say); GeM takes them for its floor, 0.
+
+    Token maps: a ViT's tokens become a map in four lines (`vit` of timm, with dynamic_img_size=True)::
+
+        def token_map(x):
+            tokens = vit.forward_features(x)[:, vit.num_prefix_tokens :]
+            side = vit.patch_embed.patch_size[0]
+            return tokens.mT.unflatten(2, (x.shape[2] // side, x.shape[3] // side))
+
+    >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+    >>> attach(network, relup="1")(torch.rand(2, 3, 32, 48)).shape
+    torch.Size([2, 8])
+    """
+    if not callable(model):
+        raise ValueError(f"attach takes a network, or a callable that gives a map, got {type(model).__name__}")
+    path = _way_to_map(model) if features is None else _names(features)
+    for name in path:
+        if not callable(_attribute(model, name)):
+            raise ValueError(f"features: {_name(model)} has no method or submodule {name!r}{_children(model)}")
+    if isinstance(projection, str) and not callable(_attribute(model, projection)):
+        raise ValueError(f"projection: {_name(model)} has no submodule {projection!r}{_children(model)}")
+    attached = Attached(model, path, _own(model, pooling), rgem, sgem, scales, _own(model, _matrix(projection, model)))
+    attached.training = getattr(model, "training", False)  # of itself alone: parts of the network may be frozen
+    if attached.training and any(isinstance(layer, _OF_THE_BATCH) for layer in attached.modules()):
+        warnings.warn("the network is in training mode, a descriptor depends on its batch; call .eval()", stacklevel=2)
+    rectifier = ReLUPlus(relup_threshold)
+    layers = [layer for stage in _names(relup) for layer in _rectifiers(model, stage)]
+    blocks = [block for stage in _names(relup_ends) for block in _blocks(model, stage)]
+    for layer in layers:
+        original = model.get_submodule(layer)
+        replacement = rectifier if isinstance(original, nn.ReLU) else nn.Sequential(original, rectifier)
+        _replace(model, layer, replacement)
+        attached.changes.append(Change(layer, original, None, f"{original} -> {rectifier}"))
+    for block in blocks:
+        handle = model.get_submodule(block).register_forward_hook(_End(block, relup_threshold))
+        attached.changes.append(Change(block, None, handle, f"ends in {rectifier}"))
+    return attached
+
+
+def rescale(x: Tensor, factor: float) -> Tensor:
+    """Bilinear resize by a factor, each side cut to a whole number and at least 1. (N, C, H, W) -> (N, C, H', W').
+
+    Without antialiasing, as the paper's numbers were made. (torchvision has it on by default since 0.17.)
+    """
+    if factor == 1:
+        return x
+    # int() would make the side a constant in torch.export.
+    size = [torch.sym_max(1, math.floor(side * factor)) for side in x.shape[-2:]]
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=False)
+
+
+class _End:
+    """A forward hook: ReLU+ on what a block gives."""
+
+    def __init__(self, block: str, threshold: float):
+        self.block, self.threshold, self.checked = block, threshold, False
+
+    def __call__(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+        if not self.checked and values_can_be_seen(output):
+            if (output < 0).any():
+                raise ValueError(
+                    f"relup_ends: {self.block} ({_name(module)}) gives negative numbers: it ends in no ReLU"
+                )
+            self.checked = True
+        return relu_plus(output, self.threshold)
+
+
+def _names(names: str | Sequence[str]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _name(model: Any) -> str:
+    return getattr(model, "__name__", type(model).__name__)
+
+
+def _attribute(model: Any, name: str) -> Any:
+    try:
+        return attrgetter(name)(model)
+    except AttributeError:
+        return None
+
+
+def _children(model: Any) -> str:
+    """The end of an error about a name."""
+    return f"; it has {', '.join(name for name, _ in model.named_children())}" if isinstance(model, nn.Module) else ""
+
+
+def _way_to_map(model: Any) -> tuple[str, ...]:
+    """The attributes that lead to the map, as far as the network's kind is known."""
+    if not isinstance(model, nn.Module):
+        return ()
+    if callable(getattr(model, "forward_features", None)):
+        return ("forward_features",)
+    family = [base for base in type(model).__mro__ if base.__module__.startswith("torchvision.models.")]
+    own = [getattr(type(model), name).__module__ for name in ("forward", "_forward_impl") if hasattr(type(model), name)]
+    if any(base.__name__ in _IN_ORDER for base in family) and all(name.startswith("torchvision.") for name in own):
+        names = [name for name, _ in model.named_children()]
+        return tuple(names[: names.index("avgpool")])
+    return ()
+
+
+def _own(model: Any, part: nn.Module | str | None) -> nn.Module | str | None:
+    """The name of a part that is the network's own, so that it is not registered twice."""
+    if isinstance(part, nn.Module) and isinstance(model, nn.Module):
+        return next((name for name, module in model.named_modules() if module is part), part)
+    return part
+
+
+def _matrix(projection: Any, model: Any) -> nn.Module | str | None:
+    """A matrix, or a matrix and a mean, as a linear layer."""
+    if projection is None or isinstance(projection, (nn.Module, str)):
+        return projection
+    parts = [torch.as_tensor(part) for part in (projection if isinstance(projection, tuple) else (projection,))]
+    check_tensor(parts[0], "projection", "D, C")
+    d, c = parts[0].shape
+    if len(parts) > 2 or any(part.numel() != c for part in parts[1:]):
+        raise ValueError(f"whitening is P (D, C) and m (C,), got shapes {[tuple(part.shape) for part in parts]}")
+    linear = nn.Linear(c, d, bias=len(parts) == 2, dtype=parts[0].dtype).requires_grad_(False)
+    linear.weight.copy_(parts[0])
+    if len(parts) == 2:
+        check_tensor(parts[1].flatten(), "whitening", "C")
+        linear.bias.copy_(-parts[0] @ parts[1].to(parts[0]).flatten())
+    weight = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    return linear if weight is None else linear.to(weight.device)
+
+
+def _stage(model: Any, option: str, stage: str) -> nn.Module:
+    try:
+        return model.get_submodule(stage)
+    except AttributeError:
+        raise ValueError(f"{option}: {_name(model)} has no submodule {stage!r}{_children(model)}") from None
+
+
+def _rectifiers(model: Any, stage: str) -> list[str]:
+    """The names of the ReLUs of a stage."""
+    modules = dict(_stage(model, "relup", stage).named_modules(prefix=stage, remove_duplicate=False))
+    names = [name for name, module in modules.items() if isinstance(module, _RELU)]
+    if not names:
+        kinds = dict.fromkeys(_name(each) for each in modules.values() if "activation" in type(each).__module__)
+        there = ", ".join(kinds) or "no activation module; functional ones cannot be changed"
+        raise ValueError(f"relup: {stage!r} has no ReLU, but {there}")
+    return names
+
+
+def _blocks(model: Any, stage: str) -> list[str]:
+    """The names of a stage's blocks, each with a ReLU of its own."""
+    blocks = dict(_stage(model, "relup_ends", stage).named_children())
+    for name, block in blocks.items():
+        if not any(isinstance(child, _RELU) for child in block.children()):
+            raise ValueError(f"relup_ends: {stage}.{name} ({_name(block)}) has no ReLU of its own to end in")
+    if not blocks:
+        raise ValueError(f"relup_ends: {stage!r} has no blocks; it is {_name(_stage(model, 'relup_ends', stage))}")
+    return [f"{stage}.{name}" for name in blocks]
+
+
+def _replace(model: nn.Module, layer: str, module: nn.Module) -> None:
+    parent, _, name = layer.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)

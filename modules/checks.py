@@ -1,0 +1,53 @@
+"""What a module says of input that it cannot take."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+_looking = ContextVar("whether values are looked at", default=True)
+
+
+def check_tensor(x: Tensor, taker: str, letters: str) -> None:
+    """Raises a ValueError unless x is a floating tensor of these axes, none but N empty, without NaN.
+
+    Args:
+        x: what was given.
+        taker: who takes it, for the message.
+        letters: the axes, "N, C, H, W" say.
+
+    Whether there is NaN is not looked at where values cannot be seen: in ``torch.export``,
+    ``torch.compile``, traces and graphs, on the meta device, and inside :func:`values_unseen`.
+    """
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{taker} takes a tensor ({letters}), got {type(x).__name__}")
+    shape = tuple(x.shape)
+    names = letters.split(", ")
+    if x.ndim != len(names):
+        raise ValueError(f"{taker} takes a tensor ({letters}), got shape {shape}")
+    if not x.is_floating_point():
+        raise ValueError(f"{taker} takes floating numbers, got {x.dtype} of shape {shape}")
+    if any(size == 0 and name != "N" for size, name in zip(shape, names, strict=True)):
+        raise ValueError(f"{taker} takes a tensor ({letters}) that is not empty, got shape {shape}")
+    # The sum is a tenth of the work of isnan; it is NaN for infinities of both signs, too.
+    if values_can_be_seen(x) and x.sum().isnan() and x.isnan().any():
+        raise ValueError(f"{taker} got NaN: {int(x.isnan().sum())} of the values of shape {shape}")
+
+
+def values_can_be_seen(x: Tensor) -> bool:
+    """Whether Python may decide by the values of x."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.is_meta or not _looking.get():
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+@contextmanager
+def values_unseen() -> Iterator[None]:
+    """Inside, no value is looked at, so that nobody waits for a GPU; who uses it checks the results instead."""
+    token = _looking.set(False)
+    try:
+        yield
+    finally:
+        _looking.reset(token)

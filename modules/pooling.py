@@ -7,10 +7,14 @@ Shapes: N pictures, C channels, H x W positions, S scales.
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import check_tensor
+
+# New in PyTorch 2.7; before, compiling takes the exported way, too.
+_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 GEMP_P = 4.6
 GEMP_EPS = 1e-8
@@ -36,11 +40,23 @@ def regional_generalized_mean(x: Tensor, p: float = RGEM_P, window: int = RGEM_W
 
     Shao et al., "Global Features are All You Need for Image Retrieval and Reranking", ICCV 2023, sec. 3.
     """
-    pad = window // 2
-    mode = "reflect" if min(x.shape[-2:]) > pad else "replicate"
-    powers = F.pad(x.clamp(min=eps).pow(p), (pad, pad, pad, pad), mode=mode)
+    powers = _padded(x.clamp(min=eps).pow(p), window // 2)
     local = F.avg_pool2d(powers, window, stride=1).pow(1 / p)
     return x.lerp(local, 0.5)
+
+
+def _padded(x: Tensor, pad: int) -> Tensor:
+    """Reflected by pad on each side, replicated where a side of the map is not longer than pad."""
+    if not _exporting():
+        return F.pad(x, (pad, pad, pad, pad), mode="reflect" if min(x.shape[-2:]) > pad else "replicate")
+    # An exported graph has no branches, and the sides are symbols: the same by indices, ten times slower.
+    sides = [torch.full((), side, device=x.device) for side in x.shape[-2:]]
+    reflects = torch.minimum(*sides) > pad
+    for axis, side in zip((-2, -1), sides, strict=True):
+        place, last = torch.arange(-pad, x.shape[axis] + pad, device=x.device), side - 1
+        reflected, replicated = last - (last - place.abs()).abs(), torch.minimum(place.clamp(min=0), last)
+        x = x.index_select(axis, torch.where(reflects, reflected, replicated))
+    return x
 
 
 def scale_generalized_mean(v: Tensor, p: float = SGEM_P) -> Tensor:

@@ -1,6 +1,8 @@
 import importlib.util
 import json
 import pickle
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -43,6 +45,31 @@ def _write_checkpoint(tmp_path_factory, depth: int) -> Path:
     path = tmp_path_factory.mktemp(f"weights_{depth}") / f"CVPR2022_CVNet_R{depth}.pyth"
     torch.save(seeded_checkpoint(depth), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory) -> Path:
+    """The package that `pip install .` makes, built from a copy."""
+    copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    shutil.copytree(ROOT / "modules", copy / "modules", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    _pip("wheel", "--wheel-dir", out, copy)
+    return next(out.glob("*.whl"))
+
+
+@pytest.fixture(scope="session")
+def site(wheel, tmp_path_factory) -> Path:
+    """A folder in which the wheel is installed."""
+    folder = tmp_path_factory.mktemp("site")
+    _pip("install", "--target", folder, wheel)
+    return folder
+
+
+def _pip(command: str, *arguments) -> None:
+    options = ["--no-deps", "--no-index", "--quiet", "--disable-pip-version-check"]
+    options += ["--no-build-isolation"] if command == "wheel" else []
+    subprocess.run([sys.executable, "-m", "pip", command, *options, *arguments], check=True)
 
 
 class Outcome(NamedTuple):

@@ -1,4 +1,5 @@
 import math
+import re
 
 import numpy as np
 import pytest
@@ -61,3 +62,49 @@ def test_a_power_that_is_no_power_is_refused(p):
 def test_an_even_window_is_refused():
     with pytest.raises(ValueError, match="odd and positive, got 4"):
         RegionalGeM(window=4)
+
+
+@pytest.mark.parametrize("layer", [GeM(), GeMPlus(), RegionalGeM()])
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.rand(2, 8, 7), r"takes a tensor \(N, C, H, W\), got shape \(2, 8, 7\)"),
+        (torch.rand(2, 8, 0, 7), r"not empty, got shape \(2, 8, 0, 7\)"),
+        (torch.ones(2, 8, 7, 7, dtype=torch.long), r"floating numbers, got torch.int64 of shape \(2, 8, 7, 7\)"),
+        (torch.full((1, 2, 3, 4), math.nan), r"NaN: 24 of the values of shape \(1, 2, 3, 4\)"),
+        ([1.0], "got list"),
+    ],
+)
+def test_a_map_that_is_none_is_told(layer, x, message):
+    with pytest.raises(ValueError, match=f"{type(layer).__name__} .*{message}"):
+        layer(x)
+
+
+@pytest.mark.parametrize("x", [torch.rand(2, 8), torch.rand(0, 2, 8), torch.full((1, 2, 3), math.nan)])
+def test_scale_gem_tells_what_it_cannot_take(x):
+    with pytest.raises(ValueError, match=re.escape(f"{tuple(x.shape)}")):
+        ScaleGeM()(x)
+
+
+def test_infinities_are_not_taken_for_nan():
+    x = torch.rand(1, 2, 3, 3)
+    x[0, 0, 0, 0], x[0, 0, 1, 1] = math.inf, -math.inf
+    assert GeM()(x)[0, 0] == math.inf
+
+
+def test_integers_are_no_activations():
+    with pytest.raises(ValueError, match=r"torch.int64 of shape \(3,\)"):
+        ReLUPlus()(torch.arange(3))
+
+
+@pytest.mark.parametrize("threshold", [-0.1, math.nan, math.inf])
+def test_a_threshold_that_is_none_is_refused(threshold):
+    with pytest.raises(ValueError, match="threshold of ReLU"):
+        ReLUPlus(threshold)
+
+
+@pytest.mark.parametrize("layer", [GeMPlus(), RegionalGeM(), ScaleGeM(p=3.0)])
+def test_layers_have_gradients(layer):
+    x = torch.rand(2, 3, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).add(0.1)
+    x = (x[..., 0] if isinstance(layer, ScaleGeM) else x).requires_grad_()
+    torch.autograd.gradcheck(layer, x, fast_mode=True)

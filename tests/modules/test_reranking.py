@@ -89,3 +89,146 @@ def test_the_largest_are_those_of_a_sort(m, k):
     expected = x.sort(dim=-1, descending=True)
     assert torch.equal(values, expected.values[..., :k])
     assert torch.equal(indices, expected.indices[..., :k])
+
+
+def ragged(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and candidates, the candidates that the mask leaves out full of NaN."""
+    queries, candidates = clustered(len(mask), 32, seed=1), clustered(mask.numel(), 32).view(*mask.shape, 32)
+    candidates[~mask] = torch.nan
+    return queries, candidates
+
+
+@pytest.mark.parametrize("counts", [(40, 40), (1, 40), (5, 0), (12, 3)])
+@pytest.mark.parametrize("scattered", [False, True])
+def test_a_query_with_fewer_candidates_is_reranked_as_if_alone(counts, scattered):
+    mask = torch.arange(40) < torch.tensor(counts)[:, None]
+    if scattered:
+        mask = mask[:, torch.randperm(40, generator=torch.Generator().manual_seed(2))]
+    queries, candidates = ragged(mask)
+    reranker = SuperGlobalReranker()
+    together = reranker(queries, candidates, mask)
+    for q, there in enumerate(mask):
+        count, places = int(there.sum()), there.nonzero().squeeze(1)
+        if count:
+            alone = reranker(queries[q : q + 1], candidates[q, there][None])
+            assert together.order[q, :count].tolist() == places[alone.order[0]].tolist()
+            torch.testing.assert_close(together.scores[q, :count], alone.scores[0])
+        assert together.order[q, count:].tolist() == (~there).nonzero().squeeze(1).tolist()
+        assert (together.scores[q, count:] == -torch.inf).all()
+
+
+def test_ids_of_minus_one_are_no_candidates_and_are_never_fetched():
+    rows, queries = clustered(60, 32), clustered(2, 32, seed=1)
+    ids = search(queries, rows, m=20).ids
+    ids[0, 12:] = -1
+    ids[1, 3] = -1
+    given = []
+
+    def fetch(wanted):
+        given.append(wanted)
+        return rows[wanted]
+
+    reranker = SuperGlobalReranker(m=20)
+    found = reranker.rerank(queries, ids, fetch)
+    expected = reranker(queries, rows[ids], ids >= 0)
+    assert torch.equal(found.order, expected.order)
+    assert torch.cat(given).min() >= 0
+    assert ids.gather(1, found.order)[0, 12:].tolist() == [-1] * 8
+
+
+def test_numpy_comes_back_as_numpy():
+    rows, queries = clustered(60, 32), clustered(3, 32, seed=1)
+    ids = search(queries, rows, m=20).ids
+    reranker = SuperGlobalReranker(m=20)
+    expected = reranker.rerank(queries, ids, Database(rows).rows)
+    array = rows.numpy()
+    array.flags.writeable = False  # a memory map is, as a rule
+    kinds = []
+
+    def fetch(wanted):
+        kinds.append(type(wanted))
+        return array[wanted]
+
+    found = reranker.rerank(queries.numpy(), ids.numpy(), fetch)
+    direct = reranker(queries.numpy(), array[ids.numpy()], np.ones((3, 20), dtype=bool))
+    assert set(kinds) == {np.ndarray}
+    for result in (found, direct):
+        assert isinstance(result.order, np.ndarray)
+        np.testing.assert_array_equal(result.order, expected.order.numpy())
+        np.testing.assert_allclose(result.scores, expected.scores.numpy(), atol=1e-6)
+
+
+def test_scores_have_gradients():
+    queries, candidates = clustered(2, 6, seed=1).double(), clustered(24, 6).view(2, 12, 6).double()
+    mask = torch.arange(12) < torch.tensor([[12], [7]])
+    reranker = SuperGlobalReranker(m=12, k=3)
+    for m in (None, mask):
+        inputs = (queries.requires_grad_(), candidates.requires_grad_())
+        torch.autograd.gradcheck(
+            lambda q, x, m=m: reranker(q, x, m).scores[:, :7], inputs, eps=1e-7, atol=1e-5, fast_mode=True
+        )
+
+
+def test_only_the_first_m_candidates_are_looked_at():
+    queries, candidates = clustered(2, 16, seed=1), clustered(60, 16).view(2, 30, 16)
+    found = SuperGlobalReranker(m=10)(queries, candidates)
+    assert torch.equal(found.order, SuperGlobalReranker(m=10)(queries, candidates[:, :10]).order)
+
+
+def test_half_precision_is_reranked_in_float32():
+    queries, candidates = clustered(2, 16, seed=1).half(), clustered(60, 16).view(2, 30, 16).half()
+    expected = SuperGlobalReranker()(queries.float(), candidates.float())
+    assert torch.equal(SuperGlobalReranker()(queries, candidates).scores, expected.scores)
+
+
+def test_no_query_is_no_error():
+    ids = torch.zeros(0, 5, dtype=torch.long)
+    assert SuperGlobalReranker().rerank(torch.rand(0, 8), ids, torch.rand(9, 8).__getitem__).order.shape == (0, 5)
+
+
+def test_rows_that_were_never_normalised_are_told():
+    with pytest.warns(UserWarning, match="of length"):
+        SuperGlobalReranker()(20 * clustered(1, 16), clustered(20, 16)[None])
+
+
+Q, X = clustered(2, 8, seed=1), clustered(20, 8).view(2, 10, 8)
+NONE = torch.zeros(2, 0, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("queries", "candidates", "mask", "message"),
+    [
+        (Q[0], X, None, r"got \(8,\) and \(2, 10, 8\)"),
+        (Q, X[0], None, r"got \(2, 8\) and \(10, 8\)"),
+        (Q, X[:, :, :4], None, r"got \(2, 8\) and \(2, 10, 4\)"),
+        (Q[:1], X, None, r"got \(1, 8\) and \(2, 10, 8\)"),
+        (Q, X[:, :0], None, r"no candidates to rerank: got \(2, 8\) and \(2, 0, 8\)"),
+        (Q, X.long(), None, r"floating numbers, got \(2, 8\) and \(2, 10, 8\) of torch.float32 and torch.int64"),
+        (Q, X * torch.nan, None, r"candidate 0 .* not finite.* \(2, 10, 8\)"),
+        (Q / 0, X, None, r"query 0 .* not finite.* \(2, 8\)"),
+        (Q, X, torch.ones(2, 9, dtype=torch.bool), r"mask is bool \(Q, M\), got torch.bool of shape \(2, 9\)"),
+        (Q, X, torch.ones(2, 10), r"mask is bool \(Q, M\), got torch.float32 of shape \(2, 10\)"),
+        (Q.tolist(), X, None, "queries: a tensor or a NumPy array is needed, got list"),
+        (np.array([["a"]]), X, None, r"queries: an array of <U1, shape \(1, 1\)"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:reranking is for rows of unit length")
+def test_what_cannot_be_reranked_is_told(queries, candidates, mask, message):
+    with pytest.raises(ValueError, match=message):
+        SuperGlobalReranker()(queries, candidates, mask)
+
+
+@pytest.mark.parametrize(
+    ("queries", "ids", "fetch", "message"),
+    [
+        (Q, NONE, None, "fetch is a function"),
+        (Q, NONE, X.view(-1, 8).__getitem__, r"no candidates to rerank: got queries \(2, 8\) and ids \(2, 0\)"),
+        (Q, torch.zeros(3, 4, dtype=torch.long), X.view(-1, 8).__getitem__, r"got queries \(2, 8\) and ids \(3, 4\)"),
+        (Q, torch.zeros(2, 4), X.view(-1, 8).__getitem__, r"ids are integers .* \(2, 4\) of torch.float32"),
+        (Q, torch.full((2, 4), -2), X.view(-1, 8).__getitem__, "ids are integers from 0, and -1 for none"),
+        (Q, torch.zeros(2, 4, dtype=torch.long), lambda ids: X[0], r"fetch gave shape \(10, 8\) for 8 ids of 8 dim"),
+    ],
+)
+def test_what_cannot_be_fetched_is_told(queries, ids, fetch, message):
+    with pytest.raises(ValueError, match=message):
+        SuperGlobalReranker().rerank(queries, ids, fetch)

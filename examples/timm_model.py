@@ -1,0 +1,43 @@
+"""timm's models describe pictures: convolutional ones as they are, a ViT through a four-line adapter.
+
+pip install . timm
+python examples/timm_model.py --pretrained --model resnet50
+"""
+
+import argparse
+
+import timm
+import torch
+from superglobal import attach
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="resnet18", help="a convolutional one, timm.list_models() has them all")
+    parser.add_argument("--vit", default="vit_tiny_patch16_224", help="a ViT")
+    parser.add_argument("--pretrained", action="store_true", help="download the weights")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    pictures = torch.rand(2, 3, 224, 320)
+
+    network = timm.create_model(args.model, pretrained=args.pretrained).eval()
+    resnet = hasattr(network, "layer1")
+    describe = attach(network, **({"relup": "layer1", "relup_ends": ("layer2", "layer3")} if resnet else {}))
+    with torch.inference_mode():
+        print(f"{args.model}: {tuple(describe(pictures).shape)}\n{describe}")
+
+    vit = timm.create_model(args.vit, pretrained=args.pretrained, dynamic_img_size=True, dynamic_img_pad=True).eval()
+
+    def token_map(x: torch.Tensor) -> torch.Tensor:
+        tokens = vit.forward_features(x)[:, vit.num_prefix_tokens :]
+        height, width = vit.patch_embed.dynamic_feat_size(x.shape[2:])
+        return tokens.mT.unflatten(2, (height, width))
+
+    # Its tokens have both signs, and GeM is for positive maps: the average, without Regional-GeM.
+    describe = attach(token_map, pooling=torch.nn.AdaptiveAvgPool2d(1), rgem=None)
+    with torch.inference_mode():
+        print(f"{args.vit}: {tuple(describe(pictures).shape)}\n{describe}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""The modules in other runtimes: torch.export, and ONNX with pictures of any size."""
+
+import onnxruntime
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from modules import GeM, GeMPlus, RegionalGeM, ReLUPlus, ScaleGeM, attach
+
+ANY = torch.export.Dim.DYNAMIC
+SIZES = [(96, 128), (200, 131), (90, 290)]  # the last has maps on which reflection is not defined
+
+
+class Pooling(nn.Sequential):
+    """All of them on a map of each of two scales."""
+
+    def __init__(self):
+        super().__init__(ReLUPlus(), RegionalGeM(), GeMPlus())
+        self.scale_gem = ScaleGeM()
+
+    def forward(self, x):
+        rows = [self[2](self[1](self[0](x))), GeM()(x)]
+        return self.scale_gem(torch.stack(rows))
+
+
+def attached_resnet() -> nn.Module:
+    torch.manual_seed(0)
+    network = torchvision.models.resnet18(weights=None).eval()
+    return attach(network, projection="fc", relup="layer1", relup_ends=("layer2", "layer3")).requires_grad_(False)
+
+
+@pytest.fixture(scope="module", params=["poolings", "attached ResNet"])
+def exported(request) -> tuple[nn.Module, torch.Tensor, torch.export.ExportedProgram]:
+    model, x = (Pooling(), torch.rand(2, 8, 9, 12)) if request.param == "poolings" else (
+        attached_resnet(),
+        torch.rand(2, 3, 96, 160),
+    )  # fmt: skip
+    return model, x, torch.export.export(model, (x,), dynamic_shapes=({0: ANY, 2: ANY, 3: ANY},))
+
+
+def test_torch_export_takes_pictures_of_any_size(exported):
+    model, example, program = exported
+    for size in SIZES:
+        x = torch.rand(1, example.shape[1], *size)
+        torch.testing.assert_close(program.module()(x), model(x), atol=1e-5, rtol=0)
+
+
+def test_onnx_runtime_agrees_for_pictures_of_any_size(exported, tmp_path):
+    model, example, program = exported
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(program, (), path, dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    for size in [*SIZES, (1, 40)]:  # torch.export's own module does not take maps of side 1
+        x = torch.rand(1, example.shape[1], *size)
+        (out,) = session.run(None, {name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(out), model(x), atol=1e-4, rtol=0)

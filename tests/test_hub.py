@@ -1,0 +1,72 @@
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def hub_model(checkpoint_50):
+    return torch.hub.load(str(ROOT), "superglobal_resnet50", source="local", weights=checkpoint_50)
+
+
+def as_tensor(pixels: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(pixels).permute(2, 0, 1) / 255
+
+
+def test_tensors_and_pil_pictures_have_the_papers_descriptors(hub_model, reference):
+    pixels, expected = reference["image_1"], reference["descriptor_all_3_image_1"][None]
+    for picture in (as_tensor(pixels), as_tensor(pixels)[None], Image.fromarray(pixels), [Image.fromarray(pixels)]):
+        np.testing.assert_allclose(hub_model(picture).numpy(), expected, atol=2e-6, rtol=0)
+
+
+def test_a_list_of_mixed_sizes_and_kinds_keeps_its_order(hub_model, reference):
+    pixels = [reference["image_1"][:60, :80], reference["image_0"][:50, :70], reference["image_1"][10:70, 10:90]]
+    together = hub_model([as_tensor(pixels[0]), Image.fromarray(pixels[1]), Image.fromarray(pixels[2])])
+    alone = torch.cat([hub_model(as_tensor(each)) for each in pixels])
+    torch.testing.assert_close(together, alone, atol=2e-6, rtol=0)
+
+
+def test_pil_pictures_are_turned_upright_and_stay_as_they_were(hub_model, reference):
+    picture = Image.fromarray(reference["image_1"][:60, :80]).rotate(90, expand=True)
+    picture.getexif()[0x0112] = 6  # to be turned by 90 degrees clockwise
+    size = picture.size
+    out = hub_model(picture)
+    assert picture.size == size
+    torch.testing.assert_close(out, hub_model(as_tensor(reference["image_1"][:60, :80])), atol=2e-6, rtol=0)
+
+
+def test_depth_101_takes_a_folder_and_options(checkpoint_101):
+    model = torch.hub.load(
+        str(ROOT), "superglobal_resnet101", source="local", weights=checkpoint_101.parent, scales=(1.0,), relup=None
+    )
+    assert model(torch.rand(2, 3, 64, 48)).shape == (2, 2048)
+    assert model([]).shape == (0, 2048)
+
+
+def test_the_reranker_comes_with_its_settings():
+    reranker = torch.hub.load(str(ROOT), "reranker", source="local", k=5)
+    assert (reranker.m, reranker.k, reranker.beta) == (400, 5, 0.15)
+
+
+@pytest.mark.parametrize(
+    ("picture", "message"),
+    [
+        (torch.rand(2, 64, 64), r"picture 0: a tensor has shape \(3, H, W\), got \(2, 64, 64\)"),
+        (torch.rand(1, 3, 0, 64), r"got \(3, 0, 64\)"),
+        (torch.zeros(3, 64, 64, dtype=torch.uint8), "RGB in 0..1 is needed, got torch.uint8; divide it by 255"),
+        (255 * torch.rand(3, 64, 64), r"RGB in 0..1 is needed, \(3, 64, 64\) has .* to 25"),
+        (torch.full((3, 64, 64), float("nan")), "RGB in 0..1 is needed, .* has nan to nan"),
+        ([torch.rand(3, 64, 64), "a.jpg"], "picture 1: a tensor .* or a PIL picture is needed, got str"),
+        ("a.jpg", "picture 0: a tensor .* got str"),
+        (Image.new("F", (8, 8)), "floating-point picture"),
+    ],
+)
+def test_what_is_no_picture_is_told(hub_model, picture, message):
+    with pytest.raises(ValueError, match=message):
+        hub_model(picture)
+
+
+def test_missing_weights_are_told():
+    with pytest.raises(ValueError, match=r"no file or folder nowhere\.pyth; see weights/README\.md"):
+        torch.hub.load(str(ROOT), "superglobal_resnet50", source="local", weights="nowhere.pyth")

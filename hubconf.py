@@ -5,10 +5,18 @@ From a checkout, without network: torch.hub.load(".", "superglobal_resnet50", so
 
 from pathlib import Path
 
-from model.checkpoint import find_checkpoint
-from model.hub import PictureDescriber
-from model.superglobal import build_model
-from modules.reranking import SuperGlobalReranker
+try:
+    from model.checkpoint import find_checkpoint
+    from model.hub import PictureDescriber
+    from model.superglobal import SCALES, build_model
+    from modules.reranking import SuperGlobalReranker
+except ModuleNotFoundError as error:
+    name = (error.name or "").split(".")[0]
+    if name not in ("model", "modules"):
+        raise
+    raise ImportError(
+        f"a module named {name!r} is imported already, and it is not this repository's; rename it"
+    ) from None
 
 dependencies = ["torch", "torchvision", "numpy", "PIL", "tqdm"]
 
@@ -18,7 +26,8 @@ def superglobal_resnet50(weights: str | Path, **options) -> PictureDescriber:
 
     Args:
         weights: the checkpoint (CVPR2022_CVNet_R50.pyth), or a folder in which exactly one fits.
-        options: of model.superglobal.build_model: scales, relup, gemp, rgem, rgem_window, sgem, precision, ...
+        options: of model.superglobal.build_model: scales (1, 3, 5, or factors), relup (the threshold), gemp,
+            rgem, sgem (the powers; False or None leaves one out), rgem_window, precision.
     """
     return _superglobal(50, weights, options)
 
@@ -34,4 +43,9 @@ def reranker(m: int = 400, k: int = 9, beta: float = 0.15) -> SuperGlobalReranke
 
 
 def _superglobal(depth: int, weights: str | Path, options: dict) -> PictureDescriber:
-    return PictureDescriber(build_model(find_checkpoint(Path(weights), depth), depth, **options)).eval()
+    chosen = {key: None if value is False else value for key, value in options.items() if value is not True}
+    if isinstance(chosen.get("scales"), int):
+        if chosen["scales"] not in SCALES:
+            raise ValueError(f"scales is one of {', '.join(map(str, SCALES))}, or factors, got {chosen['scales']}")
+        chosen["scales"] = SCALES[chosen["scales"]]
+    return PictureDescriber(build_model(find_checkpoint(Path(weights), depth), depth, **chosen)).eval()

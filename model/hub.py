@@ -41,6 +41,10 @@ class PictureDescriber(nn.Module):
         """Raises a ValueError for what is no such picture, with its number in a list."""
         if isinstance(pictures, Image.Image) or (isinstance(pictures, Tensor) and pictures.ndim != 4):
             pictures = [pictures]
+        if not isinstance(pictures, Iterable):
+            raise ValueError(
+                f"pictures are tensors (3, H, W) or PIL pictures, or a list, got {type(pictures).__name__}"
+            )
         size = first_batch_size(self.model)
         found: dict[int, Tensor] = {}
         for numbers, batch in equal_sizes(((i, _pixels(picture, i)) for i, picture in enumerate(pictures)), size):
@@ -57,7 +61,10 @@ class PictureDescriber(nn.Module):
 def _pixels(picture: Picture, number: int) -> Tensor:
     """(H, W, 3) floating, in 0..1."""
     if isinstance(picture, Image.Image):
-        return torch.from_numpy(to_rgb(ImageOps.exif_transpose(picture))).float().div_(255)
+        try:
+            return torch.from_numpy(to_rgb(ImageOps.exif_transpose(picture))).float().div_(255)
+        except Exception as error:  # decoders raise what they like
+            raise ValueError(f"picture {number}: {error}") from None
     if not isinstance(picture, Tensor):
         raise ValueError(
             f"picture {number}: a tensor (3, H, W) or a PIL picture is needed, got {type(picture).__name__}"

@@ -60,9 +60,9 @@ class Attached(nn.Module):
         super().__init__()
         self.model, self.path = model, tuple(path)
         self.pooling, self.rgem, self.sgem, self.projection = pooling, rgem, sgem, projection
+        if not isinstance(scales, Sequence) or not scales or not all(0 < factor < math.inf for factor in scales):
+            raise ValueError(f"scales are positive factors such as {SCALES}, at least one, got {scales!r}")
         self.scales = tuple(float(factor) for factor in scales)
-        if not self.scales or not all(0 < factor < math.inf for factor in self.scales):
-            raise ValueError(f"scales are positive factors, at least one, got {tuple(scales)}")
         self.changes: list[Change] = []
         self.detached = False
 
@@ -174,23 +174,25 @@ def attach(
 ) -> Attached:
     """Puts SuperGlobal's modules on a trained network. The result maps (N, 3, H, W) to unit rows (N, D).
 
-    The pictures are normalised as the network was trained, as before. The network is not copied; its
-    weights, mode (training or not), device and state dict stay as they are, and only the rectifiers
-    named in `relup` and `relup_ends` are changed, until :meth:`Attached.detach` or the end of a
-    ``with`` block. ``repr`` tells which.
+    Give it pictures normalised as the network was trained: this is not done here. The network is not
+    copied; its weights, mode (training or not), device and state dict stay as they are, and only the
+    rectifiers named in `relup` and `relup_ends` are changed, until :meth:`Attached.detach` or the end
+    of a ``with`` block. ``repr`` tells which. Wrap what comes out (``DataParallel(attach(network))``,
+    ``torch.compile``), not what goes in.
 
     Shao et al., "Global Features are All You Need for Image Retrieval and Reranking", ICCV 2023, sec. 3.
 
     Args:
         model: a network, or any callable that gives a map (N, C, H, W). Of torchvision's ResNet,
             ResNeXt, ConvNeXt, EfficientNet, RegNet, VGG, MobileNetV3 and Swin the map is what enters
-            their `avgpool`; of timm's networks, what `forward_features` gives.
+            their `avgpool`; of timm's convolutional networks, what `forward_features` gives.
         features: for other networks, the name of the method or submodule that gives the map, or of
             several that are called one after the other.
         pooling: (N, C, H, W) -> (N, C) or (N, C, 1, 1); a submodule of the network's will do.
         rgem: Regional-GeM, (N, C, H, W) -> (N, C, H, W); None leaves it out.
         sgem: Scale-GeM, (S, N, D) -> (N, D); None takes the mean over the scales.
-        scales: factors by which the pictures are resized (bilinear, without antialiasing).
+        scales: factors by which the pictures are resized (bilinear, without antialiasing); (1.0,) for
+            networks that take one size only.
         projection: what follows the pooling: a module (N, C) -> (N, D), or the name of a submodule of
             the network's (``"fc"``, say); a matrix P (D, C); or whitening, (P, m) with m (C,): P (x - m).
         relup: names of submodules, stages or layers, in which every ReLU (or ReLU6) becomes ReLU+.
@@ -204,19 +206,27 @@ def attach(
 
     The map may hold negative numbers (ConvNeXt, say); GeM takes them for its floor, 0.
 
-    Token maps: a ViT's tokens become a map in four lines (`vit` of timm, with dynamic_img_size=True)::
+    Token maps: a ViT's tokens become a map in four lines (`vit` of timm, made with dynamic_img_size=True
+    and dynamic_img_pad=True). Tokens have both signs, so they are averaged, without Regional-GeM. What
+    is attached to a function does not hold its weights: move the ViT to its device yourself. ::
 
         def token_map(x):
             tokens = vit.forward_features(x)[:, vit.num_prefix_tokens :]
-            side = vit.patch_embed.patch_size[0]
-            return tokens.mT.unflatten(2, (x.shape[2] // side, x.shape[3] // side))
+            return tokens.mT.unflatten(2, vit.patch_embed.dynamic_feat_size(x.shape[2:]))
+        describe = attach(token_map, pooling=torch.nn.AdaptiveAvgPool2d(1), rgem=None)
 
     >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
     >>> attach(network, relup="1")(torch.rand(2, 3, 32, 48)).shape
     torch.Size([2, 8])
     """
-    if not callable(model):
-        raise ValueError(f"attach takes a network, or a callable that gives a map, got {type(model).__name__}")
+    if not callable(model) or isinstance(model, type):
+        raise ValueError(f"attach takes a network, or a callable that gives a map, got {_given(model)}")
+    for name, part in {"pooling": pooling, "rgem": rgem, "sgem": sgem}.items():
+        if not isinstance(part, nn.Module) and not (part is None and name != "pooling"):
+            raise ValueError(f"{name} is a module{'' if name == 'pooling' else ' or None'}, got {_given(part)}")
+    for name, names in {"features": features or (), "relup": relup, "relup_ends": relup_ends}.items():
+        if not isinstance(names, Sequence) or not all(isinstance(each, str) and each for each in _names(names)):
+            raise ValueError(f"{name} is a name in the network, or several, got {names!r}")
     path = _way_to_map(model) if features is None else _names(features)
     for name in path:
         if not callable(_attribute(model, name)):
@@ -275,6 +285,11 @@ def _names(names: str | Sequence[str]) -> tuple[str, ...]:
 
 def _name(model: Any) -> str:
     return getattr(model, "__name__", type(model).__name__)
+
+
+def _given(x: Any) -> str:
+    """What was given, for an error."""
+    return f"the class {x.__name__}" if isinstance(x, type) else type(x).__name__
 
 
 def _attribute(model: Any, name: str) -> Any:
@@ -342,6 +357,8 @@ def _rectifiers(model: Any, stage: str) -> list[str]:
     if not names:
         kinds = dict.fromkeys(_name(each) for each in modules.values() if "activation" in type(each).__module__)
         there = ", ".join(kinds) or "no activation module; functional ones cannot be changed"
+        if any(isinstance(each, ReLUPlus) for each in modules.values()):
+            there = "ReLUPlus: it is attached already; detach() what attach gave first"
         raise ValueError(f"relup: {stage!r} has no ReLU, but {there}")
     return names
 

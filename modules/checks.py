@@ -3,9 +3,12 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
+
+Array = Any  # a tensor, or a NumPy array
 
 _looking = ContextVar("whether values are looked at", default=True)
 
@@ -34,6 +37,18 @@ def check_tensor(x: Tensor, taker: str, letters: str) -> None:
     # The sum is a tenth of the work of isnan; it is NaN for infinities of both signs, too.
     if values_can_be_seen(x) and x.sum().isnan() and x.isnan().any():
         raise ValueError(f"{taker} got NaN: {int(x.isnan().sum())} of the values of shape {shape}")
+
+
+def as_tensor(x: Array, name: str) -> Tensor:
+    """A NumPy array as a tensor, in its own memory where possible. Raises a ValueError for anything else."""
+    if isinstance(x, Tensor):
+        return x
+    if not hasattr(x, "__array_interface__"):
+        raise ValueError(f"{name}: a tensor or a NumPy array is needed, got {type(x).__name__}")
+    try:
+        return torch.from_numpy(x if x.flags.writeable and x.flags.c_contiguous else x.copy())
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: no tensor can be made of an array of {x.dtype}, shape {x.shape}") from None
 
 
 def values_can_be_seen(x: Tensor) -> bool:

@@ -28,7 +28,7 @@ def generalized_mean(x: Tensor, p: float | Tensor, eps: float = 1e-6) -> Tensor:
 
     Radenović et al., "Fine-tuning CNN Image Retrieval with No Human Annotation", TPAMI 2018, eq. 3.
     """
-    return x.clamp(min=eps).pow(p).mean(dim=(-2, -1)).pow(1 / p)
+    return _wide(x).clamp(min=eps).pow(p).mean(dim=(-2, -1)).pow(1 / p).to(x.dtype)
 
 
 def regional_generalized_mean(x: Tensor, p: float = RGEM_P, window: int = RGEM_WINDOW, eps: float = GEMP_EPS) -> Tensor:
@@ -40,9 +40,14 @@ def regional_generalized_mean(x: Tensor, p: float = RGEM_P, window: int = RGEM_W
 
     Shao et al., "Global Features are All You Need for Image Retrieval and Reranking", ICCV 2023, sec. 3.
     """
-    powers = _padded(x.clamp(min=eps).pow(p), window // 2)
+    powers = _padded(_wide(x).clamp(min=eps).pow(p), window // 2)
     local = F.avg_pool2d(powers, window, stride=1).pow(1 / p)
-    return x.lerp(local, 0.5)
+    return x.lerp(local.to(x.dtype), 0.5)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Powers such as 4.6 overflow half precision, and underflow in it."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _padded(x: Tensor, pad: int) -> Tensor:

@@ -6,17 +6,16 @@ candidates come from anywhere (a database, an index, a vector store): only their
 Shao et al., "Global Features are All You Need for Image Retrieval and Reranking", ICCV 2023, sec. 4.
 """
 
+import operator
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import values_can_be_seen
-
-Array = Any  # a tensor, or a NumPy array
+from .checks import Array, as_tensor, values_can_be_seen
 
 RERANK_M = 400
 RERANK_K = 9
@@ -38,6 +37,24 @@ class Reranking(NamedTuple):
 
     order: Array  # (Q, M) int64: the old place, within the candidates, of each new place
     scores: Array  # (Q, M): score of each new place, descending; -inf for a candidate that is not there
+
+
+class _NotFiniteError(ValueError):
+    """A query (Q, D), or one of its candidates (Q, M, D), has NaN or infinity."""
+
+    def __init__(self, q: Tensor, x: Tensor):
+        self.query, self.candidate = int((~q.isfinite()).any(dim=1).long().argmax()), None
+        if q[self.query].isfinite().all():
+            place = int((~x.isfinite()).any(dim=2).flatten().long().argmax())
+            self.query, self.candidate = divmod(place, x.shape[1])
+        whose = "" if self.candidate is None else f"candidate {self.candidate} of "
+        super().__init__(f"{whose}query {self.query} has NaN or infinity, got {tuple(q.shape)} and {tuple(x.shape)}")
+
+    def of(self, q: Tensor, ids: Tensor, first: int) -> ValueError:
+        """The same with the numbers of the whole, of which this was the part from `first` on."""
+        query = first + self.query
+        whose = "" if self.candidate is None else f"the row with id {ids[query, self.candidate]}, a candidate of "
+        return ValueError(f"{whose}query {query} has NaN or infinity, got {tuple(q.shape)} and ids {tuple(ids.shape)}")
 
 
 def gram_matrices(candidates: Tensor) -> Tensor:
@@ -132,6 +149,10 @@ class SuperGlobalReranker(nn.Module):
 
     def __init__(self, m: int = RERANK_M, k: int = RERANK_K, beta: float = RERANK_BETA):
         super().__init__()
+        try:
+            m, k, beta = operator.index(m), operator.index(k), float(beta)
+        except (TypeError, ValueError):
+            raise ValueError(f"m and k are whole numbers, beta a number, got {m!r}, {k!r}, {beta!r}") from None
         if not 1 <= k <= m:
             raise ValueError(f"reranking needs 1 <= k <= m, got k = {k}, m = {m}")
         if not 0 <= beta < float("inf"):
@@ -154,7 +175,7 @@ class SuperGlobalReranker(nn.Module):
             ValueError: where shapes, types or devices do not fit, nothing is there to rerank, or a
                 score is not finite.
         """
-        q, x = _tensor(queries, "queries"), _tensor(candidates, "candidates")
+        q, x = as_tensor(queries, "queries"), as_tensor(candidates, "candidates")
         given = f"got {tuple(q.shape)} and {tuple(x.shape)}"
         if q.ndim != 2 or x.ndim != 3 or x.shape[::2] != q.shape:
             raise ValueError(f"reranking takes queries (Q, D) and candidates (Q, M, D), {given}")
@@ -166,7 +187,7 @@ class SuperGlobalReranker(nn.Module):
             raise ValueError(f"queries and candidates are on different devices, {q.device} and {x.device}")
         dtype = torch.promote_types(torch.promote_types(q.dtype, x.dtype), torch.float32)
         if mask is not None:
-            mask = _tensor(mask, "mask").to(x.device)
+            mask = as_tensor(mask, "mask").to(x.device)
             if mask.dtype != torch.bool or mask.shape != x.shape[:2]:
                 raise ValueError(f"the mask is bool (Q, M), got {mask.dtype} of shape {tuple(mask.shape)}, {given}")
             mask = mask[:, : self.m]
@@ -184,11 +205,7 @@ class SuperGlobalReranker(nn.Module):
         neighbours, weights = neighbour_weights(x, self.k, self.beta, mask)
         s1 = refined_scores(q, x, neighbours, weights)
         if values_can_be_seen(s1) and not s1.isfinite().all():
-            query, candidate = (~s1.isfinite()).nonzero()[0].tolist()
-            raise ValueError(
-                f"query {query} and its candidate {candidate} have a score that is not finite: there is NaN or "
-                f"infinity in the queries {tuple(q.shape)} or the candidates {tuple(x.shape)}"
-            )
+            raise _NotFiniteError(q, x)
         if mask is not None:
             s1 = s1.masked_fill(~mask, -torch.inf)
         first = s1.argsort(dim=1, descending=True, stable=True)[:, : self.k + 1]
@@ -210,8 +227,9 @@ class SuperGlobalReranker(nn.Module):
             queries: (Q, D), unit rows, tensor or NumPy array.
             ids: (Q, R) integers, each query's results in ranking order; only the first m are used. -1
                 stands where a query has no more results, as in FAISS.
-            fetch: gives the descriptors (n, D) of the ids (n,), from wherever they are; it is given
-                ids of the kind that came in, never -1.
+            fetch: gives the descriptors (n, D) of the ids (n,), from wherever they are: ``Database.rows``,
+                FAISS's ``index.reconstruct_batch`` (of an IVF index after ``make_direct_map()``), a function
+                of yours. It is given int64 ids of the kind that came in (tensor or array), never -1.
             device: where the work is done; by default the queries' own.
 
         Returns:
@@ -222,16 +240,16 @@ class SuperGlobalReranker(nn.Module):
         """
         if not callable(fetch):
             raise ValueError(f"fetch is a function from ids to rows, Database(rows).rows, say; got {type(fetch)}")
-        q, numbers = _tensor(queries, "queries"), _tensor(ids, "ids")
+        q, numbers = as_tensor(queries, "queries"), as_tensor(ids, "ids")
         given = f"got queries {tuple(q.shape)} and ids {tuple(numbers.shape)} of {numbers.dtype}"
         if q.ndim != 2 or numbers.ndim != 2 or len(q) != len(numbers):
             raise ValueError(f"reranking takes queries (Q, D) and ids (Q, R), {given}")
         if 0 in numbers.shape[1:] + q.shape[1:]:
             raise ValueError(f"there are no candidates to rerank: {given}")
-        if numbers.is_floating_point() or numbers.dtype == torch.bool or (numbers < -1).any():
+        if numbers.is_floating_point() or numbers.dtype == torch.bool or (numbers.long() < -1).any():
             raise ValueError(f"ids are integers from 0, and -1 for none, {given}")
         device = q.device if device is None else torch.device(device)
-        numbers = numbers[:, : self.m]
+        numbers = numbers[:, : self.m].long()
         present = numbers >= 0
         mask = None if present.all() else present
         m, d = numbers.shape[1], q.shape[1]
@@ -242,7 +260,10 @@ class SuperGlobalReranker(nn.Module):
             part = slice(start, start + block)
             there = None if mask is None else mask[part]
             rows = _fetched(fetch, numbers[part], there, d, isinstance(ids, Tensor)).to(device)
-            done.append(self(q[part].to(device), rows, there))
+            try:
+                done.append(self(q[part].to(device), rows, there))
+            except _NotFiniteError as error:
+                raise error.of(q, numbers, start) from None
         order, scores = (torch.cat(column).to(q.device) for column in zip(*done, strict=True))
         return Reranking(order, scores) if isinstance(queries, Tensor) else Reranking(order.numpy(), scores.numpy())
 
@@ -250,22 +271,10 @@ class SuperGlobalReranker(nn.Module):
         return f"m={self.m}, k={self.k}, beta={self.beta}"
 
 
-def _tensor(x: Array, name: str) -> Tensor:
-    """A NumPy array as a tensor, in its own memory where possible."""
-    if isinstance(x, Tensor):
-        return x
-    if not hasattr(x, "__array_interface__"):
-        raise ValueError(f"{name}: a tensor or a NumPy array is needed, got {type(x).__name__}")
-    try:
-        return torch.from_numpy(x if x.flags.writeable and x.flags.c_contiguous else x.copy())
-    except TypeError:
-        raise ValueError(f"{name}: an array of {x.dtype}, shape {x.shape}, has no tensor of its type") from None
-
-
-def _fetched(fetch: Callable, ids: Tensor, there: Tensor | None, dim: int, as_tensor: bool) -> Tensor:
+def _fetched(fetch: Callable, ids: Tensor, there: Tensor | None, dim: int, tensors: bool) -> Tensor:
     """The candidates with these ids, zero where none is there. (Q, M) -> (Q, M, D)."""
     wanted = ids.flatten() if there is None else ids[there]
-    rows = _tensor(fetch(wanted if as_tensor else wanted.numpy()), "what fetch gave")
+    rows = as_tensor(fetch(wanted if tensors else wanted.numpy()), "what fetch gave")
     if rows.shape != (len(wanted), dim):
         raise ValueError(f"fetch gave shape {tuple(rows.shape)} for {len(wanted)} ids of {dim} dimensions")
     if there is None:
@@ -276,11 +285,10 @@ def _fetched(fetch: Callable, ids: Tensor, there: Tensor | None, dim: int, as_te
 
 
 def _warn_of_long_rows(q: Tensor, x: Tensor) -> None:
-    if values_can_be_seen(q) and len(q):
-        longest = torch.cat([q, x[:, 0]]).norm(dim=1).max().item()
-        if longest > _LONGEST:
+    for name, rows in (("queries", q), ("candidates", x[:, 0])):
+        if values_can_be_seen(rows) and len(rows) and (longest := rows.norm(dim=1).max().item()) > _LONGEST:
             warnings.warn(
-                f"reranking is for rows of unit length, there are some of length {longest:.3g}; "
+                f"reranking is for rows of unit length, there are {name} of length {longest:.3g}; "
                 "torch.nn.functional.normalize(rows, dim=-1) makes them so",
-                stacklevel=4,
+                stacklevel=5,
             )

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import Array, as_tensor
+
 _INDEX_BITS = 32
 _INDEX_MASK = (1 << _INDEX_BITS) - 1
 _PRODUCT_BYTES = 4 << 20
@@ -58,9 +60,18 @@ class Database:
     def __repr__(self) -> str:
         return f"Database({' + '.join(str(len(part)) for part in self.parts)} rows of {self.dim})"
 
-    def rows(self, ids: Tensor) -> Tensor:
-        """The rows with these numbers, as float32 on the CPU. (...) int64 -> (..., D)."""
+    def rows(self, ids: Array) -> Array:
+        """The rows with these numbers, as float32 on the CPU, of the numbers' kind. (...) -> (..., D).
+
+        Raises:
+            ValueError: where there is no such row.
+        """
+        if not isinstance(ids, Tensor):
+            return self.rows(as_tensor(ids, "ids")).numpy()
         flat = ids.flatten().cpu()
+        wrong = flat[(flat < 0) | (flat >= len(self))]
+        if len(wrong):
+            raise ValueError(f"there is no row {int(wrong[0])} among the {len(self)} of the database")
         out = torch.empty(len(flat), self.dim)
         start = 0
         for part in self.parts:

@@ -1,3 +1,6 @@
+import sys
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -44,6 +47,32 @@ def test_depth_101_takes_a_folder_and_options(checkpoint_101):
     assert model([]).shape == (0, 2048)
 
 
+def test_modules_are_switched_as_on_the_command_line(checkpoint_50):
+    def load(**options):
+        return torch.hub.load(str(ROOT), "superglobal_resnet50", source="local", weights=checkpoint_50, **options).model
+
+    model = load(gemp=True, relup=True, rgem=False, sgem=None, scales=5)
+    assert (model.pooling.p, model.model.relup, model.rgem, model.sgem, len(model.scales)) == (
+        4.6,
+        0.014,
+        None,
+        None,
+        5,
+    )
+    with pytest.raises(ValueError, match="scales is one of 1, 3, 5, or factors, got 4"):
+        load(scales=4)
+
+
+def test_a_module_of_the_users_with_our_name_is_told(monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "model"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "model", types.ModuleType("model"))
+    with pytest.raises(
+        ImportError, match="a module named 'model' is imported already, and it is not this repository's"
+    ):
+        torch.hub.load(str(ROOT), "reranker", source="local")
+
+
 def test_the_reranker_comes_with_its_settings():
     reranker = torch.hub.load(str(ROOT), "reranker", source="local", k=5)
     assert (reranker.m, reranker.k, reranker.beta) == (400, 5, 0.15)
@@ -59,7 +88,8 @@ def test_the_reranker_comes_with_its_settings():
         (torch.full((3, 64, 64), float("nan")), "RGB in 0..1 is needed, .* has nan to nan"),
         ([torch.rand(3, 64, 64), "a.jpg"], "picture 1: a tensor .* or a PIL picture is needed, got str"),
         ("a.jpg", "picture 0: a tensor .* got str"),
-        (Image.new("F", (8, 8)), "floating-point picture"),
+        (Image.new("F", (8, 8)), "picture 0: floating-point picture"),
+        (3, "got int"),
     ],
 )
 def test_what_is_no_picture_is_told(hub_model, picture, message):

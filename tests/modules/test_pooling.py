@@ -103,6 +103,15 @@ def test_a_threshold_that_is_none_is_refused(threshold):
         ReLUPlus(threshold)
 
 
+@pytest.mark.parametrize("layer", [GeM(), GeMPlus(), RegionalGeM()])
+@pytest.mark.parametrize("scale", [0.03, 20])
+def test_half_precision_neither_overflows_nor_underflows(layer, scale):
+    x = scale * torch.rand(1, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+    out = layer(x.half())
+    assert out.dtype == torch.float16
+    torch.testing.assert_close(out.float(), layer(x), rtol=2e-3, atol=0)
+
+
 @pytest.mark.parametrize("layer", [GeMPlus(), RegionalGeM(), ScaleGeM(p=3.0)])
 def test_layers_have_gradients(layer):
     x = torch.rand(2, 3, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).add(0.1)

@@ -62,7 +62,10 @@ def test_a_zero_row_does_not_borrow_the_score_of_another():
     assert reranked.scores[0, reranked.order[0].tolist().index(20)] == 0
 
 
-@pytest.mark.parametrize(("m", "k", "beta"), [(5, 6, 0.1), (0, 0, 0.1), (5, 0, 0.1), (5, 3, -0.1)])
+@pytest.mark.parametrize(
+    ("m", "k", "beta"),
+    [(5, 6, 0.1), (0, 0, 0.1), (5, 0, 0.1), (5, 3, -0.1), (5.0, 3, 0.1), (5, None, 0.1), (5, 3, "x")],
+)
 def test_settings_that_make_no_sense_are_refused(m, k, beta):
     with pytest.raises(ValueError, match="got"):
         SuperGlobalReranker(m, k, beta)
@@ -204,18 +207,41 @@ NONE = torch.zeros(2, 0, dtype=torch.long)
         (Q[:1], X, None, r"got \(1, 8\) and \(2, 10, 8\)"),
         (Q, X[:, :0], None, r"no candidates to rerank: got \(2, 8\) and \(2, 0, 8\)"),
         (Q, X.long(), None, r"floating numbers, got \(2, 8\) and \(2, 10, 8\) of torch.float32 and torch.int64"),
-        (Q, X * torch.nan, None, r"candidate 0 .* not finite.* \(2, 10, 8\)"),
-        (Q / 0, X, None, r"query 0 .* not finite.* \(2, 8\)"),
+        (Q, X * torch.nan, None, r"candidate 0 of query 0 has NaN or infinity, .* \(2, 10, 8\)"),
+        (Q / 0, X, None, r"^query 0 has NaN or infinity, got \(2, 8\)"),
         (Q, X, torch.ones(2, 9, dtype=torch.bool), r"mask is bool \(Q, M\), got torch.bool of shape \(2, 9\)"),
         (Q, X, torch.ones(2, 10), r"mask is bool \(Q, M\), got torch.float32 of shape \(2, 10\)"),
         (Q.tolist(), X, None, "queries: a tensor or a NumPy array is needed, got list"),
-        (np.array([["a"]]), X, None, r"queries: an array of <U1, shape \(1, 1\)"),
+        (np.array([["a"]]), X, None, r"queries: no tensor can be made of an array of <U1, shape \(1, 1\)"),
+        (Q, np.ones((2, 10, 8), dtype=">f4"), None, "candidates: no tensor can be made of an array of >f4"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:reranking is for rows of unit length")
 def test_what_cannot_be_reranked_is_told(queries, candidates, mask, message):
     with pytest.raises(ValueError, match=message):
         SuperGlobalReranker()(queries, candidates, mask)
+
+
+def test_the_row_that_is_not_finite_is_named():
+    rows = clustered(60, 512)
+    queries = clustered(200, 512, seed=1)
+    ids = torch.arange(40).repeat(200, 1)
+    broken = rows.clone()
+    broken[17, 3] = torch.nan
+    with pytest.raises(ValueError, match="the row with id 17, a candidate of query 0 has NaN"):
+        SuperGlobalReranker().rerank(queries, ids, Database(broken).rows)
+    queries[177] = torch.nan
+    with pytest.raises(ValueError, match=r"^query 177 has NaN"):
+        SuperGlobalReranker().rerank(queries, ids, Database(rows).rows)
+
+
+def test_unsigned_ids_are_ids():
+    rows, queries = clustered(60, 32), clustered(2, 32, seed=1)
+    ids = search(queries, rows, m=20).ids
+    reranker = SuperGlobalReranker()
+    expected = reranker.rerank(queries, ids, Database(rows).rows).order.numpy()
+    found = reranker.rerank(queries.numpy(), ids.numpy().astype(np.uint64), Database(rows).rows)
+    np.testing.assert_array_equal(found.order, expected)
 
 
 @pytest.mark.parametrize(

@@ -90,3 +90,15 @@ def test_bad_input_is_told(queries, database, message):
 def test_a_listed_row_outside_the_database_is_told():
     with pytest.raises(ValueError, match="outside the database of 5 rows"):
         search(unit(1, 8), unit(5, 8, seed=1), m=3, listed=[torch.tensor([5])])
+
+
+@pytest.mark.parametrize("number", [-1, 10])
+def test_a_row_that_is_not_there_is_told(number):
+    with pytest.raises(ValueError, match=f"there is no row {number} among the 10"):
+        Database([unit(4, 8), unit(6, 8)]).rows(torch.tensor([[3, number]]))
+
+
+def test_rows_of_numpy_ids_are_numpy():
+    database = Database([unit(4, 8), unit(6, 8)])
+    ids = np.array([[1, 9], [4, 0]])
+    np.testing.assert_array_equal(database.rows(ids), database.rows(torch.from_numpy(ids)).numpy())

@@ -15,7 +15,6 @@ from model.errors import InputError, short_list
 from model.images import ImageFile, ImageList
 
 DATASETS = ("roxford5k", "rparis6k", "toy")
-HOME_PAGE = "http://cmp.felk.cvut.cz/revisitop"
 
 
 @dataclass(frozen=True)
@@ -82,9 +81,17 @@ def load_dataset(name: str, data_dir: Path) -> Dataset:
     if folder is None:
         raise InputError(
             f"no dataset {name} in {data_dir}: {data_dir / name / f'gnd_{name}.pkl'} is missing; "
-            f"get it from {HOME_PAGE}; TEST.DATA_DIR is the folder that holds {name}/"
+            f"python -m revisitop.download {name} fetches it; TEST.DATA_DIR is the folder that holds {name}/"
         )
-    path = folder / f"gnd_{name}.pkl"
+    return read_ground_truth(name, folder / f"gnd_{name}.pkl")
+
+
+def read_ground_truth(name: str, path: Path) -> Dataset:
+    """The dataset that a ground-truth file describes; its pictures belong in the jpg/ beside the file.
+
+    Raises:
+        InputError: where the file is unsafe, damaged or inconsistent.
+    """
     content = load_pickle(path)
     try:
         names, query_names, entries = (list(content[key]) for key in ("imlist", "qimlist", "gnd"))
@@ -94,11 +101,11 @@ def load_dataset(name: str, data_dir: Path) -> Dataset:
         raise InputError(f"{path}: {len(query_names)} queries but {len(entries)} entries of ground truth")
     if not names or not query_names:
         raise InputError(f"{path}: {len(query_names)} queries, {len(names)} database pictures; it must have both")
-    jpg = folder / "jpg"
+    jpg = path.parent / "jpg"
     boxes = [_box(entry, path, str(query)) for entry, query in zip(entries, query_names, strict=True)]
     return Dataset(
         name,
-        folder,
+        path.parent,
         [ImageFile(_picture(jpg, query), box) for query, box in zip(query_names, boxes, strict=True)],
         [ImageFile(_picture(jpg, picture)) for picture in names],
         [_ground_truth(entry, len(names), path, str(q)) for entry, q in zip(entries, query_names, strict=True)],
@@ -118,7 +125,8 @@ def load_distractor_list(folder: Path) -> tuple[str, ImageList]:
         content = path.read_bytes()
     except OSError as error:
         raise InputError(
-            f"{path}: {error.strerror}; get it from {HOME_PAGE}, or name its folder with --data-dir"
+            f"{path}: {error.strerror}; python -m revisitop.download revisitop1m fetches it, "
+            "or name its folder with --data-dir"
         ) from None
     names = [line.strip() for line in content.splitlines() if line.strip()]
     if not names:

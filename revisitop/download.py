@@ -1,0 +1,315 @@
+"""Fetch pictures, ground truth, example descriptors and weights into the folders where they are looked for.
+
+python -m revisitop.download roxford5k rparis6k weights
+python -m revisitop.download revisitop1m features
+
+Start it again after whatever happened: what is there is checked and left alone, a half file is gone on
+with, and an archive is deleted once its pictures are in place.
+"""
+
+import argparse
+import gzip
+import os
+import re
+import shutil
+import sys
+import tarfile
+import webbrowser
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from urllib.parse import urlsplit
+
+import scipy.io
+import torch
+from tqdm import tqdm
+
+from model.checkpoint import PUBLISHED, find_checkpoint, load_encoder
+from model.errors import InputError, run_command, short_list
+from model.images import ImageError, ImageFile, read_image
+from model.resnet import ResNet
+from revisitop.dataset import dataset_folder, load_distractor_list, read_ground_truth
+from revisitop.transfer import Fetcher, Source
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """A set of pictures: the file that lists them, the archives that hold them, and whether their folders go."""
+
+    listing: Source
+    archives: tuple[Source, ...]
+    flat: bool
+
+
+VGG = ("https://www.robots.ox.ac.uk", "http://www.robots.ox.ac.uk")
+CMP, PTAK = "http://cmp.felk.cvut.cz", "http://ptak.felk.cvut.cz"
+NETWORKS = "personal/sumapave/public/ames/networks"
+PICTURES = {
+    "roxford5k": Pictures(
+        Source((CMP, PTAK), "revisitop/data/datasets/roxford5k/gnd_roxford5k.pkl"),
+        (Source(VGG, "~vgg/data/oxbuildings/oxbuild_images-v1.tgz"),),
+        flat=True,
+    ),
+    "rparis6k": Pictures(
+        Source((CMP, PTAK), "revisitop/data/datasets/rparis6k/gnd_rparis6k.pkl"),
+        tuple(Source(VGG, f"~vgg/data/parisbuildings/paris_{n}-v1.tgz") for n in (1, 2)),
+        flat=True,
+    ),
+    "revisitop1m": Pictures(
+        Source((PTAK, CMP), "revisitop/revisitop1m/revisitop1m.txt"),
+        tuple(Source((PTAK, CMP), f"revisitop/revisitop1m/jpg/revisitop1m.{n}.tar.gz") for n in range(1, 101)),
+        flat=False,
+    ),
+}
+FEATURES = tuple(
+    Source((CMP, PTAK), f"revisitop/data/features/{name}_resnet_rsfm120k_gem.mat") for name in ("roxford5k", "rparis6k")
+)
+WEIGHTS = {
+    50: Source((PTAK,), f"{NETWORKS}/{PUBLISHED[50]}"),
+    101: Source((), f"{NETWORKS}/{PUBLISHED[101]}"),  # on no host that we know of; a --mirror may have it
+}
+DRIVE = "https://github.com/sungonce/CVNet"  # its README links the web drive that holds both
+ITEMS = (*PICTURES, "features", "weights")
+
+HELP = f"""items:
+  roxford5k    ground truth and pictures of ROxford5k: DATA_DIR/roxford5k/
+  rparis6k     ground truth and pictures of RParis6k: DATA_DIR/rparis6k/
+  revisitop1m  list and 100 archives of the million distractors: DATA_DIR/revisitop1m/
+  features     revisitop's example descriptors, for TEST.FEATURES: DATA_DIR/*.mat
+  weights      WEIGHTS_DIR/{PUBLISHED[50]}; for {PUBLISHED[101]}, the way to it
+
+--mirror URL: each file is looked for under URL first, at the path that it has on its own host, and there
+only then. {CMP}/{FEATURES[0].path}
+is looked for as URL/{FEATURES[0].path}
+
+A file or archive that you got in another way is used, too: put it into the item's folder.
+Exit code: 0 where everything is there; 2 where something is missing still, and a line says what to do."""
+
+
+def main(argv: list[str]) -> None:
+    args = parse(argv)
+    fetcher = Fetcher(args.mirror)
+    missing = {}
+    for item in dict.fromkeys(args.items):
+        folder = args.weights_dir if item == "weights" else args.data_dir
+        try:
+            if item in PICTURES:
+                missing[item] = get_pictures(fetcher, item, folder)
+            else:
+                missing[item] = {"features": get_features, "weights": get_weights}[item](fetcher, folder)
+        except OSError as error:  # the disk's: the network's are InputErrors by now
+            missing[item] = [f"{error.filename or folder}: {error.strerror}"]
+        if not missing[item]:
+            print(f"{item} is complete")
+    for item, problems in missing.items():
+        for problem in problems:
+            print(f"{item}: {problem}", file=sys.stderr)
+    if incomplete := [item for item, problems in missing.items() if problems]:
+        raise InputError(f"not complete: {', '.join(incomplete)}; see above, and start the same command again to go on")
+    if not fetcher.fetched:
+        print("everything was there already, nothing was downloaded")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog="python -m revisitop.download", description=__doc__, epilog=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("items", nargs="+", choices=ITEMS, metavar="ITEM", help=", ".join(ITEMS))
+    parser.add_argument(
+        "--data-dir", type=Path, default=Path("revisitop"), metavar="DIR", help="folder of the datasets [./revisitop]"
+    )
+    parser.add_argument(
+        "--weights-dir", type=Path, default=Path("weights"), metavar="DIR", help="folder of the checkpoints [./weights]"
+    )
+    parser.add_argument("--mirror", type=_http_address, metavar="URL", help="where to look first; see below")
+    return parser.parse_args(argv)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise InputError(f"{message}; --help tells more")
+
+
+def _http_address(text: str) -> str:
+    if not re.match(r"https?://[^/]", text) or not urlsplit(text).hostname:
+        raise argparse.ArgumentTypeError(f"{text!r} is no http:// or https:// address")
+    return text.rstrip("/")
+
+
+def get_pictures(fetcher: Fetcher, name: str, data_dir: Path) -> list[str]:
+    """The list, the archives that are not unpacked yet, and a look at every listed picture. Returns what is missing."""
+    pictures, folder = PICTURES[name], dataset_folder(data_dir, name) or data_dir / name
+    has_ground_truth = pictures.listing.name.endswith(".pkl")
+    problems = []
+    try:
+        fetcher.fetch(pictures.listing, folder, partial(read_ground_truth, name) if has_ground_truth else check_list)
+    except InputError as error:
+        problems.append(str(error))
+
+    def bad_pictures() -> list[str]:
+        if not has_ground_truth:
+            return find_bad(load_distractor_list(folder)[1], name, decode=False)
+        dataset = read_ground_truth(name, folder / pictures.listing.name)
+        return find_bad(dataset.queries + dataset.database, name, decode=True)
+
+    marker = folder / "unpacked.txt"
+    unpacked = marker.read_text().split() if marker.exists() else []
+    if not unpacked and not problems and not bad_pictures():  # they came in another way
+        return []
+    for archive in pictures.archives:
+        if archive.name in unpacked:
+            continue
+        try:
+            path = get_archive(fetcher, archive, folder, pictures.flat)
+        except InputError as error:
+            problems.append(str(error))
+        else:
+            with marker.open("a") as file:
+                file.write(f"{archive.name}\n")
+            path.unlink()
+    if not problems and (bad := bad_pictures()):
+        problems.append(
+            f"{len(bad)} pictures are missing or damaged ({short_list(bad)}), and all archives are unpacked; "
+            f"replace these pictures, or delete {marker} to have the archives fetched again"
+        )
+    return problems
+
+
+def get_archive(fetcher: Fetcher, source: Source, folder: Path, flat: bool) -> Path:
+    """Brings the archive's pictures into jpg/, each whole or not at all. Returns the archive, which is needed no more.
+
+    Raises:
+        InputError: where no address gives a sound archive.
+    """
+    new = folder / "jpg" / ".unpacking"  # in jpg/, which may be a link to another disk
+    try:
+        path = fetcher.fetch(source, folder, lambda archive: unpack(archive, new, flat))
+        for picture in [file for file in new.rglob("*") if file.is_file()]:
+            target = folder / "jpg" / picture.relative_to(new)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(picture, target)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return path
+
+
+def get_features(fetcher: Fetcher, data_dir: Path) -> list[str]:
+    """revisitop's example descriptors. Returns what is missing."""
+    problems = []
+    for source in FEATURES:
+        try:
+            fetcher.fetch(source, data_dir, check_mat)
+        except InputError as error:
+            problems.append(str(error))
+    return problems
+
+
+def get_weights(fetcher: Fetcher, folder: Path) -> list[str]:
+    """A checkpoint per depth; the way to those that no address gives. Returns what is missing."""
+    problems = []
+    for depth, source in WEIGHTS.items():
+        try:
+            find_checkpoint(folder, depth)  # under whatever name
+            continue
+        except InputError:
+            pass
+        try:
+            fetcher.fetch(source, folder, partial(check_checkpoint, depth))
+        except InputError as error:
+            problems.append(f"{error}; get {source.name} from the web drive linked at {DRIVE} and put it into {folder}")
+    has_display = sys.platform in ("darwin", "win32") or bool({"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys())
+    if problems and has_display and sys.stdout.isatty():
+        webbrowser.open(DRIVE)
+    return problems
+
+
+# A member is both a file and a folder: as the folder was empty, the archive is at fault.
+_NAME_CLASHES = (FileExistsError, IsADirectoryError, NotADirectoryError)
+
+
+def unpack(archive: Path, folder: Path, flat: bool) -> None:
+    """Extracts the files of a .tar.gz into an empty folder, beside each other if `flat`, and reads it to its end.
+
+    Raises:
+        InputError: where it is damaged, holds no file, or a member is a link, a device or leaves the folder.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        with gzip.open(archive) as file:
+            with tarfile.open(fileobj=file, mode="r|") as tar:
+                for member in tqdm(tar, desc=f"unpacking {archive.stem}", unit="img", dynamic_ncols=True):
+                    _refuse_unsafe(archive, member, folder)
+                    if member.isfile():
+                        name = PurePosixPath(member.name)
+                        path = folder / (name.name if flat else name)
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        with path.open("wb") as picture:
+                            shutil.copyfileobj(tar.extractfile(member), picture)
+            while file.read(1 << 20):  # tar's end comes before gzip's, where the checksum is
+                pass
+    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, *_NAME_CLASHES) as error:
+        raise InputError(f"{archive} is damaged or no .tar.gz ({error})") from None
+    if not any(folder.iterdir()):
+        raise InputError(f"{archive} holds no file")
+
+
+def _refuse_unsafe(archive: Path, member: tarfile.TarInfo, folder: Path) -> None:
+    path = PureWindowsPath(member.name)  # knows both kinds of slashes
+    if path.anchor or ".." in path.parts or "\0" in member.name:
+        raise InputError(f"{archive} refused: its member {member.name!r} would leave the folder")
+    if not member.isfile() and not member.isdir():
+        raise InputError(f"{archive} refused: its member {member.name!r} is a link or device, not a file")
+    if hasattr(tarfile, "data_filter"):  # Python 3.10.12, 3.11.4, 3.12
+        tarfile.data_filter(member, str(folder))
+
+
+def find_bad(images: Sequence[ImageFile], name: str, decode: bool) -> list[str]:
+    """The pictures that are not there, or cannot be decoded, each with the reason."""
+
+    def problem(image: ImageFile) -> str | None:
+        if not decode:
+            return None if image.path.is_file() else f"{image.path}: no such file"
+        try:
+            read_image(image.path)
+        except ImageError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(problem, images) if decode else map(problem, images)
+        bar = tqdm(found, desc=f"checking {name}", total=len(images), unit="img", dynamic_ncols=True)
+        return [reason for reason in bar if reason]
+
+
+def check_list(path: Path) -> None:
+    """Raises InputError where the file is no list of picture names, or ends within one."""
+    names = [line.strip() for line in path.read_bytes().splitlines() if line.strip()]
+    wrong = [name for name in names if not re.search(rb"\.(jpe?g|png)$", name, re.IGNORECASE)]
+    if wrong or not names:
+        raise InputError(f"{path} is no list of pictures: {f'it has {wrong[0][:40]!r}' if wrong else 'it is empty'}")
+
+
+def check_mat(path: Path) -> None:
+    """Raises InputError where the file is no MATLAB file with the descriptors Q and X."""
+    try:
+        content = scipy.io.loadmat(path, appendmat=False)
+    except Exception as error:  # SciPy's reader lets many kinds through
+        raise InputError(f"{path} is damaged or no MATLAB file ({error})") from None
+    if not {"Q", "X"} <= content.keys():
+        raise InputError(f"{path} has no Q and X (query and database descriptors)")
+
+
+def check_checkpoint(depth: int, path: Path) -> None:
+    """Raises InputError where the file is no checkpoint of this depth."""
+    with torch.device("meta"):
+        encoder = ResNet(depth)
+    load_encoder(encoder, path)
+
+
+if __name__ == "__main__":
+    run_command(main)

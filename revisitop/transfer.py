@@ -200,4 +200,4 @@ def _in_words(error: Exception) -> str:
     while error.args and isinstance(error.args[0], Exception):
         error = error.args[0]
     reason = getattr(error, "reason", None) or error
-    return re.sub(r"^.*?[)>]: ", "", str(reason))
+    return re.sub(r"^(<[^>]*>|\w+\([^)]*\)): ", "", str(reason))

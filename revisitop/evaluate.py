@@ -16,6 +16,7 @@ from revisitop.dataset import GroundTruth
 
 KAPPAS = (1, 5, 10)
 PROTOCOLS = ("E", "M", "H")
+RECALL_LEVELS = 101  # 0, 0.01, ... 1
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,13 @@ class Result:
         map: mean average precision.
         ap: average precision per query; NaN for a query without a positive.
         mp_at_k: mean precision within the first k, for each k of KAPPAS.
+        precision: (101,), mean interpolated precision at the recalls 0, 0.01, ... 1.
     """
 
     map: float
     ap: np.ndarray
     mp_at_k: np.ndarray
+    precision: np.ndarray
 
 
 def evaluate_positions(
@@ -55,10 +58,11 @@ def evaluate_positions(
     def protocol(positive: list[np.ndarray], *ignored: list[np.ndarray]) -> Result:
         ranks = [remove_ignored(p, np.concatenate(i)) for p, *i in zip(positive, *ignored, strict=True)]
         ap = np.array([average_precision(r) for r in ranks])
-        precision = np.array([precision_at(r, kappas) for r in ranks])
+        at_k = np.array([precision_at(r, kappas) for r in ranks])
+        at_recall = np.array([interpolated_precision(r) for r in ranks])
         if np.isnan(ap).all():
-            return Result(float("nan"), ap, np.full(len(kappas), np.nan))
-        return Result(float(np.nanmean(ap)), ap, np.nanmean(precision, axis=0))
+            return Result(float("nan"), ap, np.full(len(kappas), np.nan), np.full(RECALL_LEVELS, np.nan))
+        return Result(float(np.nanmean(ap)), ap, np.nanmean(at_k, axis=0), np.nanmean(at_recall, axis=0))
 
     both = [np.concatenate(pair) for pair in zip(easy, hard, strict=True)]
     return {"E": protocol(easy, junk, hard), "M": protocol(both, junk), "H": protocol(hard, junk, easy)}
@@ -100,3 +104,19 @@ def precision_at(ranks: np.ndarray, kappas: Sequence[int]) -> np.ndarray:
         return np.full(len(kappas), np.nan)
     first = np.minimum(kappas, ranks[-1] + 1)
     return np.searchsorted(ranks, first) / first
+
+
+def interpolated_precision(ranks: np.ndarray) -> np.ndarray:
+    """Interpolated precision at the recalls 0, 0.01, ... 1; NaN where there is no positive. (n_pos,) -> (101,).
+
+    At recall r it is the highest precision that any cut of the ranking with recall r or more has. The
+    k-th positive (from 0) at the ascending 0-based rank r_k gives recall (k+1)/n_pos and precision
+    (k+1)/(r_k+1); as everywhere here, ignored pictures have left the ranking before.
+    """
+    n = len(ranks)
+    if n == 0:
+        return np.full(RECALL_LEVELS, np.nan)
+    precision = np.arange(1, n + 1) / (ranks + 1)
+    highest = np.maximum.accumulate(precision[::-1])[::-1]
+    needed = -(-np.arange(RECALL_LEVELS) * n // (RECALL_LEVELS - 1))  # positives for each recall, in whole numbers
+    return highest[np.maximum(needed, 1) - 1]

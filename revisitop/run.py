@@ -31,11 +31,13 @@ class Ranking:
 
     Attributes:
         ids: (Q, R) int64, the first pictures of each query, best first.
+        scores: (Q, R), what they were ordered by: the cosine; after reranking, its score in the first M places.
         figures: per protocol E, M, H.
         seconds: what it took, for all queries.
     """
 
     ids: Tensor
+    scores: Tensor
     figures: dict[str, Result]
     seconds: float
 
@@ -130,15 +132,18 @@ def retrieve(
             ) from None
     seconds = time.perf_counter() - start
     positions = [where.numpy() for where in found.positions]
-    stages = {"retrieval": Ranking(found.ids[:, :SAVED_RANKS], evaluate_positions(positions, ground_truth), seconds)}
+    figures = evaluate_positions(positions, ground_truth)
+    stages = {"retrieval": Ranking(found.ids[:, :SAVED_RANKS], found.scores[:, :SAVED_RANKS], figures, seconds)}
     if reranker is not None:
         start = time.perf_counter()
-        order = reranker.rerank(queries, found.ids, database.rows, device).order
-        ids = found.ids.clone()
+        order, reranked = reranker.rerank(queries, found.ids, database.rows, device)
+        ids, scores = found.ids.clone(), found.scores.clone()
         ids[:, : order.shape[1]] = found.ids.gather(1, order)
+        scores[:, : order.shape[1]] = reranked
         seconds = time.perf_counter() - start
         moved = [move(where, new.numpy()) for where, new in zip(positions, order, strict=True)]
-        stages["reranking"] = Ranking(ids[:, :SAVED_RANKS], evaluate_positions(moved, ground_truth), seconds)
+        figures = evaluate_positions(moved, ground_truth)
+        stages["reranking"] = Ranking(ids[:, :SAVED_RANKS], scores[:, :SAVED_RANKS], figures, seconds)
     return stages
 
 

@@ -3,7 +3,7 @@ import pytest
 from oracles import all_protocols
 
 from revisitop.dataset import GroundTruth
-from revisitop.evaluate import evaluate_positions, evaluate_ranks
+from revisitop.evaluate import evaluate_positions, evaluate_ranks, interpolated_precision
 
 
 def truth(lists: dict) -> GroundTruth:
@@ -51,3 +51,19 @@ def test_a_protocol_without_any_positive_has_no_figure():
 def test_positions_of_another_number_of_pictures_are_refused():
     with pytest.raises(ValueError, match="1 positions for 2 listed"):
         evaluate_positions([np.array([3])], [truth({"easy": [1, 2], "hard": [], "junk": []})])
+
+
+def test_precision_over_recall_is_the_one_worked_by_hand():
+    # Found at the ranks 0, 3 and 4: precision 1, 2/4, 3/5 at recall 1/3, 2/3, 1; up to 2/3 the 3/5 that follows counts.
+    expected = np.repeat([1, 0.6, 0.6], [34, 33, 34])
+    np.testing.assert_allclose(interpolated_precision(np.array([0, 3, 4])), expected, atol=1e-15)
+    assert np.isnan(interpolated_precision(np.array([]))).all()
+
+
+def test_curves_are_means_over_the_queries_without_their_ignored_pictures():
+    # Easy: junk and hard leave the first ranking, so that its positive comes first; the second has its at rank 3.
+    ground_truth = [truth({"easy": [5], "hard": [6], "junk": [7]}), truth({"easy": [5], "hard": [], "junk": []})]
+    figures = evaluate_positions([np.array([2, 0, 1]), np.array([3])], ground_truth)
+    np.testing.assert_allclose(figures["E"].precision, np.full(101, (1 + 1 / 4) / 2))
+    np.testing.assert_allclose(figures["M"].precision, np.full(101, (1 + 1 / 4) / 2))  # 6 stands before 5: ranks 0, 1
+    np.testing.assert_allclose(figures["H"].precision, np.ones(101))  # the second query has no hard picture

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,7 @@ OPTIONS = (
     Option("TEST.OUT_DIR", "./output", "folder of results.json, descriptors and rankings", _not_empty),
     Option("TEST.DISTRACTORS", "", "descriptors for SupG.onemeval; default: feats_1m_RN<depth>.pth or .npy here"),
     Option("TEST.RESUME", True, "go on with, and use again, descriptors of the same run in TEST.OUT_DIR"),
+    Option("TEST.REPORT", False, "write report/index.html into TEST.OUT_DIR: figures, and what each query found"),
     Option("DATA_LOADER.NUM_WORKERS", 4, "processes that decode pictures, at most one per core", _at_least(0)),
     Option("DATA_LOADER.PIN_MEMORY", True, "copy to the GPU from pinned memory"),
     Option("SupG.gemp", True, "GeM+; False: GeM with the power that the checkpoint was trained with"),
@@ -149,6 +151,11 @@ def make_config(settings: list[tuple[str, Any]]) -> CfgNode:
         raise InputError(f"SupG.rerank_k {cfg.SupG.rerank_k} is above SupG.rerank_m {cfg.SupG.rerank_m}")
     cfg.freeze()
     return cfg
+
+
+def option_values(cfg: CfgNode) -> dict[str, Any]:
+    """Each option's value by its key: {"MODEL.DEPTH": 50, ...}."""
+    return {option.key: reduce(getattr, option.key.split("."), cfg) for option in OPTIONS}
 
 
 def model_arguments(cfg: CfgNode) -> dict[str, Any]:

@@ -6,6 +6,7 @@ python test.py MODEL.DEPTH 50 TEST.WEIGHTS ./weights TEST.DATA_DIR ./revisitop S
 
 import logging
 import os
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -13,16 +14,24 @@ import numpy as np
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from config import default_config, descriptor_source, loader_arguments, model_arguments, parse_config
+from config import (
+    default_config,
+    descriptor_source,
+    loader_arguments,
+    model_arguments,
+    option_values,
+    parse_config,
+)
 from model.checkpoint import find_checkpoint
 from model.errors import InputError, run_command
 from model.extract import choose_device, prepare_process
+from model.images import ImageFile
 from model.store import write_json
 from model.superglobal import build_model
 from modules.reranking import SuperGlobalReranker
 from modules.search import Database
 from revisitop import toy
-from revisitop.dataset import Dataset, load_dataset
+from revisitop.dataset import Dataset, load_dataset, load_distractor_list
 from revisitop.evaluate import PROTOCOLS
 from revisitop.features import (
     add_distractors,
@@ -31,7 +40,8 @@ from revisitop.features import (
     load_distractors,
     load_features,
 )
-from revisitop.run import describe_dataset, retrieve
+from revisitop.report import Page, evaluated_section, write_report
+from revisitop.run import Ranking, describe_dataset, retrieve
 from revisitop.runlog import device_name, start_log
 
 log = logging.getLogger(__name__)
@@ -65,6 +75,7 @@ def main(argv: list[str]) -> None:
     reranker = SuperGlobalReranker(cfg.SupG.rerank_m, cfg.SupG.rerank_k, cfg.SupG.rerank_beta)
 
     report["datasets"] = {}
+    found = []
     for dataset in datasets:
         log.info("%r", dataset)
         entry = report["datasets"][dataset.name] = {"queries": len(dataset.queries), "database": len(dataset.database)}
@@ -96,7 +107,11 @@ def main(argv: list[str]) -> None:
         if dataset.name == "toy":
             log.info("%s", toy.DISCLAIMER)
         write_json(out_dir / "results.json", report)
+        found.append((dataset, stages))
     print_summary(report["datasets"])
+    if cfg.TEST.REPORT:
+        path = write_report(make_page(cfg, report, found), out_dir / "report")
+        log.info("the report is %s (%.1f MB)", path, path.stat().st_size / 1e6)
     log.info("results, descriptors and rankings are in %s, the log in log.txt", out_dir)
 
 
@@ -130,6 +145,36 @@ def print_summary(datasets: dict[str, dict]) -> None:
             lines.append(f"{title:<36}" + "".join(f"{entry[stage][protocol]['mAP']:8.2f}" for protocol in PROTOCOLS))
     for line in lines:
         log.info("%s", line)
+
+
+def make_page(cfg: CfgNode, report: dict, found: list[tuple[Dataset, dict[str, Ranking]]]) -> Page:
+    """The run as a page: when and how it was made, every option, and a section per dataset."""
+    settings = {name: report[name] for name in ("date", "command", "device")}
+    settings["versions"] = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    sections = []
+    for dataset, stages in found:
+        entry = report["datasets"][dataset.name]
+        note = f"{entry['queries']} queries, {entry['database']:,} database pictures"
+        pictures = ()
+        if "distractors" in entry:
+            note += f", {entry['distractors']:,} distractors"
+            pictures = find_distractor_pictures(Path(cfg.TEST.DATA_DIR), entry["distractors"])
+        if "checkpoint" in entry:
+            settings[f"checkpoint of {dataset.name}"] = "{path}, SHA-256 {sha256}".format(**entry["checkpoint"])
+        if dataset.name == "toy":
+            note += f". {toy.DISCLAIMER.capitalize()}"
+        sections.append(evaluated_section(dataset, stages, pictures, f"{note}."))
+    settings |= {key: str(value) for key, value in option_values(cfg).items()}
+    return Page(f"SuperGlobal on {', '.join(cfg.TEST.DATASET_LIST)}", settings, sections)
+
+
+def find_distractor_pictures(data_dir: Path, count: int) -> Sequence[ImageFile]:
+    """The pictures behind the distractors' rows; none where their list is not here, or is of another length."""
+    try:
+        pictures = load_distractor_list(data_dir / "revisitop1m")[1]
+    except InputError:
+        return ()
+    return pictures if len(pictures) == count else ()
 
 
 if __name__ == "__main__":

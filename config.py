@@ -126,10 +126,10 @@ def parse_config(argv: list[str], description: str) -> CfgNode:
     return read_config(make_parser(description).parse_intermixed_args(argv))
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
+def make_parser(description: str, prog: str | None = None) -> argparse.ArgumentParser:
     """A parser of these options, for a command to add its own to. Its errors are InputErrors."""
     parser = _Parser(
-        description=description, epilog=_options_help(), formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog, description=description, epilog=_options_help(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config-file", type=Path, metavar="FILE", help="YAML file of options, merged first")
     parser.add_argument("options", nargs="*", metavar="KEY VALUE", help="options, listed below")

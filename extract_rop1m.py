@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
         store = DescriptorStore(out, len(images), dim, source, rank=processes.rank, done=done)
     mine = np.array_split(store.missing(), processes.count)[processes.rank]
     if len(mine):
-        model = build_model(checkpoint, **model_arguments(cfg)).to(device)
+        model = build_model(checkpoint, device=device, **model_arguments(cfg))
         title = "distractors" if processes.count == 1 else f"distractors, {processes!r}"
         try:
             describe_all(model, images, store, mine, title, on_error=args.on_error, **loader_arguments(cfg, device))

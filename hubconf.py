@@ -27,7 +27,7 @@ def superglobal_resnet50(weights: str | Path, **options) -> PictureDescriber:
     Args:
         weights: the checkpoint (CVPR2022_CVNet_R50.pyth), or a folder in which exactly one fits.
         options: of model.superglobal.build_model: scales (1, 3, 5, or factors), relup (the threshold), gemp,
-            rgem, sgem (the powers; False or None leaves one out), rgem_window, precision.
+            rgem, sgem (the powers; False or None leaves one out), rgem_window, precision, device.
     """
     return _superglobal(50, weights, options)
 

@@ -5,24 +5,21 @@ python test.py MODEL.DEPTH 50 TEST.WEIGHTS ./weights TEST.DATA_DIR ./revisitop S
 """
 
 import logging
-import os
 from collections.abc import Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 from yacs.config import CfgNode
 
 from config import (
-    default_config,
     descriptor_source,
     loader_arguments,
     model_arguments,
     option_values,
     parse_config,
 )
-from model.checkpoint import find_checkpoint
 from model.errors import InputError, run_command
 from model.extract import choose_device, prepare_process
 from model.images import ImageFile
@@ -31,7 +28,7 @@ from model.superglobal import build_model
 from modules.reranking import SuperGlobalReranker
 from modules.search import Database
 from revisitop import toy
-from revisitop.dataset import Dataset, load_dataset, load_distractor_list
+from revisitop.dataset import Dataset, load_distractor_list
 from revisitop.evaluate import PROTOCOLS
 from revisitop.features import (
     add_distractors,
@@ -41,7 +38,15 @@ from revisitop.features import (
     load_features,
 )
 from revisitop.report import Page, evaluated_section, write_report
-from revisitop.run import Ranking, describe_dataset, retrieve
+from revisitop.run import (
+    Ranking,
+    dataset_lists,
+    describe_lists,
+    find_dataset,
+    find_weights,
+    make_folder,
+    retrieve,
+)
 from revisitop.runlog import device_name, start_log
 
 log = logging.getLogger(__name__)
@@ -62,7 +67,9 @@ def main(argv: list[str]) -> None:
     if not cfg.TEST.FEATURES:
         for dataset in datasets:
             dataset.check_files()
-    checkpoints = {} if cfg.TEST.FEATURES else {dataset.name: find_weights(cfg, dataset) for dataset in datasets}
+    checkpoints = {}
+    if not cfg.TEST.FEATURES:
+        checkpoints = {each.name: find_weights(each, Path(cfg.TEST.WEIGHTS), cfg.MODEL.DEPTH) for each in datasets}
     sources = {checkpoint: descriptor_source(cfg, checkpoint) for checkpoint in dict.fromkeys(checkpoints.values())}
     distractors = None
     if cfg.SupG.onemeval:
@@ -87,9 +94,13 @@ def main(argv: list[str]) -> None:
             source = sources[checkpoint]
             entry["checkpoint"] = {"path": str(checkpoint), "sha256": source["checkpoint_sha256"]}
             log.info("checkpoint: %s, SHA-256 %s", *entry["checkpoint"].values())
-            model = build_model(checkpoint, **model_arguments(cfg)).to(device)
-            queries, rows = describe_dataset(
-                dataset, model, source, out_dir, resume=cfg.TEST.RESUME, **loader_arguments(cfg, device)
+            queries, rows = describe_lists(
+                dataset_lists(dataset, out_dir),
+                partial(build_model, checkpoint, device=device, **model_arguments(cfg)),
+                source,
+                cfg.MODEL.HEADS.REDUCTION_DIM,
+                resume=cfg.TEST.RESUME,
+                **loader_arguments(cfg, device),
             )
         database = Database(rows)
         if distractors is not None:
@@ -113,28 +124,6 @@ def main(argv: list[str]) -> None:
         path = write_report(make_page(cfg, report, found), out_dir / "report")
         log.info("the report is %s (%.1f MB)", path, path.stat().st_size / 1e6)
     log.info("results, descriptors and rankings are in %s, the log in log.txt", out_dir)
-
-
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"TEST.OUT_DIR {folder} cannot be made ({error.strerror})") from None
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"TEST.OUT_DIR {folder}: nothing can be written there")
-
-
-def find_dataset(name: str, data_dir: Path) -> Dataset:
-    if name == "toy":
-        toy.ensure_dataset(data_dir, lambda pictures: tqdm(pictures, desc="drawing toy", unit="img"))
-    return load_dataset(name, data_dir)
-
-
-def find_weights(cfg: CfgNode, dataset: Dataset) -> Path:
-    """The checkpoint; toy brings random weights of its own, unless TEST.WEIGHTS was given."""
-    if dataset.name == "toy" and Path(cfg.TEST.WEIGHTS) == Path(default_config().TEST.WEIGHTS):
-        return toy.ensure_weights(dataset.folder, cfg.MODEL.DEPTH)
-    return find_checkpoint(Path(cfg.TEST.WEIGHTS), cfg.MODEL.DEPTH)
 
 
 def print_summary(datasets: dict[str, dict]) -> None:

@@ -1,7 +1,6 @@
 """Many pictures -> descriptors: decoding ahead in worker processes, batches of equal sizes, results in list order."""
 
 import ctypes
-import hashlib
 import logging
 import os
 import platform
@@ -9,6 +8,7 @@ import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -243,11 +243,11 @@ def describe_all(
         raise InputError(f"{title}: {count} cannot be used: {short_list(damaged, _NAMED_AT_MOST)}")
 
 
-def list_digest(images: Sequence[ImageFile]) -> str:
-    """A digest of the names and boxes, in their order."""
-    return hashlib.sha256(repr([(image.path.name, image.box) for image in images]).encode()).hexdigest()
+def file_stamps(images: Sequence[ImageFile], folder: Path | None = None) -> list[str]:
+    """Per picture, what tells it from others and changes when it does: name (below the folder), box, size, time."""
 
+    def stamp(image: ImageFile) -> str:
+        name, stat = image.path.relative_to(folder) if folder else image.path.name, image.path.stat()
+        return f"{name} {image.box or ''} {stat.st_size}-{stat.st_mtime_ns}"
 
-def file_stamps(images: Sequence[ImageFile]) -> list[str]:
-    """Per picture, what changes when its file does: size and time."""
-    return [f"{stat.st_size}-{stat.st_mtime_ns}" for stat in (image.path.stat() for image in images)]
+    return [stamp(image) for image in images]

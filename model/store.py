@@ -41,8 +41,8 @@ class DescriptorStore:
         path: the coming file, .npy or .pth (one tensor).
         rows, dim: its shape.
         source: what all rows are made from (checkpoint, settings, list of pictures), as JSON can hold it.
-        stamps: per row, what tells whether its picture is the same as before; rows whose stamp has
-            changed are made again, the others stay.
+        stamps: per row, what tells its picture and whether it is the same as before (name, size, time).
+            Rows with a stamp that was there before stay, wherever in the list; the others are made.
         resume: False starts over.
         hint: what to do about a store that cannot be used, for the error.
         rank: of the processes that share the work, which this is. Rank 0 opens the store first.
@@ -156,19 +156,20 @@ class DescriptorStore:
     def _is_complete(self) -> bool:
         """Whether an earlier run finished this file, from the same things.
 
-        Where only some pictures have changed, the file becomes the part again, with the other rows.
+        Where only the list or some pictures have changed, its rows are carried over into a new part.
         """
         if not self.path.is_file() or self.part.exists():
             return False
         differing = source_differences(self.path, self.source)
         if differing:
             log.info("%s: made with other settings (%s), to be replaced", self.path, short_list(differing))
-        if differing != [] or (self.path.suffix == ".npy" and self.path.stat().st_size != self._offset(self.rows)):
+        if differing != []:
             return False
-        same = self._same_stamps(read_source(self.path) or {})
-        if not same.all():
-            self._write_journal(_blocks(np.load(self.path, mmap_mode="r"), same))
-            os.replace(self.path, self.part)
+        before = self._stamps_of(read_source(self.path) or {})
+        if self.path.suffix == ".npy" and self.path.stat().st_size != self._offset(len(before)):
+            return False
+        if before != self._stamps_of(self._head()):
+            self._carry_over(before, np.load(self.path, mmap_mode="r"), np.ones(len(before), dtype=bool))
             return False
         self.done[:] = True
         return True
@@ -176,14 +177,23 @@ class DescriptorStore:
     def _head(self) -> dict:
         return self.source if self.stamps is None else {**self.source, "stamps": self.stamps}
 
-    def _same_stamps(self, before: dict) -> np.ndarray:
-        """Which rows' pictures are as they were."""
-        if self.stamps is None:
-            return np.ones(self.rows, dtype=bool)
-        old = before.get("stamps")
-        if not isinstance(old, list) or len(old) != self.rows:
-            return np.zeros(self.rows, dtype=bool)
-        return np.array(old) == np.array(self.stamps)
+    def _stamps_of(self, head: dict) -> list[str]:
+        """The stamps of the rows that such a head describes; without stamps, their numbers."""
+        stamps = head.get("stamps")
+        return stamps if self.stamps is not None and isinstance(stamps, list) else [""] * self.rows
+
+    def _carry_over(self, stamps: list[str], rows: np.ndarray, done: np.ndarray) -> None:
+        """A new part that has the rows with equal stamps, wherever in the list they were before."""
+        new = Path(f"{self.part}.new")
+        self._allocate(new)
+        place = {stamp: row for row, stamp in enumerate(stamps) if done[row] and stamp}
+        carried = np.load(new, mmap_mode="r+")
+        self.done[:] = [stamp in place for stamp in self.stamps]
+        for row in np.flatnonzero(self.done):
+            carried[row] = rows[place[self.stamps[row]]]
+        carried.flush()
+        os.replace(new, self.part)
+        self._write_journal(_blocks(carried, self.done))
 
     def _journals(self) -> list[Path]:
         return sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.journal*"))
@@ -201,7 +211,11 @@ class DescriptorStore:
         """An empty part of full size (so that a full disk is known now) and a journal without rows."""
         for journal in self._journals():
             journal.unlink()
-        with self.part.open("wb") as file:
+        self._allocate(self.part)
+        self._write_journal([])
+
+    def _allocate(self, path: Path) -> None:
+        with path.open("wb") as file:
             header = {"descr": "<f4", "fortran_order": False, "shape": (self.rows, self.dim)}
             np.lib.format.write_array_header_1_0(file, header)
             file.flush()
@@ -210,11 +224,10 @@ class DescriptorStore:
             else:
                 file.truncate(self._offset(self.rows))
             _sync(file)
-        self._write_journal([])
 
     def _resume(self) -> None:
         """Takes over the blocks that are whole, from all journals, and joins these into one."""
-        blocks, damaged, same = [], 0, np.ones(self.rows, dtype=bool)
+        blocks, damaged, stamps = [], 0, []
         for journal in self._journals():
             first, *lines = journal.read_bytes().split(b"\n")
             try:
@@ -223,24 +236,28 @@ class DescriptorStore:
                 raise InputError(f"{journal} is damaged; {self.hint}") from None
             if differing := differences(before, self.source):
                 raise InputError(f"{self.part} was begun with other settings ({short_list(differing)}); {self.hint}")
-            same &= self._same_stamps(before)
+            stamps = self._stamps_of(before)
             parsed = [_parse(line) for line in lines[:-1]]  # what follows the last line break was never finished
             blocks += [block for block in parsed if block is not None]
             damaged += parsed.count(None)
-        if self.part.stat().st_size != self._offset(self.rows):
-            raise InputError(f"{self.part} is not {self._offset(self.rows)} bytes long, it was changed; {self.hint}")
-        intact = []
+        if self.part.stat().st_size != self._offset(len(stamps)) and self.stamps is not None:
+            log.warning("%s: interrupted while its list changed, begun anew", self.part)
+            return self._create()
+        if self.part.stat().st_size != self._offset(len(stamps)):
+            raise InputError(f"{self.part} is not {self._offset(len(stamps))} bytes long, it was changed; {self.hint}")
+        intact, done = [], np.zeros(len(stamps), dtype=bool)
         with self.part.open("rb") as file:
             for start, count, checksum in blocks:
                 file.seek(self._offset(start))
                 if zlib.crc32(file.read(count * 4 * self.dim)) == checksum:
-                    self.done[start : start + count] = True
+                    done[start : start + count] = True
                     intact.append((start, count, checksum))
         damaged += len(blocks) - len(intact)
-        if not same.all():  # the rows of changed pictures; their blocks are split
-            self.done &= same
-            intact = _blocks(np.load(self.part, mmap_mode="r"), self.done)
-        self._write_journal(intact)
+        if stamps != self._stamps_of(self._head()):
+            self._carry_over(stamps, np.load(self.part, mmap_mode="r"), done)
+        else:
+            self.done = done
+            self._write_journal(intact)
         for journal in self._journals():
             if journal != self.journal:
                 journal.unlink()

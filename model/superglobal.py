@@ -70,8 +70,9 @@ def build_model(
     rgem_window: int = RGEM_WINDOW,
     sgem: float | None = SGEM_P,
     precision: str = "fp32",
+    device: torch.device | str = "cpu",
 ) -> SuperGlobal:
-    """The network with a checkpoint's weights, folded for fast inference, on the CPU.
+    """The network with a checkpoint's weights, folded for fast inference.
 
     Args:
         checkpoint, depth, reduction_dim: the file, and what it holds.
@@ -79,6 +80,7 @@ def build_model(
         relup: threshold of ReLU+; gemp, rgem, sgem: powers of the pooling modules. None leaves one out.
         rgem_window: side of Regional-GeM's window.
         precision: of the encoder, fp32, bf16 or fp16; poolings, norms and projection are in fp32.
+        device: where it works.
 
     Raises:
         InputError: where the checkpoint cannot be used.
@@ -95,4 +97,5 @@ def build_model(
         )
         .eval()
         .requires_grad_(False)
+        .to(device)
     )

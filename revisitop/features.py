@@ -118,7 +118,7 @@ def check_distractors(path: Path, source: dict) -> None:
 def _check_pair(queries: Path, database: Path) -> None:
     """An interrupted run may have left queries and database that were made with different settings."""
     made_from = read_source(queries) or {}
-    source = {key: value for key, value in made_from.items() if key not in ("pictures", "stamps")}
+    source = {key: value for key, value in made_from.items() if key != "stamps"}
     if differing := source_differences(database, source):
         what = short_list(differing).replace("before", "in the database").replace("now", "in the queries")
         raise InputError(f"{queries} and {database} were made with different settings ({what}); make them again")

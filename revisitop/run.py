@@ -1,8 +1,9 @@
 """One dataset, from pictures to figures: describe, search, rerank, evaluate."""
 
 import logging
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,18 +12,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from model.checkpoint import find_checkpoint
 from model.errors import InputError
-from model.extract import describe_all, file_stamps, list_digest
+from model.extract import describe_all, file_stamps
+from model.images import ImageFile
 from model.store import DescriptorStore
 from model.superglobal import SuperGlobal
 from modules.reranking import SuperGlobalReranker
 from modules.search import Database, NotFiniteError, search
-from revisitop.dataset import Dataset, GroundTruth
+from revisitop import toy
+from revisitop.dataset import Dataset, GroundTruth, load_dataset
 from revisitop.evaluate import KAPPAS, Result, evaluate_positions
 
 log = logging.getLogger(__name__)
 
 SAVED_RANKS = 400
+_DEFAULT_WEIGHTS = Path("weights")
 
 
 @dataclass(frozen=True)
@@ -65,49 +70,102 @@ class Ranking:
         }
 
 
-def describe_dataset(
-    dataset: Dataset,
-    model: SuperGlobal,
+def make_folder(folder: Path) -> None:
+    """Raises InputError where it cannot be made, or not be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"TEST.OUT_DIR {folder} cannot be made ({error.strerror})") from None
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"TEST.OUT_DIR {folder}: nothing can be written there")
+
+
+def find_dataset(name: str, data_dir: Path) -> Dataset:
+    """The dataset; toy is drawn where it is not there yet."""
+    if name == "toy":
+        toy.ensure_dataset(data_dir, lambda pictures: tqdm(pictures, desc="drawing toy", unit="img"))
+    return load_dataset(name, data_dir)
+
+
+def find_weights(dataset: Dataset, weights: Path, depth: int) -> Path:
+    """The checkpoint; toy brings random weights of its own, unless other ones than the default were asked for."""
+    if dataset.name == "toy" and weights == _DEFAULT_WEIGHTS:
+        return toy.ensure_weights(dataset.folder, depth)
+    return find_checkpoint(weights, depth)
+
+
+@dataclass(frozen=True)
+class PictureList:
+    """Pictures to be described together, in their order.
+
+    Attributes:
+        path: the .npy file of their descriptors.
+        title: for the progress bar and the errors.
+        images: the pictures.
+        folder: whose parts tell them apart; without it their names do.
+    """
+
+    path: Path
+    title: str
+    images: Sequence[ImageFile]
+    folder: Path | None = None
+
+
+def dataset_lists(dataset: Dataset, out_dir: Path) -> list[PictureList]:
+    """Queries and database of a dataset."""
+    return [
+        PictureList(out_dir / f"{dataset.name}_query.npy", f"{dataset.name} queries", dataset.queries),
+        PictureList(out_dir / f"{dataset.name}_db.npy", f"{dataset.name} database", dataset.database),
+    ]
+
+
+def describe_lists(
+    lists: Sequence[PictureList],
+    build: Callable[[], SuperGlobal],
     source: dict,
-    out_dir: Path,
+    dim: int,
     workers: int = 0,
     pin_memory: bool = False,
     batch_size: int = 0,
     resume: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """Query and database descriptors, (Q, D) and (N, D); out_dir keeps them as .npy files.
+    on_error: str = "list",
+) -> list[Tensor]:
+    """The descriptors of each list, (N, D); their files keep them.
 
     Args:
+        build: makes the network; called once, and only where a picture is to be described.
         source: what a descriptor depends on beside the pictures (checkpoint, settings); saved
             descriptors of the same source and pictures are used again, unless resume is False.
+        dim: D.
+        on_error: what a damaged picture does, see model.extract.describe_all.
 
     Raises:
         InputError: where pictures are damaged; what has been described is kept.
     """
-    parts = {"query": dataset.queries, "db": dataset.database}
-    stores = {  # all are opened before one is touched
-        kind: DescriptorStore(
-            out_dir / f"{dataset.name}_{kind}.npy",
-            len(images),
-            model.dim,
-            {**source, "pictures": list_digest(images)},
+    stores = [  # all are opened before one is touched
+        DescriptorStore(
+            each.path,
+            len(each.images),
+            dim,
+            source,
             resume,
             hint="TEST.RESUME False starts over, another TEST.OUT_DIR keeps both",
-            stamps=file_stamps(images),
+            stamps=file_stamps(each.images, each.folder),
         )
-        for kind, images in parts.items()
-    }
-    for kind, store in stores.items():
+        for each in lists
+    ]
+    model = None
+    for each, store in zip(lists, stores, strict=True):
         if store.complete:
             log.info("%s: used again, made from the same pictures, checkpoint and settings", store.path)
             continue
         start, missing = time.perf_counter(), store.missing()
-        title = f"{dataset.name} {'queries' if kind == 'query' else 'database'}"
-        describe_all(model, parts[kind], store, missing, title, workers, pin_memory, batch_size)
+        if len(missing):
+            model = model or build()
+            describe_all(model, each.images, store, missing, each.title, workers, pin_memory, batch_size, on_error)
         store.finish()
-        log.info("%s: %d pictures described in %.1f s", title, len(missing), time.perf_counter() - start)
-    described = [torch.from_numpy(np.load(store.path, mmap_mode="c")) for store in stores.values()]
-    return described[0], described[1]
+        log.info("%s: %d pictures described in %.1f s", each.title, len(missing), time.perf_counter() - start)
+    return [torch.from_numpy(np.load(store.path, mmap_mode="c")) for store in stores]
 
 
 def retrieve(

@@ -6,6 +6,7 @@ import platform
 import shlex
 import sys
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from yacs.config import CfgNode
@@ -15,17 +16,29 @@ from model.errors import InputError
 _PACKAGES = ("torch", "torchvision", "numpy", "scipy", "pillow")
 
 
-def start_log(path: Path, cfg: CfgNode) -> dict:
-    """Opens the log (appending) and writes the run's head. Returns the head for results.json."""
-    screen = logging.StreamHandler(sys.stdout)
-    screen.addFilter(lambda record: record.levelno < logging.ERROR)  # errors stand on stderr
-    screen.setFormatter(logging.Formatter("%(message)s"))
+def start_log(path: Path, cfg: CfgNode, screen: TextIO | None = None) -> dict:
+    """Opens the log (appending) and writes the run's head. Returns the head for results.json.
+
+    Args:
+        path: the log file.
+        cfg: the run's options.
+        screen: where lines are shown; stdout by default.
+
+    Raises:
+        InputError: where the file cannot be written.
+    """
+    screen = screen or sys.stdout
+    if hasattr(screen, "reconfigure"):
+        screen.reconfigure(errors="backslashreplace")  # a file's name may be no text
+    lines = logging.StreamHandler(screen)
+    lines.addFilter(lambda record: record.levelno < logging.ERROR)  # errors stand on stderr
+    lines.setFormatter(logging.Formatter("%(message)s"))
     try:
-        file = logging.FileHandler(path)
+        file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise InputError(f"cannot write {path.absolute()} ({error.strerror}); start from a folder of yours") from None
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
-    logging.basicConfig(level=logging.INFO, handlers=[screen, file], force=True)
+    logging.basicConfig(level=logging.INFO, handlers=[lines, file], force=True)
     head = {
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "versions": {

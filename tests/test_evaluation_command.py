@@ -329,7 +329,7 @@ def test_saved_descriptors_that_do_not_fit_are_told(evaluate_features, tmp_path,
 def test_queries_and_database_of_different_settings_are_not_compared(evaluate_features, tmp_path, features):
     folder = save_features(tmp_path / "saved", "folder", *features)
     for kind, scales in (("query", 3), ("db", 5)):
-        (folder / f"roxford5k_{kind}.json").write_text(json.dumps({"scales": scales, "pictures": kind}))
+        (folder / f"roxford5k_{kind}.json").write_text(json.dumps({"scales": scales, "stamps": [kind]}))
     outcome = evaluate_features(folder)
     assert outcome.code == 2
     assert "with different settings (scales: 5 in the database, 3 in the queries)" in outcome.err

@@ -116,6 +116,27 @@ def test_only_rows_whose_picture_changed_are_made_again(path, finished):
     assert DescriptorStore(path, 10, 4, SOURCE, stamps=changed).complete
 
 
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("now", [[7, 3, 12, 0], [*range(10), 12, 13], [12, 9, 8, 2, 1, 0, 3, 4, 5, 6, 7], [12]])
+def test_rows_follow_their_pictures_through_a_changed_list(path, finished, now):
+    rows = np.random.default_rng(1).random((14, 4), dtype=np.float32)
+    store = DescriptorStore(path, 10, 4, SOURCE, stamps=[f"picture-{row}" for row in range(10)])
+    there = range(10 if finished else 6)
+    for row in there:
+        store.write(row, rows[row])
+    store.finish() if finished else store.flush()
+
+    stamps = [f"picture-{number}" for number in now]
+    expected = [row for row, number in enumerate(now) if number not in there]
+    for _ in range(2):
+        store = DescriptorStore(path, len(now), 4, SOURCE, stamps=stamps)
+        assert store.missing().tolist() == expected
+    for row in expected:
+        store.write(row, rows[now[row]])
+    store.finish()
+    np.testing.assert_array_equal(np.load(path), rows[now])
+
+
 def test_a_finished_file_is_used_again_only_for_the_same_source(path):
     finish(path)
     assert DescriptorStore(path, 10, 4, SOURCE).complete

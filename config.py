@@ -4,7 +4,7 @@ import argparse
 import difflib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -126,11 +126,24 @@ def parse_config(argv: list[str], description: str) -> CfgNode:
     return read_config(make_parser(description).parse_intermixed_args(argv))
 
 
-def make_parser(description: str, prog: str | None = None) -> argparse.ArgumentParser:
-    """A parser of these options, for a command to add its own to. Its errors are InputErrors."""
+def make_parser(
+    description: str, prog: str | None = None, tasks: Sequence[str] | None = None
+) -> argparse.ArgumentParser:
+    """A parser of these options, for a command to add its own to. Its errors are InputErrors.
+
+    Args:
+        description: of the command, for its help.
+        prog: how it is called, where that is not the script's name.
+        tasks: the choices of its first word, `task`, if it has one.
+    """
     parser = _Parser(
-        prog=prog, description=description, epilog=_options_help(), formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog,
+        description=description,
+        epilog=_options_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    if tasks:
+        parser.add_argument("task", choices=tasks, help="see above")
     parser.add_argument("--config-file", type=Path, metavar="FILE", help="YAML file of options, merged first")
     parser.add_argument("options", nargs="*", metavar="KEY VALUE", help="options, listed below")
     return parser

@@ -43,20 +43,9 @@ log = logging.getLogger(__name__)
 
 MODULES = {"gemp": "GeM+", "rgem": "Regional-GeM", "sgem": "Scale-GeM", "relup": "ReLU+"}
 SWEEP = {"m": (50, 100, 200, 400, 800, 1600), "k": (1, 3, 5, 9, 15, 25), "beta": (0.0, 0.05, 0.1, 0.15, 0.25, 0.5, 1.0)}
-HEAD = tuple(
-    [
-        "network",
-        "dataset",
-        "setting",
-        "Easy",
-        "Medium",
-        "published",
-        "difference",
-        "Hard",
-        "published",
-        "difference",
-        "note",
-    ]
+HEAD = (
+    *("network", "dataset", "setting", "Easy"),
+    *("Medium", "published", "difference", "Hard", "published", "difference", "note"),
 )
 
 

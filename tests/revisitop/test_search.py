@@ -1,0 +1,121 @@
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+NAMES = [f"{folder}{name}" for folder in ("", "sub folder/", "фото/写真/") for name in ("a b.jpg", "c.PNG", "ü.webp")]
+BROKEN = ["sub folder/cut.jpg", "фото/text.jpg"]
+
+
+def draw(path, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    blocks = np.random.default_rng(seed).integers(0, 256, (4, 5, 3))
+    Image.fromarray(np.kron(blocks, np.ones((10, 10, 1))).astype(np.uint8)).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Nine pictures in folders, two broken ones, and files that are no pictures."""
+    folder = tmp_path / "my pictures"
+    for seed, name in enumerate(NAMES):
+        draw(folder / name, seed)
+    (folder / BROKEN[0]).write_bytes((folder / NAMES[0]).read_bytes()[:300])
+    (folder / BROKEN[1]).write_bytes(b"no picture")
+    (folder / "notes.txt").write_text("no picture, and not meant to be")
+    draw(folder / ".hidden" / "a.jpg", 50)
+    return folder
+
+
+@pytest.fixture
+def search(command, folder, checkpoint_50):
+    def run(*arguments, database=folder, queries=folder / "sub folder" / "c.PNG"):
+        return command(
+            "revisitop/search.py", "--database", database, "--queries", queries, "--weights", checkpoint_50,
+            *arguments, "TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0,
+        )  # fmt: skip
+
+    return run
+
+
+def test_a_picture_finds_itself_and_broken_ones_are_listed(search):
+    outcome = search("--top", 3)
+    assert outcome.code == 0, outcome.err
+    assert re.search(r"\nc\.PNG\n   1   [\d.]+  sub folder/c\.PNG\n   2 .*\n   3 .*\n\Z", outcome.out)
+    assert "database: 2 of 11 cannot be read and are left out: sub folder/cut.jpg, фото/text.jpg" in outcome.out
+
+
+def test_json_is_all_of_stdout_and_holds_every_query(search, folder):
+    outcome = search("--json", "--top", 20, queries=folder)
+    assert outcome.code == 0, outcome.err
+    found = json.loads(outcome.out)
+    assert sorted(found["unreadable"]["database"]) == sorted(BROKEN)
+    assert sorted(entry["query"] for entry in found["queries"]) == sorted(NAMES)
+    for entry in found["queries"]:
+        assert entry["results"][0]["file"] == entry["query"]
+        assert sorted(result["file"] for result in entry["results"]) == sorted(NAMES)
+        scores = [result["score"] for result in entry["results"]]
+        assert scores == sorted(scores, reverse=True)
+    assert "queries: 11 pictures described" in outcome.err
+
+
+def test_only_what_is_new_or_changed_is_described(search, folder):
+    def described(outcome) -> dict[str, int]:
+        assert outcome.code == 0, outcome.err
+        return {name: int(count) for name, count in re.findall(r"(\w+): (\d+) pictures described", outcome.out)}
+
+    assert described(search()) == {"database": 11, "queries": 1}
+    again = search()
+    assert described(again) == {}
+    assert "database.npy: used again" in again.out
+    assert "2 of 11 cannot be read" in again.out
+
+    draw(folder / "new.jpg", 20)  # in the middle of the list
+    draw(folder / NAMES[4], 21)  # another picture under the same name: also the query
+    draw(folder / BROKEN[0], 22)  # mended
+    (folder / NAMES[0]).unlink()
+    outcome = search("--top", 11)
+    assert described(outcome) == {"database": 3, "queries": 1}
+    assert "1 of 11 cannot be read" in outcome.out
+    assert re.search(r"   1   [\d.]+  sub folder/c\.PNG\n", outcome.out)
+    assert NAMES[0] not in re.findall(r"[\d.]+  (.*)\n", outcome.out)
+    assert "  10  " in outcome.out
+    assert "  11  " not in outcome.out
+
+
+def test_another_checkpoint_or_setting_describes_anew(search):
+    assert search().code == 0
+    assert "database: 11 pictures described" in search("SupG.relup", "False").out
+
+
+def test_the_report_shows_results_without_right_or_wrong(search, folder):
+    outcome = search("--report", queries=folder / "фото")
+    path = re.search(r"the report is (.*)", outcome.out)[1]
+    page = (folder.parent / "work" / path).read_text()
+    assert "写真/c.PNG" in page
+    assert "wrong" not in re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL)
+    assert "mAP" not in page
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"database": "nowhere"}, "there is no file or folder nowhere"),
+        ({"queries": "nowhere.jpg"}, "there is no file or folder nowhere.jpg"),
+        ({"queries": "FOLDER/фото/text.jpg"}, "queries: .*text.jpg: not a picture"),
+        ({"database": "FOLDER/empty"}, r"empty holds no picture; files with endings such as \.jpg"),
+    ],
+)
+def test_what_cannot_be_searched_is_told(search, folder, change, message):
+    (folder / "empty").mkdir()
+    outcome = search(**{key: value.replace("FOLDER", str(folder)) for key, value in change.items()})
+    assert outcome.code == 2
+    assert re.search(f"^error: .*{message}", outcome.err.splitlines()[-1])
+
+
+@pytest.mark.parametrize("top", ["0", "401", "x"])
+def test_a_number_of_results_that_makes_no_sense_is_refused(search, top):
+    outcome = search("--top", top)
+    assert outcome.code == 2
+    assert "is not between 1 and 400" in outcome.err

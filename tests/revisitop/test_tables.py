@@ -1,0 +1,161 @@
+import json
+import re
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from revisitop import tables
+from revisitop.evaluate import Result
+
+QUICK = ("TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0)
+
+
+def rows_of(text: str) -> dict[tuple, list[str]]:
+    """The cells of the Markdown table's rows, by network, dataset and setting."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    assert {len(line) for line in lines} == {len(tables.HEAD)}
+    return {tuple(line[:3]): line[3:] for line in lines[2:]}
+
+
+@pytest.fixture
+def table(command, layout, checkpoint_50, checkpoint_101, tmp_path):
+    for checkpoint in (checkpoint_50, checkpoint_101):
+        (tmp_path / "weights").mkdir(exist_ok=True)
+        (tmp_path / "weights" / checkpoint.name).symlink_to(checkpoint)
+
+    def run(*arguments, weights=tmp_path / "weights"):
+        return command(
+            "revisitop/tables.py", *arguments, "TEST.WEIGHTS", weights, "TEST.DATA_DIR", layout.data_dir,
+            "TEST.DATASET_LIST", "[roxford5k, rparis6k]", *QUICK,
+        )  # fmt: skip
+
+    return run
+
+
+def test_main_has_both_networks_and_says_what_is_missing(table, tmp_path):
+    outcome = table("main")
+    assert outcome.code == 0, outcome.err
+    rows = rows_of(outcome.out)
+    for network in ("R50", "R101"):
+        assert all(rows[network, "roxford5k", stage][0] for stage in ("retrieval", "reranking"))
+        missing = rows[network, "rparis6k", "retrieval, reranking"]
+        assert "no dataset rparis6k" in missing[-1]
+        assert "python -m revisitop.download rparis6k" in missing[-1]
+        assert f"feats_1m_RN{network[1:]}.pth" in rows[network, "roxford5k", "retrieval, reranking, +1M"][-1]
+    assert "Shao et al." in outcome.out
+    assert rows_of((tmp_path / "work" / "output" / "tables" / "main.md").read_text()) == rows
+
+
+def test_pictures_are_described_once_and_figures_are_those_of_test_py(table, command, layout, checkpoint_50):
+    first = table("main", "--depth", 50)
+    assert first.err.count("pictures described") == 2
+    again = table("rerank", "MODEL.DEPTH", 50)
+    assert "pictures described" not in again.err
+    rows = rows_of(again.out)
+    assert (
+        rows["R50", "roxford5k", "reranking, M = 400, K = 9, beta = 0.15"][:5]
+        == (rows_of(first.out)["R50", "roxford5k", "reranking"][:5])
+    )
+    assert {key[2] for key in rows} >= {
+        "retrieval",
+        "reranking, M = 50, K = 9, beta = 0.15",
+        "reranking, M = 400, K = 1, beta = 0.15",
+    }
+
+    command(
+        "test.py",
+        "TEST.WEIGHTS",
+        checkpoint_50,
+        "TEST.DATA_DIR",
+        layout.data_dir,
+        "TEST.DATASET_LIST",
+        "roxford5k",
+        *QUICK,
+    )
+    results = json.loads((layout.data_dir.parent / "work" / "output" / "results.json").read_text())
+    for stage in ("retrieval", "reranking"):
+        entry = results["datasets"]["roxford5k"][stage]
+        figures = rows_of(first.out)["R50", "roxford5k", stage]
+        assert (figures[0], figures[1], figures[4]) == tuple(f"{entry[name]['mAP']:.2f}" for name in "EMH")
+
+
+def test_ablation_switches_each_module(table):
+    outcome = table("ablation")
+    rows = rows_of(outcome.out)
+    settings = [key[2] for key in rows if key[1] == "roxford5k" and key[2].startswith("retrieval")]
+    names = ["GeM+", "Regional-GeM", "Scale-GeM", "ReLU+"]
+    assert settings == ["retrieval", *(f"retrieval, without {name}" for name in names), "retrieval, without the four"]
+    assert outcome.err.count("roxford5k database: 24 pictures described") == 6
+
+
+def test_missing_weights_are_a_row(table, tmp_path):
+    (tmp_path / "none").mkdir()
+    outcome = table("main", "--depth", 50, weights=tmp_path / "none")
+    assert outcome.code == 0
+    assert "no ResNet-50 checkpoint" in rows_of(outcome.out)["R50", "roxford5k", "retrieval, reranking"][-1]
+
+
+def test_published_figures_stand_beside_ours_with_the_difference():
+    figures = {
+        name: Result(value, np.zeros(0), np.zeros(0), np.zeros(0))
+        for name, value in zip("EMH", (0.9, 0.84, 0.67), strict=True)
+    }
+    row = tables.Row(50, "roxford5k", "retrieval", figures, {"M": 83.9, "H": 67.7})
+    assert row.cells() == [
+        "R50",
+        "roxford5k",
+        "retrieval",
+        "90.00",
+        "84.00",
+        "83.9",
+        "+0.10",
+        "67.00",
+        "67.7",
+        "-0.70",
+        "",
+    ]
+
+
+def test_published_figures_are_for_the_papers_settings_alone():
+    def known(*options, stage="reranking", **reranker):
+        cfg = tables.read_config(tables.parse(["main", *map(str, options)]))
+        settings = {"m": 400, "k": 9, "beta": 0.15, **reranker}
+        return tables.find_published(cfg, "roxford5k", stage, tables.SuperGlobalReranker(**settings))
+
+    assert known() == {"M": 88.8, "H": 77.1}
+    assert known("MODEL.DEPTH", 101, "SupG.onemeval") == {"M": 84.4, "H": 71.1}
+    assert known("SupG.gemp", "False") is None
+    assert known("TEST.SCALE_LIST", 5) is None
+    assert known(k=5) is None
+    assert known(k=5, stage="retrieval") == {"M": 83.9, "H": 67.7}
+
+
+def test_the_readme_and_the_data_file_agree():
+    text = (ROOT / "README.md").read_text()
+    for entry in tables.published()["figures"]:
+        name = f"ResNet-{entry['depth']}{', reranking' if entry['stage'] == 'reranking' else ''}"
+        values = [entry[dataset][protocol] for dataset in ("roxford5k", "rparis6k") for protocol in "MH"]
+        assert f"| {name} | {' | '.join(map(str, values))} |" in text
+
+
+def test_toy_is_tabulated_reported_and_searched(command, tmp_path):
+    data = ("TEST.DATA_DIR", tmp_path / "data", "TEST.DATASET_LIST", "['toy']", "TEST.SCALE_LIST", 1)
+    for words in (("main", "--depth", 50), ("rerank",)):
+        outcome = command("revisitop/tables.py", *words, *data)
+        assert outcome.code == 0, outcome.err
+        row = rows_of(outcome.out)["R50", "toy", "retrieval"]
+        assert 40 < float(row[1]) < 90
+    outcome = command("test.py", *data, "TEST.FEATURES", "output/tables/R50", "TEST.REPORT")
+    assert outcome.code == 0, outcome.err
+    page = (tmp_path / "work" / "output" / "report" / "index.html").read_text()
+    assert page.count("data:image/jpeg") > 12 * 20
+    outcome = command(
+        "revisitop/search.py", "--database", tmp_path / "data" / "toy" / "jpg", "--json", "TEST.SCALE_LIST", 1,
+        "--queries", tmp_path / "data" / "toy" / "jpg" / "toy_query_00.jpg",
+        "--weights", next((tmp_path / "data" / "toy").glob("*.pyth")),
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    (found,) = json.loads(outcome.out)["queries"]
+    assert re.fullmatch(r"toy_\w+\.jpg", found["results"][0]["file"])
+    assert found["results"][0]["file"] == "toy_query_00.jpg"

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from model.checkpoint import sha256
 from model.errors import InputError
 from model.folding import PRECISIONS
 from model.resnet import STAGE_DEPTHS
-from model.superglobal import SCALES
+from model.superglobal import SCALES, build_model
 from modules.activation import RELUP_THRESHOLD
 from modules.pooling import GEMP_P, RGEM_P, RGEM_WINDOW, SGEM_P
 from modules.reranking import RERANK_BETA, RERANK_K, RERANK_M
@@ -192,6 +192,17 @@ def descriptor_source(cfg: CfgNode, checkpoint: Path) -> dict[str, Any]:
     return {
         "checkpoint_sha256": sha256(checkpoint),
         **model_arguments(cfg),
+    }
+
+
+def describe_arguments(cfg: CfgNode, checkpoint: Path, source: dict, device: torch.device) -> dict[str, Any]:
+    """What revisitop.run.describe_lists takes beside the pictures; `source` is descriptor_source's."""
+    return {
+        "build": partial(build_model, checkpoint, device=device, **model_arguments(cfg)),
+        "source": source,
+        "dim": cfg.MODEL.HEADS.REDUCTION_DIM,
+        "resume": cfg.TEST.RESUME,
+        **loader_arguments(cfg, device),
     }
 
 

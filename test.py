@@ -7,16 +7,14 @@ python test.py MODEL.DEPTH 50 TEST.WEIGHTS ./weights TEST.DATA_DIR ./revisitop S
 import logging
 from collections.abc import Sequence
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 from yacs.config import CfgNode
 
 from config import (
+    describe_arguments,
     descriptor_source,
-    loader_arguments,
-    model_arguments,
     option_values,
     parse_config,
 )
@@ -24,7 +22,6 @@ from model.errors import InputError, run_command
 from model.extract import choose_device, prepare_process
 from model.images import ImageFile
 from model.store import write_json
-from model.superglobal import build_model
 from modules.reranking import SuperGlobalReranker
 from modules.search import Database
 from revisitop import toy
@@ -95,12 +92,7 @@ def main(argv: list[str]) -> None:
             entry["checkpoint"] = {"path": str(checkpoint), "sha256": source["checkpoint_sha256"]}
             log.info("checkpoint: %s, SHA-256 %s", *entry["checkpoint"].values())
             queries, rows = describe_lists(
-                dataset_lists(dataset, out_dir),
-                partial(build_model, checkpoint, device=device, **model_arguments(cfg)),
-                source,
-                cfg.MODEL.HEADS.REDUCTION_DIM,
-                resume=cfg.TEST.RESUME,
-                **loader_arguments(cfg, device),
+                dataset_lists(dataset, out_dir), **describe_arguments(cfg, checkpoint, source, device)
             )
         database = Database(rows)
         if distractors is not None:

@@ -13,20 +13,18 @@ import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from config import descriptor_source, loader_arguments, make_parser, model_arguments, read_config
+from config import describe_arguments, descriptor_source, make_parser, read_config
 from model.checkpoint import find_checkpoint
 from model.errors import InputError, run_command, short_list
 from model.extract import choose_device, prepare_process
 from model.images import ImageError, ImageFile
 from model.resnet import STAGE_DEPTHS
-from model.superglobal import build_model
 from modules.reranking import SuperGlobalReranker
 from modules.search import Database
 from revisitop.dataset import GroundTruth
@@ -80,11 +78,7 @@ def main(argv: list[str]) -> None:
             PictureList(cache / "database.npy", "database", database_images, args.database),
             PictureList(cache / "queries.npy", "queries", query_images, folder_of(args.queries)),
         ],
-        build=partial(build_model, checkpoint, device=device, **model_arguments(cfg)),
-        source=descriptor_source(cfg, checkpoint),
-        dim=cfg.MODEL.HEADS.REDUCTION_DIM,
-        resume=cfg.TEST.RESUME,
-        **loader_arguments(cfg, device),
+        **describe_arguments(cfg, checkpoint, descriptor_source(cfg, checkpoint), device),
     )
 
     reranker = SuperGlobalReranker(cfg.SupG.rerank_m, cfg.SupG.rerank_k, cfg.SupG.rerank_beta)

@@ -19,17 +19,16 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 from torch import Tensor
 from yacs.config import CfgNode
 
-from config import descriptor_source, loader_arguments, make_config, make_parser, model_arguments, read_config
+from config import describe_arguments, descriptor_source, make_config, make_parser, model_arguments, read_config
 from model.errors import InputError, run_command
 from model.extract import choose_device, prepare_process
 from model.resnet import STAGE_DEPTHS
-from model.superglobal import build_model
 from modules.reranking import SuperGlobalReranker
 from modules.search import Database
 from revisitop import toy
@@ -186,12 +185,7 @@ def prepare(cfg: CfgNode, name: str, place: str) -> tuple[Tensor, Database, list
     folder = Path(cfg.TEST.OUT_DIR) / "tables" / place
     make_folder(folder)
     queries, rows = describe_lists(
-        dataset_lists(dataset, folder),
-        partial(build_model, checkpoint, device=device, **model_arguments(cfg)),
-        source,
-        cfg.MODEL.HEADS.REDUCTION_DIM,
-        resume=cfg.TEST.RESUME,
-        **loader_arguments(cfg, device),
+        dataset_lists(dataset, folder), **describe_arguments(cfg, checkpoint, source, device)
     )
     database = Database(rows) if distractors is None else add_distractors(rows, distractors)
     return queries, database, dataset.ground_truth

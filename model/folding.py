@@ -64,7 +64,7 @@ class FoldedConv(nn.Module):
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
         """The shortcut, if there is one, is overwritten."""
-        if self.fused and x.device.type == "cpu" and (shortcut is None or self.floor == 0):
+        if self.fused and x.device.type == "cpu" and (shortcut is None or self.floor in (None, 0)):
             return self._fused(x, shortcut)
         x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
         if shortcut is not None:
@@ -76,7 +76,8 @@ class FoldedConv(nn.Module):
         if shortcut is None:
             return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *geometry, *self.rectifier, "")
         add = torch.ops.mkldnn._convolution_pointwise_.binary
-        return add(shortcut, x, self.weight, self.bias, *geometry, "add", 1.0, "relu", [], None)
+        rectifier = None if self.floor is None else "relu"
+        return add(shortcut, x, self.weight, self.bias, *geometry, "add", 1.0, rectifier, [], None)
 
     def extra_repr(self) -> str:
         out_channels, in_channels, side, _ = self.weight.shape
@@ -84,16 +85,24 @@ class FoldedConv(nn.Module):
 
 
 class FoldedBlock(nn.Module):
-    """max(shortcut + f(x), floor), see resnet.Block. Its input may be overwritten."""
+    """max(shortcut + f(x), 0), see resnet.Block; `last` None leaves the rectifier out. Its input may be overwritten."""
 
-    def __init__(self, block: Block, inner: float, shift_in: float, shift_out: float, dtype: torch.dtype):
+    def __init__(
+        self,
+        block: Block,
+        inner: float,
+        shift_in: float,
+        shift_out: float,
+        dtype: torch.dtype,
+        last: float | None = 0.0,
+    ):
         super().__init__()
         f = block.f
         self.proj = None if block.proj is None else FoldedConv(block.proj, block.bn, None, shift_in, dtype=dtype)
         shortcut_shift = shift_in if self.proj is None else 0.0
         self.a = FoldedConv(f.a, f.a_bn, inner, shift_in, dtype=dtype)
         self.b = FoldedConv(f.b, f.b_bn, inner, dtype=dtype)
-        self.c = FoldedConv(f.c, f.c_bn, 0.0, shift_out=shift_out - shortcut_shift, dtype=dtype)
+        self.c = FoldedConv(f.c, f.c_bn, last, shift_out=shift_out - shortcut_shift, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.proj is None else self.proj(x)
@@ -107,9 +116,11 @@ class FoldedResNet(nn.Module):
         encoder: the network with its trained weights, which stays as it is.
         precision: fp32, bf16 or fp16: of weights and activations. The map is handed on in float32:
             powers such as 4.6 overflow half precision.
+        stop_in: a stage to stop in, before the rectifier that ends its last block: the map is then that
+            stage's, (N, 1024, ~H/16, ~W/16) of stage 3, and there is no head. None runs all.
     """
 
-    def __init__(self, encoder: ResNet, precision: str = "fp32"):
+    def __init__(self, encoder: ResNet, precision: str = "fp32", stop_in: int | None = None):
         super().__init__()
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
@@ -117,13 +128,16 @@ class FoldedResNet(nn.Module):
         dtype, t = PRECISIONS[precision], encoder.relup or 0.0
         self.stem = FoldedConv(encoder.stem.conv, encoder.stem.bn, 0.0, dtype=dtype)
         blocks, shift = [], 0.0
-        for number, stage in enumerate((encoder.s1, encoder.s2, encoder.s3, encoder.s4), start=1):
+        stages = (encoder.s1, encoder.s2, encoder.s3, encoder.s4)[:stop_in]
+        for number, stage in enumerate(stages, start=1):
             for block in stage:
-                shift_out = t if number < 4 else 0.0
-                blocks.append(FoldedBlock(block, t if number == 1 else 0.0, shift, shift_out, dtype))
+                stops = number == stop_in and block is stage[-1]
+                shift_out = t if number < 4 and not stops else 0.0
+                inner, last = t if number == 1 else 0.0, None if stops else 0.0
+                blocks.append(FoldedBlock(block, inner, shift, shift_out, dtype, last))
                 shift = shift_out
         self.blocks = nn.Sequential(*blocks)
-        self.head = encoder.head
+        self.head = encoder.head if stop_in is None else None
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(PRECISIONS[self.precision]).contiguous(memory_format=torch.channels_last)

@@ -34,6 +34,20 @@ def test_the_folded_network_computes_what_the_trained_one_does(checkpoint_50, pi
     torch.testing.assert_close(out, expected, atol=1e-5 * float(expected.max()), rtol=1e-5)
 
 
+@pytest.mark.parametrize("kernels", ["cpu", "gpu"])
+@pytest.mark.parametrize("relup", [0.3, None])
+def test_a_network_that_stops_in_a_stage_gives_what_enters_its_last_rectifier(checkpoint_50, pixels, relup, kernels):
+    encoder = load_encoder(ResNet(50, relup=relup), checkpoint_50)
+    folded = FoldedResNet(encoder, stop_in=3)
+    if kernels == "gpu":
+        use_kernels_of_a_gpu(folded)
+    encoder.s3[-1].relu = torch.nn.Identity()
+    with torch.inference_mode():
+        expected, out = encoder.s3(encoder.s2(encoder.s1(encoder.stem(pixels)))), folded(pixels)
+    assert expected.min() < 0
+    torch.testing.assert_close(out, expected, atol=1e-5 * float(expected.max()), rtol=1e-5)
+
+
 def test_folding_leaves_the_trained_network_as_it_is(checkpoint_50):
     encoder = load_encoder(ResNet(50), checkpoint_50)
     before = {key: value.clone() for key, value in encoder.state_dict().items()}

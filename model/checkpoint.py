@@ -4,13 +4,18 @@ import hashlib
 import pickle
 import re
 import zipfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.errors import InputError, short_list
 from model.resnet import STAGE_DEPTHS, ResNet
+
+Network = TypeVar("Network", bound=nn.Module)
 
 SUFFIXES = (".pyth", ".pth", ".pt")
 PUBLISHED = {50: "CVPR2022_CVNet_R50.pyth", 101: "CVPR2022_CVNet_R101.pyth"}
@@ -20,6 +25,7 @@ _PREFIXES = ("encoder_q.", "globalmodel.", "")
 # What torch.save wrote before PyTorch 1.6: its magic number as a pickle of protocol 2.
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _ENCODER_KEY = re.compile(r"(stem|s\d+|head)\.")
+_RERANKER_KEY = re.compile(r"(conv2ds|cv_learner)\.")
 
 
 def find_checkpoint(path: Path, depth: int) -> Path:
@@ -59,11 +65,7 @@ def encoder_state(path: Path) -> dict[str, Tensor]:
     Raises:
         InputError: where the file cannot be read safely or holds no encoder.
     """
-    state = load_tensors(path)
-    state = state.get("model_state", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict):
-        raise InputError(f"{path} is no checkpoint: it holds a {type(state).__name__}, not a dict of tensors")
-    state = {key.removeprefix("module."): value for key, value in state.items() if isinstance(key, str)}
+    state = _model_state(path)
     for prefix in _PREFIXES:
         inner = {
             key.removeprefix(prefix).removeprefix("module."): v for key, v in state.items() if key.startswith(prefix)
@@ -77,17 +79,49 @@ def encoder_state(path: Path) -> dict[str, Tensor]:
     )
 
 
-def load_encoder(encoder: ResNet, path: Path) -> ResNet:
-    """Gives the encoder the file's weights, as float32, and puts it in evaluation mode.
+def reranker_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of CVNet-Rerank's own layers, conv2ds.* and cv_learner.*.
 
-    Works for an encoder on the meta device, too: its tensors are replaced, not filled.
+    Raises:
+        InputError: where the file cannot be read safely or holds none of them.
+    """
+    state = _model_state(path)
+    state = {key: v for key, v in state.items() if _RERANKER_KEY.match(key) and isinstance(v, Tensor)}
+    if not state:
+        raise InputError(
+            f"{path} holds no CVNet-Rerank: no key conv2ds.* or cv_learner.*; "
+            "the checkpoints that weights/README.md names have them"
+        )
+    return state
+
+
+def load_encoder(encoder: ResNet, path: Path) -> ResNet:
+    """Gives the encoder the file's weights, see load_strictly; an error guesses at the reason."""
+    state = encoder_state(path)
+    return load_strictly(encoder, state, path, f"a ResNet-{encoder.depth}", partial(_guess, state, encoder.depth))
+
+
+def load_strictly(
+    network: Network,
+    state: dict[str, Tensor],
+    path: Path,
+    name: str,
+    guess: Callable[[list[str]], str] = lambda wrong: "",
+) -> Network:
+    """Gives the network a file's weights, as float32, and puts it in evaluation mode.
+
+    Works for a network on the meta device, too: its tensors are replaced, not filled.
+
+    Args:
+        state: the weights under the network's own names.
+        path, name: of the file and of the network, for the error.
+        guess: the end of an error about keys, from those of the wrong shape.
 
     Raises:
         InputError: where a key is missing, unknown, of the wrong shape, or not finite. The first few
-            are named, with a guess at the reason. Nothing is loaded then.
+            are named. Nothing is loaded then.
     """
-    state = encoder_state(path)
-    expected = encoder.state_dict()
+    expected = network.state_dict()
     missing = [key for key in expected if key not in state]
     unknown = [key for key in state if key not in expected]
     wrong = [
@@ -101,16 +135,13 @@ def load_encoder(encoder: ResNet, path: Path) -> ResNet:
             for keys, what in ((missing, "missing"), (unknown, "unknown"), (wrong, "of the wrong shape"))
             if keys
         ]
-        raise InputError(
-            f"{path} does not fit a ResNet-{encoder.depth}: keys {'; '.join(problems)}"
-            f"{_guess(state, encoder.depth, wrong)}"
-        )
+        raise InputError(f"{path} does not fit {name}: keys {'; '.join(problems)}{guess(wrong)}")
     for key, value in state.items():
         if not torch.isfinite(value).all():
             raise InputError(f"{path}: {key} holds numbers that are not finite; fetch the file again")
     state = {key: v.to(torch.float32 if v.is_floating_point() else v.dtype, copy=True) for key, v in state.items()}
-    encoder.load_state_dict(state, strict=True, assign=True)
-    return encoder.eval().requires_grad_(False)
+    network.load_state_dict(state, strict=True, assign=True)
+    return network.eval().requires_grad_(False)
 
 
 def load_tensors(path: Path) -> object:
@@ -146,6 +177,15 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _model_state(path: Path) -> dict[str, object]:
+    """What the file has under model_state, or the whole of it, without "module." before the keys."""
+    state = load_tensors(path)
+    state = state.get("model_state", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict):
+        raise InputError(f"{path} is no checkpoint: it holds a {type(state).__name__}, not a dict of tensors")
+    return {key.removeprefix("module."): value for key, value in state.items() if isinstance(key, str)}
 
 
 def _stage_depths(state: dict[str, Tensor]) -> tuple[int, ...]:

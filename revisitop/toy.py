@@ -18,8 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter
-from torch import Tensor
+from torch import Tensor, nn
 
+from model.checkpoint import reranker_state
+from model.cvnet_rerank import CVNetLayers
 from model.errors import InputError
 from model.resnet import ResNet
 from revisitop.dataset import dataset_folder, load_pickle
@@ -60,9 +62,12 @@ def ensure_dataset(data_dir: Path, progress: Callable[[Iterable], Iterable] = it
 
 
 def ensure_weights(folder: Path, depth: int) -> Path:
-    """A checkpoint of random weights in the published layout, written on first use."""
+    """A checkpoint of random weights in the published layout, written on first use.
+
+    A file that is damaged, or from before the reranker's weights, is written again.
+    """
     path = folder / f"toy_R{depth}.pyth"
-    if not path.is_file():
+    if not _holds_reranker(path):
         log.info("drawing the random weights %s", path)
         new = Path(f"{path}.{os.getpid()}.new")
         try:
@@ -75,18 +80,33 @@ def ensure_weights(folder: Path, depth: int) -> Path:
     return path
 
 
+def _holds_reranker(path: Path) -> bool:
+    try:
+        return bool(reranker_state(path))
+    except InputError:
+        return False
+
+
 def seeded_checkpoint(depth: int, prefix: str = "encoder_q.") -> dict:
     """Random weights in the layout of a published checkpoint, the same on every machine.
 
+    With the encoder behind "encoder_q.", as CVNet has it, the file holds the reranker's keys as well.
     Every tensor is drawn from NumPy's PCG64, seeded with the CRC-32 of its bare key. The bias of head.fc
     then takes out the direction that all rectified features share, so that pictures differ.
     """
     with torch.device("meta"):
-        shapes = {key: tuple(value.shape) for key, value in ResNet(depth).state_dict().items()}
-    state = {key: _draw_weights(key, shape) for key, shape in shapes.items()}
+        encoder, reranker = ResNet(depth), CVNetLayers()
+    state = _drawn_state(encoder)
     fc = state["head.fc.weight"]
     state["head.fc.bias"] = -fc.sum(dim=1) / math.sqrt(fc.shape[1])
-    return {"epoch": 25, "model_state": {f"{prefix}{key}": value for key, value in state.items()}}
+    state = {f"{prefix}{key}": value for key, value in state.items()}
+    if prefix == "encoder_q.":
+        state |= _drawn_state(reranker)
+    return {"epoch": 25, "model_state": state}
+
+
+def _drawn_state(network: nn.Module) -> dict[str, Tensor]:
+    return {key: _draw_weights(key, tuple(value.shape)) for key, value in network.state_dict().items()}
 
 
 def _draw_weights(key: str, shape: tuple[int, ...]) -> Tensor:

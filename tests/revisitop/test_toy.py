@@ -5,7 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
+from model.checkpoint import load_encoder
 from model.extract import describe
+from model.resnet import ResNet
 from model.superglobal import SCALES, build_model
 from modules.search import Database
 from revisitop import toy
@@ -46,6 +48,22 @@ def test_its_weights_are_the_same_file_each_time(tmp_path, monkeypatch):
     first = toy.ensure_weights(tmp_path, 50)
     monkeypatch.setattr(toy.os, "getpid", lambda: 2)
     assert toy.ensure_weights(tmp_path / "again", 50).read_bytes() == first.read_bytes()
+
+
+def test_weights_without_the_reranker_or_damaged_are_drawn_again_and_whole_ones_kept(tmp_path):
+    state = toy.seeded_checkpoint(50)["model_state"]
+    assert any(key.startswith("cv_learner.") for key in state)
+    path = tmp_path / "toy_R50.pyth"
+    torch.save({"model_state": {key: v for key, v in state.items() if key.startswith("encoder_q.")}}, path)
+    toy.ensure_weights(tmp_path, 50)
+    found = torch.load(path)["model_state"]
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[key], value) for key, value in state.items())
+    drawn = path.stat().st_mtime_ns
+    toy.ensure_weights(tmp_path, 50)
+    assert path.stat().st_mtime_ns == drawn
+    path.write_bytes(path.read_bytes()[:1000])
+    load_encoder(ResNet(50), toy.ensure_weights(tmp_path, 50))
 
 
 def test_an_older_drawing_is_drawn_again_and_a_present_one_is_kept(data_dir, monkeypatch):

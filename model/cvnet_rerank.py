@@ -1,0 +1,265 @@
+"""CVNet-Rerank: how likely two pictures show the same, from the correlation of their local features.
+
+The expensive rival of SuperGlobal's reranking. A picture keeps its stage-3 map; a pair of pictures
+takes the correlations of all positions of one with all of the other, at three scales each, and 4D
+convolutions over them. The score is not symmetric: one picture is the query, the other the key.
+
+Lee et al., "Correlation Verification for Image Retrieval", CVPR 2022, sec. 3.2.
+
+Letters: K keys; query map of hq x wq positions, key map of hk x wk. A 4D tensor is kept as
+(K, hk, wk, hq, wq, C), so that a convolution over the query's axes finds its pictures, channels
+last, in memory; a convolution over the key's axes gets a transposed copy.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.batching import is_out_of_memory
+from model.checkpoint import load_encoder, load_strictly, reranker_state
+from model.errors import InputError
+from model.folding import PRECISIONS, FoldedResNet
+from model.resnet import FEATURE_DIM, ResNet
+
+MAP_DIM, LOCAL_DIM = 1024, 256
+SCALES = (0.25, 0.5, 1.0)  # of a map's area
+
+# Per block, its convolutions: channels out, kernel, stride.
+_BLOCKS = (
+    ((16, 5, 2),),
+    ((16, 3, 1), (32, 3, 2)),
+    ((32, 3, 1), (32, 3, 1), (64, 3, 2)),
+    ((64, 3, 1), (64, 3, 1), (128, 3, 1)),
+)
+_GROUPS = 4
+_NO_NORM = 1e-8  # an empty position correlates with nothing
+
+# Correlations at a time, on a CPU what its caches hold (two cores, 1024x768: 1.0 s a pair with parts
+# of 4 MB, a third more with 1 MB or 64 MB), and what a batch of keys may take.
+_PART_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+_BATCH_BYTES = {"cpu": 64 << 20, "cuda": 4 << 30}
+_LIVE_TENSORS = 6  # of the first block's size
+
+
+class CenterPivotConv4d(nn.Module):
+    """A 4D convolution as the sum of two 2D ones, over the query's axes and over the key's.
+
+    (K, hk, wk, hq, wq, C) -> (K, hk', wk', hq', wq', C'). Each is taken at every stride-th position of
+    the other's axes, with half the kernel as padding.
+    """
+
+    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2)
+        self.conv2 = nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2)
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = self.stride
+        over_query = _over_inner(self.conv1, x[:, ::s, ::s])
+        over_key = _over_inner(self.conv2, _swap(x[:, :, :, ::s, ::s]))
+        return over_query.add_(_swap(over_key))
+
+    def of_correlations(self, query: Tensor, keys: Tensor) -> Tensor:
+        """The same of the clamped correlations of two maps, of which only what is used is computed, in parts.
+
+        (3, c, hq, wq), (K, 3, c, hk, wk) -> (K, hk', wk', hq', wq', C')
+        """
+        s = self.stride
+        # Correlations come as (positions of the one, its scale, scale of the other, map of the other):
+        # the pictures of a 2D convolution. The channels' order is query scale, key scale.
+        weight = self.conv1.weight.unflatten(1, (len(SCALES), len(SCALES))).transpose(1, 2).flatten(1, 2)
+        some_keys = keys[..., ::s, ::s].permute(0, 3, 4, 1, 2)  # (K, hk', wk', 3, c)
+        over_query = self._of_parts(some_keys.flatten(0, 2)[None], query[None], weight, self.conv1.bias)
+        some_queries = query[..., ::s, ::s].permute(2, 3, 0, 1)  # (hq', wq', 3, c)
+        over_key = self._of_parts(some_queries.flatten(0, 1)[None], keys, self.conv2.weight, self.conv2.bias)
+        over_query = over_query.view(*some_keys.shape[:3], *over_query.shape[2:])
+        over_key = over_key.view(len(keys), *some_queries.shape[:2], *over_key.shape[2:])
+        return over_query.add_(_swap(over_key))
+
+    def _of_parts(self, some: Tensor, maps: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """(1, P, 3, c), (B, 3, c, h, w) -> (B, P, h', w', C'): a convolution over h and w for each of P positions."""
+        h, w = maps.shape[-2:]
+        columns = maps.transpose(1, 2).flatten(2)  # (B, c, 3 h w)
+        out = maps.new_empty(len(maps), some.shape[1], _strided(h, self.stride), _strided(w, self.stride), len(weight))
+        weight = weight.contiguous()  # not channels last: the correlations are not
+        bytes_each = len(maps) * len(SCALES) * columns[0, 0].numel() * maps.element_size()
+        step = max(1, _PART_BYTES[_kind(maps)] // bytes_each)
+        for start in range(0, some.shape[1], step):
+            part = some[:, start : start + step]
+            correlations = (part.flatten(1, 2) @ columns).relu_().view(-1, len(SCALES) ** 2, h, w)
+            convolved = F.conv2d(correlations, weight, bias, self.stride, weight.shape[-1] // 2)
+            out[:, start : start + step] = convolved.permute(0, 2, 3, 1).unflatten(0, (len(maps), -1))
+        return out
+
+
+class CVLearner(nn.Module):
+    """Query and key maps -> the score: four blocks of 4D convolutions, mean over all positions, MLP."""
+
+    def __init__(self):
+        super().__init__()
+        c_in = len(SCALES) ** 2
+        for number, convolutions in enumerate(_BLOCKS, start=1):
+            block = nn.Sequential()
+            for c_out, kernel, stride in convolutions:
+                block.extend([CenterPivotConv4d(c_in, c_out, kernel, stride), nn.GroupNorm(_GROUPS, c_out), nn.ReLU()])
+                c_in = c_out
+            self.add_module(f"block{number}", block)
+        self.mlp = nn.Sequential(nn.Linear(c_in, c_in), nn.ReLU(), nn.Linear(c_in, 2))
+
+    def forward(self, query: Tensor, keys: Tensor) -> Tensor:
+        """(3, c, hq, wq), (K, 3, c, hk, wk) -> (K,)."""
+        x = None
+        for layer in (*self.block1, *self.block2, *self.block3, *self.block4):
+            if isinstance(layer, CenterPivotConv4d):
+                x = layer.of_correlations(query, keys) if x is None else layer(x)
+            elif isinstance(layer, nn.GroupNorm):
+                x = _normalised(layer, x)
+            else:
+                x = F.relu_(x)
+        return self.mlp(x.mean(dim=(1, 2, 3, 4), dtype=torch.float32)).softmax(dim=1)[:, 1]
+
+
+class CVNetLayers(nn.Module):
+    """The layers of CVNet-Rerank that are not the encoder's, with the names of the published checkpoints."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv2ds = nn.ModuleList(nn.Conv2d(MAP_DIM, LOCAL_DIM, 3, padding=1, bias=False) for _ in SCALES)
+        self.cv_learner = CVLearner()
+
+
+class CVNetRerank(nn.Module):
+    """Scores pairs of pictures, made by :func:`load_cvnet_rerank`; for inference alone.
+
+    ::
+
+        query = network.query_inputs(network.feature_map(picture))
+        scores = network.score(query, network.feature_map(pictures))
+
+    Args:
+        encoder: gives the stage-3 map.
+        layers: with their trained weights; they are changed to the encoder's precision.
+    """
+
+    def __init__(self, encoder: FoldedResNet, layers: CVNetLayers):
+        super().__init__()
+        self.encoder, self.conv2ds, self.cv_learner = encoder, layers.conv2ds, layers.cv_learner
+        self.dtype = PRECISIONS[encoder.precision]
+        layers.to(dtype=self.dtype, memory_format=torch.channels_last)
+        self.cv_learner.mlp.float()
+
+    def feature_map(self, x: Tensor) -> Tensor:
+        """What is kept of pictures, see images.to_network_input. (N, 3, H, W) -> (N, 1024, ~H/16, ~W/16) float32."""
+        return self.encoder(x)
+
+    def query_inputs(self, feature_map: Tensor) -> Tensor:
+        """What scoring needs of a query, once for all keys. (1, 1024, h, w) -> (3, 256, h, w)."""
+        _check("a query's feature map", feature_map, (1, MAP_DIM))
+        return self._inputs(feature_map)[0]
+
+    def score(self, query: Tensor, key_maps: Tensor) -> Tensor:
+        """The scores of a query with keys of equal size, in 0..1, in batches that bound the memory.
+
+        (3, 256, hq, wq) of query_inputs, (K, 1024, hk, wk) of feature_map, in any precision -> (K,) float32
+
+        Raises:
+            ValueError: where a shape does not fit.
+            InputError: where the memory does not suffice for a single pair.
+        """
+        _check("a query's inputs", query, (len(SCALES), LOCAL_DIM))
+        _check("keys' feature maps", key_maps, (None, MAP_DIM))
+        parts = key_maps.split(self.keys_per_batch(query, key_maps)) if len(key_maps) else ()
+        try:
+            scores = [self.cv_learner(query, self._inputs(part)) for part in parts]
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            sizes = " and ".join(f"{x.shape[-1]} x {x.shape[-2]}" for x in (query, key_maps))
+            raise InputError(
+                f"the memory of the device is too small for CVNet-Rerank of maps of {sizes} positions; "
+                "smaller pictures, half precision or the CPU may do"
+            ) from None
+        return torch.cat(scores) if scores else query.new_empty(0, dtype=torch.float32)
+
+    def keys_per_batch(self, query: Tensor, key_maps: Tensor) -> int:
+        """How many keys of this size are scored together, at least 1: bounded by the size of the 4D tensors."""
+        stride = self.cv_learner.block1[0].stride
+        positions = math.prod(_strided(side, stride) for x in (query, key_maps) for side in x.shape[-2:])
+        each = self.dtype.itemsize * positions * _BLOCKS[0][0][0] * _LIVE_TENSORS
+        each += 4 * key_maps[0, 0].numel() * (2 * MAP_DIM + 2 * len(SCALES) * LOCAL_DIM)
+        return max(1, _BATCH_BYTES[_kind(key_maps)] // each)
+
+    def _inputs(self, maps: Tensor) -> Tensor:
+        """Unit vectors at three scales, all resized back to the map's size. (N, 1024, h, w) -> (N, 3, 256, h, w).
+
+        The resized correlations of unit vectors are the correlations of resized unit vectors: bilinear
+        interpolation is linear in the query's vectors and in the key's, so no 4D tensor is ever resized.
+        """
+        maps = maps.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        sides = maps.shape[-2:]
+        out = maps.new_empty(len(maps), len(SCALES), LOCAL_DIM, *sides)
+        for number, (scale, conv) in enumerate(zip(SCALES, self.conv2ds, strict=True)):
+            # round() takes halves to the even number, as in the released code.
+            size = tuple(max(1, round(side * math.sqrt(scale))) for side in sides)
+            local = F.normalize(conv(_resized(maps, size)).float(), dim=1, eps=_NO_NORM)
+            out[:, number] = _resized(local, sides)
+        return out
+
+
+def load_cvnet_rerank(
+    checkpoint: Path, depth: int, reduction_dim: int = FEATURE_DIM, precision: str = "fp32"
+) -> CVNetRerank:
+    """CVNet-Rerank with a checkpoint's weights, on the encoder with plain ReLU, on the CPU.
+
+    Args:
+        checkpoint, depth, reduction_dim: the file, and what it holds.
+        precision: of the convolutions, fp32, bf16 or fp16; norms and the MLP are in fp32.
+
+    Raises:
+        InputError: where a key of the encoder or of the reranker is missing, unknown or of another shape.
+    """
+    with torch.device("meta"):  # nothing is initialised that the checkpoint would then overwrite
+        encoder, layers = ResNet(depth, reduction_dim, relup=None), CVNetLayers()
+    load_encoder(encoder, checkpoint)
+    load_strictly(layers, reranker_state(checkpoint), checkpoint, "CVNet-Rerank")
+    return CVNetRerank(FoldedResNet(encoder, precision, stop_in=3), layers).eval().requires_grad_(False)
+
+
+def _over_inner(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """conv over the inner two axes. (K, a, b, h, w, C) -> (K, a, b, h', w', C')."""
+    out = conv(x.flatten(0, 2).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    return out.unflatten(0, x.shape[:3])
+
+
+def _swap(x: Tensor) -> Tensor:
+    """The other picture's axes inside. (K, a, b, h, w, C) -> (K, h, w, a, b, C), a view."""
+    return x.permute(0, 3, 4, 1, 2, 5)
+
+
+def _normalised(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """The norm over groups of channels, (K, hk, wk, hq, wq, C)."""
+    flat = x.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+    return norm(flat).permute(0, 2, 3, 1).reshape(x.shape)
+
+
+def _resized(x: Tensor, size: tuple[int, ...]) -> Tensor:
+    same = tuple(x.shape[-2:]) == tuple(size)
+    return x if same else F.interpolate(x, size, mode="bilinear", align_corners=True)
+
+
+def _strided(side: int, stride: int) -> int:
+    return -(-side // stride)
+
+
+def _kind(x: Tensor) -> str:
+    return "cuda" if x.device.type == "cuda" else "cpu"
+
+
+def _check(name: str, x: Tensor, first: tuple[int | None, int]) -> None:
+    expected = ", ".join("K" if side is None else str(side) for side in first)
+    if x.ndim != 4 or x.shape[1] != first[1] or first[0] not in (None, len(x)) or 0 in x.shape[2:]:
+        raise ValueError(f"{name}: shape ({expected}, h, w) is needed, got {tuple(x.shape)}")

@@ -1,0 +1,177 @@
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from model import cvnet_rerank
+from model.cvnet_rerank import CVNetRerank, load_cvnet_rerank
+from model.errors import InputError
+from model.images import to_network_input
+from revisitop.toy import seeded_checkpoint
+
+
+@pytest.fixture(scope="module")
+def network(checkpoint_50) -> CVNetRerank:
+    return load_cvnet_rerank(checkpoint_50, 50)
+
+
+@pytest.fixture(scope="module")
+def maps(network, reference) -> list[Tensor]:
+    """Of image_0 and image_1, (1, 1024, 12, 18) and (1, 1024, 17, 11)."""
+    return [feature_map(network, reference[f"image_{i}"]) for i in (0, 1)]
+
+
+def feature_map(network: CVNetRerank, pixels: np.ndarray) -> Tensor:
+    with torch.inference_mode():
+        return network.feature_map(to_network_input(torch.from_numpy(pixels)[None]))
+
+
+@torch.inference_mode()
+def score(network: CVNetRerank, query: Tensor, keys: Tensor) -> np.ndarray:
+    return network.score(network.query_inputs(query), keys).numpy()
+
+
+def random_maps(count: int, h: int, w: int, seed: int = 0) -> Tensor:
+    return torch.randn(count, 1024, h, w, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.inference_mode()
+def keys_per_batch(network: CVNetRerank, side: int) -> int:
+    keys = random_maps(1, side, side)
+    return network.keys_per_batch(network.query_inputs(keys), keys)
+
+
+def test_the_feature_map_is_the_papers(reference, maps):
+    assert maps[0].shape == (1, 1024, 12, 18)
+    assert maps[0].min() < 0
+    expected = reference["cvnet_featuremap_image_0_channels_0_7"]
+    np.testing.assert_allclose(maps[0][0, :8].numpy(), expected, atol=1e-4, rtol=0)
+
+
+def test_scores_are_the_papers_for_each_order_of_the_pair(network, reference, maps):
+    out = np.array([[score(network, query, key)[0] for key in maps] for query in maps])
+    np.testing.assert_allclose(out, reference["cvnet_scores"], atol=1e-6, rtol=0)
+    assert abs(out[0, 1] - out[1, 0]) > 0.04
+
+
+@pytest.mark.parametrize("limit", [1, 1 << 20])
+def test_the_score_does_not_depend_on_how_the_work_is_cut(network, reference, maps, monkeypatch, limit):
+    monkeypatch.setitem(cvnet_rerank._PART_BYTES, "cpu", limit)
+    monkeypatch.setitem(cvnet_rerank._BATCH_BYTES, "cpu", limit)
+    np.testing.assert_allclose(score(network, *maps), reference["cvnet_scores"][0, 1], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("sides", [(6, 9), (9, 5), (1, 7)])
+def test_a_keys_score_does_not_depend_on_its_batch(network, sides, maps):
+    keys = torch.cat([random_maps(3, *sides), maps[0][:, :, : sides[0], : sides[1]]])
+    assert network.keys_per_batch(network.query_inputs(maps[1]), keys) > 1
+    together = score(network, maps[1], keys)
+    alone = np.concatenate([score(network, maps[1], key[None]) for key in keys])
+    assert np.ptp(together) > 1e-4
+    np.testing.assert_allclose(together, alone, atol=1e-6, rtol=0)
+
+
+def test_all_batches_of_keys_are_scored_in_order(network, monkeypatch):
+    query, keys = random_maps(1, 6, 4, seed=1), random_maps(7, 5, 6)
+    expected = score(network, query, keys)
+    monkeypatch.setattr(network, "keys_per_batch", lambda query, keys: 3)
+    np.testing.assert_allclose(score(network, query, keys), expected, atol=1e-6, rtol=0)
+    assert score(network, query, keys[:0]).shape == (0,)
+
+
+def test_memory_is_bounded_by_fewer_keys_at_a_time(network):
+    counts = [keys_per_batch(network, side) for side in (4, 8, 16, 32, 64)]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] > 20
+    assert counts[-1] == 1
+
+
+@pytest.mark.parametrize("size", [(32, 32), (1, 1), (1, 200)])
+def test_the_smallest_pictures_have_a_score(network, maps, size):
+    tiny = feature_map(network, np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
+    for query, key in ((tiny, maps[0]), (maps[0], tiny), (tiny, tiny)):
+        out = score(network, query, key)
+        assert out.shape == (1,)
+        assert 0 <= out[0] <= 1
+
+
+def test_a_map_of_zeros_has_a_score(network, maps):
+    assert np.isfinite(score(network, maps[0], torch.zeros(1, 1024, 4, 4))).all()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_moves_a_score_by_little(checkpoint_50, reference, precision):
+    network = load_cvnet_rerank(checkpoint_50, 50, precision=precision)
+    maps = [feature_map(network, reference[f"image_{i}"]) for i in (0, 1)]
+    out = score(network, maps[0], maps[1].to(torch.float16))
+    assert out.dtype == np.float32
+    assert 1e-7 < abs(out[0] - reference["cvnet_scores"][0, 1]) < 5e-3
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_every_precision_runs_on_a_device_without_numbers(checkpoint_50, precision):
+    network = load_cvnet_rerank(checkpoint_50, 50, precision=precision).to("meta")
+    query = network.query_inputs(network.feature_map(torch.empty(1, 3, 70, 90, device="meta")))
+    assert network.score(query, torch.empty(5, 1024, 4, 7, device="meta")).shape == (5,)
+
+
+def test_depth_101_loads(checkpoint_101):
+    assert len(load_cvnet_rerank(checkpoint_101, 101).encoder.blocks) == 3 + 4 + 23
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("conv2ds.1.weight"), r"does not fit CVNet-Rerank: keys 1 missing \(conv2ds.1.weight\)$"),
+        (lambda s: s.update({"cv_learner.block5.0.bias": torch.zeros(1)}), r"1 unknown \(cv_learner.block5.0.bias\)"),
+        (
+            lambda s: s.update({"cv_learner.mlp.0.bias": torch.zeros(64)}),
+            r"wrong shape \(cv_learner.mlp.0.bias \(64,\) instead of \(128,\)\)",
+        ),
+        (lambda s: s["cv_learner.mlp.2.bias"].fill_(float("nan")), "cv_learner.mlp.2.bias holds numbers that are not"),
+        (lambda s: s.pop("encoder_q.s4.b1.f.b.weight"), r"a ResNet-50: keys 1 missing \(s4.b1.f.b.weight\)"),
+        (
+            lambda s: [s.pop(key) for key in list(s) if not key.startswith("encoder_q.")],
+            r"holds no CVNet-Rerank: no key conv2ds.\* or cv_learner.\*",
+        ),
+    ],
+)
+def test_a_state_that_does_not_fit_is_told(tmp_path, seeded_state, change, message):
+    state = {key: value.clone() for key, value in seeded_state.items()}
+    change(state)
+    path = tmp_path / "changed.pyth"
+    torch.save({"model_state": state}, path)
+    with pytest.raises(InputError, match=message):
+        load_cvnet_rerank(path, 50)
+
+
+@pytest.fixture(scope="module")
+def seeded_state() -> dict[str, Tensor]:
+    return seeded_checkpoint(50)["model_state"]
+
+
+def test_keys_behind_module_are_found(tmp_path, seeded_state, reference, maps):
+    path = tmp_path / "parallel.pyth"
+    torch.save({f"module.{key}": value for key, value in seeded_state.items()}, path)
+    out = score(load_cvnet_rerank(path, 50), *maps)
+    np.testing.assert_allclose(out, reference["cvnet_scores"][0, 1], atol=1e-6, rtol=0)
+
+
+def test_shapes_that_do_not_fit_are_told(network):
+    with pytest.raises(ValueError, match=r"a query's feature map: shape \(1, 1024, h, w\) is needed, got \(2, 1024"):
+        network.query_inputs(random_maps(2, 3, 3))
+    query = network.query_inputs(random_maps(1, 3, 3))
+    with pytest.raises(ValueError, match=r"keys' feature maps: shape \(K, 1024, h, w\) is needed, got \(4, 512, 3"):
+        network.score(query, random_maps(4, 3, 3)[:, :512])
+    with pytest.raises(ValueError, match=r"a query's inputs: shape \(3, 256, h, w\) is needed, got \(1, 1024, 3, 3\)"):
+        network.score(random_maps(1, 3, 3), random_maps(1, 3, 3))
+
+
+def test_a_pair_that_does_not_fit_into_memory_is_told(network, monkeypatch):
+    def full(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    query = network.query_inputs(random_maps(1, 3, 4))
+    monkeypatch.setattr(network.cv_learner, "forward", full)
+    with pytest.raises(InputError, match="too small for CVNet-Rerank of maps of 4 x 3 and 6 x 5 positions"):
+        network.score(query, random_maps(1, 5, 6))

@@ -4,7 +4,7 @@ The expensive rival of SuperGlobal's reranking. A picture keeps its stage-3 map;
 takes the correlations of all positions of one with all of the other, at three scales each, and 4D
 convolutions over them. The score is not symmetric: one picture is the query, the other the key.
 
-Lee et al., "Correlation Verification for Image Retrieval", CVPR 2022, sec. 3.2.
+Lee et al., "Correlation Verification for Image Retrieval", CVPR 2022.
 
 Letters: K keys; query map of hq x wq positions, key map of hk x wk. A 4D tensor is kept as
 (K, hk, wk, hq, wq, C), so that a convolution over the query's axes finds its pictures, channels
@@ -203,7 +203,7 @@ class CVNetRerank(nn.Module):
         sides = maps.shape[-2:]
         out = maps.new_empty(len(maps), len(SCALES), LOCAL_DIM, *sides)
         for number, (scale, conv) in enumerate(zip(SCALES, self.conv2ds, strict=True)):
-            # round() takes halves to the even number, as in the released code.
+            # round() takes halves to the even number: what the published scores were made with.
             size = tuple(max(1, round(side * math.sqrt(scale))) for side in sides)
             local = F.normalize(conv(_resized(maps, size)).float(), dim=1, eps=_NO_NORM)
             out[:, number] = _resized(local, sides)

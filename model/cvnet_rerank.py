@@ -38,7 +38,7 @@ _GROUPS = 4
 _NO_NORM = 1e-8  # an empty position correlates with nothing
 
 # Correlations at a time, on a CPU what its caches hold (two cores, 1024x768: 1.0 s a pair with parts
-# of 4 MB, a third more with 1 MB or 64 MB), and what a batch of keys may take.
+# of 4 MB, 1.3 s with 1 MB), and what a batch of keys may take.
 _PART_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 _BATCH_BYTES = {"cpu": 64 << 20, "cuda": 4 << 30}
 _LIVE_TENSORS = 6  # of the first block's size

@@ -11,17 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import ConcatDataset
 from yacs.config import CfgNode
 
 from model.checkpoint import sha256
+from model.cvnet_rerank import load_cvnet_rerank
 from model.errors import InputError
 from model.folding import PRECISIONS
+from model.images import ImageFile
 from model.resnet import STAGE_DEPTHS
 from model.superglobal import SCALES, build_model
 from modules.activation import RELUP_THRESHOLD
 from modules.pooling import GEMP_P, RGEM_P, RGEM_WINDOW, SGEM_P
-from modules.reranking import RERANK_BETA, RERANK_K, RERANK_M
-from revisitop.dataset import DATASETS
+from modules.reranking import RERANK_BETA, RERANK_K, RERANK_M, SuperGlobalReranker
+from revisitop.cvnet import CVNetReranking
+from revisitop.dataset import DATASETS, Dataset
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,15 @@ def _device(value: str) -> str | None:
     return None if re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) else "is not one of auto, cpu, cuda, cuda:N"
 
 
+def _counts(value: list) -> str | None:
+    if not value:
+        return "is empty"
+    wrong = [item for item in value if not str(item).isdecimal() or int(item) < 1]
+    return f"has {wrong[0]!r}, which is no number from 1" if wrong else None
+
+
+RERANKERS = ("superglobal", "cvnet", "none")
+
 OPTIONS = (
     Option("MODEL.DEPTH", 50, "layers of the ResNet encoder: 50 or 101", _one_of(*STAGE_DEPTHS)),
     Option("MODEL.HEADS.REDUCTION_DIM", 2048, "dimensions of the descriptor, as in the checkpoint", _at_least(1)),
@@ -83,6 +96,9 @@ OPTIONS = (
     Option("TEST.OUT_DIR", "./output", "folder of results.json, descriptors and rankings", _not_empty),
     Option("TEST.DISTRACTORS", "", "descriptors for SupG.onemeval; default: feats_1m_RN<depth>.pth or .npy here"),
     Option("TEST.RESUME", True, "go on with, and use again, descriptors of the same run in TEST.OUT_DIR"),
+    Option("TEST.RERANKER", "superglobal", f"reranker: {', '.join(RERANKERS)}", _one_of(*RERANKERS)),
+    Option("TEST.TOPK_LIST", [400], "numbers of candidates that cvnet reranks, a ranking for each", _counts),
+    Option("TEST.MAPS_GB", 0.0, "feature maps of cvnet kept in TEST.OUT_DIR, in GB at most; 0 for none", _at_least(0)),
     Option("TEST.REPORT", False, "write report/index.html into TEST.OUT_DIR: figures, and what each query found"),
     Option("DATA_LOADER.NUM_WORKERS", 4, "processes that decode pictures, at most one per core", _at_least(0)),
     Option("DATA_LOADER.PIN_MEMORY", True, "copy to the GPU from pinned memory"),
@@ -210,6 +226,49 @@ def loader_arguments(cfg: CfgNode, device: torch.device) -> dict[str, Any]:
     """What model.extract takes for the reading and batching of pictures."""
     pin_memory = cfg.DATA_LOADER.PIN_MEMORY and device.type == "cuda"
     return {"workers": cfg.DATA_LOADER.NUM_WORKERS, "pin_memory": pin_memory, "batch_size": cfg.TEST.BATCH_SIZE}
+
+
+def make_reranker(
+    cfg: CfgNode,
+    dataset: Dataset,
+    distractors: Sequence[ImageFile],
+    checkpoint: Path,
+    source: dict,
+    folder: Path,
+    device: torch.device,
+) -> SuperGlobalReranker | CVNetReranking | None:
+    """What TEST.RERANKER asks for; SupG.rerank False is none instead of superglobal.
+
+    Args:
+        distractors: their pictures, behind the dataset's.
+        checkpoint, source: of the network, see descriptor_source.
+        folder: for cvnet's scores and maps.
+    """
+    if cfg.TEST.RERANKER == "cvnet":
+        network = {name: source[name] for name in ("checkpoint_sha256", "depth", "precision")}
+        return CVNetReranking(
+            build=partial(
+                load_cvnet_rerank,
+                checkpoint,
+                cfg.MODEL.DEPTH,
+                cfg.MODEL.HEADS.REDUCTION_DIM,
+                cfg.TEST.PRECISION,
+                device,
+            ),
+            source=network,
+            queries=dataset.queries,
+            database=ConcatDataset([dataset.database, distractors]) if len(distractors) else dataset.database,
+            ground_truth=dataset.ground_truth,
+            topk=sorted({int(count) for count in cfg.TEST.TOPK_LIST}),
+            scores=folder / f"{dataset.name}_cvnet.npy",
+            maps=folder / "cvnet_maps" if cfg.TEST.MAPS_GB else None,
+            maps_bytes=int(cfg.TEST.MAPS_GB * 1e9),
+            workers=cfg.DATA_LOADER.NUM_WORKERS,
+            resume=cfg.TEST.RESUME,
+        )
+    if cfg.TEST.RERANKER == "none" or not cfg.SupG.rerank:
+        return None
+    return SuperGlobalReranker(cfg.SupG.rerank_m, cfg.SupG.rerank_k, cfg.SupG.rerank_beta)
 
 
 def pair_options(words: list[str]) -> list[tuple[str, Any]]:

@@ -15,6 +15,7 @@ from yacs.config import CfgNode
 from config import (
     describe_arguments,
     descriptor_source,
+    make_reranker,
     option_values,
     parse_config,
 )
@@ -22,7 +23,6 @@ from model.errors import InputError, run_command
 from model.extract import choose_device, prepare_process
 from model.images import ImageFile
 from model.store import write_json
-from modules.reranking import SuperGlobalReranker
 from modules.search import Database
 from revisitop import toy
 from revisitop.dataset import Dataset, load_distractor_list
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
     if not cfg.TEST.FEATURES:
         checkpoints = {each.name: find_weights(each, Path(cfg.TEST.WEIGHTS), cfg.MODEL.DEPTH) for each in datasets}
     sources = {checkpoint: descriptor_source(cfg, checkpoint) for checkpoint in dict.fromkeys(checkpoints.values())}
-    distractors = None
+    distractors, distractor_pictures = None, ()
     if cfg.SupG.onemeval:
         path = find_distractors(cfg.TEST.DISTRACTORS, cfg.MODEL.DEPTH)
         distractors = load_distractors(path)
@@ -76,7 +76,9 @@ def main(argv: list[str]) -> None:
             check_distractors(path, source)
         if cfg.TEST.FEATURES:
             log.warning("TEST.FEATURES: whether %s was made by the same network cannot be checked", path)
-    reranker = SuperGlobalReranker(cfg.SupG.rerank_m, cfg.SupG.rerank_k, cfg.SupG.rerank_beta)
+        distractor_pictures = find_distractor_pictures(Path(cfg.TEST.DATA_DIR), len(distractors))
+    if cfg.TEST.RERANKER == "cvnet":
+        check_cvnet(cfg, distractor_pictures)
 
     report["datasets"] = {}
     found = []
@@ -99,36 +101,54 @@ def main(argv: list[str]) -> None:
             database = add_distractors(rows, distractors)
             entry["distractors"] = len(distractors)
 
-        (out_dir / f"{dataset.name}_reranking_ranks.npy").unlink(missing_ok=True)  # an earlier run's
-        stages = retrieve(queries, database, dataset.ground_truth, reranker if cfg.SupG.rerank else None, device)
+        for path in out_dir.glob(f"{dataset.name}_reranking*_ranks.npy"):  # an earlier run's
+            path.unlink()
+        checkpoint = checkpoints.get(dataset.name)
+        reranker = make_reranker(
+            cfg, dataset, distractor_pictures, checkpoint, sources.get(checkpoint), out_dir, device
+        )
+        stages = retrieve(queries, database, dataset.ground_truth, reranker, device)
         for name, ranking in stages.items():
             for line in ranking.in_words():
                 log.info("%s results: %s", name.capitalize(), line)
             log.info("%s took %.2f s for %d queries", name, ranking.seconds, len(dataset.queries))
             entry[name] = ranking.as_dict()
-            np.save(out_dir / f"{dataset.name}_{name}_ranks.npy", ranking.ids.numpy())
+            np.save(out_dir / f"{dataset.name}_{name.replace(' ', '_')}_ranks.npy", ranking.ids.numpy())
         if dataset.name == "toy":
             log.info("%s", toy.DISCLAIMER)
         write_json(out_dir / "results.json", report)
         found.append((dataset, stages))
     print_summary(report["datasets"])
     if cfg.TEST.REPORT:
-        path = write_report(make_page(cfg, report, found), out_dir / "report")
+        path = write_report(make_page(cfg, report, found, distractor_pictures), out_dir / "report")
         log.info("the report is %s (%.1f MB)", path, path.stat().st_size / 1e6)
     log.info("results, descriptors and rankings are in %s, the log in log.txt", out_dir)
+
+
+def check_cvnet(cfg: CfgNode, distractor_pictures: Sequence[ImageFile]) -> None:
+    """Raises InputError where local features cannot be had."""
+    if cfg.TEST.FEATURES:
+        raise InputError("TEST.RERANKER cvnet needs pictures and weights, which TEST.FEATURES has not")
+    if cfg.SupG.onemeval and not len(distractor_pictures):
+        raise InputError(
+            "TEST.RERANKER cvnet needs the distractors' pictures in the order of their descriptors, as listed in "
+            f"{cfg.TEST.DATA_DIR}/revisitop1m/revisitop1m.txt"
+        )
 
 
 def print_summary(datasets: dict[str, dict]) -> None:
     lines = [f"{'mAP in percent':<36}{'Easy':>8}{'Medium':>8}{'Hard':>8}"]
     for dataset, entry in datasets.items():
-        for stage in (name for name in ("retrieval", "reranking") if name in entry):
+        for stage in (name for name in entry if name.startswith(("retrieval", "reranking"))):
             title = f"{dataset}{' + distractors' if 'distractors' in entry else ''}, {stage}"
             lines.append(f"{title:<36}" + "".join(f"{entry[stage][protocol]['mAP']:8.2f}" for protocol in PROTOCOLS))
     for line in lines:
         log.info("%s", line)
 
 
-def make_page(cfg: CfgNode, report: dict, found: list[tuple[Dataset, dict[str, Ranking]]]) -> Page:
+def make_page(
+    cfg: CfgNode, report: dict, found: list[tuple[Dataset, dict[str, Ranking]]], distractors: Sequence[ImageFile]
+) -> Page:
     """The run as a page: when and how it was made, every option, and a section per dataset."""
     settings = {name: report[name] for name in ("date", "command", "device")}
     settings["versions"] = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
@@ -136,15 +156,13 @@ def make_page(cfg: CfgNode, report: dict, found: list[tuple[Dataset, dict[str, R
     for dataset, stages in found:
         entry = report["datasets"][dataset.name]
         note = f"{entry['queries']} queries, {entry['database']:,} database pictures"
-        pictures = ()
         if "distractors" in entry:
             note += f", {entry['distractors']:,} distractors"
-            pictures = find_distractor_pictures(Path(cfg.TEST.DATA_DIR), entry["distractors"])
         if "checkpoint" in entry:
             settings[f"checkpoint of {dataset.name}"] = "{path}, SHA-256 {sha256}".format(**entry["checkpoint"])
         if dataset.name == "toy":
             note += f". {toy.DISCLAIMER.capitalize()}"
-        sections.append(evaluated_section(dataset, stages, pictures, f"{note}."))
+        sections.append(evaluated_section(dataset, stages, distractors, f"{note}."))
     settings |= {key: str(value) for key, value in option_values(cfg).items()}
     return Page(f"SuperGlobal on {', '.join(cfg.TEST.DATASET_LIST)}", settings, sections)
 

@@ -211,13 +211,18 @@ class CVNetRerank(nn.Module):
 
 
 def load_cvnet_rerank(
-    checkpoint: Path, depth: int, reduction_dim: int = FEATURE_DIM, precision: str = "fp32"
+    checkpoint: Path,
+    depth: int,
+    reduction_dim: int = FEATURE_DIM,
+    precision: str = "fp32",
+    device: torch.device | str = "cpu",
 ) -> CVNetRerank:
-    """CVNet-Rerank with a checkpoint's weights, on the encoder with plain ReLU, on the CPU.
+    """CVNet-Rerank with a checkpoint's weights, on the encoder with plain ReLU.
 
     Args:
         checkpoint, depth, reduction_dim: the file, and what it holds.
         precision: of the convolutions, fp32, bf16 or fp16; norms and the MLP are in fp32.
+        device: where it works.
 
     Raises:
         InputError: where a key of the encoder or of the reranker is missing, unknown or of another shape.
@@ -226,7 +231,8 @@ def load_cvnet_rerank(
         encoder, layers = ResNet(depth, reduction_dim, relup=None), CVNetLayers()
     load_encoder(encoder, checkpoint)
     load_strictly(layers, reranker_state(checkpoint), checkpoint, "CVNet-Rerank")
-    return CVNetRerank(FoldedResNet(encoder, precision, stop_in=3), layers).eval().requires_grad_(False)
+    network = CVNetRerank(FoldedResNet(encoder, precision, stop_in=3), layers)
+    return network.eval().requires_grad_(False).to(device)
 
 
 def _over_inner(conv: nn.Conv2d, x: Tensor) -> Tensor:

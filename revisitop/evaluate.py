@@ -15,7 +15,7 @@ import numpy as np
 from revisitop.dataset import GroundTruth
 
 KAPPAS = (1, 5, 10)
-PROTOCOLS = ("E", "M", "H")
+PROTOCOLS = {"E": ("easy",), "M": ("easy", "hard"), "H": ("hard",)}  # what is positive; the other lists are ignored
 RECALL_LEVELS = 101  # 0, 0.01, ... 1
 
 
@@ -47,25 +47,42 @@ def evaluate_positions(
         ground_truth: per query.
         kappas: the k of mP@k.
     """
-    easy, hard, junk = [], [], []
     for where, truth in zip(positions, ground_truth, strict=True):
         if len(where) != len(truth.listed):
             raise ValueError(f"{len(where)} positions for {len(truth.listed)} listed pictures")
-        splits = np.split(np.asarray(where), np.cumsum([len(truth.easy), len(truth.hard)]))
-        for kind, split in zip((easy, hard, junk), splits, strict=True):
-            kind.append(split)
+    return {
+        name: summarise(
+            [protocol_ranks(where, truth, name) for where, truth in zip(positions, ground_truth, strict=True)], kappas
+        )
+        for name in PROTOCOLS
+    }
 
-    def protocol(positive: list[np.ndarray], *ignored: list[np.ndarray]) -> Result:
-        ranks = [remove_ignored(p, np.concatenate(i)) for p, *i in zip(positive, *ignored, strict=True)]
-        ap = np.array([average_precision(r) for r in ranks])
-        at_k = np.array([precision_at(r, kappas) for r in ranks])
-        at_recall = np.array([interpolated_precision(r) for r in ranks])
-        if np.isnan(ap).all():
-            return Result(float("nan"), ap, np.full(len(kappas), np.nan), np.full(RECALL_LEVELS, np.nan))
-        return Result(float(np.nanmean(ap)), ap, np.nanmean(at_k, axis=0), np.nanmean(at_recall, axis=0))
 
-    both = [np.concatenate(pair) for pair in zip(easy, hard, strict=True)]
-    return {"E": protocol(easy, junk, hard), "M": protocol(both, junk), "H": protocol(hard, junk, easy)}
+def positive_and_ignored(truth: GroundTruth, protocol: str) -> tuple[np.ndarray, np.ndarray]:
+    """Which of truth.listed are positive in a protocol, and which leave the ranking, as masks (L,)."""
+    kinds = np.repeat(["easy", "hard", "junk"], [len(truth.easy), len(truth.hard), len(truth.junk)])
+    positive = np.isin(kinds, PROTOCOLS[protocol])
+    return positive, ~positive
+
+
+def protocol_ranks(where: np.ndarray, truth: GroundTruth, protocol: str) -> np.ndarray:
+    """Ascending ranks of a query's positives after the ignored pictures have left. (L,) -> (positives,).
+
+    Args:
+        where: its listed pictures' positions, see evaluate_positions.
+    """
+    positive, ignored = positive_and_ignored(truth, protocol)
+    return remove_ignored(np.asarray(where)[positive], np.asarray(where)[ignored])
+
+
+def summarise(ranks: Sequence[np.ndarray], kappas: Sequence[int] = KAPPAS) -> Result:
+    """The figures of one protocol, from each query's ascending ranks of its positives, without the ignored."""
+    ap = np.array([average_precision(r) for r in ranks])
+    at_k = np.array([precision_at(r, kappas) for r in ranks])
+    at_recall = np.array([interpolated_precision(r) for r in ranks])
+    if np.isnan(ap).all():
+        return Result(float("nan"), ap, np.full(len(kappas), np.nan), np.full(RECALL_LEVELS, np.nan))
+    return Result(float(np.nanmean(ap)), ap, np.nanmean(at_k, axis=0), np.nanmean(at_recall, axis=0))
 
 
 def evaluate_ranks(

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ from modules.search import Database, NotFiniteError, search
 from revisitop import toy
 from revisitop.dataset import Dataset, GroundTruth, load_dataset
 from revisitop.evaluate import KAPPAS, Result, evaluate_positions
+
+if TYPE_CHECKING:
+    from revisitop.cvnet import CVNetReranking
 
 log = logging.getLogger(__name__)
 
@@ -172,7 +176,7 @@ def retrieve(
     queries: Tensor,
     database: Database,
     ground_truth: Sequence[GroundTruth],
-    reranker: SuperGlobalReranker | None = None,
+    reranker: "SuperGlobalReranker | CVNetReranking | None" = None,
     device: torch.device | str = "cpu",
 ) -> dict[str, Ranking]:
     """Searches, and reranks where a reranker is given: {"retrieval": ..., "reranking": ...}."""
@@ -192,7 +196,7 @@ def retrieve(
     positions = [where.numpy() for where in found.positions]
     figures = evaluate_positions(positions, ground_truth)
     stages = {"retrieval": Ranking(found.ids[:, :SAVED_RANKS], found.scores[:, :SAVED_RANKS], figures, seconds)}
-    if reranker is not None:
+    if isinstance(reranker, SuperGlobalReranker):
         start = time.perf_counter()
         order, reranked = reranker.rerank(queries, found.ids, database.rows, device)
         ids, scores = found.ids.clone(), found.scores.clone()
@@ -202,6 +206,8 @@ def retrieve(
         moved = [move(where, new.numpy()) for where, new in zip(positions, order, strict=True)]
         figures = evaluate_positions(moved, ground_truth)
         stages["reranking"] = Ranking(ids[:, :SAVED_RANKS], scores[:, :SAVED_RANKS], figures, seconds)
+    elif reranker is not None:
+        stages |= reranker.stages(found, positions)
     return stages
 
 

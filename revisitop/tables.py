@@ -4,7 +4,8 @@ python -m revisitop.tables main
 python -m revisitop.tables ablation MODEL.DEPTH 50
 python -m revisitop.tables rerank TEST.DATASET_LIST "['roxford5k']" SupG.onemeval
 
-main      ResNet-50 and ResNet-101, with and without reranking, with and without +1M distractors
+main      ResNet-50 and ResNet-101, with and without reranking, with and without +1M distractors;
+          with TEST.RERANKER cvnet, reranking by local features, too (hours to days, without +1M)
 ablation  each of the four modules switched off, all of them, and reranking
 rerank    reranking with other M, K and beta, one of them at a time
 
@@ -25,14 +26,22 @@ from pathlib import Path
 from torch import Tensor
 from yacs.config import CfgNode
 
-from config import describe_arguments, descriptor_source, make_config, make_parser, model_arguments, read_config
+from config import (
+    describe_arguments,
+    descriptor_source,
+    make_config,
+    make_parser,
+    make_reranker,
+    model_arguments,
+    read_config,
+)
 from model.errors import InputError, run_command
 from model.extract import choose_device, prepare_process
 from model.resnet import STAGE_DEPTHS
 from modules.reranking import SuperGlobalReranker
 from modules.search import Database
 from revisitop import toy
-from revisitop.dataset import GroundTruth
+from revisitop.dataset import Dataset
 from revisitop.evaluate import PROTOCOLS, Result
 from revisitop.features import add_distractors, check_distractors, find_distractors, load_distractors
 from revisitop.run import dataset_lists, describe_lists, find_dataset, find_weights, make_folder, retrieve
@@ -109,6 +118,8 @@ def main_table(args: argparse.Namespace) -> Iterator[Row]:
             cfg = read_config(args, ("MODEL.DEPTH", depth), ("SupG.onemeval", distractors))
             for dataset in cfg.TEST.DATASET_LIST:
                 yield from evaluate(cfg, dataset, f"R{depth}", {"": default_reranker(cfg)})
+                if cfg.TEST.RERANKER == "cvnet" and not distractors:
+                    yield from evaluate_cvnet(cfg, dataset, f"R{depth}")
 
 
 def ablation_table(args: argparse.Namespace) -> Iterator[Row]:
@@ -157,12 +168,12 @@ def evaluate(
         return ", ".join(filter(None, [stage, network, reranker, "+1M" if cfg.SupG.onemeval else ""]))
 
     try:
-        queries, database, ground_truth = prepare(cfg, name, place)
+        queries, database, dataset = prepare(cfg, name, place)
     except InputError as error:
         yield Row(depth, name, setting("retrieval, reranking"), note=str(error))
         return
     for number, (words, reranker) in enumerate(rerankers.items()):
-        stages = retrieve(queries, database, ground_truth, reranker, choose_device(cfg.TEST.DEVICE))
+        stages = retrieve(queries, database, dataset.ground_truth, reranker, choose_device(cfg.TEST.DEVICE))
         if number == 0:
             known = find_published(cfg, name, "retrieval", reranker)
             yield Row(depth, name, setting("retrieval"), stages["retrieval"].figures, known)
@@ -170,12 +181,31 @@ def evaluate(
         yield Row(depth, name, setting("reranking", words), stages["reranking"].figures, known)
 
 
-def prepare(cfg: CfgNode, name: str, place: str) -> tuple[Tensor, Database, list[GroundTruth]]:
-    """Queries, database and ground truth. Raises InputError where something is missing."""
+def evaluate_cvnet(cfg: CfgNode, name: str, place: str) -> Iterator[Row]:
+    """Rows of reranking by local features; none where evaluate has said what is missing."""
+    try:
+        queries, database, dataset = prepare(cfg, name, place)
+    except InputError:
+        return
+    device, checkpoint = choose_device(cfg.TEST.DEVICE), find_checkpoint_of(cfg, dataset)
+    source, folder = descriptor_source(cfg, checkpoint), Path(cfg.TEST.OUT_DIR) / "tables" / place
+    reranker = make_reranker(cfg, dataset, (), checkpoint, source, folder, device)
+    stages = retrieve(queries, database, dataset.ground_truth, reranker, device)
+    for stage, ranking in stages.items():
+        if stage != "retrieval":
+            yield Row(cfg.MODEL.DEPTH, name, f"{stage}, CVNet-Rerank", ranking.figures)
+
+
+def find_checkpoint_of(cfg: CfgNode, dataset: Dataset) -> Path:
+    return find_weights(dataset, Path(cfg.TEST.WEIGHTS), cfg.MODEL.DEPTH)
+
+
+def prepare(cfg: CfgNode, name: str, place: str) -> tuple[Tensor, Database, Dataset]:
+    """Queries, database and the dataset. Raises InputError where something is missing."""
     device = choose_device(cfg.TEST.DEVICE)
     dataset = find_dataset(name, Path(cfg.TEST.DATA_DIR))
     dataset.check_files()
-    checkpoint = find_weights(dataset, Path(cfg.TEST.WEIGHTS), cfg.MODEL.DEPTH)
+    checkpoint = find_checkpoint_of(cfg, dataset)
     source = descriptor_source(cfg, checkpoint)
     distractors = None
     if cfg.SupG.onemeval:  # before the long work
@@ -188,7 +218,7 @@ def prepare(cfg: CfgNode, name: str, place: str) -> tuple[Tensor, Database, list
         dataset_lists(dataset, folder), **describe_arguments(cfg, checkpoint, source, device)
     )
     database = Database(rows) if distractors is None else add_distractors(rows, distractors)
-    return queries, database, dataset.ground_truth
+    return queries, database, dataset
 
 
 @cache

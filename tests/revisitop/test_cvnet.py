@@ -1,0 +1,194 @@
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from conftest import Layout
+from oracles import all_protocols, full_ranking
+
+from model.cvnet_rerank import load_cvnet_rerank
+from model.images import to_network_input
+from modules.search import search
+from revisitop.cvnet import CVNetReranking, FeatureMaps, equal_sizes
+from revisitop.dataset import load_dataset
+
+QUICK = ("TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0)
+
+
+@pytest.fixture(scope="module")
+def network(checkpoint_50):
+    return load_cvnet_rerank(checkpoint_50, 50)
+
+
+@pytest.fixture
+def evaluate(command, layout, checkpoint_50):
+    def run(*arguments):
+        return command(
+            "test.py", "TEST.WEIGHTS", checkpoint_50, "TEST.DATA_DIR", layout.data_dir,
+            "TEST.DATASET_LIST", "roxford5k", *QUICK, *arguments,
+        )  # fmt: skip
+
+    return run
+
+
+def pair_scores(network, layout: Layout) -> np.ndarray:
+    """The score of each query with each database picture, a pair at a time, (Q, N)."""
+    dataset = load_dataset("roxford5k", layout.data_dir)
+
+    def feature_map(image) -> torch.Tensor:
+        return network.feature_map(to_network_input(torch.from_numpy(image.read())[None]))
+
+    with torch.inference_mode():
+        keys = [feature_map(image) for image in dataset.database]
+        queries = [network.query_inputs(feature_map(image)) for image in dataset.queries]
+        return np.array([[network.score(query, key).item() for key in keys] for query in queries])
+
+
+def by_the_book(ranking, cosine, scores, ground_truth, topk) -> dict[str, float]:
+    """mAP of each protocol, on a ranking that is made for it alone."""
+    figures = {}
+    for name, ignored in {"E": ("junk", "hard"), "M": ("junk",), "H": ("junk", "easy")}.items():
+        rankings = []
+        for query, truth in enumerate(ground_truth):
+            out = {number for kind in ignored for number in truth[kind]}
+            kept = [number for number in ranking[query] if number not in out]
+            first = sorted(kept[:topk], key=lambda n, q=query: -(cosine[q, n] + 0.5 * scores[q, n]))
+            rankings.append([*first, *kept[topk:], *sorted(out)])
+        figures[name] = all_protocols(np.array(rankings), ground_truth)[name]
+    return figures
+
+
+def test_figures_are_the_protocols_for_each_number_of_candidates(evaluate, layout, network, tmp_path):
+    outcome = evaluate("TEST.RERANKER", "cvnet", "TEST.TOPK_LIST", "[6, 400]")
+    assert outcome.code == 0, outcome.err
+    folder = tmp_path / "work" / "output"
+    queries, rows = (np.load(folder / f"roxford5k_{kind}.npy") for kind in ("query", "db"))
+    entry = json.loads((folder / "results.json").read_text())["datasets"]["roxford5k"]
+    scores = pair_scores(network, layout)
+    for topk in (6, 400):
+        expected = by_the_book(full_ranking(queries, rows), queries @ rows.T, scores, layout.gnd["gnd"], topk)
+        for name, value in expected.items():
+            assert entry[f"reranking of {topk}"][name]["mAP"] == pytest.approx(value, abs=1e-6)
+    assert "roxford5k, reranking of 6 " in outcome.out
+    assert np.load(folder / "roxford5k_reranking_of_400_ranks.npy").shape == (3, 24)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stages"),
+    [
+        ((), {"retrieval", "reranking"}),
+        (("TEST.RERANKER", "none"), {"retrieval"}),
+        (("SupG.rerank", "False"), {"retrieval"}),
+        (("TEST.RERANKER", "cvnet"), {"retrieval", "reranking"}),
+    ],
+)
+def test_the_reranker_is_chosen(evaluate, tmp_path, arguments, stages):
+    assert evaluate(*arguments).code == 0
+    entry = json.loads((tmp_path / "work" / "output" / "results.json").read_text())["datasets"]["roxford5k"]
+    assert {name for name in entry if name.startswith("re")} == stages
+
+
+def test_scores_are_used_again_until_a_picture_changes(evaluate, layout):
+    first = evaluate("TEST.RERANKER", "cvnet")
+    again = evaluate("TEST.RERANKER", "cvnet")
+    assert "roxford5k_cvnet.npy: used again" in again.out
+    lines = [[line for line in each.out.splitlines() if line.startswith("Reranking")] for each in (first, again)]
+    assert lines[0] == lines[1]
+    layout.picture("db_3").write_bytes(layout.picture("db_4").read_bytes())
+    assert "roxford5k_cvnet.npy: used again" not in evaluate("TEST.RERANKER", "cvnet").out
+
+
+def test_an_interrupted_run_goes_on_at_the_next_query(layout, network, tmp_path):
+    dataset = load_dataset("roxford5k", layout.data_dir)
+    random = torch.Generator().manual_seed(0)
+    queries, rows = (torch.nn.functional.normalize(torch.randn(n, 8, generator=random), dim=1) for n in (3, 24))
+    listed = [torch.from_numpy(truth.listed) for truth in dataset.ground_truth]
+    found = search(queries, rows, 24, listed)
+    positions = [where.numpy() for where in found.positions]
+
+    def rerank(folder, build):
+        folder.mkdir(exist_ok=True)
+        reranking = CVNetReranking(
+            build, {}, dataset.queries, dataset.database, dataset.ground_truth, [8], folder / "scores.npy"
+        )
+        return reranking.stages(found, positions)["reranking"], np.load(folder / "scores.npy")
+
+    class Interrupted(type(network)):
+        asked = 0
+
+        def query_inputs(self, feature_map):
+            type(self).asked += 1
+            if self.asked == 3:
+                raise KeyboardInterrupt
+            return super().query_inputs(feature_map)
+
+    def interrupted():
+        copy = Interrupted.__new__(Interrupted)
+        copy.__dict__.update(network.__dict__)
+        return copy
+
+    whole, scores = rerank(tmp_path / "a", lambda: network)
+    with pytest.raises(KeyboardInterrupt):
+        rerank(tmp_path / "b", interrupted)
+    resumed, resumed_scores = rerank(tmp_path / "b", interrupted)
+    assert Interrupted.asked == 4  # of the last query alone
+    np.testing.assert_allclose(resumed_scores, scores, atol=1e-6, rtol=0)  # batches may differ
+    assert torch.equal(whole.ids, resumed.ids)
+    assert whole.figures["M"].map == resumed.figures["M"].map
+
+
+def test_maps_on_disk_stay_within_their_limit_and_are_used_again(layout, network, tmp_path):
+    images = load_dataset("roxford5k", layout.data_dir).database
+    (first,) = FeatureMaps(network, {}, tmp_path / "one", 1 << 30, 0).of(images[:1])
+    limit = 5 * (first[1].nbytes + 128)
+    made = dict(FeatureMaps(network, {}, tmp_path / "maps", limit, 0).of(images))
+    files = list((tmp_path / "maps").iterdir())
+    assert len(files) == 5
+    assert sum(file.stat().st_size for file in files) <= limit
+
+    files[0].write_bytes(b"damaged")
+    again = FeatureMaps(network, {}, tmp_path / "maps", limit, 0)
+    maps = list(again.of(images))
+    assert len([number for number, _ in maps[:4] if number < 5]) == 4  # those on the disk come first
+    for number, each in maps:
+        torch.testing.assert_close(each, made[number])
+    assert len(list((tmp_path / "maps").iterdir())) == 5
+    assert all(file.read_bytes() != b"damaged" for file in (tmp_path / "maps").iterdir())
+
+
+def test_batches_are_of_equal_sizes_and_hold_every_map():
+    maps = [torch.full((2, 3 + number % 2, 4), float(number)) for number in range(9)]
+    batches = list(equal_sizes(enumerate(maps), lambda each: 2))
+    assert sorted(number for numbers, _ in batches for number in numbers) == list(range(9))
+    for numbers, batch in batches:
+        assert len(numbers) <= 2
+        assert batch[:, 0, 0, 0].tolist() == numbers
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("TEST.RERANKER", "colbert"), "is not one of superglobal, cvnet, none"),
+        (("TEST.RERANKER", "cvnet", "TEST.TOPK_LIST", "[0]"), "has '0', which is no number from 1"),
+        (
+            ("TEST.RERANKER", "cvnet", "TEST.FEATURES", "x.mat"),
+            "needs pictures and weights",
+        ),
+    ],
+)
+def test_what_cannot_be_reranked_is_told(evaluate, arguments, message):
+    outcome = evaluate(*arguments)
+    assert outcome.code == 2
+    assert message in outcome.err
+
+
+def test_a_damaged_candidate_is_named(evaluate, layout):
+    assert evaluate("TEST.RERANKER", "none").code == 0
+    content = layout.picture("db_7").read_bytes()
+    stat = layout.picture("db_7").stat()
+    layout.picture("db_7").write_bytes(b"x" * len(content))
+    os.utime(layout.picture("db_7"), ns=(stat.st_atime_ns, stat.st_mtime_ns))  # its descriptor is used again
+    outcome = evaluate("TEST.RERANKER", "cvnet")
+    assert outcome.code == 2
+    assert "db_7.jpg: not a picture" in outcome.err

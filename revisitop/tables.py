@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from yacs.config import CfgNode
 
@@ -117,9 +118,8 @@ def main_table(args: argparse.Namespace) -> Iterator[Row]:
         for distractors in (False, True):
             cfg = read_config(args, ("MODEL.DEPTH", depth), ("SupG.onemeval", distractors))
             for dataset in cfg.TEST.DATASET_LIST:
-                yield from evaluate(cfg, dataset, f"R{depth}", {"": default_reranker(cfg)})
-                if cfg.TEST.RERANKER == "cvnet" and not distractors:
-                    yield from evaluate_cvnet(cfg, dataset, f"R{depth}")
+                rival = cfg.TEST.RERANKER == "cvnet" and not distractors
+                yield from evaluate(cfg, dataset, f"R{depth}", {"": default_reranker(cfg)}, rival=rival)
 
 
 def ablation_table(args: argparse.Namespace) -> Iterator[Row]:
@@ -151,7 +151,12 @@ def default_reranker(cfg: CfgNode) -> SuperGlobalReranker:
 
 
 def evaluate(
-    cfg: CfgNode, name: str, place: str, rerankers: dict[str, SuperGlobalReranker], network: str = ""
+    cfg: CfgNode,
+    name: str,
+    place: str,
+    rerankers: dict[str, SuperGlobalReranker],
+    network: str = "",
+    rival: bool = False,
 ) -> Iterator[Row]:
     """A row of retrieval and one per reranker, or one that says what is missing.
 
@@ -161,64 +166,63 @@ def evaluate(
         place: the folder of descriptors.
         rerankers: by what sets them apart.
         network: what sets it apart.
+        rival: whether reranking by local features has rows, too.
     """
-    depth = cfg.MODEL.DEPTH
+    depth, device = cfg.MODEL.DEPTH, choose_device(cfg.TEST.DEVICE)
 
     def setting(stage: str, reranker: str = "") -> str:
         return ", ".join(filter(None, [stage, network, reranker, "+1M" if cfg.SupG.onemeval else ""]))
 
+    folder = Path(cfg.TEST.OUT_DIR) / "tables" / place
     try:
-        queries, database, dataset = prepare(cfg, name, place)
+        prepared = prepare(cfg, name, folder, device)
     except InputError as error:
         yield Row(depth, name, setting("retrieval, reranking"), note=str(error))
         return
+    ranked = (prepared.queries, prepared.database, prepared.dataset.ground_truth)
     for number, (words, reranker) in enumerate(rerankers.items()):
-        stages = retrieve(queries, database, dataset.ground_truth, reranker, choose_device(cfg.TEST.DEVICE))
+        stages = retrieve(*ranked, reranker, device)
         if number == 0:
             known = find_published(cfg, name, "retrieval", reranker)
             yield Row(depth, name, setting("retrieval"), stages["retrieval"].figures, known)
         known = find_published(cfg, name, "reranking", reranker)
         yield Row(depth, name, setting("reranking", words), stages["reranking"].figures, known)
+    if rival:
+        made_from = (prepared.checkpoint, prepared.source, folder, device)
+        stages = retrieve(*ranked, make_reranker(cfg, prepared.dataset, (), *made_from), device)
+        for stage, ranking in stages.items():
+            if stage != "retrieval":
+                yield Row(depth, name, setting(stage, "CVNet-Rerank"), ranking.figures)
 
 
-def evaluate_cvnet(cfg: CfgNode, name: str, place: str) -> Iterator[Row]:
-    """Rows of reranking by local features; none where evaluate has said what is missing."""
-    try:
-        queries, database, dataset = prepare(cfg, name, place)
-    except InputError:
-        return
-    device, checkpoint = choose_device(cfg.TEST.DEVICE), find_checkpoint_of(cfg, dataset)
-    source, folder = descriptor_source(cfg, checkpoint), Path(cfg.TEST.OUT_DIR) / "tables" / place
-    reranker = make_reranker(cfg, dataset, (), checkpoint, source, folder, device)
-    stages = retrieve(queries, database, dataset.ground_truth, reranker, device)
-    for stage, ranking in stages.items():
-        if stage != "retrieval":
-            yield Row(cfg.MODEL.DEPTH, name, f"{stage}, CVNet-Rerank", ranking.figures)
+@dataclass(frozen=True)
+class Prepared:
+    """A dataset, described."""
+
+    dataset: Dataset
+    queries: Tensor
+    database: Database
+    checkpoint: Path
+    source: dict
 
 
-def find_checkpoint_of(cfg: CfgNode, dataset: Dataset) -> Path:
-    return find_weights(dataset, Path(cfg.TEST.WEIGHTS), cfg.MODEL.DEPTH)
-
-
-def prepare(cfg: CfgNode, name: str, place: str) -> tuple[Tensor, Database, Dataset]:
-    """Queries, database and the dataset. Raises InputError where something is missing."""
-    device = choose_device(cfg.TEST.DEVICE)
+def prepare(cfg: CfgNode, name: str, folder: Path, device: torch.device) -> Prepared:
+    """Raises InputError where something is missing, before the long work."""
     dataset = find_dataset(name, Path(cfg.TEST.DATA_DIR))
     dataset.check_files()
-    checkpoint = find_checkpoint_of(cfg, dataset)
+    checkpoint = find_weights(dataset, Path(cfg.TEST.WEIGHTS), cfg.MODEL.DEPTH)
     source = descriptor_source(cfg, checkpoint)
     distractors = None
-    if cfg.SupG.onemeval:  # before the long work
+    if cfg.SupG.onemeval:
         path = find_distractors(cfg.TEST.DISTRACTORS, cfg.MODEL.DEPTH)
         distractors = load_distractors(path)
         check_distractors(path, source)
-    folder = Path(cfg.TEST.OUT_DIR) / "tables" / place
     make_folder(folder)
     queries, rows = describe_lists(
         dataset_lists(dataset, folder), **describe_arguments(cfg, checkpoint, source, device)
     )
     database = Database(rows) if distractors is None else add_distractors(rows, distractors)
-    return queries, database, dataset
+    return Prepared(dataset, queries, database, checkpoint, source)
 
 
 @cache

@@ -89,6 +89,16 @@ def test_ablation_switches_each_module(table):
     assert outcome.err.count("roxford5k database: 24 pictures described") == 6
 
 
+def test_the_rival_is_listed_where_it_is_asked_for(table):
+    outcome = table("main", "--depth", 50, "TEST.RERANKER", "cvnet", "TEST.TOPK_LIST", "[5, 400]")
+    assert outcome.code == 0, outcome.err
+    settings = [key[2] for key in rows_of(outcome.out) if key[1] == "roxford5k"]
+    assert settings == [
+        *("retrieval", "reranking", "reranking of 5, CVNet-Rerank", "reranking of 400, CVNet-Rerank"),
+        "retrieval, reranking, +1M",
+    ]
+
+
 def test_missing_weights_are_a_row(table, tmp_path):
     (tmp_path / "none").mkdir()
     outcome = table("main", "--depth", 50, weights=tmp_path / "none")

@@ -200,12 +200,16 @@ class DescriptorStore:
 
     def _open(self) -> None:
         try:
-            if self._journals() and self.part.exists():
+            if self._begun():
                 self._resume()
             else:
                 self._create()
         except OSError as error:
             raise InputError(f"{self.part}: cannot be written ({error.strerror})") from None
+
+    def _begun(self) -> bool:
+        """Whether an earlier run left rows; a part without any is no reason to refuse other settings."""
+        return self.part.exists() and any(b"\n" in journal.read_bytes()[:-1] for journal in self._journals())
 
     def _create(self) -> None:
         """An empty part of full size (so that a full disk is known now) and a journal without rows."""

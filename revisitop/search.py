@@ -61,6 +61,10 @@ class Folder:
 def main(argv: list[str]) -> None:
     args = parse(argv)
     cfg = read_config(args, ("MODEL.DEPTH", args.depth), ("TEST.WEIGHTS", str(args.weights)))
+    if cfg.TEST.RERANKER == "cvnet" or cfg.TEST.FEATURES or cfg.SupG.onemeval:
+        raise InputError("TEST.RERANKER cvnet, TEST.FEATURES and SupG.onemeval are for test.py, which has ground truth")
+    if not args.database.is_dir():
+        raise InputError(f"--database {args.database}: there is no such folder")
     out_dir = Path(cfg.TEST.OUT_DIR)
     make_folder(out_dir)
     start_log(Path("log.txt"), cfg, screen=sys.stderr if args.json else sys.stdout)
@@ -81,13 +85,17 @@ def main(argv: list[str]) -> None:
         **describe_arguments(cfg, checkpoint, descriptor_source(cfg, checkpoint), device),
     )
 
-    reranker = SuperGlobalReranker(cfg.SupG.rerank_m, cfg.SupG.rerank_k, cfg.SupG.rerank_beta)
+    reranker = None
+    if cfg.SupG.rerank and cfg.TEST.RERANKER != "none":
+        reranker = SuperGlobalReranker(cfg.SupG.rerank_m, cfg.SupG.rerank_k, cfg.SupG.rerank_beta)
     nothing = [_NOTHING] * len(queries.images)
-    stages = retrieve(queries.rows, Database(database.rows), nothing, reranker if cfg.SupG.rerank else None, device)
+    stages = retrieve(queries.rows, Database(database.rows), nothing, reranker, device)
     found = list(stages.values())[-1]
+    scores = "cosine similarity" if reranker is None else "the reranking's own"
     if args.json:
-        print(json.dumps(as_dict(queries, database, found, args.top), indent=1))
+        print(json.dumps({"scores": scores, **as_dict(queries, database, found, args.top)}, indent=1))
     else:
+        log.info("scores: %s", scores)
         for line in in_words(queries, database, found, args.top):
             log.info("%s", line)
     if args.report:
@@ -107,7 +115,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--depth", type=int, choices=STAGE_DEPTHS, default=50, help="layers of the ResNet encoder [50]")
     parser.add_argument("--top", type=top, default=10, metavar="K", help=f"results per query, 1 to {SAVED_RANKS} [10]")
     parser.add_argument("--json", action="store_true", help="print JSON, and everything else on stderr")
-    parser.add_argument("--report", action="store_true", help="write a page of what each query found")
+    parser.add_argument("--report", action="store_true", help="write a page of the first 10 for each query")
     return parser.parse_intermixed_args(argv)
 
 
@@ -226,7 +234,7 @@ def section(queries: Folder, database: Folder, stages: dict[str, Ranking]) -> Se
         lists = [hits(ranking, number) for ranking in stages.values()]
         shown.append(Query(queries.name(number), image, lists[0], lists[1] if len(lists) > 1 else None))
     note = f"{len(shown)} queries, {len(database.images):,} pictures."
-    return Section(str(database.root), shown, note=note)
+    return Section(database.root.resolve().name, shown, note=note)
 
 
 def _name(image: ImageFile, root: Path) -> str:

@@ -102,7 +102,7 @@ def main(argv: list[str]) -> None:
     if "toy" in cfg.TEST.DATASET_LIST:
         log.info("%s", toy.DISCLAIMER)
     if missing:
-        log.info("%d rows lack data or weights; python -m revisitop.download fetches them", missing)
+        log.info("%d rows lack data or weights, see their notes; python -m revisitop.download --help", missing)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

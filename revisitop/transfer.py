@@ -36,6 +36,10 @@ class Source:
         return self.path.rpartition("/")[2]
 
 
+class _SilentHostError(InputError):
+    """No connection can be made."""
+
+
 class Fetcher:
     """Gets each file from the first address that has it whole and right; `fetched` counts them.
 
@@ -47,6 +51,7 @@ class Fetcher:
 
     def __init__(self, mirror: str | None = None):
         self.mirror, self.fetched = mirror, 0
+        self.silent: set[str] = set()  # hosts that no connection could be made to
         self.session = requests.Session()
         retry = urllib3.Retry(
             RETRIES, backoff_factor=BACKOFF, status_forcelist=(429, 500, 502, 503, 504), raise_on_status=False
@@ -73,9 +78,14 @@ class Fetcher:
         problems = []
         for host in (self.mirror, *source.hosts) if self.mirror else source.hosts:
             address = f"{host}/{source.path}"
+            if host in self.silent:
+                problems.append(f"{host}: no connection")
+                continue
             try:
                 self._fetch_checked(address, part, check)
             except InputError as error:
+                if isinstance(error, _SilentHostError):
+                    self.silent.add(host)
                 problems.append(f"{address}: {error}")
                 print(f"no luck with {problems[-1]}", file=sys.stderr)
                 continue
@@ -125,6 +135,9 @@ class Fetcher:
         try:
             response = self.session.get(address, headers=headers, stream=True, timeout=TIMEOUT)
         except requests.RequestException as error:
+            reason = getattr(error.args[0], "reason", None) if error.args else None
+            if isinstance(reason, urllib3.exceptions.NewConnectionError | urllib3.exceptions.ConnectTimeoutError):
+                raise _SilentHostError(_in_words(error)) from None
             raise InputError(_in_words(error)) from None
         with response:
             span = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", response.headers.get("Content-Range", ""))

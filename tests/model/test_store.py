@@ -88,6 +88,13 @@ def test_a_journal_without_a_head_and_a_part_of_another_length_are_refused(path)
         DescriptorStore(path, 10, 4, SOURCE)
 
 
+def test_a_run_that_made_no_row_is_no_obstacle(path):
+    DescriptorStore(path, 10, 4, {**SOURCE, "checkpoint": "the wrong one"})
+    assert len(DescriptorStore(path, 10, 4, SOURCE).missing()) == 10
+    finish(path)
+    np.testing.assert_array_equal(np.load(path), ROWS)
+
+
 def test_rows_of_other_settings_are_not_mixed(path):
     begin(path, 6)
     with pytest.raises(InputError, match="checkpoint: abc before, xyz now"):

@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import resource
+import socket
 import sys
 import tarfile
 import threading
@@ -642,3 +643,16 @@ def test_help_tells_the_items_and_where_a_mirror_is_asked(download):
     assert outcome.code == 0
     assert "rparis6k     ground truth and pictures" in outcome.out
     assert f"is looked for as URL{FEATURES[0]}" in outcome.out
+
+
+def test_a_host_that_takes_no_connection_is_tried_for_one_file_alone(download, site, monkeypatch):
+    content = io.BytesIO()
+    scipy.io.savemat(content, {"Q": np.eye(3), "X": np.eye(3)})
+    for path in FEATURES:
+        site.put(path, content.getvalue())
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with socket.socket() as taken:  # bound, but it does not listen
+        taken.bind(("127.0.0.1", 0))
+        outcome = download("features", "--mirror", f"http://127.0.0.1:{taken.getsockname()[1]}")
+    assert outcome.code == 0, outcome.err
+    assert outcome.err.count("no luck with http://127.0.0.1") == 1

@@ -101,7 +101,8 @@ def test_the_report_shows_results_without_right_or_wrong(search, folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"database": "nowhere"}, "there is no file or folder nowhere"),
+        ({"database": "nowhere"}, "--database nowhere: there is no such folder"),
+        ({"database": "FOLDER/a b.jpg"}, "a b.jpg: there is no such folder"),
         ({"queries": "nowhere.jpg"}, "there is no file or folder nowhere.jpg"),
         ({"queries": "FOLDER/фото/text.jpg"}, "queries: .*text.jpg: not a picture"),
         ({"database": "FOLDER/empty"}, r"empty holds no picture; files with endings such as \.jpg"),
@@ -112,6 +113,21 @@ def test_what_cannot_be_searched_is_told(search, folder, change, message):
     outcome = search(**{key: value.replace("FOLDER", str(folder)) for key, value in change.items()})
     assert outcome.code == 2
     assert re.search(f"^error: .*{message}", outcome.err.splitlines()[-1])
+
+
+@pytest.mark.parametrize("arguments", [("TEST.RERANKER", "none"), ("SupG.rerank", "False")])
+def test_without_reranking_scores_are_cosines(search, arguments):
+    outcome = search("--json", *arguments)
+    found = json.loads(outcome.out)
+    assert found["scores"] == "cosine similarity"
+    assert found["queries"][0]["results"][0]["score"] == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("arguments", [("TEST.RERANKER", "cvnet"), ("TEST.FEATURES", "x.mat"), ("SupG.onemeval",)])
+def test_what_needs_ground_truth_is_refused(search, arguments):
+    outcome = search(*arguments)
+    assert outcome.code == 2
+    assert "are for test.py, which has ground truth" in outcome.err
 
 
 @pytest.mark.parametrize("top", ["0", "401", "x"])

@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import logging
 import pickle
 import shutil
 import subprocess
@@ -90,11 +91,15 @@ def command(monkeypatch, capsys, tmp_path):
         spec = importlib.util.spec_from_file_location(f"script_{Path(script).stem}", ROOT / script)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        code = 0
+        code, handlers = 0, logging.root.handlers[:]
         try:
             run_command(module.main)
         except SystemExit as stop:
             code = stop.code
+        finally:  # the next command must not write to this one's screen and log
+            for handler in set(logging.root.handlers) - set(handlers):
+                handler.close()
+            logging.root.handlers[:] = handlers
         return Outcome(code, *capsys.readouterr())
 
     return run

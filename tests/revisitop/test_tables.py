@@ -160,9 +160,13 @@ def test_toy_is_tabulated_reported_and_searched(command, tmp_path):
     assert outcome.code == 0, outcome.err
     page = (tmp_path / "work" / "output" / "report" / "index.html").read_text()
     assert page.count("data:image/jpeg") > 12 * 20
+    pictures, some = tmp_path / "data" / "toy" / "jpg", tmp_path / "some"
+    some.mkdir()
+    for path in [pictures / "toy_query_00.jpg", *sorted(pictures.glob("*.jpg"))[:20]]:
+        (some / path.name).symlink_to(path)
     outcome = command(
-        "revisitop/search.py", "--database", tmp_path / "data" / "toy" / "jpg", "--json", "TEST.SCALE_LIST", 1,
-        "--queries", tmp_path / "data" / "toy" / "jpg" / "toy_query_00.jpg",
+        "revisitop/search.py", "--database", some, "--json", "TEST.SCALE_LIST", 1,
+        "--queries", some / "toy_query_00.jpg",
         "--weights", next((tmp_path / "data" / "toy").glob("*.pyth")),
     )  # fmt: skip
     assert outcome.code == 0, outcome.err

@@ -1,41 +1,35 @@
-"""Every option once: default, one-line meaning, check. Only the command lines read it."""
+"""Every option once: default, one-line meaning, check; and the parser of the commands. Nothing heavy is imported."""
 
 import argparse
 import difflib
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-from torch.utils.data import ConcatDataset
+import yaml
 from yacs.config import CfgNode
 
-from model.checkpoint import sha256
-from model.cvnet_rerank import load_cvnet_rerank
 from model.errors import InputError
-from model.folding import PRECISIONS
-from model.images import ImageFile
-from model.resnet import STAGE_DEPTHS
-from model.superglobal import SCALES, build_model
-from modules.activation import RELUP_THRESHOLD
-from modules.pooling import GEMP_P, RGEM_P, RGEM_WINDOW, SGEM_P
-from modules.reranking import RERANK_BETA, RERANK_K, RERANK_M, SuperGlobalReranker
-from revisitop.cvnet import CVNetReranking
-from revisitop.dataset import DATASETS, Dataset
 
 
 @dataclass(frozen=True)
 class Option:
-    """A key of the command line. `check` gives the reason why a value is refused, or None."""
+    """A key of the command line.
+
+    Attributes:
+        check: gives the reason why a value is refused, or None.
+        needs: values of other options without which it has no effect.
+    """
 
     key: str
     default: Any
     meaning: str
     check: Callable[[Any], str | None] = lambda value: None
+    needs: Mapping[str, Any] | None = None
 
 
 def _one_of(*choices) -> Callable[[Any], str | None]:
@@ -80,45 +74,176 @@ def _counts(value: list) -> str | None:
     return f"has {wrong[0]!r}, which is no number from 1" if wrong else None
 
 
-RERANKERS = ("superglobal", "cvnet", "none")
+DATASETS = ("roxford5k", "rparis6k", "toy")
+_CVNET, _SUPERGLOBAL = {"TEST.RERANKER": "cvnet"}, {"TEST.RERANKER": "superglobal", "SupG.rerank": True}
 
+# The numbers of the method are those of modules/; a test compares them.
 OPTIONS = (
-    Option("MODEL.DEPTH", 50, "layers of the ResNet encoder: 50 or 101", _one_of(*STAGE_DEPTHS)),
+    Option("MODEL.DEPTH", 50, "layers of the ResNet encoder: 50 or 101", _one_of(50, 101)),
     Option("MODEL.HEADS.REDUCTION_DIM", 2048, "dimensions of the descriptor, as in the checkpoint", _at_least(1)),
-    Option("TEST.WEIGHTS", "./weights", "checkpoint, or a folder in which exactly one fits the depth", _not_empty),
+    Option(
+        "TEST.WEIGHTS", "auto",
+        "checkpoint, or a folder in which exactly one fits the depth; auto: ./weights, and for toy its own", _not_empty,
+    ),
     Option("TEST.DATA_DIR", "./revisitop", "folder of the datasets", _not_empty),
     Option("TEST.DATASET_LIST", ["roxford5k", "rparis6k"], f"datasets to run: {', '.join(DATASETS)}", _datasets),
-    Option("TEST.SCALE_LIST", 3, "number of scales: 1, 3 or 5", _one_of(*SCALES)),
+    Option("TEST.SCALE_LIST", 3, "number of scales: 1, 3 or 5", _one_of(1, 3, 5)),
     Option("TEST.FEATURES", "", "evaluate saved descriptors (.mat, .npy, .npz, .pth, a folder of ours); no network"),
     Option("TEST.DEVICE", "auto", "auto (GPU where there is one), cpu, cuda or cuda:N", _device),
-    Option("TEST.PRECISION", "fp32", "precision of the network: fp32, bf16 or fp16", _one_of(*PRECISIONS)),
-    Option("TEST.BATCH_SIZE", 0, "pictures (of equal size) in a batch at most; 0: as the memory allows", _at_least(0)),
+    Option("TEST.PRECISION", "fp32", "precision of the network: fp32, bf16 or fp16", _one_of("fp32", "bf16", "fp16")),
+    Option("TEST.BATCH_SIZE", 0, "images (of equal size) in a batch at most; 0: as the memory allows", _at_least(0)),
     Option("TEST.OUT_DIR", "./output", "folder of results.json, descriptors and rankings", _not_empty),
-    Option("TEST.DISTRACTORS", "", "descriptors for SupG.onemeval; default: feats_1m_RN<depth>.pth or .npy here"),
-    Option("TEST.RESUME", True, "go on with, and use again, descriptors of the same run in TEST.OUT_DIR"),
-    Option("TEST.RERANKER", "superglobal", f"reranker: {', '.join(RERANKERS)}", _one_of(*RERANKERS)),
-    Option("TEST.TOPK_LIST", [400], "numbers of candidates that cvnet reranks, a ranking for each", _counts),
-    Option("TEST.MAPS_GB", 0.0, "feature maps of cvnet kept in TEST.OUT_DIR, in GB at most; 0 for none", _at_least(0)),
-    Option("TEST.REPORT", False, "write report/index.html into TEST.OUT_DIR: figures, and what each query found"),
-    Option("DATA_LOADER.NUM_WORKERS", 4, "processes that decode pictures, at most one per core", _at_least(0)),
+    Option(
+        "TEST.DISTRACTORS", "",
+        "descriptors for SupG.onemeval; default: feats_1m_RN<depth>.pth or .npy here", needs={"SupG.onemeval": True},
+    ),
+    Option("TEST.RESUME", True, "resume, and use again, descriptors of the same run in TEST.OUT_DIR"),
+    Option("TEST.RERANKER", "superglobal", "reranker: superglobal, cvnet (local features) or none", _not_empty),
+    Option(
+        "TEST.TOPK_LIST", [400], "numbers of candidates that cvnet reranks, a ranking for each", _counts, _CVNET
+    ),
+    Option(
+        "TEST.MAPS_GB", 0.0, "feature maps of cvnet kept in TEST.OUT_DIR, in GB at most; 0 for none", _at_least(0),
+        _CVNET,
+    ),
+    Option("TEST.REPORT", False, "write report/index.html into TEST.OUT_DIR: metrics, and what each query found"),
+    Option("DATA_LOADER.NUM_WORKERS", 4, "processes that decode images, at most one per core", _at_least(0)),
     Option("DATA_LOADER.PIN_MEMORY", True, "copy to the GPU from pinned memory"),
     Option("SupG.gemp", True, "GeM+; False: GeM with the power that the checkpoint was trained with"),
-    Option("SupG.gemp_p", GEMP_P, "power of GeM+", _positive_finite),
+    Option("SupG.gemp_p", 4.6, "power of GeM+", _positive_finite, {"SupG.gemp": True}),
     Option("SupG.rgem", True, "Regional-GeM"),
-    Option("SupG.rgem_p", RGEM_P, "power of Regional-GeM", _positive_finite),
-    Option("SupG.rgem_window", RGEM_WINDOW, "side of Regional-GeM's window, in positions of the map", _odd),
+    Option("SupG.rgem_p", 2.5, "power of Regional-GeM", _positive_finite, {"SupG.rgem": True}),
+    Option("SupG.rgem_window", 5, "side of Regional-GeM's window, in positions of the map", _odd, {"SupG.rgem": True}),
     Option("SupG.sgem", True, "Scale-GeM; False: mean over the scales"),
-    Option("SupG.sgem_p", SGEM_P, "power of Scale-GeM; inf is the maximum", _positive),
+    Option("SupG.sgem_p", math.inf, "power of Scale-GeM; inf is the maximum", _positive, {"SupG.sgem": True}),
     Option("SupG.relup", True, "ReLU+; False: plain ReLU everywhere"),
-    Option("SupG.relup_threshold", RELUP_THRESHOLD, "threshold of ReLU+", _at_least(0)),
-    Option("SupG.rerank", True, "SuperGlobal reranking"),
-    Option("SupG.rerank_m", RERANK_M, "M, candidates that are reranked", _at_least(1)),
-    Option("SupG.rerank_k", RERANK_K, "K, neighbours of a candidate", _at_least(1)),
-    Option("SupG.rerank_beta", RERANK_BETA, "beta, weight of the neighbours", _at_least(0)),
-    Option("SupG.onemeval", False, "add the 1M distractors, described by extract_rop1m.py"),
-)
+    Option("SupG.relup_threshold", 0.014, "threshold of ReLU+", _at_least(0), {"SupG.relup": True}),
+    Option("SupG.rerank", True, "SuperGlobal reranking, if it is the TEST.RERANKER"),
+    Option("SupG.rerank_m", 400, "M, candidates that are reranked", _at_least(1), _SUPERGLOBAL),
+    Option("SupG.rerank_k", 9, "K, neighbours of a candidate", _at_least(1), _SUPERGLOBAL),
+    Option("SupG.rerank_beta", 0.15, "beta, weight of the neighbours", _at_least(0), _SUPERGLOBAL),
+    Option("SupG.onemeval", False, "add the 1M distractors, extracted by extract_rop1m.py"),
+)  # fmt: skip
 _BY_KEY = {option.key: option for option in OPTIONS}
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+
+# The options that commands have in common, by what they are for.
+NETWORK = (
+    *("MODEL.DEPTH", "MODEL.HEADS.REDUCTION_DIM", "TEST.WEIGHTS", "TEST.SCALE_LIST", "TEST.PRECISION"),
+    *("SupG.gemp", "SupG.gemp_p", "SupG.rgem", "SupG.rgem_p", "SupG.rgem_window"),
+    *("SupG.sgem", "SupG.sgem_p", "SupG.relup", "SupG.relup_threshold"),
+)
+LOADING = ("TEST.BATCH_SIZE", "DATA_LOADER.NUM_WORKERS", "DATA_LOADER.PIN_MEMORY")
+RERANKING = ("TEST.RERANKER", "SupG.rerank", "SupG.rerank_m", "SupG.rerank_k", "SupG.rerank_beta")
+
+# How a command's user types the arguments that an InputError advises.
+ADVICE: dict[str, Callable[[Any], str]] = {
+    "depth": "MODEL.DEPTH {}".format,
+    "dim": "MODEL.HEADS.REDUCTION_DIM {}".format,
+    "scales": lambda scales: f"TEST.SCALE_LIST {len(scales)}",
+    "precision": "TEST.PRECISION {}".format,
+    "device": "TEST.DEVICE {}".format,
+    "workers": "DATA_LOADER.NUM_WORKERS {}".format,
+    "resume": "TEST.RESUME {}".format,
+    "path": lambda path: "another TEST.OUT_DIR",
+}
+
+
+class Parsed(NamedTuple):
+    """A command line: the command's own arguments, its options, and the keys of those that were given."""
+
+    args: argparse.Namespace
+    cfg: CfgNode
+    given: set[str]
+
+
+class CommandLine:
+    """The command line of one command: ``[--config-file FILE] [KEY VALUE | BOOLEAN_KEY]...`` and what is added.
+
+    Args:
+        description: of the command, for its help.
+        uses: the options that the command uses; every other one is refused.
+        prog: how it is called, if that is not the script's name.
+        instead: for options that are refused, what the command has in their place.
+    """
+
+    def __init__(
+        self,
+        description: str,
+        uses: Collection[str] = tuple(_BY_KEY),
+        prog: str | None = None,
+        instead: Mapping[str, str] | None = None,
+    ):
+        self.uses, self.instead = set(uses), dict(instead or {})
+        self.parser = _Parser(
+            prog=prog,
+            description=description,
+            epilog=_options_help(uses),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        self.add = self.parser.add_argument
+        self._flags: dict[str, str] = {}
+
+    def refuse(self, instead: Mapping[str, str]) -> None:
+        """Refuses further options, with what the command has in their place."""
+        self.uses -= instead.keys()
+        self.instead |= instead
+
+    def add_flag(self, flag: str, key: str, **how: Any) -> None:
+        """Adds a flag that is another way to set an option."""
+        self._flags[flag] = key
+        self.add(flag, dest=key, **how)
+
+    def parse(self, argv: list[str]) -> Parsed:
+        """Returns the arguments and the config of a command line, see read and config."""
+        return self.config(self.read(argv))
+
+    def read(self, argv: list[str]) -> argparse.Namespace:
+        """Returns the command's own arguments; its options are still words.
+
+        Raises:
+            InputError: on unknown or missing arguments.
+        """
+        self.add("--config-file", type=Path, metavar="FILE", help="YAML file of options, merged first")
+        self.add("options", nargs="*", metavar="KEY VALUE", help="options, listed below")
+        return self.parser.parse_intermixed_args(argv)
+
+    def config(self, args: argparse.Namespace, assumed: Mapping[str, Any] | None = None) -> Parsed:
+        """Returns the config: defaults, then the YAML file, then KEY VALUE pairs, then flags.
+
+        Args:
+            args: what read gave.
+            assumed: options that the command itself sets, for the check whether others have an effect.
+
+        Raises:
+            InputError: on an unknown key (suggesting the nearest), a wrong type, a refused value, an option
+                that the command does not use, one that has no effect, or a flag and an option that
+                contradict each other.
+        """
+        written = pair_options(args.options)
+        settings = [*(_read_yaml(args.config_file) if args.config_file else []), *written]
+        for key, value in settings:
+            self._refuse_unused(_option(key), value)
+        for flag, key in self._flags.items():
+            value = getattr(args, key)
+            if value is not None:
+                for other in (each for name, each in written if name == key):
+                    if _typed(_option(key), other) != _typed(_option(key), value):
+                        raise InputError(f"{flag} {value} and {key} {other} contradict each other; name one of them")
+                settings.append((key, value))
+        cfg = make_config(settings)
+        _refuse_idle(varied(cfg, assumed or {}))
+        return Parsed(args, cfg, {key for key, _ in settings})
+
+    def _refuse_unused(self, option: Option, value: Any) -> None:
+        if option.key not in self.uses and _typed(option, value) != option.default:
+            hint = self.instead.get(option.key, "--help lists the options that it uses")
+            raise InputError(f"{option.key} is not an option of {self.parser.prog}; {hint}")
+
+
+def parse_config(argv: list[str], description: str) -> CfgNode:
+    """Returns the config of a command that uses every option, see CommandLine.parse."""
+    return CommandLine(description).parse(argv).cfg
 
 
 def default_config() -> CfgNode:
@@ -133,53 +258,16 @@ def default_config() -> CfgNode:
     return cfg
 
 
-def parse_config(argv: list[str], description: str) -> CfgNode:
-    """The config of a command line: ``[--config-file FILE] [KEY VALUE | BOOLEAN_KEY]...``.
-
-    Raises:
-        InputError: on an unknown key (suggesting the nearest), a wrong type, or a refused value.
-    """
-    return read_config(make_parser(description).parse_intermixed_args(argv))
-
-
-def make_parser(
-    description: str, prog: str | None = None, tasks: Sequence[str] | None = None
-) -> argparse.ArgumentParser:
-    """A parser of these options, for a command to add its own to. Its errors are InputErrors.
-
-    Args:
-        description: of the command, for its help.
-        prog: how it is called, where that is not the script's name.
-        tasks: the choices of its first word, `task`, if it has one.
-    """
-    parser = _Parser(
-        prog=prog,
-        description=description,
-        epilog=_options_help(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    if tasks:
-        parser.add_argument("task", choices=tasks, help="see above")
-    parser.add_argument("--config-file", type=Path, metavar="FILE", help="YAML file of options, merged first")
-    parser.add_argument("options", nargs="*", metavar="KEY VALUE", help="options, listed below")
-    return parser
-
-
-def read_config(args: argparse.Namespace, *fixed: tuple[str, Any]) -> CfgNode:
-    """The config of parsed arguments; `fixed` settings come last."""
-    settings = _read_yaml(args.config_file) if args.config_file else []
-    return make_config(settings + pair_options(args.options) + list(fixed))
-
-
-def make_config(settings: list[tuple[str, Any]]) -> CfgNode:
+def make_config(settings: Sequence[tuple[str, Any]]) -> CfgNode:
     """The defaults with these settings, checked and frozen. Later ones win."""
-    cfg = default_config()
-    for key, value in settings:
-        cfg.merge_from_list([key, _typed(_option(key), value)])
-    if cfg.SupG.rerank_k > cfg.SupG.rerank_m:
-        raise InputError(f"SupG.rerank_k {cfg.SupG.rerank_k} is above SupG.rerank_m {cfg.SupG.rerank_m}")
-    cfg.freeze()
-    return cfg
+    return _with(default_config(), settings)
+
+
+def varied(cfg: CfgNode, changes: Mapping[str, Any]) -> CfgNode:
+    """Returns a copy with these options changed, checked and frozen."""
+    copy = cfg.clone()
+    copy.defrost()
+    return _with(copy, changes.items())
 
 
 def option_values(cfg: CfgNode) -> dict[str, Any]:
@@ -187,88 +275,23 @@ def option_values(cfg: CfgNode) -> dict[str, Any]:
     return {option.key: reduce(getattr, option.key.split("."), cfg) for option in OPTIONS}
 
 
-def model_arguments(cfg: CfgNode) -> dict[str, Any]:
-    """What model.superglobal.build_model takes beside the checkpoint: all that a descriptor depends on."""
-    method = cfg.SupG
-    return {
-        "depth": cfg.MODEL.DEPTH,
-        "reduction_dim": cfg.MODEL.HEADS.REDUCTION_DIM,
-        "scales": SCALES[cfg.TEST.SCALE_LIST],
-        "relup": method.relup_threshold if method.relup else None,
-        "gemp": method.gemp_p if method.gemp else None,
-        "rgem": method.rgem_p if method.rgem else None,
-        "rgem_window": method.rgem_window,
-        "sgem": method.sgem_p if method.sgem else None,
-        "precision": cfg.TEST.PRECISION,
-    }
+def plain(cfg: CfgNode) -> dict[str, Any]:
+    """The config as nested dicts."""
+    return {key: plain(value) if isinstance(value, CfgNode) else value for key, value in cfg.items()}
 
 
-def descriptor_source(cfg: CfgNode, checkpoint: Path) -> dict[str, Any]:
-    """All that a descriptor is made from beside the picture, to be kept with it and compared."""
-    return {
-        "checkpoint_sha256": sha256(checkpoint),
-        **model_arguments(cfg),
-    }
-
-
-def describe_arguments(cfg: CfgNode, checkpoint: Path, source: dict, device: torch.device) -> dict[str, Any]:
-    """What revisitop.run.describe_lists takes beside the pictures; `source` is descriptor_source's."""
-    return {
-        "build": partial(build_model, checkpoint, device=device, **model_arguments(cfg)),
-        "source": source,
-        "dim": cfg.MODEL.HEADS.REDUCTION_DIM,
-        "resume": cfg.TEST.RESUME,
-        **loader_arguments(cfg, device),
-    }
-
-
-def loader_arguments(cfg: CfgNode, device: torch.device) -> dict[str, Any]:
-    """What model.extract takes for the reading and batching of pictures."""
-    pin_memory = cfg.DATA_LOADER.PIN_MEMORY and device.type == "cuda"
-    return {"workers": cfg.DATA_LOADER.NUM_WORKERS, "pin_memory": pin_memory, "batch_size": cfg.TEST.BATCH_SIZE}
-
-
-def make_reranker(
-    cfg: CfgNode,
-    dataset: Dataset,
-    distractors: Sequence[ImageFile],
-    checkpoint: Path,
-    source: dict,
-    folder: Path,
-    device: torch.device,
-) -> SuperGlobalReranker | CVNetReranking | None:
-    """What TEST.RERANKER asks for; SupG.rerank False is none instead of superglobal.
-
-    Args:
-        distractors: their pictures, behind the dataset's.
-        checkpoint, source: of the network, see descriptor_source.
-        folder: for cvnet's scores and maps.
-    """
-    if cfg.TEST.RERANKER == "cvnet":
-        network = {name: source[name] for name in ("checkpoint_sha256", "depth", "precision")}
-        return CVNetReranking(
-            build=partial(
-                load_cvnet_rerank,
-                checkpoint,
-                cfg.MODEL.DEPTH,
-                cfg.MODEL.HEADS.REDUCTION_DIM,
-                cfg.TEST.PRECISION,
-                device,
-            ),
-            source=network,
-            queries=dataset.queries,
-            database=ConcatDataset([dataset.database, distractors]) if len(distractors) else dataset.database,
-            ground_truth=dataset.ground_truth,
-            topk=sorted({int(count) for count in cfg.TEST.TOPK_LIST}),
-            scores=folder / f"{dataset.name}_cvnet.npy",
-            maps=folder / "cvnet_maps" if cfg.TEST.MAPS_GB else None,
-            maps_bytes=int(cfg.TEST.MAPS_GB * 1e9),
-            workers=cfg.DATA_LOADER.NUM_WORKERS,
-            resume=cfg.TEST.RESUME,
-        )
-    if cfg.TEST.RERANKER == "none" or not cfg.SupG.rerank:
-        return None
-    return SuperGlobalReranker(cfg.SupG.rerank_m, cfg.SupG.rerank_k, cfg.SupG.rerank_beta)
+def idle_options(cfg: CfgNode) -> list[str]:
+    """A line for each option that was changed and has no effect, because of what it has no effect."""
+    values, lines = option_values(cfg), []
+    for option in OPTIONS:
+        if values[option.key] != option.default:
+            reasons = [f"{key} {values[key]}" for key, wanted in (option.needs or {}).items() if values[key] != wanted]
+            names_distractors = option.key == "MODEL.DEPTH" and values["SupG.onemeval"]
+            if values["TEST.FEATURES"] and option.key in (*NETWORK, *LOADING) and not names_distractors:
+                reasons.append("TEST.FEATURES")
+            if reasons:
+                lines.append(f"{option.key} {values[option.key]} has no effect with {' and '.join(reasons)}")
+    return lines
 
 
 def pair_options(words: list[str]) -> list[tuple[str, Any]]:
@@ -288,6 +311,26 @@ def pair_options(words: list[str]) -> list[tuple[str, Any]]:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise InputError(f"{message}; --help lists the options")
+
+
+def _with(cfg: CfgNode, settings: Sequence[tuple[str, Any]]) -> CfgNode:
+    for key, value in settings:
+        *sections, leaf = key.split(".")
+        reduce(getattr, sections, cfg)[leaf] = _typed(_option(key), value)
+    if cfg.SupG.rerank_k > cfg.SupG.rerank_m:
+        raise InputError(f"SupG.rerank_k {cfg.SupG.rerank_k} is above SupG.rerank_m {cfg.SupG.rerank_m}")
+    cfg.freeze()
+    return cfg
+
+
+def _refuse_idle(cfg: CfgNode) -> None:
+    """An option that only another one, off by default, brings to life was meant to do something."""
+    for key, value in option_values(cfg).items():
+        option = _BY_KEY[key]
+        for needed, wanted in (option.needs or {}).items():
+            off = _BY_KEY[needed].default != wanted != reduce(getattr, needed.split("."), cfg)
+            if value != option.default and off:
+                raise InputError(f"{key} {value} has no effect without {needed} {wanted}")
 
 
 def _is_key(word: str) -> bool:
@@ -342,14 +385,15 @@ def _list(value: Any) -> list:
 
 def _read_yaml(path: Path) -> list[tuple[str, Any]]:
     try:
-        with path.open() as file:
-            content = CfgNode.load_cfg(file)
+        content = yaml.safe_load(path.read_bytes())
     except OSError as error:
         raise InputError(f"--config-file {path}: {error.strerror}") from None
-    except Exception as error:  # the YAML reader's own, through yacs
+    except Exception as error:  # the YAML reader's own
         text = " ".join(str(error).split())
         reason = f" ({text})" if "line" in text else ""
-        raise InputError(f"--config-file {path} holds no YAML options such as 'MODEL: {{DEPTH: 50}}'{reason}") from None
+        raise _no_options(path, reason) from None
+    if not isinstance(content, dict):
+        raise _no_options(path)
 
     def flatten(node: dict, prefix: str) -> list[tuple[str, Any]]:
         pairs = []
@@ -360,7 +404,12 @@ def _read_yaml(path: Path) -> list[tuple[str, Any]]:
     return flatten(content, "")
 
 
-def _options_help() -> str:
-    width = max(len(option.key) for option in OPTIONS)
-    lines = [f"  {option.key:<{width}}  {option.meaning} [{option.default!r}]" for option in OPTIONS]
+def _no_options(path: Path, reason: str = "") -> InputError:
+    return InputError(f"--config-file {path} holds no YAML options such as 'MODEL: {{DEPTH: 50}}'{reason}")
+
+
+def _options_help(uses: Collection[str]) -> str:
+    used = [option for option in OPTIONS if option.key in uses]
+    width = max(len(option.key) for option in used)
+    lines = [f"  {option.key:<{width}}  {option.meaning} [{option.default!r}]" for option in used]
     return "options, with their defaults (a boolean one alone means True):\n" + "\n".join(lines)

@@ -3,12 +3,13 @@
 From a checkout, without network: torch.hub.load(".", "superglobal_resnet50", source="local", weights="FILE").
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 try:
     from model.checkpoint import find_checkpoint
-    from model.hub import PictureDescriber
-    from model.superglobal import SCALES, build_model
+    from model.hub import ImageDescriptor
+    from model.recipe import SCALE_SETS, Recipe
     from modules.reranking import SuperGlobalReranker
 except ModuleNotFoundError as error:
     name = (error.name or "").split(".")[0]
@@ -21,18 +22,18 @@ except ModuleNotFoundError as error:
 dependencies = ["torch", "torchvision", "numpy", "PIL", "tqdm"]
 
 
-def superglobal_resnet50(weights: str | Path, **options) -> PictureDescriber:
-    """SuperGlobal on CVNet's ResNet-50: RGB tensors in 0..1 or PIL pictures -> unit descriptors (N, 2048).
+def superglobal_resnet50(weights: str | Path, **options) -> ImageDescriptor:
+    """SuperGlobal on CVNet's ResNet-50: RGB tensors in 0..1 or PIL images -> unit descriptors (N, 2048).
 
     Args:
         weights: the checkpoint (CVPR2022_CVNet_R50.pyth), or a folder in which exactly one fits.
-        options: of model.superglobal.build_model: scales (1, 3, 5, or factors), relup (the threshold), gemp,
-            rgem, sgem (the powers; False or None leaves one out), rgem_window, precision, device.
+        options: device, and the settings of model.recipe.Recipe: scales (1, 3, 5, or factors), relup (the
+            threshold), gemp, rgem, sgem (the powers; False or None leaves one out), rgem_window, dim, precision.
     """
     return _superglobal(50, weights, options)
 
 
-def superglobal_resnet101(weights: str | Path, **options) -> PictureDescriber:
+def superglobal_resnet101(weights: str | Path, **options) -> ImageDescriptor:
     """SuperGlobal on CVNet's ResNet-101, see superglobal_resnet50."""
     return _superglobal(101, weights, options)
 
@@ -42,10 +43,12 @@ def reranker(m: int = 400, k: int = 9, beta: float = 0.15) -> SuperGlobalReranke
     return SuperGlobalReranker(m, k, beta)
 
 
-def _superglobal(depth: int, weights: str | Path, options: dict) -> PictureDescriber:
+def _superglobal(depth: int, weights: str | Path, options: dict) -> ImageDescriptor:
     chosen = {key: None if value is False else value for key, value in options.items() if value is not True}
+    device = chosen.pop("device", "cpu")
     if isinstance(chosen.get("scales"), int):
-        if chosen["scales"] not in SCALES:
-            raise ValueError(f"scales is one of {', '.join(map(str, SCALES))}, or factors, got {chosen['scales']}")
-        chosen["scales"] = SCALES[chosen["scales"]]
-    return PictureDescriber(build_model(find_checkpoint(Path(weights), depth), depth, **chosen)).eval()
+        if chosen["scales"] not in SCALE_SETS:
+            raise ValueError(f"scales is one of {', '.join(map(str, SCALE_SETS))}, or factors, got {chosen['scales']}")
+        chosen["scales"] = SCALE_SETS[chosen["scales"]]
+    recipe = replace(Recipe(find_checkpoint(Path(weights), depth), depth), **chosen)
+    return ImageDescriptor(recipe.extractor(device)).eval()

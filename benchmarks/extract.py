@@ -1,10 +1,10 @@
-"""Extraction: a plain network, picture by picture, beside ours, in every precision.
+"""Extraction: a plain network, image by image, beside ours, in every precision.
 
     python benchmarks/extract.py
-    python benchmarks/extract.py --device cuda --pictures 64
+    python benchmarks/extract.py --device cuda --images 64
 
-The baseline is the network as it was trained, float32, a picture at a time, and waits for each
-descriptor. Pictures are in memory, decoding is timed apart. Weights are random: they do not matter
+The baseline is the network as it was trained, float32, an image at a time, and waits for each
+descriptor. Images are in memory, decoding is timed apart. Weights are random: they do not matter
 for speed. "of the floor" is the time that the network's FLOPs take at the device's measured matrix
 rate in that precision, over the time taken.
 """
@@ -47,8 +47,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     parser.add_argument("--depth", type=positive, default=50, choices=STAGE_DEPTHS, help="layers of the ResNet [50]")
     parser.add_argument("--scales", type=positive, default=3, choices=SCALES, help="number of scales [3]")
-    parser.add_argument("--size", type=sides, default="1024x768", help="WIDTHxHEIGHT of the pictures [1024x768]")
-    parser.add_argument("--pictures", type=positive, help="in a run [2, on a GPU 64]")
+    parser.add_argument("--size", type=sides, default="1024x768", help="WIDTHxHEIGHT of the images [1024x768]")
+    parser.add_argument("--images", type=positive, help="in a run [2, on a GPU 64]")
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=PRECISIONS, help="[fp32 bf16]")
     parser.add_argument("--repeat", type=positive, default=5, help="runs of each, of which the median counts [5]")
     args = parser.parse_args(argv)
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
         rates = {name: matrix_rate(device, PRECISIONS[name]) for name in args.precision}
         timings = alternate(contenders, args.repeat)
         flops = network_flops(*network, width, height)
-    print(f"ResNet-{args.depth}, {args.scales} scales, {width}x{height}, {count} pictures a run, {machine(device)}")
+    print(f"ResNet-{args.depth}, {args.scales} scales, {width}x{height}, {count} images a run, {machine(device)}")
     report(timings, "baseline", "img/s", lambda seconds: count / seconds)
     reference = timings["baseline"].value
     for name in args.precision:
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
         rows = timings[name].value
         print(
             f"{name:<12}{100 * floor / timings[name].median:.0f}% of the floor "
-            f"({flops / 1e9:.0f} GFLOP a picture, {rate / 1e9:.0f} GFLOP/s); from the baseline's "
+            f"({flops / 1e9:.0f} GFLOP an image, {rate / 1e9:.0f} GFLOP/s); from the baseline's "
             f"descriptors: {np.abs(rows - reference).max():.1e} at most, cosine {(rows * reference).sum(1).min():.6f}"
         )
     decoding = decoding_seconds(width, height)
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> None:
 
 
 def sides(text: str) -> tuple[int, int]:
-    """WIDTHxHEIGHT of a picture."""
+    """WIDTHxHEIGHT of an image."""
     width, _, height = text.partition("x")
     return positive(width), positive(height)
 
@@ -135,7 +135,7 @@ def ours(checkpoint: Path, depth: int, scales: tuple, precision: str, device: to
 
 
 def network_flops(checkpoint: Path, depth: int, scales: tuple, width: int, height: int) -> int:
-    """Of one picture, convolutions and projection, without computing any of them."""
+    """Of one image, convolutions and projection, without computing any of them."""
     model = build_model(checkpoint, depth, scales=scales).to("meta")
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         model(torch.empty(1, 3, height, width, device="meta"))

@@ -18,13 +18,13 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from alternate import alternate, machine, positive, report
+from revisitop.run import retrieve
 
 from model.errors import run_command
 from modules.reranking import SuperGlobalReranker
 from modules.search import Database
 from revisitop.dataset import GroundTruth
 from revisitop.evaluate import evaluate_ranks
-from revisitop.run import retrieve
 
 M, K, BETA = 400, 9, 0.15
 DIM, LISTED = 2048, 120
@@ -61,7 +61,7 @@ def write_rows(path: Path, count: int) -> None:
 
 
 def problem(path: Path, count: int) -> tuple[np.ndarray, np.ndarray, list[GroundTruth]]:
-    """Queries that resemble their listed pictures more or less: the last of them no more than any distractor."""
+    """Queries that resemble their listed images more or less: the last of them no more than any distractor."""
     rows = np.load(path, mmap_mode="c")
     rng = np.random.default_rng(1)
     truths = [GroundTruth(*np.split(rng.choice(5000, LISTED, replace=False), (40, 90))) for _ in range(count)]

@@ -42,7 +42,7 @@ GRIDS = {
 }
 PHOTOGRAPHS = {name: grid for grid, names in GRIDS.items() for name in names}
 OF_SKLEARN = ("china.jpg", "flower.jpg")
-VIEWS, SIDE = 12, 224  # views per landmark; side of a picture, as the network was trained
+VIEWS, SIDE = 12, 224  # views per landmark; side of an image, as the network was trained
 QUERY_STRENGTH = 0.2
 BATCH_SIZE = 4
 
@@ -59,7 +59,7 @@ STEPS: dict[str, dict[str, Any]] = {
 
 
 class PhotographSet(NamedTuple):
-    """Pictures (N, 3, side, side) uint8: a query of each landmark, and all views of the first, the second ..."""
+    """Images (N, 3, side, side) uint8: a query of each landmark, and all views of the first, the second ..."""
 
     queries: Tensor
     database: Tensor
@@ -68,25 +68,25 @@ class PhotographSet(NamedTuple):
 
 def main(argv: list[str]) -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
-    network, pictures = load_network(), draw_set()
-    print(f"{len(pictures.queries)} landmarks, {VIEWS} views of each, {machine(torch.device('cpu'))}\n")
+    network, images = load_network(), draw_set()
+    print(f"{len(images.queries)} landmarks, {VIEWS} views of each, {machine(torch.device('cpu'))}\n")
     print("| mAP in percent | Easy | Medium | Hard |\n| --- | --- | --- | --- |")
-    for name, results in rows(network, pictures):
+    for name, results in rows(network, images):
         print(f"| {name} | {' | '.join(f'{100 * results[protocol].map:.1f}' for protocol in PROTOCOLS)} |", flush=True)
 
 
-def rows(network: nn.Module, pictures: PhotographSet) -> Iterator[tuple[str, dict[str, Result]]]:
+def rows(network: nn.Module, images: PhotographSet) -> Iterator[tuple[str, dict[str, Result]]]:
     """Each row's name, and its figures per protocol."""
     options: dict[str, Any] = {"features": "extract_features"}
     for name, change in STEPS.items():
         options |= change
         with attach(network, **options) as attached:
-            queries, database = describe(attached, pictures.queries), describe(attached, pictures.database)
+            queries, database = describe(attached, images.queries), describe(attached, images.database)
         ids = search(queries, database, m=len(database)).ids
-        yield name, evaluate_ranks(ids.T.numpy(), pictures.ground_truth)
+        yield name, evaluate_ranks(ids.T.numpy(), images.ground_truth)
     order = SuperGlobalReranker().rerank(queries, ids, database.__getitem__).order
     ids = torch.cat([ids.gather(1, order), ids[:, order.shape[1] :]], dim=1)
-    yield "+ reranking", evaluate_ranks(ids.T.numpy(), pictures.ground_truth)
+    yield "+ reranking", evaluate_ranks(ids.T.numpy(), images.ground_truth)
 
 
 def load_network() -> nn.Module:
@@ -102,15 +102,15 @@ def load_network() -> nn.Module:
 
 
 @torch.inference_mode()
-def describe(attached: nn.Module, pictures: Tensor) -> Tensor:
+def describe(attached: nn.Module, images: Tensor) -> Tensor:
     """(N, 3, H, W) uint8, normalised as the network was trained in TensorFlow -> unit descriptors (N, D)."""
-    return torch.cat([attached((batch.float() - 127) / 128) for batch in pictures.split(BATCH_SIZE)])
+    return torch.cat([attached((batch.float() - 127) / 128) for batch in images.split(BATCH_SIZE)])
 
 
 def draw_set(
     photographs: Mapping[str, tuple[int, int]] = PHOTOGRAPHS, views: int = VIEWS, side: int = SIDE
 ) -> PhotographSet:
-    """The same pictures every time; those of a landmark don't depend on the other landmarks."""
+    """The same images every time; those of a landmark don't depend on the other landmarks."""
     queries, database, ground_truth = [], [], []
     strengths = [number / views for number in range(1, views + 1)] + [QUERY_STRENGTH]
     for name, grid in photographs.items():
@@ -131,13 +131,13 @@ def read_parts(name: str, rows: int, columns: int, side: int) -> list[Image.Imag
     package, folder = ("sklearn", "datasets/images") if name in OF_SKLEARN else ("skimage", "data")
     try:
         with (files(package) / folder / name).open("rb") as file:
-            picture = Image.open(file).convert("RGB")
+            image = Image.open(file).convert("RGB")
     except (ModuleNotFoundError, FileNotFoundError):
         raise _missing(f"{name} of {package}") from None
-    width, height = picture.width // columns, picture.height // rows
+    width, height = image.width // columns, image.height // rows
     places = [(x * width, y * height) for y in range(rows) for x in range(columns)]
     size = [round(1.5 * side * length / min(width, height)) for length in (width, height)]
-    return [picture.crop((x, y, x + width, y + height)).resize(size, Image.Resampling.LANCZOS) for x, y in places]
+    return [image.crop((x, y, x + width, y + height)).resize(size, Image.Resampling.LANCZOS) for x, y in places]
 
 
 def draw_view(region: Image.Image, rng: np.random.Generator, strength: float, side: int) -> Tensor:
@@ -162,7 +162,7 @@ def draw_view(region: Image.Image, rng: np.random.Generator, strength: float, si
 
 
 def _homography(side: int, corners: np.ndarray) -> list[float]:
-    """Pillow's eight numbers of the map that takes the corners of a square picture to these, (4, 2)."""
+    """Pillow's eight numbers of the map that takes the corners of a square image to these, (4, 2)."""
     equations = []
     for (x, y), (u, v) in zip([(0, 0), (side, 0), (side, side), (0, side)], corners, strict=True):
         equations += [[x, y, 1, 0, 0, 0, -u * x, -u * y, u], [0, 0, 0, x, y, 1, -v * x, -v * y, v]]

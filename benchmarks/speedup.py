@@ -6,8 +6,8 @@
 Four contenders, in turn: CVNet-Rerank by the book (whole 4D tensors, resized at their full size, a
 pair at a time, float32), our CVNet-Rerank, the textbook formulation of SuperGlobal's reranking, and
 ours (both of rerank.py, 70 queries at once). What each needs of the database is in memory: feature
-maps of 1024x768 pictures, or descriptors. CVNet's time is that of a few pairs, scaled to 400; what
-extracting a map takes is told apart. Weights and pictures are random: they do not matter for speed.
+maps of 1024x768 images, or descriptors. CVNet's time is that of a few pairs, scaled to 400; what
+extracting a map takes is told apart. Weights and images are random: they do not matter for speed.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from alternate import alternate, machine, positive
-from extract import picture
+from extract import image
 from rerank import baseline, ours
 
 from model.cvnet_rerank import MAP_DIM, SCALES, CenterPivotConv4d, CVNetRerank, load_cvnet_rerank
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
     # What a run's seconds are to be multiplied with.
     per_query = {"CVNet by the book": RERANK_M, "CVNet": RERANK_M / args.pairs}
     per_query |= dict.fromkeys(("SuperGlobal by the book", "SuperGlobal"), 1 / QUERIES)
-    print(f"{RERANK_M} candidates a query, pictures of {WIDTH}x{HEIGHT}, ResNet-{DEPTH}, {machine(device)}")
+    print(f"{RERANK_M} candidates a query, images of {WIDTH}x{HEIGHT}, ResNet-{DEPTH}, {machine(device)}")
     fastest = timings["SuperGlobal"].median / QUERIES
     for name, factor in per_query.items():
         seconds = [factor * value for value in (timings[name].median, *sorted(timings[name].seconds))]
@@ -122,8 +122,8 @@ def extraction(checkpoint: Path, precision: str, device: torch.device):
 
 @torch.inference_mode()
 def maps_in_memory(network: CVNetRerank, count: int, device: torch.device) -> list[Tensor]:
-    """Feature maps of random pictures, (1, 1024, h, w) each."""
-    pixels = (torch.from_numpy(picture(WIDTH, HEIGHT, seed))[None].to(device) for seed in range(count))
+    """Feature maps of random images, (1, 1024, h, w) each."""
+    pixels = (torch.from_numpy(image(WIDTH, HEIGHT, seed))[None].to(device) for seed in range(count))
     return [network.feature_map(to_network_input(each)) for each in pixels]
 
 

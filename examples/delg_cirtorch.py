@@ -57,7 +57,7 @@ class ImageRetrievalNet(nn.Module):
 
 def main() -> None:
     torch.manual_seed(0)
-    pictures = torch.rand(2, 3, 192, 256)
+    images = torch.rand(2, 3, 192, 256)
 
     delg = attach(
         Delg().eval(),
@@ -74,7 +74,7 @@ def main() -> None:
 
     with torch.inference_mode():
         for name, describe in (("DELG-pytorch", delg), ("cirtorch", cirtorch), ("cirtorch, whitened", whitened)):
-            print(f"{name}: {tuple(describe(pictures).shape)}\n{describe}\n")
+            print(f"{name}: {tuple(describe(images).shape)}\n{describe}\n")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ pip install . faiss-cpu
 python examples/faiss_index.py
 
 The descriptors are drawn: 200 landmarks with 100 noisy views each. Prints the mean average precision
-before and after reranking; the figures are for drawn data and say nothing of real pictures.
+before and after reranking; the figures are for drawn data and say nothing of real images.
 """
 
 import faiss

@@ -23,16 +23,16 @@ def main() -> None:
     query = views[7, 0]
 
     client = QdrantClient(":memory:")  # QdrantClient(url="http://localhost:6333") for a server
-    client.create_collection("pictures", VectorParams(size=D, distance=Distance.COSINE))
+    client.create_collection("images", VectorParams(size=D, distance=Distance.COSINE))
     client.upsert(
-        "pictures",
+        "images",
         [
             PointStruct(id=i, vector=row.tolist(), payload={"landmark": i // VIEWS})
             for i, row in enumerate(views[:, 1:].reshape(-1, D))
         ],
     )
 
-    hits = client.query_points("pictures", query=query.tolist(), limit=400, with_vectors=True).points
+    hits = client.query_points("images", query=query.tolist(), limit=400, with_vectors=True).points
     candidates = np.array([hit.vector for hit in hits])
     order = SuperGlobalReranker(m=400).forward(query[None], candidates[None]).order[0]
     reranked = [hits[place] for place in order]

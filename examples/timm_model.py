@@ -1,4 +1,4 @@
-"""timm's models describe pictures: convolutional ones as they are, a ViT through a four-line adapter.
+"""timm's models describe images: convolutional ones as they are, a ViT through a four-line adapter.
 
 pip install . timm
 python examples/timm_model.py --pretrained --model resnet50
@@ -18,13 +18,13 @@ def main() -> None:
     parser.add_argument("--pretrained", action="store_true", help="download the weights")
     args = parser.parse_args()
     torch.manual_seed(0)
-    pictures = torch.rand(2, 3, 224, 320)
+    images = torch.rand(2, 3, 224, 320)
 
     network = timm.create_model(args.model, pretrained=args.pretrained).eval()
     resnet = hasattr(network, "layer1")
     describe = attach(network, **({"relup": "layer1", "relup_ends": ("layer2", "layer3")} if resnet else {}))
     with torch.inference_mode():
-        print(f"{args.model}: {tuple(describe(pictures).shape)}\n{describe}")
+        print(f"{args.model}: {tuple(describe(images).shape)}\n{describe}")
 
     vit = timm.create_model(args.vit, pretrained=args.pretrained, dynamic_img_size=True, dynamic_img_pad=True).eval()
 
@@ -36,7 +36,7 @@ def main() -> None:
     # Its tokens have both signs, and GeM is for positive maps: the average, without Regional-GeM.
     describe = attach(token_map, pooling=torch.nn.AdaptiveAvgPool2d(1), rgem=None)
     with torch.inference_mode():
-        print(f"{args.vit}: {tuple(describe(pictures).shape)}\n{describe}")
+        print(f"{args.vit}: {tuple(describe(images).shape)}\n{describe}")
 
 
 if __name__ == "__main__":

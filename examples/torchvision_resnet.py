@@ -1,10 +1,10 @@
-"""A torchvision ResNet, with SuperGlobal's modules where the paper has them, describes pictures.
+"""A torchvision ResNet, with SuperGlobal's modules where the paper has them, describes images.
 
 pip install . torchvision pillow
 python examples/torchvision_resnet.py --pretrained a.jpg b.jpg c.jpg
 
-Without --pretrained (which downloads torchvision's ImageNet weights) and without pictures it runs
-on random ones. Prints what was attached, and the cosine similarity of each picture with each.
+Without --pretrained (which downloads torchvision's ImageNet weights) and without images it runs
+on random ones. Prints what was attached, and the cosine similarity of each image with each.
 """
 
 import argparse
@@ -20,7 +20,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of torchvision's wei
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pictures", nargs="*", help="files, of any sizes")
+    parser.add_argument("images", nargs="*", help="files, of any sizes")
     parser.add_argument("--pretrained", action="store_true", help="download the ImageNet weights")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -29,10 +29,10 @@ def main() -> None:
     describe = attach(network, relup="layer1", relup_ends=("layer2", "layer3"))
     print(describe)
 
-    pictures = [to_tensor(Image.open(path).convert("RGB")) for path in args.pictures]
-    pictures = pictures or [torch.rand(3, 160, 224), torch.rand(3, 224, 160)]
+    images = [to_tensor(Image.open(path).convert("RGB")) for path in args.images]
+    images = images or [torch.rand(3, 160, 224), torch.rand(3, 224, 160)]
     with torch.inference_mode():
-        descriptors = torch.cat([describe(normalize(picture, MEAN, STD)[None]) for picture in pictures])
+        descriptors = torch.cat([describe(normalize(image, MEAN, STD)[None]) for image in images])
     print(f"descriptors: {tuple(descriptors.shape)}")
     print(f"cosine similarities:\n{descriptors @ descriptors.T}")
 

@@ -1,4 +1,4 @@
-"""Batches of pictures of equal size out of a list of mixed ones, as large as the memory allows."""
+"""Batches of images of equal size out of a list of mixed ones, as large as the memory allows."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -7,70 +7,70 @@ import torch
 from torch import Tensor
 
 from model.errors import InputError
-from model.superglobal import SuperGlobal
+from model.extractor import Extractor
 
 log = logging.getLogger(__name__)
 
-# How far pictures are read ahead to find some of equal size: in pictures (each is a file
+# How far images are read ahead to find some of equal size: in images (each is a file
 # descriptor while it is shared with the process that decoded it), and in bytes.
-WINDOW_PICTURES = 256
+WINDOW_IMAGES = 256
 WINDOW_BYTES = 512 << 20
 
-# Pixels and pictures in a batch. On two CPU cores, batches of 8 made pictures of 320x240 faster by a
-# third or more (each call reorders the weights), and pictures of 1024x768 not at all.
-CPU_PIXELS, CPU_PICTURES = 1 << 20, 16
+# Pixels and images in a batch. On two CPU cores, batches of 8 made images of 320x240 faster by a
+# third or more (each call reorders the weights), and images of 1024x768 not at all.
+CPU_PIXELS, CPU_IMAGES = 1 << 20, 16
 GPU_PIXELS = 16 << 20
-# Of the encoder's activations, per pixel of the scaled picture: about 60 values live at the peak.
+# Of a ResNet's activations, per pixel of the scaled image: about 60 values live at the peak.
 _LIVE_VALUES = 60
 
 
 class BatchSize:
-    """How many pictures of some size go into a batch: bounded by pixels, so that memory is.
+    """How many images of some size go into a batch: bounded by pixels, so that memory is.
 
     Args:
         pixels: in a batch.
-        pictures: in a batch at most; 0 for no such limit.
+        images: in a batch at most; 0 for no such limit.
     """
 
-    def __init__(self, pixels: int, pictures: int = 0):
-        self.pixels, self.pictures = pixels, pictures
+    def __init__(self, pixels: int, images: int = 0):
+        self.pixels, self.images = pixels, images
 
     def of(self, pixels: Tensor) -> int:
-        """For pictures like this one, (H, W, 3)."""
+        """For images like this one, (H, W, 3)."""
         count = max(1, self.pixels // (pixels.shape[0] * pixels.shape[1]))
-        return min(count, self.pictures or count)
+        return min(count, self.images or count)
 
     def halve(self, batch: Sequence[Tensor]) -> None:
         """After a batch that did not fit."""
         self.pixels = len(batch) * batch[0].shape[0] * batch[0].shape[1] // 2
 
 
-def first_batch_size(model: SuperGlobal, pictures: int = 0) -> BatchSize:
+def first_batch_size(extractor: Extractor, images: int = 0) -> BatchSize:
     """What fits into half of the GPU's free memory by a rough estimate; on a CPU, what makes the most of its caches."""
-    if model.device.type != "cuda":
-        return BatchSize(CPU_PIXELS, min(pictures or CPU_PICTURES, CPU_PICTURES))
-    free, _ = torch.cuda.mem_get_info(model.device)
-    per_pixel = _LIVE_VALUES * 4 * max(model.scales) ** 2
-    return BatchSize(min(GPU_PIXELS, int(free / 2 / per_pixel)), pictures)
+    if extractor.device.type != "cuda":
+        return BatchSize(CPU_PIXELS, min(images or CPU_IMAGES, CPU_IMAGES))
+    free, _ = torch.cuda.mem_get_info(extractor.device)
+    per_pixel = _LIVE_VALUES * 4 * max(getattr(extractor, "scales", (1.0,))) ** 2
+    return BatchSize(min(GPU_PIXELS, int(free / 2 / per_pixel)), images)
 
 
 def equal_sizes(
-    pictures: Iterable[tuple[int, Tensor]], size: BatchSize
+    images: Iterable[tuple[int, Tensor]], size: BatchSize
 ) -> Iterator[tuple[tuple[int, ...], tuple[Tensor, ...]]]:
-    """Batches of pictures of equal size, with their numbers, from pictures (H, W, 3) numbered in ascending order.
+    """Batches of images of equal size, with their numbers, from images (H, W, 3) numbered in ascending order.
 
-    A batch comes when it is full, or when its first picture would be left behind by more than the
+    A batch comes when it is full, or when its first image would be left behind by more than the
     window, so that results that are written in the order of the list need not wait for ever.
     """
-    waiting: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}  # by shape, the one with the oldest picture first
+    waiting: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}  # by shape, the one with the oldest image first
     held = 0
-    for number, pixels in pictures:
+    for number, pixels in images:
         shape = tuple(pixels.shape)
         waiting.setdefault(shape, []).append((number, pixels))
         held += pixels.nbytes
         due = [shape] if len(waiting[shape]) >= size.of(pixels) else []
         oldest = next(iter(waiting))
-        if oldest not in due and (held >= WINDOW_BYTES or number - waiting[oldest][0][0] >= WINDOW_PICTURES):
+        if oldest not in due and (held >= WINDOW_BYTES or number - waiting[oldest][0][0] >= WINDOW_IMAGES):
             due.append(oldest)
         for batch in map(waiting.pop, due):
             held -= sum(part.nbytes for _, part in batch)
@@ -80,36 +80,36 @@ def equal_sizes(
 
 
 def in_fitting_parts(
-    describe: Callable[[Sequence[Tensor]], Tensor], batch: Sequence[Tensor], names: Sequence[object], size: BatchSize
+    extract: Callable[[Sequence[Tensor]], Tensor], batch: Sequence[Tensor], names: Sequence[object], size: BatchSize
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Which part of the batch, and describe(part): in parts as large as the memory allows, in order.
+    """Which part of the batch, and extract(part): in parts as large as the memory allows, in order.
 
     Args:
-        describe: from pictures of equal size.
-        names: of the pictures, for the error.
+        extract: from images of equal size.
+        names: of the images, for the error.
         size: halved whenever a part does not fit.
 
     Raises:
-        InputError: where a single picture does not fit.
+        InputError: where a single image does not fit.
     """
     done = 0
     while done < len(batch):
         part = slice(done, min(done + size.of(batch[0]), len(batch)))
         vectors = None
         try:
-            vectors = describe(batch[part])
+            vectors = extract(batch[part])
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             if part.stop == done + 1:
                 height, width = batch[done].shape[:2]
                 raise InputError(
-                    f"{names[done]}: the memory of the device is too small for {width} x {height} pixels; "
-                    "TEST.SCALE_LIST 1, TEST.PRECISION bf16 or TEST.DEVICE cpu need less"
-                ) from None
+                    f"{names[done]}: the memory of the device is too small for {width} x {height} pixels",
+                    scales=(1.0,), precision="bf16", device="cpu",
+                ) from None  # fmt: skip
         if vectors is None:  # here, as the handler would hold on to the memory of what failed
             size.halve(batch[part])
-            log.info("out of memory with %d pictures in a batch, going on with half as many", part.stop - done)
+            log.info("out of memory with %d images in a batch, going on with half as many", part.stop - done)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             continue

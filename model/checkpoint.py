@@ -38,7 +38,7 @@ def find_checkpoint(path: Path, depth: int) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise InputError(f"weights: no file or folder {path}; {where}")
+        raise InputError(f"no file or folder {path}; {where}")
     fitting, others = [], []
     for file in sorted(f for f in path.iterdir() if f.suffix in SUFFIXES and f.is_file()):
         try:
@@ -52,10 +52,10 @@ def find_checkpoint(path: Path, depth: int) -> Path:
             others.append(f"{file.name} is a {_network_name(found)}")
     if len(fitting) > 1:
         names = short_list([file.name for file in fitting])
-        raise InputError(f"weights: {path} has several ResNet-{depth} checkpoints ({names}); name one of them")
+        raise InputError(f"{path} has several ResNet-{depth} checkpoints ({names}); name one of them")
     if not fitting:
         seen = f" ({short_list(others)})" if others else ""
-        raise InputError(f"weights: no ResNet-{depth} checkpoint in {path}{seen}; {where}")
+        raise InputError(f"no ResNet-{depth} checkpoint in {path}{seen}; {where}")
     return fitting[0]
 
 
@@ -106,7 +106,7 @@ def load_strictly(
     state: dict[str, Tensor],
     path: Path,
     name: str,
-    guess: Callable[[list[str]], str] = lambda wrong: "",
+    guess: Callable[[list[str]], tuple[str, dict[str, int]]] = lambda wrong: ("", {}),
 ) -> Network:
     """Gives the network a file's weights, as float32, and puts it in evaluation mode.
 
@@ -115,7 +115,7 @@ def load_strictly(
     Args:
         state: the weights under the network's own names.
         path, name: of the file and of the network, for the error.
-        guess: the end of an error about keys, from those of the wrong shape.
+        guess: the reason for an error about keys, and advice, from those of the wrong shape.
 
     Raises:
         InputError: where a key is missing, unknown, of the wrong shape, or not finite. The first few
@@ -135,7 +135,8 @@ def load_strictly(
             for keys, what in ((missing, "missing"), (unknown, "unknown"), (wrong, "of the wrong shape"))
             if keys
         ]
-        raise InputError(f"{path} does not fit {name}: keys {'; '.join(problems)}{guess(wrong)}")
+        reason, advice = guess(wrong)
+        raise InputError(f"{path} does not fit {name}: keys {'; '.join(problems)}{reason}", **advice)
     for key, value in state.items():
         if not torch.isfinite(value).all():
             raise InputError(f"{path}: {key} holds numbers that are not finite; fetch the file again")
@@ -201,10 +202,10 @@ def _network_name(depth: int | None) -> str:
     return f"ResNet-{depth}" if depth else "network of another depth"
 
 
-def _guess(state: dict[str, Tensor], depth: int, wrong: list[str]) -> str:
+def _guess(state: dict[str, Tensor], depth: int, wrong: list[str]) -> tuple[str, dict[str, int]]:
     found = _depth_of(state)
     if found != depth and found is not None:
-        return f"; it is a ResNet-{found}: say MODEL.DEPTH {found}, or name another file"
+        return f"; it is a ResNet-{found}: name another file", {"depth": found}
     if len(wrong) <= 2 and any(text.startswith("head.fc.") for text in wrong):
-        return f"; its descriptors have another size: say MODEL.HEADS.REDUCTION_DIM {len(state['head.fc.weight'])}"
-    return "; it may come from another project, or be cut off"
+        return "; its descriptors have another size", {"dim": len(state["head.fc.weight"])}
+    return "; it may come from another project, or be cut off", {}

@@ -1,13 +1,13 @@
-"""CVNet-Rerank: how likely two pictures show the same, from the correlation of their local features.
+"""CVNet-Rerank: how likely two images show the same, from the correlation of their local features.
 
-The expensive rival of SuperGlobal's reranking. A picture keeps its stage-3 map; a pair of pictures
+The expensive rival of SuperGlobal's reranking. An image keeps its stage-3 map; a pair of images
 takes the correlations of all positions of one with all of the other, at three scales each, and 4D
-convolutions over them. The score is not symmetric: one picture is the query, the other the key.
+convolutions over them. The score is not symmetric: one image is the query, the other the key.
 
 Lee et al., "Correlation Verification for Image Retrieval", CVPR 2022.
 
 Letters: K keys; query map of hq x wq positions, key map of hk x wk. A 4D tensor is kept as
-(K, hk, wk, hq, wq, C), so that a convolution over the query's axes finds its pictures, channels
+(K, hk, wk, hq, wq, C), so that a convolution over the query's axes finds its images, channels
 last, in memory; a convolution over the key's axes gets a transposed copy.
 """
 
@@ -25,7 +25,7 @@ from model.folding import PRECISIONS, FoldedResNet
 from model.resnet import FEATURE_DIM, ResNet
 
 MAP_DIM, LOCAL_DIM = 1024, 256
-SCALES = (0.25, 0.5, 1.0)  # of a map's area
+MAP_SCALES = (0.25, 0.5, 1.0)  # of a feature map's area
 
 # Per block, its convolutions: channels out, kernel, stride.
 _BLOCKS = (
@@ -70,8 +70,8 @@ class CenterPivotConv4d(nn.Module):
         """
         s = self.stride
         # Correlations come as (positions of the one, its scale, scale of the other, map of the other):
-        # the pictures of a 2D convolution. The channels' order is query scale, key scale.
-        weight = self.conv1.weight.unflatten(1, (len(SCALES), len(SCALES))).transpose(1, 2).flatten(1, 2)
+        # the images of a 2D convolution. The channels' order is query scale, key scale.
+        weight = self.conv1.weight.unflatten(1, (len(MAP_SCALES), len(MAP_SCALES))).transpose(1, 2).flatten(1, 2)
         some_keys = keys[..., ::s, ::s].permute(0, 3, 4, 1, 2)  # (K, hk', wk', 3, c)
         over_query = self._of_parts(some_keys.flatten(0, 2)[None], query[None], weight, self.conv1.bias)
         some_queries = query[..., ::s, ::s].permute(2, 3, 0, 1)  # (hq', wq', 3, c)
@@ -86,11 +86,11 @@ class CenterPivotConv4d(nn.Module):
         columns = maps.transpose(1, 2).flatten(2)  # (B, c, 3 h w)
         out = maps.new_empty(len(maps), some.shape[1], _strided(h, self.stride), _strided(w, self.stride), len(weight))
         weight = weight.contiguous()  # not channels last: the correlations are not
-        bytes_each = len(maps) * len(SCALES) * columns[0, 0].numel() * maps.element_size()
+        bytes_each = len(maps) * len(MAP_SCALES) * columns[0, 0].numel() * maps.element_size()
         step = max(1, _PART_BYTES[_kind(maps)] // bytes_each)
         for start in range(0, some.shape[1], step):
             part = some[:, start : start + step]
-            correlations = (part.flatten(1, 2) @ columns).relu_().view(-1, len(SCALES) ** 2, h, w)
+            correlations = (part.flatten(1, 2) @ columns).relu_().view(-1, len(MAP_SCALES) ** 2, h, w)
             convolved = F.conv2d(correlations, weight, bias, self.stride, weight.shape[-1] // 2)
             out[:, start : start + step] = convolved.permute(0, 2, 3, 1).unflatten(0, (len(maps), -1))
         return out
@@ -101,7 +101,7 @@ class CVLearner(nn.Module):
 
     def __init__(self):
         super().__init__()
-        c_in = len(SCALES) ** 2
+        c_in = len(MAP_SCALES) ** 2
         for number, convolutions in enumerate(_BLOCKS, start=1):
             block = nn.Sequential()
             for c_out, kernel, stride in convolutions:
@@ -128,17 +128,17 @@ class CVNetLayers(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv2ds = nn.ModuleList(nn.Conv2d(MAP_DIM, LOCAL_DIM, 3, padding=1, bias=False) for _ in SCALES)
+        self.conv2ds = nn.ModuleList(nn.Conv2d(MAP_DIM, LOCAL_DIM, 3, padding=1, bias=False) for _ in MAP_SCALES)
         self.cv_learner = CVLearner()
 
 
 class CVNetRerank(nn.Module):
-    """Scores pairs of pictures, made by :func:`load_cvnet_rerank`; for inference alone.
+    """Scores pairs of images, made by :func:`load_cvnet_rerank`; for inference alone.
 
     ::
 
-        query = network.query_inputs(network.feature_map(picture))
-        scores = network.score(query, network.feature_map(pictures))
+        query = network.query_inputs(network.feature_map(image))
+        scores = network.score(query, network.feature_map(images))
 
     Args:
         encoder: gives the stage-3 map.
@@ -153,7 +153,7 @@ class CVNetRerank(nn.Module):
         self.cv_learner.mlp.float()
 
     def feature_map(self, x: Tensor) -> Tensor:
-        """What is kept of pictures, see images.to_network_input. (N, 3, H, W) -> (N, 1024, ~H/16, ~W/16) float32."""
+        """What is kept of images, see images.to_network_input. (N, 3, H, W) -> (N, 1024, ~H/16, ~W/16) float32."""
         return self.encoder(x)
 
     def query_inputs(self, feature_map: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ class CVNetRerank(nn.Module):
             ValueError: where a shape does not fit.
             InputError: where the memory does not suffice for a single pair.
         """
-        _check("a query's inputs", query, (len(SCALES), LOCAL_DIM))
+        _check("a query's inputs", query, (len(MAP_SCALES), LOCAL_DIM))
         _check("keys' feature maps", key_maps, (None, MAP_DIM))
         parts = key_maps.split(self.keys_per_batch(query, key_maps)) if len(key_maps) else ()
         try:
@@ -181,8 +181,9 @@ class CVNetRerank(nn.Module):
             sizes = " and ".join(f"{x.shape[-1]} x {x.shape[-2]}" for x in (query, key_maps))
             raise InputError(
                 f"the memory of the device is too small for CVNet-Rerank of maps of {sizes} positions; "
-                "smaller pictures, half precision or the CPU may do"
-            ) from None
+                "smaller images may do",
+                precision="bf16", device="cpu",
+            ) from None  # fmt: skip
         return torch.cat(scores) if scores else query.new_empty(0, dtype=torch.float32)
 
     def keys_per_batch(self, query: Tensor, key_maps: Tensor) -> int:
@@ -190,7 +191,7 @@ class CVNetRerank(nn.Module):
         stride = self.cv_learner.block1[0].stride
         positions = math.prod(_strided(side, stride) for x in (query, key_maps) for side in x.shape[-2:])
         each = self.dtype.itemsize * positions * _BLOCKS[0][0][0] * _LIVE_TENSORS
-        each += 4 * key_maps[0, 0].numel() * (2 * MAP_DIM + 2 * len(SCALES) * LOCAL_DIM)
+        each += 4 * key_maps[0, 0].numel() * (2 * MAP_DIM + 2 * len(MAP_SCALES) * LOCAL_DIM)
         return max(1, _BATCH_BYTES[_kind(key_maps)] // each)
 
     def _inputs(self, maps: Tensor) -> Tensor:
@@ -201,8 +202,8 @@ class CVNetRerank(nn.Module):
         """
         maps = maps.to(self.dtype).contiguous(memory_format=torch.channels_last)
         sides = maps.shape[-2:]
-        out = maps.new_empty(len(maps), len(SCALES), LOCAL_DIM, *sides)
-        for number, (scale, conv) in enumerate(zip(SCALES, self.conv2ds, strict=True)):
+        out = maps.new_empty(len(maps), len(MAP_SCALES), LOCAL_DIM, *sides)
+        for number, (scale, conv) in enumerate(zip(MAP_SCALES, self.conv2ds, strict=True)):
             # round() takes halves to the even number: what the published scores were made with.
             size = tuple(max(1, round(side * math.sqrt(scale))) for side in sides)
             local = F.normalize(conv(_resized(maps, size)).float(), dim=1, eps=_NO_NORM)
@@ -242,7 +243,7 @@ def _over_inner(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def _swap(x: Tensor) -> Tensor:
-    """The other picture's axes inside. (K, a, b, h, w, C) -> (K, h, w, a, b, C), a view."""
+    """The other image's axes inside. (K, a, b, h, w, C) -> (K, h, w, a, b, C), a view."""
     return x.permute(0, 3, 4, 1, 2, 5)
 
 

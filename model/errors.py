@@ -1,15 +1,45 @@
-"""The error for what a user can mend, and how a command ends on it."""
+"""The error for bad input, and how a command ends on it."""
 
 import errno
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 _MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class InputError(ValueError):
-    """Bad input, in one line: what is wrong, where, and what to do."""
+    """Bad input, in one line: what is wrong, where, and what to do.
+
+    Args:
+        problem: what is wrong, and where.
+        **advice: arguments with which the same call would work, ``depth=101`` say; any one of them will
+            do. A command says its own option instead, see :meth:`in_options`.
+    """
+
+    def __init__(self, problem: str, **advice: Any):
+        super().__init__(problem)
+        self.problem, self.advice = problem, advice
+
+    def __str__(self) -> str:
+        return self._with([f"{name}={value!r}" for name, value in self.advice.items()])
+
+    def in_options(self, options: Mapping[str, Callable[[Any], str]]) -> str:
+        """Returns the line for a command's user.
+
+        Args:
+            options: for each argument that the command has an option for, the option with that value as it
+                is typed. Advice that the command has no option for is left out.
+        """
+        return self._with([options[name](value) for name, value in self.advice.items() if name in options])
+
+    def about(self, subject: str) -> "InputError":
+        """Returns the same error with what it is about before it: an option's name, say."""
+        return InputError(f"{subject}: {self.problem}", **self.advice)
+
+    def _with(self, ways: list[str]) -> str:
+        return f"{self.problem}; try {' or '.join(ways)}" if ways else self.problem
 
 
 def short_list(items: Sequence, shown: int = 5) -> str:
@@ -18,17 +48,24 @@ def short_list(items: Sequence, shown: int = 5) -> str:
     return text if len(items) <= shown else f"{text} and {len(items) - shown} more"
 
 
-def run_command(main: Callable[[list[str]], None]) -> None:
-    """Runs a command line's main with sys.argv; ends with 2 for what the user can mend, 130 for Ctrl-C.
+def run_command(main: Callable[[list[str]], None], options: Mapping[str, Callable[[Any], str]] | None = None) -> None:
+    """Runs a command line's main with sys.argv; exits with 2 for bad input, 130 for Ctrl-C.
 
-    Any other exception is a fault of ours: Python prints its traceback and exits with 1.
+    Any other exception is an internal error: Python prints its traceback and exits with 1.
+
+    Args:
+        main: takes the arguments.
+        options: how the command says what an error advises, see InputError.in_options.
     """
     try:
         main(sys.argv[1:])
     except (InputError, OSError) as error:
-        if not isinstance(error, InputError) and error.errno not in _MENDABLE:
+        if isinstance(error, InputError):
+            text = f"error: {error.in_options(options or {})}"
+        elif error.errno in _MENDABLE:
+            text = f"error: {error.filename}: {error.strerror}"
+        else:
             raise
-        text = f"error: {error}" if isinstance(error, InputError) else f"error: {error.filename}: {error.strerror}"
         print(text, file=sys.stderr)
         if logging.root.handlers:  # the log file gets it, too
             logging.root.error(text)

@@ -20,19 +20,19 @@ Box = tuple[float, float, float, float]
 
 
 class ImageError(InputError):
-    """A picture that cannot be used: which, and why."""
+    """An image that cannot be used: which, and why."""
 
     def __init__(self, path: Path, reason: str):
-        super().__init__(path, reason)
+        super().__init__(f"{path}: {reason}")
         self.path, self.reason = path, reason
 
-    def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
+    def __reduce__(self) -> tuple:  # it comes from other processes
+        return ImageError, (self.path, self.reason)
 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """A picture of the disk, or the part of it inside a box (x0, y0, x1, y1)."""
+    """An image of the disk, or the part of it inside a box (x0, y0, x1, y1)."""
 
     path: Path
     box: Box | None = None
@@ -44,9 +44,9 @@ class ImageFile:
 
 
 class ImageList(Sequence[ImageFile]):
-    """Pictures below a folder, by name: as compact for a million of them as the names' bytes.
+    """Images below a folder, by name: as compact for a million of them as the names' bytes.
 
-    (A list of a million objects would be copied into every process that reads pictures.)
+    (A list of a million objects would be copied into every process that reads images.)
     """
 
     def __init__(self, folder: Path, names: Sequence[bytes]):
@@ -64,10 +64,10 @@ class ImageList(Sequence[ImageFile]):
 
 
 def read_image(path: Path) -> np.ndarray:
-    """Decodes a picture to (H, W, 3) uint8 RGB, upright by its EXIF orientation, see to_rgb.
+    """Decodes an image to (H, W, 3) uint8 RGB, upright by its EXIF orientation, see to_rgb.
 
     Raises:
-        ImageError: where the file is missing, no picture, damaged, or has no 8-bit equivalent.
+        ImageError: where the file is missing, no image, damaged, or has no 8-bit equivalent.
     """
     try:
         with Image.open(path) as image:
@@ -77,7 +77,7 @@ def read_image(path: Path) -> np.ndarray:
     except FileNotFoundError:
         raise ImageError(path, "no such file") from None
     except Image.UnidentifiedImageError:
-        raise ImageError(path, "not a picture") from None
+        raise ImageError(path, "not an image") from None
     except PermissionError as error:
         raise ImageError(path, error.strerror) from None
     except Exception as error:  # decoders raise what they like (SyntaxError, struct.error, ...)
@@ -85,25 +85,25 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
-    """The pixels of a picture, (H, W, 3) uint8 RGB.
+    """The pixels of an image, (H, W, 3) uint8 RGB.
 
     Grey, palette and CMYK are converted, alpha is dropped, 16 bits are cut to the upper 8.
 
     Raises:
-        ValueError: where the picture has no 8-bit equivalent.
+        ValueError: where the image has no 8-bit equivalent.
     """
     if image.mode == "I" or image.mode.startswith("I;16"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 0xFFFF:
-            raise ValueError("32-bit picture; save it with 8 or 16 bits per channel")
+            raise ValueError("32-bit image; save it with 8 or 16 bits per channel")
         return np.repeat((values >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
     if image.mode == "F":
-        raise ValueError("floating-point picture; save it with 8 or 16 bits per channel")
+        raise ValueError("floating-point image; save it with 8 or 16 bits per channel")
     return np.array(image.convert("RGB"))
 
 
 def crop(pixels: np.ndarray, box: Box, path: Path) -> np.ndarray:
-    """The pixels inside the box: each number truncated to int, half-open, clipped to the picture.
+    """The pixels inside the box: each number truncated to int, half-open, clipped to the image.
 
     Raises:
         ImageError: where nothing is left.
@@ -113,7 +113,7 @@ def crop(pixels: np.ndarray, box: Box, path: Path) -> np.ndarray:
     cropped = pixels[y0:y1, x0:x1]
     if cropped.size == 0:
         shown = ", ".join(f"{number:g}" for number in box)
-        raise ImageError(path, f"the query box ({shown}) holds no pixel of this {width} x {height} picture")
+        raise ImageError(path, f"the query box ({shown}) holds no pixel of this {width} x {height} image")
     return cropped
 
 

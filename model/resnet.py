@@ -75,7 +75,7 @@ class Head(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Pictures -> the stage-4 map. (N, 3, H, W) -> (N, 2048, ~H/32, ~W/32); `head` projects what is pooled.
+    """Images -> the stage-4 map. (N, 3, H, W) -> (N, 2048, ~H/32, ~W/32); `head` projects what is pooled.
 
     Args:
         depth: 50 or 101.

@@ -1,6 +1,6 @@
 """Descriptors on disk that survive an interruption at any moment, a power cut included.
 
-While a list of pictures is being described, two files stand beside the coming `NAME.npy` or `NAME.pth`:
+While a list of images is being described, two files stand beside the coming `NAME.npy` or `NAME.pth`:
 
     NAME.npy.part       the rows, in place, in NumPy's format
     NAME.npy.journal    first line: JSON, what the rows are made from; then one line per block of
@@ -8,7 +8,7 @@ While a list of pictures is being described, two files stand beside the coming `
 
 A block's rows are synced to disk before its line is written, so a line never promises too much. A
 row counts only if its line is whole and its bytes match. When all rows are there, the file gets its
-name, and a small `NAME.json` keeps what it was made from. Processes that share the work write into
+name, and a small `NAME.npy.json` keeps its provenance: what it was made from. Processes that share the work write into
 one part, each with a journal of its own (`NAME.npy.journal.RANK`); the next start joins them.
 """
 
@@ -35,21 +35,18 @@ FLUSH_SECONDS = 20.0
 
 
 class DescriptorStore:
-    """(rows, dim) float32 rows at `path`, some of which may be there from an earlier run.
+    """(rows, dim) float32 descriptors at `path`, some of which may be there from an earlier run.
 
     Args:
         path: the coming file, .npy or .pth (one tensor).
         rows, dim: its shape.
-        source: what all rows are made from (checkpoint, settings, list of pictures), as JSON can hold it.
-        stamps: per row, what tells its picture and whether it is the same as before (name, size, time).
+        provenance: what all rows are made from (checkpoint, settings, list of images), as JSON can hold it.
+        stamps: per row, what tells its image and whether it is the same as before (name, size, time).
             Rows with a stamp that was there before stay, wherever in the list; the others are made.
         resume: False starts over.
-        hint: what to do about a store that cannot be used, for the error.
-        rank: of the processes that share the work, which this is. Rank 0 opens the store first.
-        done: for the other ranks, which rows are there: rank 0's.
 
     Raises:
-        InputError: where what an interrupted run left was made from something else (it says what
+        InputError: if what an interrupted run left was made from something else (it says what
             differs), cannot be read, or the disk has no room for the rows.
     """
 
@@ -58,25 +55,11 @@ class DescriptorStore:
         path: Path,
         rows: int,
         dim: int,
-        source: dict,
+        provenance: dict,
         resume: bool = True,
-        hint: str = "resume=False starts over",
-        rank: int = 0,
-        done: np.ndarray | None = None,
         stamps: list[str] | None = None,
     ):
-        self.path, self.rows, self.dim, self.hint = path, rows, dim, hint
-        self.source = jsonable(source)
-        self.stamps = stamps
-        self.part = Path(f"{path}.part")
-        self.journal = Path(f"{path}.journal{f'.{rank}' if rank else ''}")
-        self._buffer: list[np.ndarray] = []
-        self._buffer_start = 0
-        self._flushed = time.monotonic()
-        self.done = np.zeros(rows, dtype=bool) if done is None else done
-        self.complete = False
-        if rank:
-            return
+        self._prepare(path, rows, dim, provenance, stamps)
         if not resume:
             for file in (self.part, *self._journals()):  # a finished file stays until there is a new one
                 file.unlink(missing_ok=True)
@@ -84,9 +67,32 @@ class DescriptorStore:
         if not self.complete:
             self._open()
 
-    @property
-    def source_path(self) -> Path:
-        return self.path.with_suffix(".json")
+    @classmethod
+    def of_rank(cls, path: Path, dim: int, provenance: dict, rank: int, done: np.ndarray) -> "DescriptorStore":
+        """Returns the store as a further process sees it that shares the work; rank 0 has opened it before.
+
+        Args:
+            rank: which of the processes this is, from 1.
+            done: which rows are there: rank 0's.
+        """
+        store = cls.__new__(cls)
+        store._prepare(path, len(done), dim, provenance, None, f".{rank}")
+        store.done = done
+        return store
+
+    def _prepare(
+        self, path: Path, rows: int, dim: int, provenance: dict, stamps: list[str] | None, suffix: str = ""
+    ) -> None:
+        self.path, self.rows, self.dim = path, rows, dim
+        self.provenance = jsonable(provenance)
+        self.stamps = stamps
+        self.part = Path(f"{path}.part")
+        self.journal = Path(f"{path}.journal{suffix}")
+        self._buffer: list[np.ndarray] = []
+        self._buffer_start = 0
+        self._flushed = time.monotonic()
+        self.done = np.zeros(rows, dtype=bool)
+        self.complete = False
 
     def missing(self) -> np.ndarray:
         """Numbers of the rows that are still to be made, ascending."""
@@ -130,7 +136,7 @@ class DescriptorStore:
         if not self.done.all():
             raise RuntimeError(f"{self.path}: {len(self.missing())} rows are missing")
         self.path.unlink(missing_ok=True)  # one of other settings must not stand beside the new JSON
-        write_json(self.source_path, {**self._head(), **(facts or {})})
+        write_json(provenance_path(self.path), {**self._head(), **(facts or {})})
         if self.path.suffix == ".pth":
             # torch.save writes the file's name into it: a fixed one makes equal rows equal files.
             folder = Path(f"{self.path}.new")
@@ -156,16 +162,16 @@ class DescriptorStore:
     def _is_complete(self) -> bool:
         """Whether an earlier run finished this file, from the same things.
 
-        Where only the list or some pictures have changed, its rows are carried over into a new part.
+        Where only the list or some images have changed, its rows are carried over into a new part.
         """
         if not self.path.is_file() or self.part.exists():
             return False
-        differing = source_differences(self.path, self.source)
+        differing = provenance_differences(self.path, self.provenance)
         if differing:
             log.info("%s: made with other settings (%s), to be replaced", self.path, short_list(differing))
         if differing != []:
             return False
-        before = self._stamps_of(read_source(self.path) or {})
+        before = self._stamps_of(read_provenance(self.path) or {})
         if self.path.suffix == ".npy" and self.path.stat().st_size != self._offset(len(before)):
             return False
         if before != self._stamps_of(self._head()):
@@ -175,7 +181,7 @@ class DescriptorStore:
         return True
 
     def _head(self) -> dict:
-        return self.source if self.stamps is None else {**self.source, "stamps": self.stamps}
+        return self.provenance if self.stamps is None else {**self.provenance, "stamps": self.stamps}
 
     def _stamps_of(self, head: dict) -> list[str]:
         """The stamps of the rows that such a head describes; without stamps, their numbers."""
@@ -237,9 +243,9 @@ class DescriptorStore:
             try:
                 before = json.loads(first)
             except ValueError:
-                raise InputError(f"{journal} is damaged; {self.hint}") from None
-            if differing := differences(before, self.source):
-                raise InputError(f"{self.part} was begun with other settings ({short_list(differing)}); {self.hint}")
+                raise InputError(f"{journal} is damaged", resume=False) from None
+            if differing := differences(before, self.provenance):
+                raise InputError(f"{self.part} was begun with other settings ({short_list(differing)})", resume=False)
             stamps = self._stamps_of(before)
             parsed = [_parse(line) for line in lines[:-1]]  # what follows the last line break was never finished
             blocks += [block for block in parsed if block is not None]
@@ -248,7 +254,7 @@ class DescriptorStore:
             log.warning("%s: interrupted while its list changed, begun anew", self.part)
             return self._create()
         if self.part.stat().st_size != self._offset(len(stamps)):
-            raise InputError(f"{self.part} is not {self._offset(len(stamps))} bytes long, it was changed; {self.hint}")
+            raise InputError(f"{self.part} is not {self._offset(len(stamps))} bytes long, it was changed", resume=False)
         intact, done = [], np.zeros(len(stamps), dtype=bool)
         with self.part.open("rb") as file:
             for start, count, checksum in blocks:
@@ -282,23 +288,39 @@ class DescriptorStore:
         return 128 + row * 4 * self.dim  # NumPy's header of a small array is 128 bytes
 
 
-def source_differences(path: Path, source: dict) -> list[str] | None:
-    """In what a finished file was made from something else; None where no JSON beside it tells."""
-    before = read_source(path)
-    return None if before is None else differences(before, jsonable(source))
+def provenance_path(path: Path) -> Path:
+    """The JSON file that keeps the provenance of a finished file: NAME.npy.json of NAME.npy."""
+    return Path(f"{path}.json")
 
 
-def read_source(path: Path) -> dict | None:
-    """What the JSON beside a finished file says; None where there is none."""
-    try:
-        content = json.loads(path.with_suffix(".json").read_text())
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
+def provenance_differences(path: Path, provenance: dict) -> list[str] | None:
+    """The settings in which a finished file differs from `provenance`, or None if it has no provenance file."""
+    before = read_provenance(path)
+    return None if before is None else differences(before, jsonable(provenance))
+
+
+def read_provenance(path: Path) -> dict | None:
+    """What a finished file was made from, or None if no JSON beside it tells.
+
+    Older versions wrote NAME.json for both NAME.npy and NAME.pth: it is read if the other is not there.
+    """
+    candidates = [provenance_path(path)]
+    others = [path.with_suffix(suffix) for suffix in (".npy", ".pth") if suffix != path.suffix]
+    if path.exists() and not any(other.exists() for other in others):
+        candidates.append(path.with_suffix(".json"))
+    for file in candidates:
+        try:
+            content = json.loads(file.read_text())
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError):
+            return None
+        return content if isinstance(content, dict) else None
+    return None
 
 
 def differences(before: dict, now: dict) -> list[str]:
-    """What of `now` is different in `before`, with both values; more than that in `before` does not matter."""
+    """The entries of `now` whose values differ in `before`, as text. Extra keys in `before` are ignored."""
 
     def shown(value: Any) -> str:
         if value is None:

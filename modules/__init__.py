@@ -5,6 +5,7 @@ Installed (``pip install .``) this package is `superglobal`, in its repository i
 
 from .activation import ReLUPlus
 from .attach import attach
+from .descriptor import multi_scale_descriptor
 from .pooling import GeM, GeMPlus, RegionalGeM, ScaleGeM
 from .reranking import SuperGlobalReranker
 from .search import Database, search
@@ -18,5 +19,6 @@ __all__ = [
     "ScaleGeM",
     "SuperGlobalReranker",
     "attach",
+    "multi_scale_descriptor",
     "search",
 ]

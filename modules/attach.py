@@ -1,4 +1,4 @@
-"""SuperGlobal's modules on a trained network: pictures -> unit descriptors, without training."""
+"""SuperGlobal's modules on a trained network: images -> unit descriptors, without training."""
 
 import math
 import warnings
@@ -7,14 +7,12 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .activation import RELUP_THRESHOLD, ReLUPlus, relu_plus
 from .checks import check_tensor, values_can_be_seen
+from .descriptor import SCALES, multi_scale_descriptor
 from .pooling import GeMPlus, RegionalGeM, ScaleGeM
-
-SCALES = (0.7071, 1.0, 1.4142)
 
 # They have no state, so all networks may share them.
 _GEMP, _RGEM, _SGEM = GeMPlus(), RegionalGeM(), ScaleGeM()
@@ -40,8 +38,7 @@ class Change(NamedTuple):
 class Attached(nn.Module):
     """A network with SuperGlobal's modules, made by :func:`attach`. (N, 3, H, W) -> (N, D), unit rows.
 
-    Per scale: resize -> the network's map (N, C, h, w) -> rgem -> pooling -> L2-normalise ->
-    projection; then sgem over the scales (without it, their mean), and L2-normalise.
+    See :func:`multi_scale_descriptor` for what it computes.
 
     Args: see :func:`attach`; `path` names the attributes of `model` that are called one after the
     other to get the map, and is empty where the model itself gives it.
@@ -69,13 +66,8 @@ class Attached(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.detached:
             raise RuntimeError("the network was detached; attach it again")
-        check_tensor(x, "an attached network", "N, C, H, W")
-        pooled = torch.stack([self.pool(self.feature_map(rescale(x, factor))) for factor in self.scales])
-        vectors = self.project(F.normalize(pooled, dim=-1).flatten(0, 1)).unflatten(0, pooled.shape[:2])  # (S, N, D)
-        descriptors = F.normalize(vectors.mean(dim=0) if self.sgem is None else self.sgem(vectors), dim=-1)
-        if values_can_be_seen(descriptors) and not descriptors.isfinite().all():
-            raise ValueError(f"the descriptor of pictures {tuple(x.shape)} is not finite; a power is too large")
-        return descriptors
+        project = None if self.projection is None else self.project
+        return multi_scale_descriptor(x, self.feature_map, self.pool, self.rgem, project, self.sgem, self.scales)
 
     def feature_map(self, x: Tensor) -> Tensor:
         """The network's own map of one scale. (N, 3, H, W) -> (N, C, h, w), float32 or float64."""
@@ -101,8 +93,6 @@ class Attached(nn.Module):
 
     def pool(self, x: Tensor) -> Tensor:
         """The vector of one scale, before the projection. (N, C, h, w) -> (N, C)."""
-        if self.rgem is not None:
-            x = self.rgem(x)
         pooled = self._part(self.pooling)(x)
         if pooled.ndim == 4 and pooled.shape[2:] == (1, 1):
             pooled = pooled.flatten(1)
@@ -112,8 +102,6 @@ class Attached(nn.Module):
 
     def project(self, rows: Tensor) -> Tensor:
         """(R, C) -> (R, D)."""
-        if self.projection is None:
-            return rows
         projection = self._part(self.projection)
         width = getattr(projection, "in_features", rows.shape[1])
         if width != rows.shape[1]:
@@ -174,7 +162,7 @@ def attach(
 ) -> Attached:
     """Puts SuperGlobal's modules on a trained network. The result maps (N, 3, H, W) to unit rows (N, D).
 
-    Give it pictures normalised as the network was trained: this is not done here. The network is not
+    Give it images normalised as the network was trained: this is not done here. The network is not
     copied; its weights, mode (training or not), device and state dict stay as they are, and only the
     rectifiers named in `relup` and `relup_ends` are changed, until :meth:`Attached.detach` or the end
     of a ``with`` block. ``repr`` tells which. Wrap what comes out (``DataParallel(attach(network))``,
@@ -191,7 +179,7 @@ def attach(
         pooling: (N, C, H, W) -> (N, C) or (N, C, 1, 1); a submodule of the network's will do.
         rgem: Regional-GeM, (N, C, H, W) -> (N, C, H, W); None leaves it out.
         sgem: Scale-GeM, (S, N, D) -> (N, D); None takes the mean over the scales.
-        scales: factors by which the pictures are resized (bilinear, without antialiasing); (1.0,) for
+        scales: factors by which the images are resized (bilinear, without antialiasing); (1.0,) for
             networks that take one size only.
         projection: what follows the pooling: a module (N, C) -> (N, D), or the name of a submodule of
             the network's (``"fc"``, say); a matrix P (D, C); or whitening, (P, m) with m (C,): P (x - m).
@@ -249,18 +237,6 @@ def attach(
         handle = model.get_submodule(block).register_forward_hook(_End(block, relup_threshold))
         attached.changes.append(Change(block, None, handle, f"ends in {rectifier}"))
     return attached
-
-
-def rescale(x: Tensor, factor: float) -> Tensor:
-    """Bilinear resize by a factor, each side cut to a whole number and at least 1. (N, C, H, W) -> (N, C, H', W').
-
-    Without antialiasing, as the paper's numbers were made. (torchvision has it on by default since 0.17.)
-    """
-    if factor == 1:
-        return x
-    # int() would make the side a constant in torch.export.
-    size = [torch.sym_max(1, math.floor(side * factor)) for side in x.shape[-2:]]
-    return F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=False)
 
 
 class _End:

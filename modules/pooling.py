@@ -2,7 +2,7 @@
 
 Each is a pure function and a small module that holds its arguments. None has trained state: a
 state dict stays empty, so adding one to a network never breaks the loading of a checkpoint.
-Shapes: N pictures, C channels, H x W positions, S scales.
+Shapes: N images, C channels, H x W positions, S scales.
 """
 
 import math
@@ -36,7 +36,7 @@ def regional_generalized_mean(x: Tensor, p: float = RGEM_P, window: int = RGEM_W
 
     (N, C, H, W) -> (N, C, H, W). L = (mean over window x window of max(x, eps)^p)^(1/p), stride 1,
     reflect-padded by window // 2. Where a side of the map is not longer than the padding, reflection
-    is not defined and the whole map is padded by replication, so that no picture is too small.
+    is not defined and the whole map is padded by replication, so that no image is too small.
 
     Shao et al., "Global Features are All You Need for Image Retrieval and Reranking", ICCV 2023, sec. 3.
     """
@@ -69,7 +69,7 @@ def scale_generalized_mean(v: Tensor, p: float = SGEM_P) -> Tensor:
 
     p = inf: the elementwise maximum of the L2-normalised vectors of the scales. Finite p:
     (mean over scales of (v - g)^p)^(1/p) + g on the vectors as they come, with g the minimum over
-    the picture's own scales and channels, so that the powers are defined for negative values.
+    the image's own scales and channels, so that the powers are defined for negative values.
 
     Shao et al., "Global Features are All You Need for Image Retrieval and Reranking", ICCV 2023, sec. 3.
     """
@@ -154,7 +154,7 @@ class RegionalGeM(nn.Module):
 
 
 class ScaleGeM(nn.Module):
-    """Scale-GeM over the vectors of one picture's scales, see :func:`scale_generalized_mean`. (S, N, C) -> (N, C).
+    """Scale-GeM over the vectors of one image's scales, see :func:`scale_generalized_mean`. (S, N, C) -> (N, C).
 
     Args:
         p: the power over scales, infinity (the maximum) in the paper.

@@ -9,7 +9,7 @@ Shao et al., "Global Features are All You Need for Image Retrieval and Reranking
 import operator
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,44 @@ _STRIP, _COLUMNS = 128, 40
 
 # Rows this much longer than 1 were surely never normalised; lossy indexes shorten theirs.
 _LONGEST = 1.05
+
+
+class Found(Protocol):
+    """What a search found for Q queries, best first: ``modules.search.SearchResult``, or anything with these."""
+
+    ids: Tensor  # (Q, R) int64
+    scores: Tensor  # (Q, R)
+
+
+class Reranker(Protocol):
+    """What a reranker has to offer to take the place of any other, see :class:`SuperGlobalReranker`.
+
+    Attributes:
+        m: candidates of a query that are put into a new order.
+        spare: further candidates that it scores. A benchmark that drops some images from a ranking
+            then still finds m to sort. 0 where a score depends on the other candidates, so that the
+            first m are sorted whatever they are.
+    """
+
+    m: int
+    spare: int
+
+    def scores(
+        self,
+        queries: Tensor,
+        found: Found,
+        fetch: Callable[[Tensor], Tensor],
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Returns the new scores of the first m + spare candidates, in the order of `found`. (Q, min(m + spare, R)).
+
+        Args:
+            queries: (Q, D), unit rows.
+            found: the candidates, (Q, R).
+            fetch: gives the descriptors (n, D) of the ids (n,), for rerankers that need them.
+            device: where the work is done; by default the queries' own.
+        """
+        ...
 
 
 class Reranking(NamedTuple):
@@ -58,12 +96,14 @@ class _NotFiniteError(ValueError):
 
 
 def gram_matrices(candidates: Tensor) -> Tensor:
-    """X X^T of each query, in strips up to the diagonal, mirrored. (Q, M, D) -> (Q, M, M)."""
+    """X X^T of each query, in strips up to the diagonal, mirrored. (Q, M, D) -> (Q, M, M), exactly symmetric."""
     m = candidates.shape[1]
     gram = candidates.new_empty(len(candidates), m, m)
     for start in range(0, m, _STRIP):
         stop = min(start + _STRIP, m)
         strip = candidates[:, start:stop] @ candidates[:, :stop].transpose(1, 2)
+        square = strip[:, :, start:]  # on some CPUs not symmetric to the last bit
+        square.copy_(square.tril() + square.tril(-1).transpose(1, 2))
         gram[:, start:stop, :stop] = strip
         gram[:, :start, start:stop] = strip[:, :, :start].transpose(1, 2)
     return gram
@@ -158,6 +198,7 @@ class SuperGlobalReranker(nn.Module):
         if not 0 <= beta < float("inf"):
             raise ValueError(f"beta must not be negative, and finite, got {beta}")
         self.m, self.k, self.beta = m, k, beta
+        self.spare = 0
 
     def forward(self, queries: Array, candidates: Array, mask: Array | None = None) -> Reranking:
         """Reranks each query's own candidates.
@@ -176,6 +217,11 @@ class SuperGlobalReranker(nn.Module):
                 score is not finite.
         """
         q, x = as_tensor(queries, "queries"), as_tensor(candidates, "candidates")
+        scores, order = _sorted(self._checked_scores(q, x, None if mask is None else as_tensor(mask, "mask")))
+        return Reranking(order, scores) if isinstance(queries, Tensor) else Reranking(order.numpy(), scores.numpy())
+
+    def _checked_scores(self, q: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+        """The score of each of the first m candidates, in their order. (Q, D), (Q, M', D), (Q, M') -> (Q, M)."""
         given = f"got {tuple(q.shape)} and {tuple(x.shape)}"
         if q.ndim != 2 or x.ndim != 3 or x.shape[::2] != q.shape:
             raise ValueError(f"reranking takes queries (Q, D) and candidates (Q, M, D), {given}")
@@ -187,7 +233,7 @@ class SuperGlobalReranker(nn.Module):
             raise ValueError(f"queries and candidates are on different devices, {q.device} and {x.device}")
         dtype = torch.promote_types(torch.promote_types(q.dtype, x.dtype), torch.float32)
         if mask is not None:
-            mask = as_tensor(mask, "mask").to(x.device)
+            mask = mask.to(x.device)
             if mask.dtype != torch.bool or mask.shape != x.shape[:2]:
                 raise ValueError(f"the mask is bool (Q, M), got {mask.dtype} of shape {tuple(mask.shape)}, {given}")
             mask = mask[:, : self.m]
@@ -195,10 +241,7 @@ class SuperGlobalReranker(nn.Module):
         if mask is not None:
             x = x.masked_fill(~mask[..., None], 0)
         _warn_of_long_rows(q, x)
-        scores, order = self._scores(q, x, mask).sort(dim=1, descending=True, stable=True)
-        if not isinstance(queries, Tensor):
-            order, scores = order.numpy(), scores.numpy()
-        return Reranking(order, scores)
+        return self._scores(q, x, mask)
 
     def _scores(self, q: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
         """The score of each candidate, in the candidates' order. (Q, D), (Q, M, D) -> (Q, M)."""
@@ -213,6 +256,16 @@ class SuperGlobalReranker(nn.Module):
             first = torch.where(mask.gather(1, first), first, first[:, :1])
         expanded = expanded_query(x, neighbours, weights, first)
         return (s1 + refined_scores(expanded, x, neighbours, weights)) / 2
+
+    def scores(
+        self,
+        queries: Tensor,
+        found: Found,
+        fetch: Callable[[Tensor], Tensor],
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Returns the scores (S1 + S2) / 2 of the first m candidates in the order of `found`, see :class:`Reranker`."""
+        return self._fetched_scores(queries, found.ids, fetch, device, tensors=True)
 
     def rerank(
         self,
@@ -238,37 +291,48 @@ class SuperGlobalReranker(nn.Module):
         Raises:
             ValueError: as forward, and where fetch does not give a row per id.
         """
+        q, numbers = as_tensor(queries, "queries"), as_tensor(ids, "ids")
+        scores, order = _sorted(self._fetched_scores(q, numbers, fetch, device, isinstance(ids, Tensor)))
+        return Reranking(order, scores) if isinstance(queries, Tensor) else Reranking(order.numpy(), scores.numpy())
+
+    def _fetched_scores(
+        self, q: Tensor, ids: Tensor, fetch: Callable, device: torch.device | str | None, tensors: bool
+    ) -> Tensor:
+        """As scores. Fetch is given tensors, or NumPy arrays."""
         if not callable(fetch):
             raise ValueError(f"fetch is a function from ids to rows, Database(rows).rows, say; got {type(fetch)}")
-        q, numbers = as_tensor(queries, "queries"), as_tensor(ids, "ids")
-        given = f"got queries {tuple(q.shape)} and ids {tuple(numbers.shape)} of {numbers.dtype}"
-        if q.ndim != 2 or numbers.ndim != 2 or len(q) != len(numbers):
+        given = f"got queries {tuple(q.shape)} and ids {tuple(ids.shape)} of {ids.dtype}"
+        if q.ndim != 2 or ids.ndim != 2 or len(q) != len(ids):
             raise ValueError(f"reranking takes queries (Q, D) and ids (Q, R), {given}")
-        if 0 in numbers.shape[1:] + q.shape[1:]:
+        if 0 in ids.shape[1:] + q.shape[1:]:
             raise ValueError(f"there are no candidates to rerank: {given}")
-        if numbers.is_floating_point() or numbers.dtype == torch.bool or (numbers.long() < -1).any():
+        if ids.is_floating_point() or ids.dtype == torch.bool or (ids.long() < -1).any():
             raise ValueError(f"ids are integers from 0, and -1 for none, {given}")
         device = q.device if device is None else torch.device(device)
-        numbers = numbers[:, : self.m].long()
-        present = numbers >= 0
+        ids = ids[:, : self.m].long()
+        present = ids >= 0
         mask = None if present.all() else present
-        m, d = numbers.shape[1], q.shape[1]
+        m, d = ids.shape[1], q.shape[1]
         block = max(1, (_GPU_BYTES if device.type == "cuda" else _CPU_BYTES) // (4 * m * max(m, d)))
         block -= block % min(block, torch.get_num_threads())  # so that all threads have as many to do
         done = []
         for start in range(0, max(1, len(q)), block):
             part = slice(start, start + block)
             there = None if mask is None else mask[part]
-            rows = _fetched(fetch, numbers[part], there, d, isinstance(ids, Tensor)).to(device)
+            rows = _fetched(fetch, ids[part], there, d, tensors).to(device)
             try:
-                done.append(self(q[part].to(device), rows, there))
+                done.append(self._checked_scores(q[part].to(device), rows, there))
             except _NotFiniteError as error:
-                raise error.of(q, numbers, start) from None
-        order, scores = (torch.cat(column).to(q.device) for column in zip(*done, strict=True))
-        return Reranking(order, scores) if isinstance(queries, Tensor) else Reranking(order.numpy(), scores.numpy())
+                raise error.of(q, ids, start) from None
+        return torch.cat(done).to(q.device)
 
     def extra_repr(self) -> str:
         return f"m={self.m}, k={self.k}, beta={self.beta}"
+
+
+def _sorted(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores (Q, M), descending, and the place that each had; equal scores keep their order."""
+    return scores.sort(dim=1, descending=True, stable=True)
 
 
 def _fetched(fetch: Callable, ids: Tensor, there: Tensor | None, dim: int, tensors: bool) -> Tensor:
@@ -290,5 +354,5 @@ def _warn_of_long_rows(q: Tensor, x: Tensor) -> None:
             warnings.warn(
                 f"reranking is for rows of unit length, there are {name} of length {longest:.3g}; "
                 "torch.nn.functional.normalize(rows, dim=-1) makes them so",
-                stacklevel=5,
+                stacklevel=6,
             )

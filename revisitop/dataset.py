@@ -1,4 +1,4 @@
-"""Read roxford5k, rparis6k and toy: pictures, query boxes and ground truth, in revisitop's layout."""
+"""Read roxford5k, rparis6k and toy: images, query boxes and ground truth, in revisitop's layout."""
 
 import hashlib
 import io
@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from model.errors import InputError, short_list
 from model.images import ImageFile, ImageList
 
-DATASETS = ("roxford5k", "rparis6k", "toy")
-
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """Of one query: database numbers of the easy, hard and junk pictures, each an int64 array."""
+    """Of one query: database numbers of the easy, hard and junk images, each an int64 array."""
 
     easy: np.ndarray
     hard: np.ndarray
@@ -33,13 +33,13 @@ class GroundTruth:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A benchmark: what to describe, and what is right.
+    """A benchmark: its images, and the ground truth of its queries.
 
     Attributes:
-        name: as in TEST.DATASET_LIST.
+        name: of its folder.
         folder: holds gnd_<name>.pkl and jpg/.
-        queries: the query pictures with their boxes, Q of them.
-        database: the database pictures, N of them.
+        queries: the query images with their boxes, Q of them.
+        database: the database images, N of them.
         ground_truth: per query; its numbers count the database from 0.
     """
 
@@ -50,16 +50,21 @@ class Dataset:
     ground_truth: list[GroundTruth]
 
     def __repr__(self) -> str:
-        return f"{self.name}: {len(self.queries)} queries, {len(self.database)} database pictures in {self.folder}"
+        return f"{self.name}: {len(self.queries)} queries, {len(self.database)} database images in {self.folder}"
+
+    @property
+    def listed(self) -> list[Tensor]:
+        """Per query the database numbers (L,) whose rank the protocols ask for."""
+        return [torch.from_numpy(truth.listed) for truth in self.ground_truth]
 
     def check_files(self) -> None:
-        """Raises InputError where pictures are missing, with the names of the first and their number."""
+        """Raises InputError where images are missing, with the names of the first and their number."""
         paths = dict.fromkeys(image.path for image in self.queries + self.database)
         missing = [path for path in paths if not path.is_file()]
         if missing:
             raise InputError(
-                f"{self.name}: {len(missing)} of {len(paths)} pictures are missing "
-                f"({short_list(missing)}); the pictures belong in {self.folder / 'jpg'}"
+                f"{self.name}: {len(missing)} of {len(paths)} images are missing "
+                f"({short_list(missing)}); the images belong in {self.folder / 'jpg'}"
             )
 
 
@@ -72,7 +77,7 @@ def dataset_folder(data_dir: Path, name: str) -> Path | None:
 
 
 def load_dataset(name: str, data_dir: Path) -> Dataset:
-    """Reads gnd_<name>.pkl and checks it; the pictures themselves are not opened.
+    """Reads gnd_<name>.pkl and checks it; the images themselves are not opened.
 
     Raises:
         InputError: where the dataset is not there, or its ground truth is unsafe, damaged or inconsistent.
@@ -81,13 +86,13 @@ def load_dataset(name: str, data_dir: Path) -> Dataset:
     if folder is None:
         raise InputError(
             f"no dataset {name} in {data_dir}: {data_dir / name / f'gnd_{name}.pkl'} is missing; "
-            f"python -m revisitop.download {name} fetches it; TEST.DATA_DIR is the folder that holds {name}/"
+            f"python -m tools.download {name} fetches it into {name}/ of the folder of the datasets"
         )
     return read_ground_truth(name, folder / f"gnd_{name}.pkl")
 
 
 def read_ground_truth(name: str, path: Path) -> Dataset:
-    """The dataset that a ground-truth file describes; its pictures belong in the jpg/ beside the file.
+    """The dataset that a ground-truth file describes; its images belong in the jpg/ beside the file.
 
     Raises:
         InputError: where the file is unsafe, damaged or inconsistent.
@@ -100,22 +105,22 @@ def read_ground_truth(name: str, path: Path) -> Dataset:
     if len(query_names) != len(entries):
         raise InputError(f"{path}: {len(query_names)} queries but {len(entries)} entries of ground truth")
     if not names or not query_names:
-        raise InputError(f"{path}: {len(query_names)} queries, {len(names)} database pictures; it must have both")
+        raise InputError(f"{path}: {len(query_names)} queries, {len(names)} database images; it must have both")
     jpg = path.parent / "jpg"
     boxes = [_box(entry, path, str(query)) for entry, query in zip(entries, query_names, strict=True)]
     return Dataset(
         name,
         path.parent,
-        [ImageFile(_picture(jpg, query), box) for query, box in zip(query_names, boxes, strict=True)],
-        [ImageFile(_picture(jpg, picture)) for picture in names],
+        [ImageFile(_image(jpg, query), box) for query, box in zip(query_names, boxes, strict=True)],
+        [ImageFile(_image(jpg, picture)) for picture in names],
         [_ground_truth(entry, len(names), path, str(q)) for entry, q in zip(entries, query_names, strict=True)],
     )
 
 
 def load_distractor_list(folder: Path) -> tuple[str, ImageList]:
-    """The pictures of revisitop1m.txt, in its order, and the list's SHA-256.
+    """The images of revisitop1m.txt, in its order, and the list's SHA-256.
 
-    The names count from the folder, or from its jpg/. The pictures themselves are not looked for.
+    The names count from the folder, or from its jpg/. The images themselves are not looked for.
 
     Raises:
         InputError: where the list is missing or empty.
@@ -124,13 +129,10 @@ def load_distractor_list(folder: Path) -> tuple[str, ImageList]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise InputError(
-            f"{path}: {error.strerror}; python -m revisitop.download revisitop1m fetches it, "
-            "or name its folder with --data-dir"
-        ) from None
+        raise InputError(f"{path}: {error.strerror}; python -m tools.download revisitop1m fetches it") from None
     names = [line.strip() for line in content.splitlines() if line.strip()]
     if not names:
-        raise InputError(f"{path} names no picture")
+        raise InputError(f"{path} names no image")
     roots = (folder, folder / "jpg")
     root = next((root for name in names[:100] for root in roots if (root / os.fsdecode(name)).is_file()), roots[1])
     return hashlib.sha256(content).hexdigest(), ImageList(root, names)
@@ -175,10 +177,18 @@ class _SafeUnpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if module == "_codecs" and name == "encode":  # how protocol 2 writes bytes
             return _latin1
+        if module in ("builtins", "__builtin__") and name == "bytes":  # and how it writes empty ones
+            return _no_bytes
         core = module.removeprefix("numpy._core.").removeprefix("numpy.core.")
         if (core, name) in _NUMPY:
             return super().find_class(module if core == "numpy" else f"{_NUMPY_CORE}.{core}", name)
         raise _RefusedError(f"{module}.{name}")
+
+
+def _no_bytes(*arguments: Any) -> bytes:
+    if arguments:
+        raise _RefusedError("bytes with arguments")
+    return b""
 
 
 def _latin1(text: str, encoding: str) -> bytes:
@@ -187,7 +197,7 @@ def _latin1(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-def _picture(jpg: Path, name: Any) -> Path:
+def _image(jpg: Path, name: Any) -> Path:
     return jpg / (str(name) if str(name).lower().endswith(".jpg") else f"{name}.jpg")
 
 
@@ -210,14 +220,14 @@ def _ground_truth(entry: Any, n: int, path: Path, query: str) -> GroundTruth:
             if (numbers != values).any():
                 raise ValueError
         except (TypeError, ValueError, KeyError, OverflowError):
-            raise InputError(f"{path}: query {query} has no list of picture numbers '{kind}'") from None
+            raise InputError(f"{path}: query {query} has no list of image numbers '{kind}'") from None
         outside = numbers[(numbers < 0) | (numbers >= n)]
         if len(outside):
             raise InputError(
-                f"{path}: query {query} lists picture {outside[0]} as {kind}, but imlist has {n} (0 to {n - 1})"
+                f"{path}: query {query} lists image {outside[0]} as {kind}, but imlist has {n} (0 to {n - 1})"
             )
         lists.append(numbers)
     together, counts = np.unique(np.concatenate(lists), return_counts=True)
     if (counts > 1).any():
-        raise InputError(f"{path}: query {query} lists picture {together[counts > 1][0]} more than once")
+        raise InputError(f"{path}: query {query} lists image {together[counts > 1][0]} more than once")
     return GroundTruth(*lists)

@@ -1,7 +1,7 @@
-"""The revisited protocol: mAP and mP@k, Easy / Medium / Hard.
+"""The revisited protocol: metrics of rankings, Easy / Medium / Hard.
 
-Conventions: positions and ranks count from 0. A query's ignored pictures are taken out of the
-ranking before anything is counted. A query without a positive picture has no AP and is left out of
+Conventions: positions and ranks count from 0. A query's ignored images are taken out of the
+ranking before anything is counted. A query without a positive image has no AP and is left out of
 the means; where no query has one, the mean is NaN.
 
 Radenović et al., "Revisiting Oxford and Paris: Large-Scale Image Retrieval Benchmarking", CVPR 2018.
@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from revisitop.dataset import GroundTruth
+from revisitop.retrieve import Candidates, Ranking, move
 
 KAPPAS = (1, 5, 10)
 PROTOCOLS = {"E": ("easy",), "M": ("easy", "hard"), "H": ("hard",)}  # what is positive; the other lists are ignored
@@ -20,8 +22,8 @@ RECALL_LEVELS = 101  # 0, 0.01, ... 1
 
 
 @dataclass(frozen=True)
-class Result:
-    """Figures of one protocol, each between 0 and 1.
+class Metrics:
+    """The metrics of one protocol, each between 0 and 1.
 
     Attributes:
         map: mean average precision.
@@ -36,20 +38,59 @@ class Result:
     precision: np.ndarray
 
 
-def evaluate_positions(
-    positions: Sequence[np.ndarray], ground_truth: Sequence[GroundTruth], kappas: Sequence[int] = KAPPAS
-) -> dict[str, Result]:
-    """The figures of each protocol, from where the listed pictures stand.
+def evaluate(ranking: Ranking, ground_truth: Sequence[GroundTruth]) -> dict[str, Metrics]:
+    """Returns the metrics of each protocol.
+
+    Where a reranker scored candidates beyond those that it sorted, the images that a protocol ignores
+    leave the ranking before the first m are taken and sorted, as CVNet-Rerank's published figures have it.
 
     Args:
-        positions: per query (L,), the 0-based rank, in the ranking of all N pictures, of each of
+        ranking: with the positions of ``ground_truth[query].listed`` for each query.
+        ground_truth: per query.
+    """
+    positions = [np.asarray(where) for where in ranking.positions]
+    if ranking.candidates is None:
+        return evaluate_positions(positions, ground_truth)
+    return {
+        name: summarise(
+            [_resorted_ranks(ranking.candidates, query, truth, name) for query, truth in enumerate(ground_truth)]
+        )
+        for name in PROTOCOLS
+    }
+
+
+def most_ignored(ground_truth: Sequence[GroundTruth]) -> int:
+    """Returns the most images that a protocol ignores for a query."""
+    return max(len(ignored_images(truth, name)) for truth in ground_truth for name in PROTOCOLS)
+
+
+def ignored_images(truth: GroundTruth, protocol: str) -> np.ndarray:
+    """Returns the database numbers that leave the ranking."""
+    return truth.listed[positive_and_ignored(truth, protocol)[1]]
+
+
+def _resorted_ranks(candidates: Candidates, query: int, truth: GroundTruth, protocol: str) -> np.ndarray:
+    """Ascending ranks of the positives after the ignored images have left and the first m were sorted."""
+    kept = ~np.isin(candidates.ids[query].numpy(), ignored_images(truth, protocol))
+    order = candidates.scores[query][torch.from_numpy(kept)][: candidates.m].sort(descending=True, stable=True).indices
+    ranks = protocol_ranks(np.asarray(candidates.positions[query]), truth, protocol)
+    return np.sort(move(torch.from_numpy(ranks), order).numpy())
+
+
+def evaluate_positions(
+    positions: Sequence[np.ndarray], ground_truth: Sequence[GroundTruth], kappas: Sequence[int] = KAPPAS
+) -> dict[str, Metrics]:
+    """Returns the metrics of each protocol, from where the listed images stand.
+
+    Args:
+        positions: per query (L,), the 0-based rank, in the ranking of all N images, of each of
             ``ground_truth[query].listed`` (easy, then hard, then junk).
         ground_truth: per query.
         kappas: the k of mP@k.
     """
     for where, truth in zip(positions, ground_truth, strict=True):
         if len(where) != len(truth.listed):
-            raise ValueError(f"{len(where)} positions for {len(truth.listed)} listed pictures")
+            raise ValueError(f"{len(where)} positions for {len(truth.listed)} listed images")
     return {
         name: summarise(
             [protocol_ranks(where, truth, name) for where, truth in zip(positions, ground_truth, strict=True)], kappas
@@ -66,28 +107,28 @@ def positive_and_ignored(truth: GroundTruth, protocol: str) -> tuple[np.ndarray,
 
 
 def protocol_ranks(where: np.ndarray, truth: GroundTruth, protocol: str) -> np.ndarray:
-    """Ascending ranks of a query's positives after the ignored pictures have left. (L,) -> (positives,).
+    """Ascending ranks of a query's positives after the ignored images have left. (L,) -> (positives,).
 
     Args:
-        where: its listed pictures' positions, see evaluate_positions.
+        where: its listed images' positions, see evaluate_positions.
     """
     positive, ignored = positive_and_ignored(truth, protocol)
     return remove_ignored(np.asarray(where)[positive], np.asarray(where)[ignored])
 
 
-def summarise(ranks: Sequence[np.ndarray], kappas: Sequence[int] = KAPPAS) -> Result:
-    """The figures of one protocol, from each query's ascending ranks of its positives, without the ignored."""
+def summarise(ranks: Sequence[np.ndarray], kappas: Sequence[int] = KAPPAS) -> Metrics:
+    """Returns the metrics of one protocol, from each query's ascending ranks of its positives, without the ignored."""
     ap = np.array([average_precision(r) for r in ranks])
     at_k = np.array([precision_at(r, kappas) for r in ranks])
     at_recall = np.array([interpolated_precision(r) for r in ranks])
     if np.isnan(ap).all():
-        return Result(float("nan"), ap, np.full(len(kappas), np.nan), np.full(RECALL_LEVELS, np.nan))
-    return Result(float(np.nanmean(ap)), ap, np.nanmean(at_k, axis=0), np.nanmean(at_recall, axis=0))
+        return Metrics(float("nan"), ap, np.full(len(kappas), np.nan), np.full(RECALL_LEVELS, np.nan))
+    return Metrics(float(np.nanmean(ap)), ap, np.nanmean(at_k, axis=0), np.nanmean(at_recall, axis=0))
 
 
 def evaluate_ranks(
     ranks: np.ndarray, ground_truth: Sequence[GroundTruth], kappas: Sequence[int] = KAPPAS
-) -> dict[str, Result]:
+) -> dict[str, Metrics]:
     """The same from full rankings, as revisitop's own tools hold them: (N, Q), a column per query."""
     positions = []
     for ranking, truth in zip(np.asarray(ranks).T, ground_truth, strict=True):
@@ -98,7 +139,7 @@ def evaluate_ranks(
 
 
 def remove_ignored(positive: np.ndarray, ignored: np.ndarray) -> np.ndarray:
-    """Ascending ranks of the positives in the ranking without the ignored pictures."""
+    """Ascending ranks of the positives in the ranking without the ignored images."""
     positive = np.sort(positive)
     return positive - np.searchsorted(np.sort(ignored), positive)
 
@@ -128,7 +169,7 @@ def interpolated_precision(ranks: np.ndarray) -> np.ndarray:
 
     At recall r it is the highest precision that any cut of the ranking with recall r or more has. The
     k-th positive (from 0) at the ascending 0-based rank r_k gives recall (k+1)/n_pos and precision
-    (k+1)/(r_k+1); as everywhere here, ignored pictures have left the ranking before.
+    (k+1)/(r_k+1); as everywhere here, ignored images have left the ranking before.
     """
     n = len(ranks)
     if n == 0:

@@ -3,7 +3,7 @@
 It is there so that a first run, and the tests, take every part of the real path without a download:
 a gauge of the code, never a claim about accuracy. Each landmark is one facade, seen from other
 distances and angles, in other light and weather, and behind occluders; how strong the change is
-decides whether a picture is easy, hard or junk. Everything is drawn from seeds.
+decides whether an image is easy, hard or junk. Everything is drawn from seeds.
 """
 
 import logging
@@ -28,11 +28,11 @@ from revisitop.dataset import dataset_folder, load_pickle
 
 log = logging.getLogger(__name__)
 
-DISCLAIMER = "toy: drawn pictures and random weights; it shows that the code works, not how accurate the method is"
+DISCLAIMER = "toy: drawn images and random weights; it shows that the code works, not how accurate the method is"
 
 _VERSION = 1  # raise it when the drawing changes: older toy folders are then drawn again
 _LANDMARKS = 12
-_VIEWS = {"easy": (5, 0.05, 0.2), "hard": (5, 0.3, 0.5), "junk": (1, 1.0, 1.2)}  # pictures, strength from, to
+_VIEWS = {"easy": (5, 0.05, 0.2), "hard": (5, 0.3, 0.5), "junk": (1, 1.0, 1.2)}  # images, strength from, to
 _DISTRACTORS = 12
 _FACADE = 320  # side of a facade in pixels, before it is seen from somewhere
 
@@ -56,7 +56,7 @@ def ensure_dataset(data_dir: Path, progress: Callable[[Iterable], Iterable] = it
         shutil.rmtree(folder, ignore_errors=True)
         new.rename(folder)
     except OSError as error:
-        raise InputError(f"cannot draw the toy dataset into {folder} ({error.strerror}); see TEST.DATA_DIR") from None
+        raise InputError(f"cannot draw the toy dataset into {folder} ({error.strerror})") from None
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
@@ -76,7 +76,7 @@ def ensure_weights(folder: Path, depth: int) -> Path:
             os.replace(new, path)
         except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch.save
             new.unlink(missing_ok=True)
-            raise InputError(f"cannot write {path} ({str(error).splitlines()[0]}); see TEST.DATA_DIR") from None
+            raise InputError(f"cannot write {path} ({str(error).splitlines()[0]})") from None
     return path
 
 
@@ -92,7 +92,7 @@ def seeded_checkpoint(depth: int, prefix: str = "encoder_q.") -> dict:
 
     With the encoder behind "encoder_q.", as CVNet has it, the file holds the reranker's keys as well.
     Every tensor is drawn from NumPy's PCG64, seeded with the CRC-32 of its bare key. The bias of head.fc
-    then takes out the direction that all rectified features share, so that pictures differ.
+    then takes out the direction that all rectified features share, so that images differ.
     """
     with torch.device("meta"):
         encoder, reranker = ResNet(depth), CVNetLayers()
@@ -131,7 +131,7 @@ def _draw_weights(key: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def _draw_dataset(folder: Path, progress: Callable[[Iterable], Iterable]) -> None:
-    """Database pictures stand in a mixed order, as a landmark's pictures do in the real benchmarks."""
+    """Database images stand in a mixed order, as a landmark's images do in the real benchmarks."""
     views = [
         (landmark, kind, number, float(strength))
         for landmark in range(_LANDMARKS)
@@ -146,12 +146,12 @@ def _draw_dataset(folder: Path, progress: Callable[[Iterable], Iterable]) -> Non
 
     def draw(name: str, landmark: int, seed: tuple, strength: float) -> list[float]:
         rng = np.random.default_rng([zlib.crc32(str(part).encode()) for part in seed])
-        picture, box = draw_view(draw_facade(landmark), rng, strength)
-        picture.save(folder / "jpg" / f"{name}.jpg", quality=90)
+        image, box = draw_view(draw_facade(landmark), rng, strength)
+        image.save(folder / "jpg" / f"{name}.jpg", quality=90)
         return box
 
-    pictures = list(zip(names, (views[index] for index in order), strict=True))
-    for position, (name, (landmark, kind, number, strength)) in enumerate(progress(pictures)):
+    images = list(zip(names, (views[index] for index in order), strict=True))
+    for position, (name, (landmark, kind, number, strength)) in enumerate(progress(images)):
         draw(name, landmark, (landmark, kind, number), strength)
         if kind != "distractor":
             ground_truth[landmark][kind].append(position)
@@ -222,7 +222,7 @@ def draw_facade(landmark: int) -> Image.Image:
 
 
 def draw_view(facade: Image.Image, rng: np.random.Generator, strength: float) -> tuple[Image.Image, list[float]]:
-    """The facade seen from somewhere: the picture, and the box of the facade in it.
+    """The facade seen from somewhere: the image, and the box of the facade in it.
 
     Strength 0 is a frontal view in clear light; at 1 little of the facade is left to see.
     """
@@ -231,7 +231,7 @@ def draw_view(facade: Image.Image, rng: np.random.Generator, strength: float) ->
     ground = np.array([120, 115, 105]) + rng.uniform(-20, 20) + strength * rng.uniform(-25, 25, 3)
     fade = np.clip(np.linspace(-1.5, 2.5, height), 0, 1)[:, None, None]
     scene = np.broadcast_to(sky * (1 - fade) + ground * fade, (height, width, 3))
-    picture = Image.fromarray(scene.astype(np.uint8))
+    image = Image.fromarray(scene.astype(np.uint8))
 
     # Where the four corners of the facade come to stand: distance, place, tilt and perspective.
     size = 1.3 * min(width, height) * (1 - strength * rng.uniform(-0.3, 0.45))
@@ -243,10 +243,10 @@ def draw_view(facade: Image.Image, rng: np.random.Generator, strength: float) ->
     seen = facade.transform(
         (width, height), Image.Transform.PERSPECTIVE, _homography(corners), Image.Resampling.BICUBIC
     )
-    picture.paste(seen, mask=seen.getchannel("A"))
+    image.paste(seen, mask=seen.getchannel("A"))
 
     # Occluders: trees and posts.
-    pen = ImageDraw.Draw(picture)
+    pen = ImageDraw.Draw(image)
     for _ in range(int(rng.poisson(2 * strength))):
         x, y = rng.uniform(0, width), rng.uniform(0.45 * height, height)
         radius = rng.uniform(0.06, 0.2) * width
@@ -255,20 +255,20 @@ def draw_view(facade: Image.Image, rng: np.random.Generator, strength: float) ->
         pen.ellipse([x - radius, y - radius, x + radius, y + radius], fill=leaves)
 
     # Light and weather: a tint, contrast, fog, rain or snow, and the camera's blur and noise.
-    pixels = np.asarray(picture, dtype=float) / 255
+    pixels = np.asarray(image, dtype=float) / 255
     pixels = pixels ** math.exp(strength * rng.uniform(-0.4, 0.4)) * (1 + strength * rng.uniform(-0.15, 0.15, 3))
     fog = strength * rng.uniform(0, 0.35)
     pixels = pixels * (1 - fog) + 0.8 * fog
     pixels += rng.normal(0, 0.005 + 0.02 * strength * rng.random(), pixels.shape)
-    picture = Image.fromarray((np.clip(pixels, 0, 1) * 255).astype(np.uint8))
-    pen = ImageDraw.Draw(picture)
+    image = Image.fromarray((np.clip(pixels, 0, 1) * 255).astype(np.uint8))
+    pen = ImageDraw.Draw(image)
     for x, y in rng.uniform(0, (width, height), (int(rng.poisson(30 * strength)), 2)):
         pen.line([x, y, x + 3, y + 9], fill=(225, 225, 235))
-    picture = picture.filter(ImageFilter.GaussianBlur(strength * rng.uniform(0, 1.4)))
+    image = image.filter(ImageFilter.GaussianBlur(strength * rng.uniform(0, 1.4)))
 
     low, high = corners.min(axis=0), corners.max(axis=0)
     box = [max(0.0, low[0]), max(0.0, low[1]), min(float(width), high[0]), min(float(height), high[1])]
-    return picture, [round(float(number), 1) for number in box]
+    return image, [round(float(number), 1) for number in box]
 
 
 def _colour(rng: np.random.Generator, low: int, high: int) -> tuple[int, ...]:
@@ -276,7 +276,7 @@ def _colour(rng: np.random.Generator, low: int, high: int) -> tuple[int, ...]:
 
 
 def _homography(corners: np.ndarray) -> list[float]:
-    """Pillow's eight numbers of the map from the picture to the facade, from where its corners stand."""
+    """Pillow's eight numbers of the map from the image to the facade, from where its corners stand."""
     rows, right = [], []
     for (x, y), (u, v) in zip(corners, [(0, 0), (_FACADE, 0), (_FACADE, _FACADE), (0, _FACADE)], strict=True):
         rows += [[x, y, 1, 0, 0, 0, -u * x, -u * y], [0, 0, 0, x, y, 1, -v * x, -v * y]]

@@ -119,10 +119,10 @@ class Layout:
             self.gnd["gnd"].append({"bbx": [4.5, 3, 60.2, 50 + i], **lists})
         for name in self.gnd["imlist"] + self.gnd["qimlist"]:
             pixels = np.kron(rng.integers(0, 256, (6, 8, 3)), np.ones((10, 10, 1)))
-            Image.fromarray(pixels.astype(np.uint8)).save(self.picture(name), quality=95)
+            Image.fromarray(pixels.astype(np.uint8)).save(self.image(name), quality=95)
         self.write()
 
-    def picture(self, name: str) -> Path:
+    def image(self, name: str) -> Path:
         return self.folder / "jpg" / f"{name}.jpg"
 
     @property

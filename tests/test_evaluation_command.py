@@ -64,8 +64,8 @@ def test_reranking_can_be_set_and_switched_off_and_descriptors_are_used_again(co
     assert logged(work, "Reranking") == pytest.approx(evaluate_saved(work, layout, (10, 3, 0.5)), abs=0.0051)
 
     before = np.load(work / "output" / "roxford5k_db.npy")
-    shutil.copy(layout.picture("db_3"), layout.picture("db_4"))  # one picture changed: it alone is described again
-    assert "roxford5k database: 1 pictures described" in command("test.py", *base, *quick).out
+    shutil.copy(layout.image("db_3"), layout.image("db_4"))  # one image changed: it alone is described again
+    assert "roxford5k database: 1 images described" in command("test.py", *base, *quick).out
     after = np.load(work / "output" / "roxford5k_db.npy")
     assert np.flatnonzero((before != after).any(axis=1)).tolist() == [4]
     np.testing.assert_array_equal(after[4], after[3])
@@ -178,7 +178,7 @@ def test_ground_truth_that_would_run_code(refused, layout, tmp_path):
 def test_ground_truth_that_points_past_the_image_list(refused, layout):
     layout.gnd["gnd"][1]["hard"].append(24)
     layout.write()
-    assert "query query_1 lists picture 24 as hard, but imlist has 24 (0 to 23)" in refused()
+    assert "query query_1 lists image 24 as hard, but imlist has 24 (0 to 23)" in refused()
 
 
 def test_damaged_ground_truth(refused, layout):
@@ -186,38 +186,38 @@ def test_damaged_ground_truth(refused, layout):
     assert "is damaged or no pickle" in refused()
 
 
-def test_missing_pictures(refused, layout):
-    layout.picture("db_3").unlink()
-    layout.picture("query_0").unlink()
+def test_missing_images(refused, layout):
+    layout.image("db_3").unlink()
+    layout.image("query_0").unlink()
     line = refused()
-    assert "2 of 27 pictures are missing" in line
+    assert "2 of 27 images are missing" in line
     assert "db_3.jpg" in line
 
 
-def test_damaged_pictures_are_all_named(refused, layout):
-    cut = layout.picture("db_3")
+def test_damaged_images_are_all_named(refused, layout):
+    cut = layout.image("db_3")
     cut.write_bytes(cut.read_bytes()[:-300])
-    layout.picture("db_9").write_text("not a picture")
+    layout.image("db_9").write_text("not an image")
     line = refused()
-    assert re.search(r"2 pictures cannot be used: .*db_3.jpg: .*truncated.*, .*db_9.jpg: not a picture", line)
+    assert re.search(r"2 images cannot be used: .*db_3.jpg: .*truncated.*, .*db_9.jpg: not an image", line)
 
 
-def test_after_a_damaged_picture_is_replaced_the_run_goes_on(refused, layout, tmp_path):
-    picture = layout.picture("db_20")
-    whole = picture.read_bytes()
-    picture.write_text("not a picture")
+def test_after_a_damaged_image_is_replaced_the_run_goes_on(refused, layout, tmp_path):
+    image = layout.image("db_20")
+    whole = image.read_bytes()
+    image.write_text("not an image")
     refused()
-    picture.write_bytes(whole)
-    layout.picture("db_22").write_text("not a picture")
+    image.write_bytes(whole)
+    layout.image("db_22").write_text("not an image")
     refused()
     assert "going on after 20 of 24 rows" in (tmp_path / "work" / "log.txt").read_text()
 
 
-def test_missing_pictures_of_the_last_dataset_are_told_before_the_first_is_described(refused, layout):
+def test_missing_images_of_the_last_dataset_are_told_before_the_first_is_described(refused, layout):
     shutil.copytree(layout.folder, layout.data_dir / "rparis6k")
     (layout.data_dir / "rparis6k" / "gnd_roxford5k.pkl").rename(layout.data_dir / "rparis6k" / "gnd_rparis6k.pkl")
     (layout.data_dir / "rparis6k" / "jpg" / "db_3.jpg").unlink()
-    assert "rparis6k: 1 of 27 pictures are missing" in refused("TEST.DATASET_LIST", "[roxford5k, rparis6k]")
+    assert "rparis6k: 1 of 27 images are missing" in refused("TEST.DATASET_LIST", "[roxford5k, rparis6k]")
     assert not (layout.data_dir.parent / "work" / "output" / "roxford5k_query.npy").exists()
 
 
@@ -226,10 +226,10 @@ def test_a_descriptor_that_is_not_finite_is_never_saved(refused, tmp_path):
     assert not list((tmp_path / "work" / "output").glob("*.npy"))
 
 
-def test_a_query_box_outside_its_picture(refused, layout):
+def test_a_query_box_outside_its_image(refused, layout):
     layout.gnd["gnd"][2]["bbx"] = [90, 5, 120, 30]
     layout.write()
-    assert "query_2.jpg: the query box (90, 5, 120, 30) holds no pixel of this 80 x 60 picture" in refused()
+    assert "query_2.jpg: the query box (90, 5, 120, 30) holds no pixel of this 80 x 60 image" in refused()
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def evaluate_features(command, layout):
 
 
 @pytest.mark.parametrize("kind", ["mat", "npz", "pth", "npy", "folder"])
-def test_saved_descriptors_are_evaluated_without_pictures(evaluate_features, layout, tmp_path, features, kind):
+def test_saved_descriptors_are_evaluated_without_images(evaluate_features, layout, tmp_path, features, kind):
     shutil.rmtree(layout.folder / "jpg")
     outcome = evaluate_features(save_features(tmp_path / "saved", kind, *features))
     assert outcome.code == 0, outcome.err
@@ -313,10 +313,10 @@ def test_unit_length_is_restored_with_a_warning(evaluate_features, layout, tmp_p
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda q, x: (q, x[:-1]), "roxford5k has 24 pictures, but the shape is (16, 23)"),
+        (lambda q, x: (q, x[:-1]), "roxford5k has 24 images, but the shape is (16, 23)"),
         (lambda q, x: (q[:, :-1], x), "queries have 15 dimensions, the database 16"),
-        (lambda q, x: (q, x * (np.arange(24) != 5)[:, None]), "picture 5 (from 0) has a zero"),
-        (lambda q, x: (q + np.nan, x), "picture 0 (from 0) has a zero or a number that is not finite"),
+        (lambda q, x: (q, x * (np.arange(24) != 5)[:, None]), "image 5 (from 0) has a zero"),
+        (lambda q, x: (q + np.nan, x), "image 0 (from 0) has a zero or a number that is not finite"),
         (lambda q, x: ((q * 100).astype(np.int16), x), "floating numbers, got int16"),
     ],
 )

@@ -158,16 +158,14 @@ def test_a_second_start_after_the_end_changes_nothing(command, arguments, whole,
     assert (tmp_path / "work" / whole.name).stat() == before
 
 
-def test_a_picture_that_cannot_be_read_stops_or_is_skipped(command, arguments, distractors, tmp_path):
+def test_a_image_that_cannot_be_read_stops_or_is_skipped(command, arguments, distractors, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(distractors, folder)
-    (folder / "jpg" / "1" / "004.jpg").write_text("no picture")
+    (folder / "jpg" / "1" / "004.jpg").write_text("no image")
     arguments[arguments.index("--data-dir") + 1] = str(folder)
     outcome = command("extract_rop1m.py", *arguments)
     assert outcome.code == 2
-    assert re.search(
-        r"error: distractors: a picture cannot be used: .*1/004.jpg: not a picture; .*skip\n$", outcome.err
-    )
+    assert re.search(r"error: distractors: an image cannot be used: .*1/004.jpg: not an image; .*skip\n$", outcome.err)
 
     outcome = command("extract_rop1m.py", *arguments, "--on-error", "skip")
     assert outcome.code == 0, outcome.err
@@ -208,7 +206,7 @@ def test_a_list_that_names_a_missing_file(command, arguments, distractors, tmp_p
     arguments[arguments.index("--data-dir") + 1] = str(folder)
     outcome = command("extract_rop1m.py", *arguments)
     assert outcome.code == 2
-    assert re.search(r"1 of 40 pictures are missing \(.*0/003.jpg\)", outcome.err.splitlines()[-1])
+    assert re.search(r"1 of 40 images are missing \(.*0/003.jpg\)", outcome.err.splitlines()[-1])
 
 
 def test_a_file_of_other_settings_is_neither_overwritten_nor_mixed(command, arguments, whole, tmp_path):
@@ -252,7 +250,7 @@ def test_a_full_disk_is_told_before_the_start(command, arguments, monkeypatch):
 
 @pytest.fixture
 def evaluate(command, layout, checkpoint_50, tmp_path):
-    """Runs test.py on roxford5k with distractors; the descriptors of the pictures are random and saved."""
+    """Runs test.py on roxford5k with distractors; the descriptors of the images are random and saved."""
     rng = np.random.default_rng(3)
     rows = rng.standard_normal((27, 2048)).astype(np.float32)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
@@ -279,7 +277,7 @@ def far_rows(count: int, dim: int = 2048) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["pth", "npy", "half", "old.pth"])
 def test_distractors_follow_the_database(evaluate, layout, tmp_path, kind):
     rows = far_rows(500)
-    rows[7] = evaluate.rows[3]  # the same score as a database picture, which stands before it
+    rows[7] = evaluate.rows[3]  # the same score as a database image, which stands before it
     rows[9] = 0
     work = tmp_path / "work"
     work.mkdir()

@@ -17,10 +17,10 @@ def as_tensor(pixels: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1) / 255
 
 
-def test_tensors_and_pil_pictures_have_the_papers_descriptors(hub_model, reference):
+def test_tensors_and_pil_images_have_the_papers_descriptors(hub_model, reference):
     pixels, expected = reference["image_1"], reference["descriptor_all_3_image_1"][None]
-    for picture in (as_tensor(pixels), as_tensor(pixels)[None], Image.fromarray(pixels), [Image.fromarray(pixels)]):
-        np.testing.assert_allclose(hub_model(picture).numpy(), expected, atol=2e-6, rtol=0)
+    for image in (as_tensor(pixels), as_tensor(pixels)[None], Image.fromarray(pixels), [Image.fromarray(pixels)]):
+        np.testing.assert_allclose(hub_model(image).numpy(), expected, atol=2e-6, rtol=0)
 
 
 def test_a_list_of_mixed_sizes_and_kinds_keeps_its_order(hub_model, reference):
@@ -30,12 +30,12 @@ def test_a_list_of_mixed_sizes_and_kinds_keeps_its_order(hub_model, reference):
     torch.testing.assert_close(together, alone, atol=2e-6, rtol=0)
 
 
-def test_pil_pictures_are_turned_upright_and_stay_as_they_were(hub_model, reference):
-    picture = Image.fromarray(reference["image_1"][:60, :80]).rotate(90, expand=True)
-    picture.getexif()[0x0112] = 6  # to be turned by 90 degrees clockwise
-    size = picture.size
-    out = hub_model(picture)
-    assert picture.size == size
+def test_pil_images_are_turned_upright_and_stay_as_they_were(hub_model, reference):
+    image = Image.fromarray(reference["image_1"][:60, :80]).rotate(90, expand=True)
+    image.getexif()[0x0112] = 6  # to be turned by 90 degrees clockwise
+    size = image.size
+    out = hub_model(image)
+    assert image.size == size
     torch.testing.assert_close(out, hub_model(as_tensor(reference["image_1"][:60, :80])), atol=2e-6, rtol=0)
 
 
@@ -79,22 +79,22 @@ def test_the_reranker_comes_with_its_settings():
 
 
 @pytest.mark.parametrize(
-    ("picture", "message"),
+    ("image", "message"),
     [
-        (torch.rand(2, 64, 64), r"picture 0: a tensor has shape \(3, H, W\), got \(2, 64, 64\)"),
+        (torch.rand(2, 64, 64), r"image 0: a tensor has shape \(3, H, W\), got \(2, 64, 64\)"),
         (torch.rand(1, 3, 0, 64), r"got \(3, 0, 64\)"),
         (torch.zeros(3, 64, 64, dtype=torch.uint8), "RGB in 0..1 is needed, got torch.uint8; divide it by 255"),
         (255 * torch.rand(3, 64, 64), r"RGB in 0..1 is needed, \(3, 64, 64\) has .* to 25"),
         (torch.full((3, 64, 64), float("nan")), "RGB in 0..1 is needed, .* has nan to nan"),
-        ([torch.rand(3, 64, 64), "a.jpg"], "picture 1: a tensor .* or a PIL picture is needed, got str"),
-        ("a.jpg", "picture 0: a tensor .* got str"),
-        (Image.new("F", (8, 8)), "picture 0: floating-point picture"),
+        ([torch.rand(3, 64, 64), "a.jpg"], "image 1: a tensor .* or a PIL image is needed, got str"),
+        ("a.jpg", "image 0: a tensor .* got str"),
+        (Image.new("F", (8, 8)), "image 0: floating-point image"),
         (3, "got int"),
     ],
 )
-def test_what_is_no_picture_is_told(hub_model, picture, message):
+def test_what_is_no_image_is_told(hub_model, image, message):
     with pytest.raises(ValueError, match=message):
-        hub_model(picture)
+        hub_model(image)
 
 
 def test_missing_weights_are_told():

@@ -27,7 +27,7 @@ def benchmark():
 
 
 @pytest.fixture(scope="module")
-def pictures(benchmark):
+def images(benchmark):
     return benchmark.draw_set(FEW, views=6, side=96)
 
 
@@ -36,41 +36,41 @@ def network(benchmark):
     return benchmark.load_network()
 
 
-def test_the_set_is_the_same_every_time_and_for_any_other_landmarks(benchmark, pictures):
+def test_the_set_is_the_same_every_time_and_for_any_other_landmarks(benchmark, images):
     again = benchmark.draw_set(dict(list(FEW.items())[:3]), views=6, side=96)
-    assert torch.equal(again.queries, pictures.queries[:4])
-    assert torch.equal(again.database, pictures.database[:24])
+    assert torch.equal(again.queries, images.queries[:4])
+    assert torch.equal(again.database, images.database[:24])
 
 
-def test_every_landmark_has_easy_and_hard_views_of_its_own(pictures):
-    assert pictures.queries.shape == (7, 3, 96, 96)
-    assert [len(truth.easy) for truth in pictures.ground_truth] == [3] * 7
-    assert [len(truth.hard) for truth in pictures.ground_truth] == [3] * 7
-    listed = np.concatenate([truth.listed for truth in pictures.ground_truth])
-    assert listed.tolist() == list(range(len(pictures.database)))
+def test_every_landmark_has_easy_and_hard_views_of_its_own(images):
+    assert images.queries.shape == (7, 3, 96, 96)
+    assert [len(truth.easy) for truth in images.ground_truth] == [3] * 7
+    assert [len(truth.hard) for truth in images.ground_truth] == [3] * 7
+    listed = np.concatenate([truth.listed for truth in images.ground_truth])
+    assert listed.tolist() == list(range(len(images.database)))
 
 
-def test_hard_views_differ_more_from_the_query_than_easy_ones(pictures):
-    queries, database = pictures.queries.float(), pictures.database.float()
+def test_hard_views_differ_more_from_the_query_than_easy_ones(images):
+    queries, database = images.queries.float(), images.database.float()
     difference = {"easy": 0.0, "hard": 0.0}
-    for query, truth in zip(queries, pictures.ground_truth, strict=True):
+    for query, truth in zip(queries, images.ground_truth, strict=True):
         for kind in difference:
             difference[kind] += (database[getattr(truth, kind)] - query).abs().mean().item()
     assert difference["hard"] > 1.2 * difference["easy"]
 
 
-def test_the_trained_network_finds_the_views_of_a_photograph(benchmark, network, pictures):
+def test_the_trained_network_finds_the_views_of_a_photograph(benchmark, network, images):
     attached = attach(network, features="extract_features")
-    queries, database = (benchmark.describe(attached, part) for part in (pictures.queries, pictures.database))
+    queries, database = (benchmark.describe(attached, part) for part in (images.queries, images.database))
     ranks = search(queries, database, m=len(database)).ids.T.numpy()
-    wrong = pictures.ground_truth[1:] + pictures.ground_truth[:1]  # the views of another landmark
-    assert evaluate_ranks(ranks, pictures.ground_truth)["M"].map > 0.7
+    wrong = images.ground_truth[1:] + images.ground_truth[:1]  # the views of another landmark
+    assert evaluate_ranks(ranks, images.ground_truth)["M"].map > 0.7
     assert evaluate_ranks(ranks, wrong)["M"].map < 0.3
 
 
-def test_the_table_has_a_row_per_step_and_leaves_the_network_as_it_was(benchmark, network, pictures):
+def test_the_table_has_a_row_per_step_and_leaves_the_network_as_it_was(benchmark, network, images):
     before = repr(network)
-    first = benchmark.PhotographSet(pictures.queries[:2], pictures.database[:12], pictures.ground_truth[:2])
+    first = benchmark.PhotographSet(images.queries[:2], images.database[:12], images.ground_truth[:2])
     table = dict(benchmark.rows(network, first))
     assert list(table) == [*benchmark.STEPS, "+ reranking"]
     assert len(table) == 7

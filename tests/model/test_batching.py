@@ -7,7 +7,7 @@ from model.batching import BatchSize, equal_sizes, in_fitting_parts
 from model.errors import InputError
 
 
-def pictures(sizes: list[tuple[int, int]]) -> list[tuple[int, torch.Tensor]]:
+def images(sizes: list[tuple[int, int]]) -> list[tuple[int, torch.Tensor]]:
     """Numbered, each filled with its number."""
     return [(number, torch.full((*size, 3), number, dtype=torch.uint8)) for number, size in enumerate(sizes)]
 
@@ -17,7 +17,7 @@ def brightness(batch) -> torch.Tensor:
 
 
 class SmallDevice:
-    """Runs out of memory with more than `most` pictures."""
+    """Runs out of memory with more than `most` images."""
 
     def __init__(self, most: int, error: Exception):
         self.most, self.error, self.tried = most, error, []
@@ -31,10 +31,10 @@ class SmallDevice:
 
 @pytest.mark.parametrize("limit", [1, 3, 100])
 @pytest.mark.parametrize("window", [1, 5, 1000])
-def test_each_picture_is_in_one_batch_of_its_own_size(monkeypatch, limit, window):
-    monkeypatch.setattr(batching, "WINDOW_PICTURES", window)
+def test_each_image_is_in_one_batch_of_its_own_size(monkeypatch, limit, window):
+    monkeypatch.setattr(batching, "WINDOW_IMAGES", window)
     rng = np.random.default_rng(window)
-    given = pictures([[(4, 6), (6, 4), (5, 5)][i] for i in rng.integers(0, 3, 60)])
+    given = images([[(4, 6), (6, 4), (5, 5)][i] for i in rng.integers(0, 3, 60)])
     seen = []
     for numbers, batch in equal_sizes(iter(given), BatchSize(10**9, limit)):
         assert len(batch) <= limit
@@ -46,16 +46,16 @@ def test_each_picture_is_in_one_batch_of_its_own_size(monkeypatch, limit, window
 
 def test_equal_sizes_are_found_across_others():
     sizes = [(4, 6), (6, 4)] * 6
-    batches = [numbers for numbers, _ in equal_sizes(iter(pictures(sizes)), BatchSize(10**9, 4))]
+    batches = [numbers for numbers, _ in equal_sizes(iter(images(sizes)), BatchSize(10**9, 4))]
     assert batches == [(0, 2, 4, 6), (1, 3, 5, 7), (8, 10), (9, 11)]
 
 
-def test_a_picture_of_a_rare_size_waits_no_longer_than_the_window(monkeypatch):
-    monkeypatch.setattr(batching, "WINDOW_PICTURES", 4)
+def test_a_image_of_a_rare_size_waits_no_longer_than_the_window(monkeypatch):
+    monkeypatch.setattr(batching, "WINDOW_IMAGES", 4)
     read = []
 
     def reading():
-        for number, pixels in pictures([(9, 9), *[(4, 6)] * 20]):
+        for number, pixels in images([(9, 9), *[(4, 6)] * 20]):
             read.append(number)
             yield number, pixels
 
@@ -65,12 +65,12 @@ def test_a_picture_of_a_rare_size_waits_no_longer_than_the_window(monkeypatch):
 
 def test_the_window_is_bounded_in_bytes(monkeypatch):
     monkeypatch.setattr(batching, "WINDOW_BYTES", 3 * 4 * 6 * 3)
-    first, _ = next(iter(equal_sizes(iter(pictures([(4, 6)] * 20)), BatchSize(10**9))))
+    first, _ = next(iter(equal_sizes(iter(images([(4, 6)] * 20)), BatchSize(10**9))))
     assert first == (0, 1, 2)
 
 
-def test_large_pictures_come_in_smaller_batches():
-    size = BatchSize(pixels=1000, pictures=50)
+def test_large_images_come_in_smaller_batches():
+    size = BatchSize(pixels=1000, images=50)
     assert size.of(torch.empty(10, 20, 3)) == 5
     assert size.of(torch.empty(1, 2, 3)) == 50
     assert size.of(torch.empty(100, 100, 3)) == 1
@@ -88,7 +88,7 @@ def test_large_pictures_come_in_smaller_batches():
 def test_out_of_memory_halves_the_batch_and_goes_on(error):
     device = SmallDevice(3, error)
     size = BatchSize(10**9, 16)
-    batch = [pixels for _, pixels in pictures([(2, 2)] * 13)]
+    batch = [pixels for _, pixels in images([(2, 2)] * 13)]
     parts = list(in_fitting_parts(device.describe, batch, range(13), size))
     assert [number for part, _ in parts for number in range(13)[part]] == list(range(13))
     assert torch.cat([vectors for _, vectors in parts]).flatten().tolist() == list(range(13))
@@ -97,7 +97,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(error):
     assert max(device.tried) <= 3  # what did not fit is not tried again
 
 
-def test_a_single_picture_that_does_not_fit_is_named():
+def test_a_single_image_that_does_not_fit_is_named():
     device = SmallDevice(0, torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(InputError, match=r"b\.jpg: the memory of the device is too small for 9 x 7 pixels"):
         list(in_fitting_parts(device.describe, [torch.empty(7, 9, 3)], ["b.jpg"], BatchSize(1)))

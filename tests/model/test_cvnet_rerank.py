@@ -86,7 +86,7 @@ def test_memory_is_bounded_by_fewer_keys_at_a_time(network, grows):
 
 
 @pytest.mark.parametrize("size", [(32, 32), (1, 1), (1, 200)])
-def test_the_smallest_pictures_have_a_score(network, maps, size):
+def test_the_smallest_images_have_a_score(network, maps, size):
     tiny = feature_map(network, np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
     for query, key in ((tiny, maps[0]), (maps[0], tiny), (tiny, tiny)):
         out = score(network, query, key)

@@ -21,12 +21,12 @@ def model(checkpoint_50):
 
 def write(folder, name: str, mode: str = "RGB", size: tuple[int, int] = (40, 30), **options) -> ImageFile:
     pixels = np.random.default_rng(len(name)).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    picture = Image.fromarray(pixels)
+    image = Image.fromarray(pixels)
     if mode == "I;16":
-        picture = Image.fromarray(pixels[:, :, 0].astype(np.uint16) * 257)
+        image = Image.fromarray(pixels[:, :, 0].astype(np.uint16) * 257)
     elif mode != "RGB":
-        picture = picture.convert(mode)
-    picture.save(folder / name, **options)
+        image = image.convert(mode)
+    image.save(folder / name, **options)
     return ImageFile(folder / name)
 
 
@@ -47,7 +47,7 @@ def run(model, images: list[ImageFile], into: DescriptorStore, **options) -> np.
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_pictures_of_every_kind_have_finite_unit_descriptors_in_list_order(model, tmp_path, workers):
+def test_images_of_every_kind_have_finite_unit_descriptors_in_list_order(model, tmp_path, workers):
     images = [
         write(tmp_path, "one.png", size=(1, 1)),
         write(tmp_path, "line.png", size=(500, 1)),
@@ -65,7 +65,7 @@ def test_pictures_of_every_kind_have_finite_unit_descriptors_in_list_order(model
 
 @pytest.mark.parametrize(("batch_size", "window", "workers"), [(0, 256, 2), (3, 256, 0), (4, 2, 0)])
 def test_rows_are_the_same_whatever_the_batches(model, tmp_path, monkeypatch, batch_size, window, workers):
-    monkeypatch.setattr(batching, "WINDOW_PICTURES", window)
+    monkeypatch.setattr(batching, "WINDOW_IMAGES", window)
     sizes = [(40, 30), (30, 40), (33, 33)]
     images = [write(tmp_path, f"{i}.png", size=sizes[(i * i) % 3]) for i in range(20)]
     one_by_one = run(model, images, store(tmp_path, 20, "one.npy"), batch_size=1)
@@ -103,20 +103,18 @@ class DeadlyFile(ImageFile):
 def test_a_worker_that_dies_is_reported_with_its_file_and_nothing_is_lost(model, tmp_path):
     images = [write(tmp_path, f"{i}.png") for i in range(12)]
     images[9] = DeadlyFile(images[9].path)
-    with pytest.raises(InputError, match=r"a process that decodes pictures died while reading \S*9\.png; if memory"):
+    with pytest.raises(InputError, match=r"a process that decodes images died while reading \S*9\.png; if memory"):
         run(model, images, store(tmp_path, 12), workers=1, batch_size=2)
     missing = store(tmp_path, 12).missing().tolist()
     assert missing == list(range(missing[0], 12))
     assert 2 <= missing[0] <= 9
 
 
-def test_damaged_pictures_stop_the_run_all_named_and_nothing_is_lost(model, tmp_path, caplog):
+def test_damaged_images_stop_the_run_all_named_and_nothing_is_lost(model, tmp_path, caplog):
     images = [write(tmp_path, f"{i}.png") for i in range(6)]
     for i in (2, 4):
-        images[i].path.write_text("no picture")
-    with pytest.raises(
-        InputError, match=r"2 pictures cannot be used: .*2\.png: not a picture, .*4\.png: not a picture"
-    ):
+        images[i].path.write_text("no image")
+    with pytest.raises(InputError, match=r"2 images cannot be used: .*2\.png: not an image, .*4\.png: not an image"):
         run(model, images, store(tmp_path, 6))
     assert store(tmp_path, 6).missing().tolist() == [2, 3, 4, 5]
 
@@ -126,20 +124,20 @@ def test_damaged_pictures_stop_the_run_all_named_and_nothing_is_lost(model, tmp_
     np.testing.assert_array_equal(run(model, images, store(tmp_path, 6)), whole)
 
 
-def test_a_damaged_picture_can_be_skipped_as_a_zero_row(model, tmp_path, caplog):
+def test_a_damaged_image_can_be_skipped_as_a_zero_row(model, tmp_path, caplog):
     images = [write(tmp_path, f"{i}.png") for i in range(3)]
-    images[1].path.write_text("no picture")
+    images[1].path.write_text("no image")
     rows = run(model, images, store(tmp_path, 3), on_error="skip")
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), [1, 0, 1], atol=1e-5)
     assert "skipped, a zero row" in caplog.text
     assert "1.png" in caplog.text
 
 
-def test_stopping_at_a_damaged_picture_keeps_what_came_before(model, tmp_path):
+def test_stopping_at_a_damaged_image_keeps_what_came_before(model, tmp_path):
     images = [write(tmp_path, f"{i}.png") for i in range(4)]
     for i in (1, 2):
-        images[i].path.write_text("no picture")
-    with pytest.raises(InputError, match=r"a picture cannot be used: .*1\.png: not a picture$"):
+        images[i].path.write_text("no image")
+    with pytest.raises(InputError, match=r"an image cannot be used: .*1\.png: not an image$"):
         run(model, images, store(tmp_path, 4), on_error="stop")
     assert store(tmp_path, 4).missing().tolist() == [1, 2, 3]
 

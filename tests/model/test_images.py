@@ -11,11 +11,11 @@ RGB = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK"])
 def test_every_mode_becomes_8_bit_rgb(tmp_path, mode):
     path = tmp_path / ("x.tiff" if mode == "CMYK" else "x.png")
-    picture = Image.fromarray(RGB).convert(mode)
-    picture.save(path)
+    image = Image.fromarray(RGB).convert(mode)
+    image.save(path)
     pixels = read_image(path)
     assert pixels.dtype == np.uint8
-    np.testing.assert_array_equal(pixels, np.asarray(picture.convert("RGB")))
+    np.testing.assert_array_equal(pixels, np.asarray(image.convert("RGB")))
 
 
 def test_alpha_is_dropped_not_blended(tmp_path):
@@ -32,7 +32,7 @@ def test_16_bits_are_cut_to_the_upper_8(tmp_path, name):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_picture_is_turned_upright_by_its_exif(tmp_path, orientation):
+def test_a_image_is_turned_upright_by_its_exif(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(RGB).save(tmp_path / "x.png", exif=exif)
@@ -65,24 +65,24 @@ def test_a_box_is_cut_truncated_half_open_and_clipped(tmp_path, box, expected):
 @pytest.mark.parametrize("box", [(40, 3, 50, 12), (5, 5, 5, 9), (9, 5, 3, 9), (-9, -9, -1, -1), (5.2, 1, 5.8, 9)])
 def test_a_box_without_a_pixel_is_an_error(tmp_path, box):
     Image.fromarray(RGB).save(tmp_path / "query_7.png")
-    with pytest.raises(ImageError, match=r"query_7.png: the query box .* holds no pixel of this 30 x 20 picture"):
+    with pytest.raises(ImageError, match=r"query_7.png: the query box .* holds no pixel of this 30 x 20 image"):
         ImageFile(tmp_path / "query_7.png", box).read()
 
 
-def test_damaged_pictures_are_told(tmp_path):
+def test_damaged_images_are_told(tmp_path):
     whole = tmp_path / "whole.jpg"
     Image.fromarray(RGB).resize((300, 200)).save(whole)
     cut = tmp_path / "cut.jpg"
     cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     text = tmp_path / "text.jpg"
     text.write_text("hello")
-    for path, reason in ((cut, "truncated"), (text, "not a picture"), (tmp_path / "none.jpg", "no such file")):
+    for path, reason in ((cut, "truncated"), (text, "not an image"), (tmp_path / "none.jpg", "no such file")):
         with pytest.raises(ImageError, match=f"{path.name}: .*{reason}"):
             read_image(path)
 
 
 @pytest.mark.parametrize("values", [np.full((4, 4), 0.5, np.float32), np.full((4, 4), 70000, np.int32)])
-def test_pictures_without_an_8_bit_equivalent_are_refused(tmp_path, values):
+def test_images_without_an_8_bit_equivalent_are_refused(tmp_path, values):
     Image.fromarray(values).save(tmp_path / "x.tiff")
     with pytest.raises(ImageError, match="save it with 8 or 16 bits"):
         read_image(tmp_path / "x.tiff")

@@ -103,7 +103,7 @@ def test_rows_of_other_settings_are_not_mixed(path):
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_only_rows_whose_picture_changed_are_made_again(path, finished):
+def test_only_rows_whose_image_changed_are_made_again(path, finished):
     stamps = [f"size-{row}" for row in range(10)]
     store = DescriptorStore(path, 10, 4, SOURCE, stamps=stamps)
     for row in range(10 if finished else 6):
@@ -125,15 +125,15 @@ def test_only_rows_whose_picture_changed_are_made_again(path, finished):
 
 @pytest.mark.parametrize("finished", [False, True])
 @pytest.mark.parametrize("now", [[7, 3, 12, 0], [*range(10), 12, 13], [12, 9, 8, 2, 1, 0, 3, 4, 5, 6, 7], [12]])
-def test_rows_follow_their_pictures_through_a_changed_list(path, finished, now):
+def test_rows_follow_their_images_through_a_changed_list(path, finished, now):
     rows = np.random.default_rng(1).random((14, 4), dtype=np.float32)
-    store = DescriptorStore(path, 10, 4, SOURCE, stamps=[f"picture-{row}" for row in range(10)])
+    store = DescriptorStore(path, 10, 4, SOURCE, stamps=[f"image-{row}" for row in range(10)])
     there = range(10 if finished else 6)
     for row in there:
         store.write(row, rows[row])
     store.finish() if finished else store.flush()
 
-    stamps = [f"picture-{number}" for number in now]
+    stamps = [f"image-{number}" for number in now]
     expected = [row for row, number in enumerate(now) if number not in there]
     for _ in range(2):
         store = DescriptorStore(path, len(now), 4, SOURCE, stamps=stamps)

@@ -53,7 +53,7 @@ def test_descriptor_does_not_depend_on_its_batch(checkpoint_50, reference):
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (33, 2000)])
 @pytest.mark.parametrize("config", ["all", "none"])
-def test_pictures_of_any_size_have_a_finite_unit_descriptor(checkpoint_50, size, config):
+def test_images_of_any_size_have_a_finite_unit_descriptor(checkpoint_50, size, config):
     model = build_model(checkpoint_50, 50, scales=SCALES[5], **CONFIGS[config])
     out = describe(model, np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
     assert np.linalg.norm(out) == pytest.approx(1, abs=1e-5)

@@ -12,7 +12,7 @@ from model.images import to_network_input
 from modules import GeM, GeMPlus, RegionalGeM, ReLUPlus, ScaleGeM, attach
 from modules.attach import rescale
 
-PICTURES = torch.rand(2, 3, 96, 128, generator=torch.Generator().manual_seed(3))
+IMAGES = torch.rand(2, 3, 96, 128, generator=torch.Generator().manual_seed(3))
 PAPER = {"relup": "layer1", "relup_ends": ("layer2", "layer3")}
 
 
@@ -59,8 +59,8 @@ def test_torchvisions_networks_give_what_enters_their_pooling(name):
     seen = []
     network.avgpool.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     with torch.inference_mode():
-        network(PICTURES)
-        out = attach(network, pooling=GeM(3.0), rgem=None, sgem=None, scales=(1,))(PICTURES)
+        network(IMAGES)
+        out = attach(network, pooling=GeM(3.0), rgem=None, sgem=None, scales=(1,))(IMAGES)
     torch.testing.assert_close(out, normalize(GeM(3.0)(seen[0]), dim=-1))
 
 
@@ -70,7 +70,7 @@ def test_a_network_whose_class_was_changed_is_not_taken_for_torchvisions():
             return self.conv1(x)
 
     network = Mine(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1]).eval()
-    assert attach(network, scales=(1,))(PICTURES).shape == (2, 64)
+    assert attach(network, scales=(1,))(IMAGES).shape == (2, 64)
 
 
 def test_a_callable_is_attached_and_each_module_does_its_part():
@@ -80,8 +80,8 @@ def test_a_callable_is_attached_and_each_module_does_its_part():
         return network(x)
 
     with torch.inference_mode():
-        out = attach(features, scales=(1.0, 0.5))(PICTURES)
-        maps = [network(PICTURES), network(rescale(PICTURES, 0.5))]
+        out = attach(features, scales=(1.0, 0.5))(IMAGES)
+        maps = [network(IMAGES), network(rescale(IMAGES, 0.5))]
         vectors = torch.stack([normalize(GeMPlus()(RegionalGeM()(each)), dim=-1) for each in maps])
     torch.testing.assert_close(out, normalize(ScaleGeM()(vectors), dim=-1))
 
@@ -89,8 +89,8 @@ def test_a_callable_is_attached_and_each_module_does_its_part():
 def test_without_scale_gem_the_scales_are_averaged():
     network = nn.Conv2d(3, 8, 3)
     with torch.inference_mode():
-        out = attach(network, sgem=None, rgem=None, scales=(1.0, 0.5))(PICTURES)
-        maps = [network(PICTURES), network(rescale(PICTURES, 0.5))]
+        out = attach(network, sgem=None, rgem=None, scales=(1.0, 0.5))(IMAGES)
+        maps = [network(IMAGES), network(rescale(IMAGES, 0.5))]
         vectors = torch.stack([normalize(GeMPlus()(each), dim=-1) for each in maps])
     torch.testing.assert_close(out, normalize(vectors.mean(dim=0), dim=-1))
 
@@ -109,8 +109,8 @@ def test_a_named_method_gives_the_map_and_the_networks_own_parts_are_used():
         network, features="extract", pooling=network.pool, rgem=None, scales=(1,), projection=network.whiten
     )
     with torch.inference_mode():
-        expected = network.whiten(normalize(network.body(PICTURES).mean(dim=(2, 3)), dim=-1))
-        torch.testing.assert_close(attached(PICTURES), normalize(expected, dim=-1))
+        expected = network.whiten(normalize(network.body(IMAGES).mean(dim=(2, 3)), dim=-1))
+        torch.testing.assert_close(attached(IMAGES), normalize(expected, dim=-1))
     assert set(attached.state_dict()) == {f"model.{key}" for key in network.state_dict()}
 
 
@@ -119,12 +119,12 @@ def test_whitening_is_p_times_x_less_m():
     p, m = torch.randn(4, 8, generator=random), torch.randn(8, generator=random)
     network = nn.Conv2d(3, 8, 3)
     with torch.inference_mode():
-        x = attach(network, scales=(1,))(PICTURES)
+        x = attach(network, scales=(1,))(IMAGES)
         torch.testing.assert_close(
-            attach(network, scales=(1,), projection=(p, m))(PICTURES), normalize((x - m) @ p.T, dim=-1)
+            attach(network, scales=(1,), projection=(p, m))(IMAGES), normalize((x - m) @ p.T, dim=-1)
         )
         for matrix in (p, p.double().numpy()):
-            out = attach(network, scales=(1,), projection=matrix)(PICTURES)
+            out = attach(network, scales=(1,), projection=matrix)(IMAGES)
             torch.testing.assert_close(out, normalize(x @ p.T, dim=-1))
 
 
@@ -141,7 +141,7 @@ def test_relu6_keeps_its_ceiling():
     nn.init.constant_(network[0].weight, 10)
     nn.init.constant_(network[0].bias, -10)
     attach(network, relup="1")
-    out = network(PICTURES).detach()
+    out = network(IMAGES).detach()
     assert out.min() == pytest.approx(0.014)
     assert out.max() == 6
 
@@ -149,28 +149,28 @@ def test_relu6_keeps_its_ceiling():
 @pytest.mark.parametrize("way", ["detach", "context"])
 def test_the_original_network_comes_back(way):
     network = resnet18()
-    keys, before = list(network.state_dict()), network(PICTURES)
+    keys, before = list(network.state_dict()), network(IMAGES)
     attached = attach(network, **PAPER)
-    assert not torch.equal(network(PICTURES), before)
+    assert not torch.equal(network(IMAGES), before)
     if way == "detach":
         assert attached.detach() is network
     else:
         with attached:
             pass
-    assert torch.equal(network(PICTURES), before)
+    assert torch.equal(network(IMAGES), before)
     assert not any(isinstance(module, ReLUPlus) for module in network.modules())
     assert list(network.state_dict()) == keys
     with pytest.raises(RuntimeError, match="detached"):
-        attached(PICTURES)
+        attached(IMAGES)
 
 
 def test_a_copy_is_detached_on_its_own():
     network = resnet18()
-    plain = network(PICTURES)
+    plain = network(IMAGES)
     attached = attach(network, **PAPER)
     copied = copy.deepcopy(attached)
-    torch.testing.assert_close(copied.detach()(PICTURES), plain)
-    assert not torch.equal(network(PICTURES), plain)
+    torch.testing.assert_close(copied.detach()(IMAGES), plain)
+    assert not torch.equal(network(IMAGES), plain)
 
 
 def test_a_checkpoint_loads_after_attaching():
@@ -194,14 +194,14 @@ def test_what_is_not_asked_for_stays():
 
 def test_half_precision_networks_are_pooled_in_float32():
     network = nn.Conv2d(3, 8, 3).to(torch.bfloat16)
-    out = attach(network, projection=nn.Linear(8, 4).to(torch.bfloat16))(PICTURES.to(torch.bfloat16))
+    out = attach(network, projection=nn.Linear(8, 4).to(torch.bfloat16))(IMAGES.to(torch.bfloat16))
     assert out.dtype == torch.float32
     torch.testing.assert_close(out.norm(dim=1), torch.ones(2))
 
 
 def test_descriptors_have_gradients():
     network = nn.Conv2d(3, 8, 3)
-    attach(network)(PICTURES).sum().backward()
+    attach(network)(IMAGES).sum().backward()
     assert network.weight.grad.abs().sum() > 0
 
 
@@ -235,18 +235,18 @@ class Tokens(nn.Module):
         (lambda: attach(resnet18(), scales=(1, 0)), r"positive factors .* at least one, got \(1, 0\)"),
         (lambda: attach(resnet18(), projection=torch.rand(4)), r"projection takes a tensor \(D, C\), got shape \(4,\)"),
         (lambda: attach(resnet18(), projection=(torch.rand(4, 8), torch.rand(4))), r"shapes \[\(4, 8\), \(4,\)\]"),
-        (lambda: attach(resnet18(), projection=torch.rand(4, 8))(PICTURES), r"takes \(N, 8\), .* \(6, 512\)"),
-        (lambda: attach(resnet18())(PICTURES[0]), r"\(N, C, H, W\), got shape \(3, 96, 128\)"),
-        (lambda: attach(resnet18())((PICTURES * 255).byte()), r"torch.uint8 of shape \(2, 3, 96, 128\)"),
-        (lambda: attach(resnet18())(PICTURES * float("nan")), r"NaN: 73728 .* \(2, 3, 96, 128\)"),
-        (lambda: attach(nn.Flatten())(PICTURES), r"Flatten gives shape \(2, 18090\), not a map"),
+        (lambda: attach(resnet18(), projection=torch.rand(4, 8))(IMAGES), r"takes \(N, 8\), .* \(6, 512\)"),
+        (lambda: attach(resnet18())(IMAGES[0]), r"\(N, C, H, W\), got shape \(3, 96, 128\)"),
+        (lambda: attach(resnet18())((IMAGES * 255).byte()), r"torch.uint8 of shape \(2, 3, 96, 128\)"),
+        (lambda: attach(resnet18())(IMAGES * float("nan")), r"NaN: 73728 .* \(2, 3, 96, 128\)"),
+        (lambda: attach(nn.Flatten())(IMAGES), r"Flatten gives shape \(2, 18090\), not a map"),
         (
-            lambda: attach(Tokens())(PICTURES),
+            lambda: attach(Tokens())(IMAGES),
             r"Tokens.forward_features gives shape .* not a map .*see attach for a ViT",
         ),
-        (lambda: attach(lambda x: [x])(PICTURES), "<lambda> gives list, not a map"),
-        (lambda: attach(resnet18(), pooling=nn.Identity())(PICTURES), r"the pooling gives shape \(2, 512, 3, 3\) for"),
-        (lambda: attach(resnet18(), pooling=GeM(1000.0))(PICTURES), "is not finite|got NaN"),
+        (lambda: attach(lambda x: [x])(IMAGES), "<lambda> gives list, not a map"),
+        (lambda: attach(resnet18(), pooling=nn.Identity())(IMAGES), r"the pooling gives shape \(2, 512, 3, 3\) for"),
+        (lambda: attach(resnet18(), pooling=GeM(1000.0))(IMAGES), "is not finite|got NaN"),
     ],
 )
 def test_what_does_not_fit_is_told(make, message):
@@ -272,7 +272,7 @@ def test_a_block_that_ends_in_no_relu_is_told():
 
     attached = attach(nn.Sequential(nn.Sequential(PreActivation())), relup_ends="0")
     with pytest.raises(ValueError, match=r"0.0 \(PreActivation\) gives negative numbers"):
-        attached(PICTURES)
+        attached(IMAGES)
 
 
 def test_a_map_with_its_channels_last_is_told():
@@ -283,4 +283,4 @@ def test_a_map_with_its_channels_last_is_told():
             return x.permute(0, 2, 3, 1)
 
     with pytest.raises(ValueError, match=r"gives \(N, H, W, C\), shape \(2, 67, 90, 3\)"):
-        attach(ChannelsLast())(PICTURES)
+        attach(ChannelsLast())(IMAGES)

@@ -1,4 +1,4 @@
-"""The modules in other runtimes: torch.export, and ONNX with pictures of any size."""
+"""The modules in other runtimes: torch.export, and ONNX with images of any size."""
 
 import onnxruntime
 import pytest
@@ -39,14 +39,14 @@ def exported(request) -> tuple[nn.Module, torch.Tensor, torch.export.ExportedPro
     return model, x, torch.export.export(model, (x,), dynamic_shapes=({0: ANY, 2: ANY, 3: ANY},))
 
 
-def test_torch_export_takes_pictures_of_any_size(exported):
+def test_torch_export_takes_images_of_any_size(exported):
     model, example, program = exported
     for size in SIZES:
         x = torch.rand(1, example.shape[1], *size)
         torch.testing.assert_close(program.module()(x), model(x), atol=1e-5, rtol=0)
 
 
-def test_onnx_runtime_agrees_for_pictures_of_any_size(exported, tmp_path):
+def test_onnx_runtime_agrees_for_images_of_any_size(exported, tmp_path):
     model, example, program = exported
     path = tmp_path / "model.onnx"
     torch.onnx.export(program, (), path, dynamo=True, verbose=False)

@@ -41,7 +41,7 @@ def test_regional_gem_pads_a_small_map_by_replication():
     torch.testing.assert_close(RegionalGeM()(x)[0, 0, 0, 1], (x[0, 0, 0, 1] + local) / 2)
 
 
-def test_scale_gem_takes_the_minimum_per_picture():
+def test_scale_gem_takes_the_minimum_per_image():
     v = torch.randn(3, 4, 16)
     together = ScaleGeM(p=5)(v)
     alone = torch.cat([ScaleGeM(p=5)(v[:, i : i + 1]) for i in range(4)])

@@ -68,11 +68,11 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, stream):
         (lambda gnd: gnd["gnd"].pop(), "3 queries but 2 entries"),
         (lambda gnd: gnd["gnd"][1].pop("bbx"), "query query_1 has no box"),
         (lambda gnd: gnd["gnd"][1].update(bbx=[1, 2, 3]), "query query_1 has no box"),
-        (lambda gnd: gnd["gnd"][1].update(junk=None), "query query_1 has no list of picture numbers 'junk'"),
+        (lambda gnd: gnd["gnd"][1].update(junk=None), "query query_1 has no list of image numbers 'junk'"),
         (lambda gnd: gnd["gnd"][1].update(hard=["a"]), "'hard'"),
-        (lambda gnd: gnd["gnd"][1].update(hard=[-1]), "lists picture -1 as hard"),
+        (lambda gnd: gnd["gnd"][1].update(hard=[-1]), "lists image -1 as hard"),
         (lambda gnd: gnd["gnd"][1].update(junk=gnd["gnd"][1]["easy"][:1]), "more than once"),
-        (lambda gnd: gnd["gnd"][1].update(easy=[5, 5], hard=[], junk=[]), "lists picture 5 more than once"),
+        (lambda gnd: gnd["gnd"][1].update(easy=[5, 5], hard=[], junk=[]), "lists image 5 more than once"),
     ],
 )
 def test_inconsistent_ground_truth_is_told(layout, change, message):

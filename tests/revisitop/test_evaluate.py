@@ -48,7 +48,7 @@ def test_a_protocol_without_any_positive_has_no_figure():
     assert not np.isnan(figures["E"].map)
 
 
-def test_positions_of_another_number_of_pictures_are_refused():
+def test_positions_of_another_number_of_images_are_refused():
     with pytest.raises(ValueError, match="1 positions for 2 listed"):
         evaluate_positions([np.array([3])], [truth({"easy": [1, 2], "hard": [], "junk": []})])
 
@@ -60,10 +60,10 @@ def test_precision_over_recall_is_the_one_worked_by_hand():
     assert np.isnan(interpolated_precision(np.array([]))).all()
 
 
-def test_curves_are_means_over_the_queries_without_their_ignored_pictures():
+def test_curves_are_means_over_the_queries_without_their_ignored_images():
     # Easy: junk and hard leave the first ranking, so that its positive comes first; the second has its at rank 3.
     ground_truth = [truth({"easy": [5], "hard": [6], "junk": [7]}), truth({"easy": [5], "hard": [], "junk": []})]
     figures = evaluate_positions([np.array([2, 0, 1]), np.array([3])], ground_truth)
     np.testing.assert_allclose(figures["E"].precision, np.full(101, (1 + 1 / 4) / 2))
     np.testing.assert_allclose(figures["M"].precision, np.full(101, (1 + 1 / 4) / 2))  # 6 stands before 5: ranks 0, 1
-    np.testing.assert_allclose(figures["H"].precision, np.ones(101))  # the second query has no hard picture
+    np.testing.assert_allclose(figures["H"].precision, np.ones(101))  # the second query has no hard image

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from revisitop.run import retrieve
 
 from model.checkpoint import load_encoder
 from model.extract import describe
@@ -12,7 +13,6 @@ from model.superglobal import SCALES, build_model
 from modules.search import Database
 from revisitop import toy
 from revisitop.dataset import load_dataset
-from revisitop.run import retrieve
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +28,8 @@ def test_has_the_layout_of_roxford(data_dir):
     assert len(dataset.queries) >= 12
     assert 140 <= len(dataset.queries) + len(dataset.database) <= 160
     for image in dataset.queries + dataset.database:
-        with Image.open(image.path) as picture:
-            assert all(200 <= side <= 320 for side in picture.size)
+        with Image.open(image.path) as view:
+            assert all(200 <= side <= 320 for side in view.size)
     for query, truth in zip(dataset.queries, dataset.ground_truth, strict=True):
         assert query.read().size
         assert min(len(truth.easy), len(truth.hard), len(truth.junk)) > 0
@@ -102,8 +102,8 @@ def test_every_module_moves_the_figures(data_dir, checkpoint_50):
     def descriptors(**changes) -> torch.Tensor:
         modules = {"relup": 0.014, "gemp": 4.6, "rgem": 2.5, "sgem": float("inf"), **changes}
         model = build_model(checkpoint_50, 50, scales=SCALES[3], **modules)
-        pictures = [torch.from_numpy(dataset.database[number].read()[::3, ::3].copy()) for number in chosen]
-        return torch.cat([describe(model, [picture]) for picture in pictures])
+        images = [torch.from_numpy(dataset.database[number].read()[::3, ::3].copy()) for number in chosen]
+        return torch.cat([describe(model, [view]) for view in images])
 
     all_on = descriptors()
     for name in ("relup", "gemp", "rgem", "sgem"):

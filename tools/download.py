@@ -1,10 +1,10 @@
-"""Fetch pictures, ground truth, example descriptors and weights into the folders where they are looked for.
+"""Fetch images, ground truth, example descriptors and weights into the folders where they are looked for.
 
-python -m revisitop.download roxford5k rparis6k weights
-python -m revisitop.download revisitop1m features
+python -m tools.download roxford5k rparis6k weights
+python -m tools.download revisitop1m features
 
-Start it again after whatever happened: what is there is checked and left alone, a half file is gone on
-with, and an archive is deleted once its pictures are in place.
+Start it again after whatever happened: existing files are only verified, interrupted downloads are
+resumed, and an archive is deleted once its images are in place.
 """
 
 import argparse
@@ -32,12 +32,12 @@ from model.errors import InputError, run_command, short_list
 from model.images import ImageError, ImageFile, read_image
 from model.resnet import ResNet
 from revisitop.dataset import dataset_folder, load_distractor_list, read_ground_truth
-from revisitop.transfer import Fetcher, Source
+from tools.transfer import Fetcher, Source
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """A set of pictures: the file that lists them, the archives that hold them, and whether their folders go."""
+class Images:
+    """A set of images: the file that lists them, the archives that hold them, and whether their folders go."""
 
     listing: Source
     archives: tuple[Source, ...]
@@ -47,18 +47,18 @@ class Pictures:
 VGG = ("https://www.robots.ox.ac.uk", "http://www.robots.ox.ac.uk")
 CMP, PTAK = "http://cmp.felk.cvut.cz", "http://ptak.felk.cvut.cz"
 NETWORKS = "personal/sumapave/public/ames/networks"
-PICTURES = {
-    "roxford5k": Pictures(
+IMAGES = {
+    "roxford5k": Images(
         Source((CMP, PTAK), "revisitop/data/datasets/roxford5k/gnd_roxford5k.pkl"),
         (Source(VGG, "~vgg/data/oxbuildings/oxbuild_images-v1.tgz"),),
         flat=True,
     ),
-    "rparis6k": Pictures(
+    "rparis6k": Images(
         Source((CMP, PTAK), "revisitop/data/datasets/rparis6k/gnd_rparis6k.pkl"),
         tuple(Source(VGG, f"~vgg/data/parisbuildings/paris_{n}-v1.tgz") for n in (1, 2)),
         flat=True,
     ),
-    "revisitop1m": Pictures(
+    "revisitop1m": Images(
         Source((PTAK, CMP), "revisitop/revisitop1m/revisitop1m.txt"),
         tuple(Source((PTAK, CMP), f"revisitop/revisitop1m/jpg/revisitop1m.{n}.tar.gz") for n in range(1, 101)),
         flat=False,
@@ -72,11 +72,11 @@ WEIGHTS = {
     101: Source((), f"{NETWORKS}/{PUBLISHED[101]}"),  # on no host that we know of; a --mirror may have it
 }
 DRIVE = "https://github.com/sungonce/CVNet"  # its README links the web drive that holds both
-ITEMS = (*PICTURES, "features", "weights")
+ITEMS = (*IMAGES, "features", "weights")
 
 HELP = f"""items:
-  roxford5k    ground truth and pictures of ROxford5k: DATA_DIR/roxford5k/
-  rparis6k     ground truth and pictures of RParis6k: DATA_DIR/rparis6k/
+  roxford5k    ground truth and images of ROxford5k: DATA_DIR/roxford5k/
+  rparis6k     ground truth and images of RParis6k: DATA_DIR/rparis6k/
   revisitop1m  list and 100 archives of the million distractors: DATA_DIR/revisitop1m/
   features     revisitop's example descriptors, for TEST.FEATURES: DATA_DIR/*.mat
   weights      WEIGHTS_DIR/{PUBLISHED[50]}; for {PUBLISHED[101]}, the way to it
@@ -96,8 +96,8 @@ def main(argv: list[str]) -> None:
     for item in dict.fromkeys(args.items):
         folder = args.weights_dir if item == "weights" else args.data_dir
         try:
-            if item in PICTURES:
-                missing[item] = get_pictures(fetcher, item, folder)
+            if item in IMAGES:
+                missing[item] = get_images(fetcher, item, folder)
             else:
                 missing[item] = {"features": get_features, "weights": get_weights}[item](fetcher, folder)
         except OSError as error:  # the disk's: the network's are InputErrors by now
@@ -115,7 +115,7 @@ def main(argv: list[str]) -> None:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = _Parser(
-        prog="python -m revisitop.download", description=__doc__, epilog=HELP,
+        prog="python -m tools.download", description=__doc__, epilog=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("items", nargs="+", choices=ITEMS, metavar="ITEM", help=", ".join(ITEMS))
@@ -140,47 +140,47 @@ def _http_address(text: str) -> str:
     return text.rstrip("/")
 
 
-def get_pictures(fetcher: Fetcher, name: str, data_dir: Path) -> list[str]:
-    """The list, the archives that are not unpacked yet, and a look at every listed picture. Returns what is missing."""
-    pictures, folder = PICTURES[name], dataset_folder(data_dir, name) or data_dir / name
-    has_ground_truth = pictures.listing.name.endswith(".pkl")
+def get_images(fetcher: Fetcher, name: str, data_dir: Path) -> list[str]:
+    """The list, the archives that are not unpacked yet, and a look at every listed image. Returns what is missing."""
+    wanted, folder = IMAGES[name], dataset_folder(data_dir, name) or data_dir / name
+    has_ground_truth = wanted.listing.name.endswith(".pkl")
     problems = []
     try:
-        fetcher.fetch(pictures.listing, folder, partial(read_ground_truth, name) if has_ground_truth else check_list)
+        fetcher.fetch(wanted.listing, folder, partial(read_ground_truth, name) if has_ground_truth else check_list)
     except InputError as error:
         problems.append(str(error))
 
-    def bad_pictures() -> list[str]:
+    def bad_images() -> list[str]:
         if not has_ground_truth:
             return find_bad(load_distractor_list(folder)[1], name, decode=False)
-        dataset = read_ground_truth(name, folder / pictures.listing.name)
+        dataset = read_ground_truth(name, folder / wanted.listing.name)
         return find_bad(dataset.queries + dataset.database, name, decode=True)
 
     marker = folder / "unpacked.txt"
     unpacked = marker.read_text().split() if marker.exists() else []
-    if not unpacked and not problems and not bad_pictures():  # they came in another way
+    if not unpacked and not problems and not bad_images():  # they came in another way
         return []
-    for archive in pictures.archives:
+    for archive in wanted.archives:
         if archive.name in unpacked:
             continue
         try:
-            path = get_archive(fetcher, archive, folder, pictures.flat)
+            path = get_archive(fetcher, archive, folder, wanted.flat)
         except InputError as error:
             problems.append(str(error))
         else:
             with marker.open("a") as file:
                 file.write(f"{archive.name}\n")
             path.unlink()
-    if not problems and (bad := bad_pictures()):
+    if not problems and (bad := bad_images()):
         problems.append(
-            f"{len(bad)} pictures are missing or damaged ({short_list(bad)}), and all archives are unpacked; "
-            f"replace these pictures, or delete {marker} to have the archives fetched again"
+            f"{len(bad)} images are missing or damaged ({short_list(bad)}), and all archives are unpacked; "
+            f"replace these images, or delete {marker} to have the archives fetched again"
         )
     return problems
 
 
 def get_archive(fetcher: Fetcher, source: Source, folder: Path, flat: bool) -> Path:
-    """Brings the archive's pictures into jpg/, each whole or not at all. Returns the archive, which is needed no more.
+    """Brings the archive's images into jpg/, each whole or not at all. Returns the archive, which is needed no more.
 
     Raises:
         InputError: where no address gives a sound archive.
@@ -188,10 +188,10 @@ def get_archive(fetcher: Fetcher, source: Source, folder: Path, flat: bool) -> P
     new = folder / "jpg" / ".unpacking"  # in jpg/, which may be a link to another disk
     try:
         path = fetcher.fetch(source, folder, lambda archive: unpack(archive, new, flat))
-        for picture in [file for file in new.rglob("*") if file.is_file()]:
-            target = folder / "jpg" / picture.relative_to(new)
+        for member_file in [file for file in new.rglob("*") if file.is_file()]:
+            target = folder / "jpg" / member_file.relative_to(new)
             target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(picture, target)
+            os.replace(member_file, target)
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return path
@@ -248,8 +248,8 @@ def unpack(archive: Path, folder: Path, flat: bool) -> None:
                         name = PurePosixPath(member.name)
                         path = folder / (name.name if flat else name)
                         path.parent.mkdir(parents=True, exist_ok=True)
-                        with path.open("wb") as picture:
-                            shutil.copyfileobj(tar.extractfile(member), picture)
+                        with path.open("wb") as member_file:
+                            shutil.copyfileobj(tar.extractfile(member), member_file)
             while file.read(1 << 20):  # tar's end comes before gzip's, where the checksum is
                 pass
     except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, *_NAME_CLASHES) as error:
@@ -269,7 +269,7 @@ def _refuse_unsafe(archive: Path, member: tarfile.TarInfo, folder: Path) -> None
 
 
 def find_bad(images: Sequence[ImageFile], name: str, decode: bool) -> list[str]:
-    """The pictures that are not there, or cannot be decoded, each with the reason."""
+    """The images that are not there, or cannot be decoded, each with the reason."""
 
     def problem(image: ImageFile) -> str | None:
         if not decode:
@@ -287,11 +287,11 @@ def find_bad(images: Sequence[ImageFile], name: str, decode: bool) -> list[str]:
 
 
 def check_list(path: Path) -> None:
-    """Raises InputError where the file is no list of picture names, or ends within one."""
+    """Raises InputError where the file is no list of image names, or ends within one."""
     names = [line.strip() for line in path.read_bytes().splitlines() if line.strip()]
     wrong = [name for name in names if not re.search(rb"\.(jpe?g|png)$", name, re.IGNORECASE)]
     if wrong or not names:
-        raise InputError(f"{path} is no list of pictures: {f'it has {wrong[0][:40]!r}' if wrong else 'it is empty'}")
+        raise InputError(f"{path} is no list of images: {f'it has {wrong[0][:40]!r}' if wrong else 'it is empty'}")
 
 
 def check_mat(path: Path) -> None:

@@ -17,13 +17,13 @@ def draw(path, seed: int) -> None:
 
 @pytest.fixture
 def folder(tmp_path):
-    """Nine pictures in folders, two broken ones, and files that are no pictures."""
-    folder = tmp_path / "my pictures"
+    """Nine images in folders, two broken ones, and files that are no images."""
+    folder = tmp_path / "my images"
     for seed, name in enumerate(NAMES):
         draw(folder / name, seed)
     (folder / BROKEN[0]).write_bytes((folder / NAMES[0]).read_bytes()[:300])
-    (folder / BROKEN[1]).write_bytes(b"no picture")
-    (folder / "notes.txt").write_text("no picture, and not meant to be")
+    (folder / BROKEN[1]).write_bytes(b"no image")
+    (folder / "notes.txt").write_text("no image, and not meant to be")
     draw(folder / ".hidden" / "a.jpg", 50)
     return folder
 
@@ -39,7 +39,7 @@ def search(command, folder, checkpoint_50):
     return run
 
 
-def test_a_picture_finds_itself_and_broken_ones_are_listed(search):
+def test_a_image_finds_itself_and_broken_ones_are_listed(search):
     outcome = search("--top", 3)
     assert outcome.code == 0, outcome.err
     assert re.search(r"\nc\.PNG\n   1   [\d.]+  sub folder/c\.PNG\n   2 .*\n   3 .*\n\Z", outcome.out)
@@ -57,13 +57,13 @@ def test_json_is_all_of_stdout_and_holds_every_query(search, folder):
         assert sorted(result["file"] for result in entry["results"]) == sorted(NAMES)
         scores = [result["score"] for result in entry["results"]]
         assert scores == sorted(scores, reverse=True)
-    assert "queries: 11 pictures described" in outcome.err
+    assert "queries: 11 images described" in outcome.err
 
 
 def test_only_what_is_new_or_changed_is_described(search, folder):
     def described(outcome) -> dict[str, int]:
         assert outcome.code == 0, outcome.err
-        return {name: int(count) for name, count in re.findall(r"(\w+): (\d+) pictures described", outcome.out)}
+        return {name: int(count) for name, count in re.findall(r"(\w+): (\d+) images described", outcome.out)}
 
     assert described(search()) == {"database": 11, "queries": 1}
     again = search()
@@ -72,7 +72,7 @@ def test_only_what_is_new_or_changed_is_described(search, folder):
     assert "2 of 11 cannot be read" in again.out
 
     draw(folder / "new.jpg", 20)  # in the middle of the list
-    draw(folder / NAMES[4], 21)  # another picture under the same name: also the query
+    draw(folder / NAMES[4], 21)  # another image under the same name: also the query
     draw(folder / BROKEN[0], 22)  # mended
     (folder / NAMES[0]).unlink()
     outcome = search("--top", 11)
@@ -86,7 +86,7 @@ def test_only_what_is_new_or_changed_is_described(search, folder):
 
 def test_another_checkpoint_or_setting_describes_anew(search):
     assert search().code == 0
-    assert "database: 11 pictures described" in search("SupG.relup", "False").out
+    assert "database: 11 images described" in search("SupG.relup", "False").out
 
 
 def test_the_report_shows_results_without_right_or_wrong(search, folder):
@@ -104,8 +104,8 @@ def test_the_report_shows_results_without_right_or_wrong(search, folder):
         ({"database": "nowhere"}, "--database nowhere: there is no such folder"),
         ({"database": "FOLDER/a b.jpg"}, "a b.jpg: there is no such folder"),
         ({"queries": "nowhere.jpg"}, "there is no file or folder nowhere.jpg"),
-        ({"queries": "FOLDER/фото/text.jpg"}, "queries: .*text.jpg: not a picture"),
-        ({"database": "FOLDER/empty"}, r"empty holds no picture; files with endings such as \.jpg"),
+        ({"queries": "FOLDER/фото/text.jpg"}, "queries: .*text.jpg: not an image"),
+        ({"database": "FOLDER/empty"}, r"empty holds no image; files with endings such as \.jpg"),
     ],
 )
 def test_what_cannot_be_searched_is_told(search, folder, change, message):

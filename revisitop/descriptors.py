@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model.checkpoint import load_tensors
 from model.errors import InputError, short_list
-from model.store import read_source, source_differences
+from model.store import provenance_differences, provenance_path, read_provenance
 from modules.search import Database
 from revisitop.dataset import Dataset
 
@@ -21,26 +21,26 @@ log = logging.getLogger(__name__)
 _UNIT_TOLERANCE = 1e-3
 
 
-def load_features(path: Path, dataset: Dataset) -> tuple[Tensor, Tensor]:
-    """Query and database descriptors of a dataset, (Q, D) and (N, D) float32, unit rows.
+def load_descriptors(path: Path, dataset: Dataset) -> tuple[Tensor, Tensor]:
+    """Returns the saved query and database descriptors of a dataset, (Q, D) and (N, D) float32, unit rows.
 
     Args:
-        path: a .mat, .npz or .pth file with Q and X, a column per picture as in revisitop's files or
-            a row per picture; one of our pair <dataset>_query.npy and <dataset>_db.npy; or the folder
+        path: a .mat, .npz or .pth file with Q and X, a column per image as in revisitop's files or
+            a row per image; one of our pair <dataset>_query.npy and <dataset>_db.npy; or the folder
             that holds the pair.
 
     Raises:
-        InputError: where a file is missing or damaged, does not fit the dataset, or holds a zero or
+        InputError: if a file is missing or damaged, does not fit the dataset, or holds a zero or
             a number that is not finite in place of a descriptor.
     """
     if not path.exists():
-        raise InputError(f"TEST.FEATURES: no file or folder {path}")
+        raise InputError(f"no file or folder {path}")
     suffix = path.suffix.lower()
     if path.is_dir() or suffix == ".npy":
         folder = path if path.is_dir() else path.parent
         files = [folder / f"{dataset.name}_{kind}.npy" for kind in ("query", "db")]
         if path.suffix and not path.is_dir() and path not in files:
-            raise InputError(f"TEST.FEATURES {path}: for {dataset.name} it must be {files[0].name} or {files[1].name}")
+            raise InputError(f"{path}: for {dataset.name} it must be {files[0].name} or {files[1].name}")
         arrays = [_load_npy(file) for file in files]
         _check_pair(*files)
     elif suffix in (".mat", ".npz", ".pth"):
@@ -48,9 +48,9 @@ def load_features(path: Path, dataset: Dataset) -> tuple[Tensor, Tensor]:
         try:
             arrays = [np.asarray(content[name]) for name in ("Q", "X")]
         except (KeyError, TypeError, IndexError, ValueError):
-            raise InputError(f"TEST.FEATURES {path} has no Q and X (query and database descriptors)") from None
+            raise InputError(f"{path} has no Q and X (query and database descriptors)") from None
     else:
-        raise InputError(f"TEST.FEATURES {path}: a .mat, .npz, .pth or .npy file or a folder is needed")
+        raise InputError(f"{path}: a .mat, .npz, .pth or .npy file or a folder is needed")
     counts = (len(dataset.queries), len(dataset.database))
     columns_first = suffix == ".mat"
     queries, database = (
@@ -58,21 +58,8 @@ def load_features(path: Path, dataset: Dataset) -> tuple[Tensor, Tensor]:
         for array, count, kind in zip(arrays, counts, ("query", "database"), strict=True)
     )
     if queries.shape[1] != database.shape[1]:
-        raise InputError(
-            f"TEST.FEATURES {path}: queries have {queries.shape[1]} dimensions, the database {database.shape[1]}"
-        )
+        raise InputError(f"{path}: queries have {queries.shape[1]} dimensions, the database {database.shape[1]}")
     return queries, database
-
-
-def find_distractors(name: str, depth: int) -> Path:
-    """The file of that name, or the default one in the current folder. Raises InputError where there is none."""
-    candidates = [Path(name)] if name else [Path(f"feats_1m_RN{depth}{suffix}") for suffix in (".pth", ".npy")]
-    for path in candidates:
-        if path.is_file():
-            return path
-    raise InputError(
-        f"SupG.onemeval: no {candidates[0]} here; extract_rop1m.py makes it, TEST.DISTRACTORS names another"
-    )
 
 
 def load_distractors(path: Path) -> Tensor:
@@ -80,10 +67,10 @@ def load_distractors(path: Path) -> Tensor:
 
     Raises:
         InputError: where the file is damaged, holds something else, or rows that are no unit vectors
-            (a thousand are looked at; zero rows, of skipped pictures, are fine).
+            (a thousand are looked at; zero rows, of skipped images, are fine).
     """
     if path.suffix == ".npy":
-        array = _load_npy(path, "TEST.DISTRACTORS", mmap_mode="c")
+        array = _load_npy(path, mmap_mode="c")
         rows = torch.from_numpy(array) if array.dtype in (np.float32, np.float16) else None
     else:
         rows = load_tensors(path)
@@ -99,15 +86,15 @@ def load_distractors(path: Path) -> Tensor:
     return rows
 
 
-def check_distractors(path: Path, source: dict) -> None:
-    """Compares what made the distractors' descriptors with what makes the database's.
+def check_distractors(path: Path, provenance: dict) -> None:
+    """Compares the provenance of the distractors' descriptors with the database's; warns if a file has none.
 
     Raises:
-        InputError: where they differ, and in what. Where no JSON beside the file tells, it warns.
+        InputError: if they differ, and in what.
     """
-    differing = source_differences(path, source)
+    differing = provenance_differences(path, provenance)
     if differing is None:
-        log.warning("%s: no %s tells what made it; not compared with this run", path, path.with_suffix(".json").name)
+        log.warning("%s: no %s tells what made it; not compared with this run", path, provenance_path(path).name)
     elif differing:
         raise InputError(
             f"{path} was made with other settings ({short_list(differing)}); "
@@ -117,9 +104,9 @@ def check_distractors(path: Path, source: dict) -> None:
 
 def _check_pair(queries: Path, database: Path) -> None:
     """An interrupted run may have left queries and database that were made with different settings."""
-    made_from = read_source(queries) or {}
-    source = {key: value for key, value in made_from.items() if key != "stamps"}
-    if differing := source_differences(database, source):
+    made_from = read_provenance(queries) or {}
+    provenance = {key: value for key, value in made_from.items() if key != "stamps"}
+    if differing := provenance_differences(database, provenance):
         what = short_list(differing).replace("before", "in the database").replace("now", "in the queries")
         raise InputError(f"{queries} and {database} were made with different settings ({what}); make them again")
 
@@ -131,41 +118,39 @@ def add_distractors(rows: Tensor, distractors: Tensor) -> Database:
     return Database([rows, distractors])
 
 
-def _load_npy(path: Path, option: str = "TEST.FEATURES", mmap_mode: str | None = None) -> Any:
+def _load_npy(path: Path, mmap_mode: str | None = None) -> Any:
     try:
         return np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
     except OSError as error:
-        raise InputError(f"{option} {path}: {error.strerror or error}") from None
+        raise InputError(f"{path}: {error.strerror or error}") from None
     except Exception as error:  # zipfile's, zlib's and NumPy's own
-        raise InputError(f"{option} {path} is damaged or no NumPy file ({_first_line(error)})") from None
+        raise InputError(f"{path} is damaged or no NumPy file ({_first_line(error)})") from None
 
 
 def _load_mat(path: Path) -> dict:
     try:
         return scipy.io.loadmat(path, variable_names=["X", "Q"])
     except OSError as error:
-        raise InputError(f"TEST.FEATURES {path}: {error.strerror or error}") from None
+        raise InputError(f"{path}: {error.strerror or error}") from None
     except NotImplementedError:
-        raise InputError(f"TEST.FEATURES {path} is MATLAB 7.3 (HDF5); save it with -v7") from None
+        raise InputError(f"{path} is MATLAB 7.3 (HDF5); save it with -v7") from None
     except Exception as error:  # SciPy's reader lets many kinds through
-        raise InputError(f"TEST.FEATURES {path} is damaged or no MATLAB file ({_first_line(error)})") from None
+        raise InputError(f"{path} is damaged or no MATLAB file ({_first_line(error)})") from None
 
 
 def _rows(array: np.ndarray, count: int, columns_first: bool, what: str, dataset: str) -> Tensor:
-    """One unit row per picture, whichever way the file holds them."""
+    """One unit row per image, whichever way the file holds them."""
     if array.ndim != 2 or not np.issubdtype(array.dtype, np.floating):
         raise InputError(f"{what}: expected a 2-dimensional array of floating numbers, got {array.dtype} {array.shape}")
     fits = [axis for axis in ((1, 0) if columns_first else (0, 1)) if array.shape[axis] == count]
     if not fits:
-        raise InputError(
-            f"{what}: {dataset} has {count} pictures, but the shape is {array.shape}; see TEST.DATASET_LIST"
-        )
+        raise InputError(f"{what}: {dataset} has {count} images, but the shape is {array.shape}")
     rows = torch.from_numpy(np.ascontiguousarray(array if fits[0] == 0 else array.T, dtype=np.float32))
     norms = rows.norm(dim=1)
     bad = (~(norms > 0) | ~torch.isfinite(norms)).nonzero().flatten()
     if len(bad):
         raise InputError(
-            f"{what}: picture {int(bad[0])} (from 0) has a zero or a number that is not finite for a descriptor"
+            f"{what}: image {int(bad[0])} (from 0) has a zero or a number that is not finite for a descriptor"
         )
     off = ((norms - 1).abs() > _UNIT_TOLERANCE).sum()
     if off:

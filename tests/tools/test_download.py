@@ -25,12 +25,12 @@ from revisitop import transfer
 
 VGG, CMP, PTAK = "http://www.robots.ox.ac.uk", "http://cmp.felk.cvut.cz", "http://ptak.felk.cvut.cz"
 OXFORD_TRUTH = "/revisitop/data/datasets/roxford5k/gnd_roxford5k.pkl"
-OXFORD_PICTURES = "/~vgg/data/oxbuildings/oxbuild_images-v1.tgz"
+OXFORD_IMAGES = "/~vgg/data/oxbuildings/oxbuild_images-v1.tgz"
 PARIS_TRUTH = "/revisitop/data/datasets/rparis6k/gnd_rparis6k.pkl"
-PARIS_PICTURES = [f"/~vgg/data/parisbuildings/paris_{n}-v1.tgz" for n in (1, 2)]
+PARIS_IMAGES = [f"/~vgg/data/parisbuildings/paris_{n}-v1.tgz" for n in (1, 2)]
 FEATURES = [f"/revisitop/data/features/{name}_resnet_rsfm120k_gem.mat" for name in ("roxford5k", "rparis6k")]
 MILLION_LIST = "/revisitop/revisitop1m/revisitop1m.txt"
-MILLION_PICTURES = [f"/revisitop/revisitop1m/jpg/revisitop1m.{n}.tar.gz" for n in range(1, 101)]
+MILLION_IMAGES = [f"/revisitop/revisitop1m/jpg/revisitop1m.{n}.tar.gz" for n in range(1, 101)]
 NETWORK = "/personal/sumapave/public/ames/networks/CVPR2022_CVNet_R50.pyth"
 PAGE = b"<!DOCTYPE html><html><body>Please log in</body></html>"
 
@@ -145,7 +145,7 @@ def tgz(members: dict[str, bytes], *others: tarfile.TarInfo) -> bytes:
     return file.getvalue()
 
 
-def pictures(layout: Layout) -> dict[str, bytes]:
+def images(layout: Layout) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((layout.folder / "jpg").iterdir())}
 
 
@@ -153,26 +153,26 @@ def pictures(layout: Layout) -> dict[str, bytes]:
 def oxford(site, tmp_path) -> Layout:
     layout = Layout(tmp_path / "origin")
     site.put(OXFORD_TRUTH, layout.ground_truth_file.read_bytes())
-    site.put(OXFORD_PICTURES, tgz(pictures(layout)), headers={"ETag": '"one"'})
+    site.put(OXFORD_IMAGES, tgz(images(layout)), headers={"ETag": '"one"'})
     return layout
 
 
 @pytest.fixture
 def paris(site, tmp_path) -> Layout:
     layout = Layout(tmp_path / "origin", "rparis6k")
-    members = [(f"paris/{name[:2]}/{name}", content) for name, content in pictures(layout).items()]
+    members = [(f"paris/{name[:2]}/{name}", content) for name, content in images(layout).items()]
     site.put(PARIS_TRUTH, layout.ground_truth_file.read_bytes())
-    for path, half in zip(PARIS_PICTURES, (members[:10], members[10:]), strict=True):
+    for path, half in zip(PARIS_IMAGES, (members[:10], members[10:]), strict=True):
         site.put(path, tgz(dict(half)))
     return layout
 
 
 @pytest.fixture
 def million(site, here) -> list[str]:
-    """Archives 1 to 6 hold two pictures each, with the names returned; the marker says that the others are unpacked."""
+    """Archives 1 to 6 hold two images each, with the names returned; the marker says that the others are unpacked."""
     names = [f"{n}/{i}/{n}_{i}.jpg" for n in range(1, 7) for i in range(2)]
     site.put(MILLION_LIST, "\n".join(names).encode())
-    for n, path in enumerate(MILLION_PICTURES[:6], start=1):
+    for n, path in enumerate(MILLION_IMAGES[:6], start=1):
         site.put(path, tgz({name: b"not looked at" for name in names if name.startswith(f"{n}/")}))
     (here / "revisitop1m").mkdir()
     (here / "revisitop1m/unpacked.txt").write_text("".join(f"revisitop1m.{n}.tar.gz\n" for n in range(7, 101)))
@@ -190,7 +190,7 @@ def files(folder) -> set[str]:
 # Where things go
 
 
-def test_pictures_of_both_benchmarks_lie_flat_beside_their_ground_truth(download, here, oxford, paris):
+def test_images_of_both_benchmarks_lie_flat_beside_their_ground_truth(download, here, oxford, paris):
     outcome = download("roxford5k", "rparis6k")
     assert outcome.code == 0, outcome.err
     for layout in (oxford, paris):
@@ -198,7 +198,7 @@ def test_pictures_of_both_benchmarks_lie_flat_beside_their_ground_truth(download
             here / layout.name / layout.ground_truth_file.name
         ).read_bytes() == layout.ground_truth_file.read_bytes()
         there = {path.name: path.read_bytes() for path in (here / layout.name / "jpg").iterdir()}
-        assert there == pictures(layout)
+        assert there == images(layout)
         kept = {layout.ground_truth_file.name, "unpacked.txt"}
         assert files(here / layout.name) == kept | {f"jpg/{name}" for name in there}
 
@@ -229,13 +229,13 @@ def test_distractors_keep_their_folders(download, here, million):
 def test_the_published_addresses_are_asked(download, site):
     outcome = download("roxford5k", "rparis6k", "revisitop1m", "features", "weights")
     assert outcome.code == 2
-    felk = [OXFORD_TRUTH, PARIS_TRUTH, MILLION_LIST, *MILLION_PICTURES, *FEATURES]
+    felk = [OXFORD_TRUTH, PARIS_TRUTH, MILLION_LIST, *MILLION_IMAGES, *FEATURES]
     assert set(site.asked()) == {
         *(f"{host}{path}" for host in (CMP, PTAK) for path in felk),
-        *(f"{VGG}{path}" for path in [OXFORD_PICTURES, *PARIS_PICTURES]),
+        *(f"{VGG}{path}" for path in [OXFORD_IMAGES, *PARIS_IMAGES]),
         f"{PTAK}{NETWORK}",
     }
-    assert f"https{VGG[4:]}{OXFORD_PICTURES}: " in outcome.err
+    assert f"https{VGG[4:]}{OXFORD_IMAGES}: " in outcome.err
 
 
 def test_a_mirror_is_asked_first_and_the_own_hosts_for_what_it_lacks(download, site, oxford):
@@ -243,29 +243,29 @@ def test_a_mirror_is_asked_first_and_the_own_hosts_for_what_it_lacks(download, s
     site.put(f"http://mirror.test/copies{OXFORD_TRUTH}", truth)
     assert download("roxford5k", "--mirror", "http://mirror.test/copies/").code == 0
     mirror = "http://mirror.test/copies"
-    assert site.asked() == [f"{mirror}{OXFORD_TRUTH}", f"{mirror}{OXFORD_PICTURES}", f"{VGG}{OXFORD_PICTURES}"]
+    assert site.asked() == [f"{mirror}{OXFORD_TRUTH}", f"{mirror}{OXFORD_IMAGES}", f"{VGG}{OXFORD_IMAGES}"]
 
 
 # Connections and lengths
 
 
 def test_a_cut_download_goes_on_where_it_ended(download, here, site, oxford):
-    site.answers[OXFORD_PICTURES].cuts = [20_000, 30_000]
+    site.answers[OXFORD_IMAGES].cuts = [20_000, 30_000]
     assert download("roxford5k").code == 0
-    assert site.ranges(OXFORD_PICTURES) == [None, "bytes=20000-", "bytes=50000-"]
+    assert site.ranges(OXFORD_IMAGES) == [None, "bytes=20000-", "bytes=50000-"]
     assert site.requests[-1].if_range == '"one"'
-    assert (here / "roxford5k/jpg/db_0.jpg").read_bytes() == oxford.picture("db_0").read_bytes()
+    assert (here / "roxford5k/jpg/db_0.jpg").read_bytes() == oxford.image("db_0").read_bytes()
 
 
 def test_a_half_file_of_an_earlier_run_is_gone_on_with(download, here, site, oxford):
-    site.answers[OXFORD_PICTURES].cuts = [20_000] + [0] * 50
+    site.answers[OXFORD_IMAGES].cuts = [20_000] + [0] * 50
     outcome = download("roxford5k")
     assert outcome.code == 2
-    assert f"20000 of {len(site.answers[OXFORD_PICTURES].body)} bytes came" in outcome.err
+    assert f"20000 of {len(site.answers[OXFORD_IMAGES].body)} bytes came" in outcome.err
     assert (here / "roxford5k/oxbuild_images-v1.tgz.part").stat().st_size == 20_000
-    site.answers[OXFORD_PICTURES].cuts, site.requests = [], []
+    site.answers[OXFORD_IMAGES].cuts, site.requests = [], []
     assert download("roxford5k").code == 0
-    assert site.requests == [Request(f"{VGG}{OXFORD_PICTURES}", "bytes=20000-", '"one"')]
+    assert site.requests == [Request(f"{VGG}{OXFORD_IMAGES}", "bytes=20000-", '"one"')]
 
 
 @pytest.mark.parametrize("headers", [{"ETag": '"two"'}, {}], ids=["told by its ETag", "not told"])
@@ -274,24 +274,24 @@ def test_a_half_file_of_something_else_is_started_anew(download, here, site, oxf
     folder.mkdir()
     (folder / "oxbuild_images-v1.tgz.part").write_bytes(b"of another file")
     (folder / "oxbuild_images-v1.tgz.part.json").write_text('{"validator": "\\"one\\""}' if headers else "")
-    site.answers[OXFORD_PICTURES].headers = headers
+    site.answers[OXFORD_IMAGES].headers = headers
     outcome = download("roxford5k")
     assert outcome.code == 0, outcome.err
-    assert site.ranges(OXFORD_PICTURES)[0] == "bytes=15-"
+    assert site.ranges(OXFORD_IMAGES)[0] == "bytes=15-"
 
 
 def test_a_server_without_ranges_sends_all_again(download, site, oxford):
-    site.answers[OXFORD_PICTURES].ranges = False
-    site.answers[OXFORD_PICTURES].cuts = [20_000]
+    site.answers[OXFORD_IMAGES].ranges = False
+    site.answers[OXFORD_IMAGES].cuts = [20_000]
     assert download("roxford5k").code == 0
-    assert site.ranges(OXFORD_PICTURES) == [None, "bytes=20000-"]
+    assert site.ranges(OXFORD_IMAGES) == [None, "bytes=20000-"]
 
 
 def test_a_server_that_always_cuts_at_the_same_place_is_given_up(download, here, site, oxford):
-    site.answers[OXFORD_PICTURES].ranges = False
-    site.answers[OXFORD_PICTURES].cuts = [20_000] * 50
+    site.answers[OXFORD_IMAGES].ranges = False
+    site.answers[OXFORD_IMAGES].cuts = [20_000] * 50
     assert download("roxford5k").code == 2
-    assert len(site.asked(OXFORD_PICTURES)) == transfer.RETRIES + 1
+    assert len(site.asked(OXFORD_IMAGES)) == transfer.RETRIES + 1
 
 
 @pytest.mark.parametrize("ranges", [True, False])
@@ -306,7 +306,7 @@ def test_a_length_above_the_true_one_is_found(download, here, site, oxford, rang
     assert (here / "roxford5k/gnd_roxford5k.pkl").read_bytes() == good
 
 
-@pytest.mark.parametrize("path", [OXFORD_TRUTH, OXFORD_PICTURES], ids=["ground truth", "archive"])
+@pytest.mark.parametrize("path", [OXFORD_TRUTH, OXFORD_IMAGES], ids=["ground truth", "archive"])
 def test_a_length_below_the_true_one_is_found(download, site, oxford, path):
     site.put(f"http://mirror.test{path}", site.answers[path].body, excess=-100)
     outcome = download("roxford5k", "--mirror", "http://mirror.test")
@@ -316,7 +316,7 @@ def test_a_length_below_the_true_one_is_found(download, site, oxford, path):
 
 
 def test_an_archive_served_as_gzip_encoding_is_kept_as_it_is(download, site, oxford):
-    site.answers[OXFORD_PICTURES].headers = {"Content-Encoding": "gzip"}
+    site.answers[OXFORD_IMAGES].headers = {"Content-Encoding": "gzip"}
     assert download("roxford5k").code == 0
 
 
@@ -346,16 +346,16 @@ def damaged(body: bytes) -> bytes:
         ("roxford5k", OXFORD_TRUTH, lambda body: body[:-100], "damaged or no pickle"),
         ("roxford5k", OXFORD_TRUTH, lambda body: pickle.dumps(["a", "b"]), "is no ground truth"),
         ("roxford5k", OXFORD_TRUTH, lambda body: pickle.dumps(Harmful()), "refused: it would call posix.system"),
-        ("roxford5k", OXFORD_PICTURES, lambda body: PAGE, "a web page came instead"),
-        ("roxford5k", OXFORD_PICTURES, lambda body: b"", "damaged or no .tar.gz"),
-        ("roxford5k", OXFORD_PICTURES, lambda body: body[:-5000], "damaged or no .tar.gz"),
-        ("roxford5k", OXFORD_PICTURES, lambda body: body[:-6] + b"\0\0" + body[-4:], "CRC check failed"),
-        ("roxford5k", OXFORD_PICTURES, damaged, "damaged or no .tar.gz"),
-        ("roxford5k", OXFORD_PICTURES, lambda body: gzip.compress(b"no tar" * 1000), "damaged or no .tar.gz"),
-        ("roxford5k", OXFORD_PICTURES, lambda body: tgz({}), "holds no file"),
-        ("revisitop1m", MILLION_PICTURES[0], lambda body: tgz({"a": b"file", "a/b.jpg": b""}), "damaged or no .tar.gz"),
-        ("revisitop1m", MILLION_LIST, lambda body: b"1/1.jpg\n1/2.jpg\n1/3.j", "is no list of pictures"),
-        ("revisitop1m", MILLION_LIST, lambda body: b"\n", "is no list of pictures"),
+        ("roxford5k", OXFORD_IMAGES, lambda body: PAGE, "a web page came instead"),
+        ("roxford5k", OXFORD_IMAGES, lambda body: b"", "damaged or no .tar.gz"),
+        ("roxford5k", OXFORD_IMAGES, lambda body: body[:-5000], "damaged or no .tar.gz"),
+        ("roxford5k", OXFORD_IMAGES, lambda body: body[:-6] + b"\0\0" + body[-4:], "CRC check failed"),
+        ("roxford5k", OXFORD_IMAGES, damaged, "damaged or no .tar.gz"),
+        ("roxford5k", OXFORD_IMAGES, lambda body: gzip.compress(b"no tar" * 1000), "damaged or no .tar.gz"),
+        ("roxford5k", OXFORD_IMAGES, lambda body: tgz({}), "holds no file"),
+        ("revisitop1m", MILLION_IMAGES[0], lambda body: tgz({"a": b"file", "a/b.jpg": b""}), "damaged or no .tar.gz"),
+        ("revisitop1m", MILLION_LIST, lambda body: b"1/1.jpg\n1/2.jpg\n1/3.j", "is no list of images"),
+        ("revisitop1m", MILLION_LIST, lambda body: b"\n", "is no list of images"),
         ("features", FEATURES[0], lambda body: b"MATLAB" * 100, "damaged or no MATLAB file"),
         ("weights", NETWORK, lambda body: PAGE, "a web page came instead"),
         ("weights", NETWORK, lambda body: b"PK\x03\x04" + b"no checkpoint", "is truncated or damaged"),
@@ -379,7 +379,7 @@ def test_wrong_bytes_are_named_and_never_get_the_final_name(
 
 def test_after_wrong_bytes_the_next_address_is_asked(download, here, site, oxford):
     site.put(f"{CMP}{OXFORD_TRUTH}", PAGE)
-    site.put(f"http://mirror.test{OXFORD_PICTURES}", damaged(site.answers[OXFORD_PICTURES].body))
+    site.put(f"http://mirror.test{OXFORD_IMAGES}", damaged(site.answers[OXFORD_IMAGES].body))
     assert download("roxford5k", "--mirror", "http://mirror.test").code == 0
     assert len(list((here / "roxford5k/jpg").iterdir())) == 27
 
@@ -408,8 +408,8 @@ def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
 )  # fmt: skip
 @pytest.mark.parametrize("flat", [True, False], ids=["flat", "with folders"])
 def test_a_hostile_archive_is_refused_by_the_name_of_its_member(download, here, site, oxford, million, archive, flat):
-    item, path = ("roxford5k", OXFORD_PICTURES) if flat else ("revisitop1m", MILLION_PICTURES[0])
-    (here / "revisitop1m/unpacked.txt").write_text("\n".join(path.rpartition("/")[2] for path in MILLION_PICTURES[1:]))
+    item, path = ("roxford5k", OXFORD_IMAGES) if flat else ("revisitop1m", MILLION_IMAGES[0])
+    (here / "revisitop1m/unpacked.txt").write_text("\n".join(path.rpartition("/")[2] for path in MILLION_IMAGES[1:]))
     before = files(here.parent)
     site.put(path, archive)
     outcome = download(item)
@@ -432,7 +432,7 @@ def test_a_second_run_asks_nobody_and_says_so(download, here, site, oxford, pari
     assert files(here) == before
 
 
-def test_pictures_that_came_another_way_are_not_fetched(download, here, site, oxford):
+def test_images_that_came_another_way_are_not_fetched(download, here, site, oxford):
     oxford.folder.rename(here / "roxford5k")
     assert download("roxford5k").code == 0
     assert site.requests == []
@@ -440,9 +440,9 @@ def test_pictures_that_came_another_way_are_not_fetched(download, here, site, ox
 
 def test_an_archive_that_came_another_way_is_used(download, here, site, oxford):
     (here / "roxford5k").mkdir()
-    (here / "roxford5k/oxbuild_images-v1.tgz").write_bytes(site.answers[OXFORD_PICTURES].body)
+    (here / "roxford5k/oxbuild_images-v1.tgz").write_bytes(site.answers[OXFORD_IMAGES].body)
     assert download("roxford5k").code == 0
-    assert site.asked(OXFORD_PICTURES) == []
+    assert site.asked(OXFORD_IMAGES) == []
     assert not (here / "roxford5k/oxbuild_images-v1.tgz").exists()
 
 
@@ -457,19 +457,19 @@ def test_a_damaged_file_of_the_user_is_named_and_kept(download, here, site, oxfo
 
 
 def test_the_million_goes_on_with_the_archives_that_are_not_unpacked(download, here, site, million):
-    late = {path: site.answers.pop(path) for path in MILLION_PICTURES[2:6]}
+    late = {path: site.answers.pop(path) for path in MILLION_IMAGES[2:6]}
     outcome = download("revisitop1m")
     assert outcome.code == 2
     assert "revisitop1m: no address gives revisitop1m.3.tar.gz" in outcome.err
     site.answers |= late
     site.requests = []
     assert download("revisitop1m").code == 0
-    assert site.asked() == [f"{PTAK}{path}" for path in MILLION_PICTURES[2:6]]
+    assert site.asked() == [f"{PTAK}{path}" for path in MILLION_IMAGES[2:6]]
     assert files(here / "revisitop1m/jpg") == set(million)
 
 
 def test_one_archive_that_fails_does_not_stop_the_others(download, here, site, million):
-    site.put(MILLION_PICTURES[4], PAGE)
+    site.put(MILLION_IMAGES[4], PAGE)
     assert download("revisitop1m").code == 2
     assert files(here / "revisitop1m/jpg") == {name for name in million if not name.startswith("5/")}
 
@@ -501,34 +501,34 @@ def test_an_interrupted_unpacking_is_done_again_without_a_download(download, her
     assert len(files(here / "roxford5k/jpg")) == 27
 
 
-# The look at the pictures
+# The look at the images
 
 
-def test_a_picture_that_no_archive_has_is_named(download, here, site, oxford):
-    members = pictures(oxford)
+def test_a_image_that_no_archive_has_is_named(download, here, site, oxford):
+    members = images(oxford)
     del members["query_1.jpg"]
-    site.put(OXFORD_PICTURES, tgz(members))
+    site.put(OXFORD_IMAGES, tgz(members))
     outcome = download("roxford5k")
     assert outcome.code == 2
-    assert f"1 pictures are missing or damaged ({here / 'roxford5k/jpg/query_1.jpg'}: no such file)" in outcome.err
+    assert f"1 images are missing or damaged ({here / 'roxford5k/jpg/query_1.jpg'}: no such file)" in outcome.err
     assert len(errors(outcome)) == 1
 
 
-def test_a_picture_that_cannot_be_decoded_is_named(download, here, oxford):
+def test_a_image_that_cannot_be_decoded_is_named(download, here, oxford):
     assert download("roxford5k").code == 0
-    picture = here / "roxford5k/jpg/db_7.jpg"
-    picture.write_bytes(picture.read_bytes()[:1000])
+    image = here / "roxford5k/jpg/db_7.jpg"
+    image.write_bytes(image.read_bytes()[:1000])
     outcome = download("roxford5k")
     assert outcome.code == 2
-    assert f"{picture}: cannot be decoded" in outcome.err
+    assert f"{image}: cannot be decoded" in outcome.err
     assert f"delete {here / 'roxford5k/unpacked.txt'} to have the archives fetched again" in outcome.err
     (here / "roxford5k/unpacked.txt").unlink()
     assert download("roxford5k").code == 0
-    assert picture.read_bytes() == oxford.picture("db_7").read_bytes()
+    assert image.read_bytes() == oxford.image("db_7").read_bytes()
 
 
-def test_a_damaged_picture_that_is_not_listed_does_no_harm(download, site, oxford):
-    site.put(OXFORD_PICTURES, tgz({**pictures(oxford), "not_listed.jpg": b"damaged"}))
+def test_a_damaged_image_that_is_not_listed_does_no_harm(download, site, oxford):
+    site.put(OXFORD_IMAGES, tgz({**images(oxford), "not_listed.jpg": b"damaged"}))
     assert download("roxford5k").code == 0
 
 
@@ -583,18 +583,18 @@ def test_the_drive_is_opened_where_somebody_sits_before_a_browser(download, monk
 
 
 def test_one_item_that_fails_does_not_stop_the_others(download, here, site, oxford, paris):
-    del site.answers[PARIS_PICTURES[0]]
+    del site.answers[PARIS_IMAGES[0]]
     outcome = download("features", "rparis6k", "roxford5k")
     assert outcome.code == 2
     assert "roxford5k is complete" in outcome.out
     last = outcome.err.splitlines()[-1]
     assert errors(outcome) == [last]
     assert "not complete: features, rparis6k;" in last
-    assert f"rparis6k: no address gives paris_1-v1.tgz (https{VGG[4:]}{PARIS_PICTURES[0]}: " in outcome.err
-    assert f"{VGG}{PARIS_PICTURES[0]}: 404 Not Found" in outcome.err
+    assert f"rparis6k: no address gives paris_1-v1.tgz (https{VGG[4:]}{PARIS_IMAGES[0]}: " in outcome.err
+    assert f"{VGG}{PARIS_IMAGES[0]}: 404 Not Found" in outcome.err
 
 
-def test_pictures_are_fetched_without_their_ground_truth(download, here, site, oxford):
+def test_images_are_fetched_without_their_ground_truth(download, here, site, oxford):
     truth = site.answers.pop(OXFORD_TRUTH)
     assert download("roxford5k").code == 2
     site.answers[OXFORD_TRUTH], site.requests = truth, []
@@ -641,7 +641,7 @@ def test_bad_arguments_are_one_line(download, site, arguments, words):
 def test_help_tells_the_items_and_where_a_mirror_is_asked(download):
     outcome = download("--help")
     assert outcome.code == 0
-    assert "rparis6k     ground truth and pictures" in outcome.out
+    assert "rparis6k     ground truth and images" in outcome.out
     assert f"is looked for as URL{FEATURES[0]}" in outcome.out
 
 

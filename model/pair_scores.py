@@ -1,18 +1,17 @@
-"""Reranking by local features, CVNet-Rerank's protocol: slow, so it can be interrupted and resumed at each query.
+"""Reranking by local features: CVNet-Rerank's scores of pairs of images, kept on disk as they are made.
 
-Per protocol, the ignored pictures leave the ranking, and the first candidates are sorted by
-cosine + 0.5 * score; the rest keep their places. The score of a pair is model.cvnet_rerank's.
+The score of a pair takes half a second on a CPU, so the work can be interrupted and resumed at each query.
 
 Lee et al., "Correlation Verification for Image Retrieval", CVPR 2022.
 """
 
 import hashlib
 import logging
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,13 +19,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model.cvnet_rerank import CVNetRerank
-from model.extract import ReadAhead, file_stamps
+from model.extract import file_stamps
 from model.images import ImageError, ImageFile, to_network_input
+from model.read_ahead import Loading, ReadAhead
+from model.recipe import Recipe
 from model.store import DescriptorStore
-from modules.search import SearchResult
-from revisitop.dataset import GroundTruth
-from revisitop.evaluate import PROTOCOLS, positive_and_ignored, protocol_ranks, summarise
-from revisitop.run import SAVED_RANKS, Ranking, move
+from modules.reranking import Found
 
 log = logging.getLogger(__name__)
 
@@ -35,82 +33,54 @@ MEMORY_BYTES = 2 << 30  # of feature maps that are kept at hand
 WAITING_BYTES = 512 << 20  # of maps that wait for others of their size
 
 
-@dataclass(frozen=True)
-class CVNetReranking:
-    """Reranks the first candidates of each query by local features.
+@dataclass
+class PairScores:
+    """The scores of queries with the first candidates that a search found for them.
 
     Attributes:
-        build: makes the network; called where a pair is to be scored.
-        source: what a score depends on beside the pictures (checkpoint, precision).
-        queries, database: the pictures; the database's include distractors, if there are any.
-        ground_truth: per query.
-        topk: numbers of candidates, each of which gives a ranking.
-        scores: the .npy file of the scores, (Q, m).
-        maps: a folder for feature maps, or None.
+        recipe: makes the network.
+        queries, database: the images; the database's include distractors, if there are any.
+        path: the .npy file of the scores, (Q, m).
+        m: candidates of a query that are scored.
+        maps_folder: where feature maps are kept; None keeps some in memory alone.
         maps_bytes: what they may take there.
-        workers, resume: see revisitop.run.describe_lists.
+        loading: how images are read.
+        resume: whether scores of an earlier run are used again.
     """
 
-    build: Callable[[], CVNetRerank]
-    source: dict
+    recipe: Recipe
     queries: Sequence[ImageFile]
     database: Sequence[ImageFile]
-    ground_truth: Sequence[GroundTruth]
-    topk: Sequence[int]
-    scores: Path
-    maps: Path | None = None
+    path: Path
+    m: int
+    maps_folder: Path | None = None
     maps_bytes: int = 0
-    workers: int = 0
+    loading: Loading = Loading()
     resume: bool = True
+    _known: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)
 
-    @property
-    def m(self) -> int:
-        """Candidates that are needed: as many as topk's largest, after the most that a protocol ignores."""
-        ignored = max(len(ignored_by(truth, name)) for truth in self.ground_truth for name in PROTOCOLS)
-        return min(max(self.topk) + ignored, len(self.database))
-
-    def stages(self, found: SearchResult, positions: Sequence[np.ndarray]) -> dict[str, Ranking]:
-        """The ranking for each of topk, by title.
+    def of(self, ids: Tensor, device: torch.device) -> Tensor:
+        """Returns the score of each query with each of its first m candidates. (Q, R) -> (Q, min(m, R)) float32.
 
         Args:
-            found: of a search for the first m or more.
-            positions: per query, where the listed pictures stand, see revisitop.evaluate.
+            ids: numbers of database images.
+            device: where the network works.
 
         Raises:
-            InputError: where pictures are damaged, or the memory does not suffice; scored queries are kept.
+            InputError: if images are damaged, or the memory does not suffice; scored queries are kept.
         """
-        start = time.perf_counter()
-        scores = self._score(found.ids[:, : self.m])
-        seconds = time.perf_counter() - start
-        combined = found.scores[:, : self.m].numpy() + SCORE_WEIGHT * scores
-        stages = {}
-        for count in self.topk:
-            figures = {}
-            for name in PROTOCOLS:
-                ranks = []
-                for query, truth in enumerate(self.ground_truth):
-                    kept = ~np.isin(found.ids[query, : self.m].numpy(), ignored_by(truth, name))
-                    order = np.argsort(-combined[query, kept][:count], kind="stable")
-                    ranks.append(np.sort(move(protocol_ranks(positions[query], truth, name), order)))
-                figures[name] = summarise(ranks)
-            order = torch.from_numpy(np.argsort(-combined[:, :count], axis=1, kind="stable"))
-            ids, shown = found.ids.clone(), found.scores.clone()
-            ids[:, : order.shape[1]] = found.ids.gather(1, order)
-            shown[:, : order.shape[1]] = torch.from_numpy(combined).gather(1, order)
-            title = "reranking" if len(self.topk) == 1 else f"reranking of {count}"
-            stages[title] = Ranking(ids[:, :SAVED_RANKS], shown[:, :SAVED_RANKS], figures, seconds)
-        return stages
+        ids = ids[:, : self.m]
+        if self._known is None or not torch.equal(self._known[0], ids):
+            self._known = ids, torch.from_numpy(self._score(ids, device))
+        return self._known[1]
 
-    def _score(self, ids: Tensor) -> np.ndarray:
-        """The score of each query with each of its candidates, (Q, M); those of an earlier run are used again."""
-        hint = "TEST.RESUME False starts over, another TEST.OUT_DIR keeps both"
-        store = DescriptorStore(self.scores, *ids.shape, self.source, self.resume, hint, stamps=self._stamps(ids))
+    def _score(self, ids: Tensor, device: torch.device) -> np.ndarray:
+        store = DescriptorStore(self.path, *ids.shape, self._provenance(), self.resume, self._stamps(ids))
         if store.complete:
-            log.info("%s: used again, made from the same pictures, candidates and checkpoint", store.path)
+            log.info("%s: used again, made from the same images, candidates and checkpoint", store.path)
             return np.load(store.path)
-        network = self.build()
-        device = next(network.parameters()).device
-        maps = FeatureMaps(network, self.source, self.maps, self.maps_bytes, self.workers)
+        network = self.recipe.pair_network(device)
+        maps = FeatureMaps(network, self._provenance(), self.maps_folder, self.maps_bytes, self.loading)
         bar = tqdm(
             total=ids.numel(), initial=int(store.done.sum()) * ids.shape[1], desc="CVNet-Rerank", unit="pair",
             dynamic_ncols=True, smoothing=0.05,
@@ -129,8 +99,17 @@ class CVNetReranking:
         store.finish()
         return np.load(store.path)
 
+    def _provenance(self) -> dict[str, Any]:
+        """What a score depends on beside the images."""
+        recipe = self.recipe
+        return {
+            "checkpoint_sha256": recipe.checkpoint_sha256,
+            "depth": recipe.depth,
+            "precision": recipe.precision,
+        }
+
     def _stamps(self, ids: Tensor) -> list[str]:
-        """Per query, what its scores depend on beside the source: its own picture and its candidates'."""
+        """Per query, what its scores depend on beside the provenance: its own image and its candidates'."""
         numbers = ids.unique().tolist()
         known = dict(zip(numbers, file_stamps([self.database[number] for number in numbers]), strict=True))
         return [
@@ -139,25 +118,48 @@ class CVNetReranking:
         ]
 
 
-def ignored_by(truth: GroundTruth, protocol: str) -> np.ndarray:
-    """The database numbers that leave the ranking."""
-    return truth.listed[positive_and_ignored(truth, protocol)[1]]
+@dataclass(frozen=True)
+class CVNetReranker:
+    """Sorts a query's first m candidates by cosine + 0.5 * score; follows modules.reranking.Reranker.
+
+    Attributes:
+        pairs: gives the scores, of m + spare candidates or more.
+        m: candidates that are sorted.
+        spare: further candidates that are scored, for protocols that drop some of the first.
+    """
+
+    pairs: PairScores
+    m: int
+    spare: int = 0
+
+    def scores(
+        self,
+        queries: Tensor,
+        found: Found,
+        fetch: Callable[[Tensor], Tensor],
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Returns the new scores, see Reranker; neither `queries` nor `fetch` is needed."""
+        scores = self.pairs.of(found.ids, torch.device(device or queries.device))[:, : self.m + self.spare]
+        return found.scores[:, : scores.shape[1]] + SCORE_WEIGHT * scores
 
 
 class FeatureMaps:
-    """Feature maps of pictures, (1024, h, w) float32 on the CPU, made once as long as there is room for them.
+    """Feature maps of images, (1024, h, w) float32 on the CPU, made once as long as there is room for them.
 
     Args:
         network: makes them.
-        source: what they depend on beside the picture.
+        provenance: what they depend on beside the image.
         folder: where they are kept; None keeps some in memory alone.
         limit: bytes that they may take there, those of earlier runs included.
-        workers: processes that decode pictures.
+        loading: how images are read.
     """
 
-    def __init__(self, network: CVNetRerank, source: dict, folder: Path | None, limit: int, workers: int):
-        self.network, self.workers, self.folder = network, workers, folder
-        self.source = repr(sorted(source.items()))
+    def __init__(
+        self, network: CVNetRerank, provenance: dict, folder: Path | None, limit: int, loading: Loading = Loading()
+    ):
+        self.network, self.loading, self.folder = network, loading, folder
+        self.provenance = repr(sorted(provenance.items()))
         self.at_hand: dict[str, Tensor] = {}
         self.memory_left, self.disk_left = MEMORY_BYTES, limit
         if folder is not None:
@@ -165,12 +167,12 @@ class FeatureMaps:
             self.disk_left -= sum(file.stat().st_size for file in folder.iterdir())
 
     def of(self, images: Sequence[ImageFile]) -> Iterator[tuple[int, Tensor]]:
-        """Each picture's number and map; those that are there already come first.
+        """Each image's number and map; those that are there already come first.
 
         Raises:
-            InputError: where a picture is damaged, or a process that decodes one died.
+            InputError: where an image is damaged, or a process that decodes one died.
         """
-        stamps = [_digest(f"{stamp} {self.source}") for stamp in file_stamps(images)]
+        stamps = [_digest(f"{stamp} {self.provenance}") for stamp in file_stamps(images)]
         missing = []
         for number, stamp in enumerate(stamps):
             if (there := self._find(stamp)) is None:
@@ -178,9 +180,9 @@ class FeatureMaps:
             else:
                 yield number, there
         device = next(self.network.parameters()).device
-        pictures = ReadAhead(images, np.array(missing, dtype=np.int64), self.workers)
+        decoded = ReadAhead(images, np.array(missing, dtype=np.int64), self.loading)
         try:
-            for number, pixels in zip(missing, pictures, strict=True):
+            for number, pixels in zip(missing, decoded, strict=True):
                 if isinstance(pixels, ImageError):
                     raise pixels
                 with torch.inference_mode():
@@ -188,7 +190,7 @@ class FeatureMaps:
                 self._keep(stamps[number], made)
                 yield number, made
         except RuntimeError as error:
-            raise pictures.death_of_a_worker(error) or error from None
+            raise decoded.death_of_a_worker(error) or error from None
 
     def _find(self, stamp: str) -> Tensor | None:
         if stamp in self.at_hand:

@@ -6,11 +6,11 @@ import pytest
 import torch
 from conftest import Layout
 from oracles import all_protocols, full_ranking
+from revisitop.cvnet import CVNetReranking, FeatureMaps, equal_sizes
 
 from model.cvnet_rerank import load_cvnet_rerank
 from model.images import to_network_input
 from modules.search import search
-from revisitop.cvnet import CVNetReranking, FeatureMaps, equal_sizes
 from revisitop.dataset import load_dataset
 
 QUICK = ("TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0)
@@ -33,7 +33,7 @@ def evaluate(command, layout, checkpoint_50):
 
 
 def pair_scores(network, layout: Layout) -> np.ndarray:
-    """The score of each query with each database picture, a pair at a time, (Q, N)."""
+    """The score of each query with each database image, a pair at a time, (Q, N)."""
     dataset = load_dataset("roxford5k", layout.data_dir)
 
     def feature_map(image) -> torch.Tensor:
@@ -89,13 +89,13 @@ def test_the_reranker_is_chosen(evaluate, tmp_path, arguments, stages):
     assert {name for name in entry if name.startswith("re")} == stages
 
 
-def test_scores_are_used_again_until_a_picture_changes(evaluate, layout):
+def test_scores_are_used_again_until_a_image_changes(evaluate, layout):
     first = evaluate("TEST.RERANKER", "cvnet")
     again = evaluate("TEST.RERANKER", "cvnet")
     assert "roxford5k_cvnet.npy: used again" in again.out
     lines = [[line for line in each.out.splitlines() if line.startswith("Reranking")] for each in (first, again)]
     assert lines[0] == lines[1]
-    layout.picture("db_3").write_bytes(layout.picture("db_4").read_bytes())
+    layout.image("db_3").write_bytes(layout.image("db_4").read_bytes())
     assert "roxford5k_cvnet.npy: used again" not in evaluate("TEST.RERANKER", "cvnet").out
 
 
@@ -173,7 +173,7 @@ def test_batches_are_of_equal_sizes_and_hold_every_map():
         (("TEST.RERANKER", "cvnet", "TEST.TOPK_LIST", "[0]"), "has '0', which is no number from 1"),
         (
             ("TEST.RERANKER", "cvnet", "TEST.FEATURES", "x.mat"),
-            "needs pictures and weights",
+            "needs images and weights",
         ),
     ],
 )
@@ -185,10 +185,10 @@ def test_what_cannot_be_reranked_is_told(evaluate, arguments, message):
 
 def test_a_damaged_candidate_is_named(evaluate, layout):
     assert evaluate("TEST.RERANKER", "none").code == 0
-    content = layout.picture("db_7").read_bytes()
-    stat = layout.picture("db_7").stat()
-    layout.picture("db_7").write_bytes(b"x" * len(content))
-    os.utime(layout.picture("db_7"), ns=(stat.st_atime_ns, stat.st_mtime_ns))  # its descriptor is used again
+    content = layout.image("db_7").read_bytes()
+    stat = layout.image("db_7").stat()
+    layout.image("db_7").write_bytes(b"x" * len(content))
+    os.utime(layout.image("db_7"), ns=(stat.st_atime_ns, stat.st_mtime_ns))  # its descriptor is used again
     outcome = evaluate("TEST.RERANKER", "cvnet")
     assert outcome.code == 2
-    assert "db_7.jpg: not a picture" in outcome.err
+    assert "db_7.jpg: not an image" in outcome.err

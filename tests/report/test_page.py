@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from revisitop.drawing import read_thumbnail
+from revisitop.report import PAGE_BYTES, Hit, Page, Query, Section, write_report
 
 from model.images import ImageFile
 from modules.reranking import SuperGlobalReranker
-from revisitop.drawing import read_thumbnail
-from revisitop.report import PAGE_BYTES, Hit, Page, Query, Section, write_report
 
 VOID = {"meta", "link", "img", "source"}
 LABELS = {"easy", "hard", "ignored", "wrong"}
@@ -130,34 +130,34 @@ def test_without_reranking_there_is_one_ranking_and_the_lowest_ap_comes_first(ev
     assert not page.text("span", "gain") + page.text("span", "loss")
 
 
-def test_pictures_that_are_missing_or_damaged_leave_frames_with_names(evaluated, layout):
-    layout.picture("db_3").write_text("not a picture")
-    layout.picture("query_1").unlink()
+def test_images_that_are_missing_or_damaged_leave_frames_with_names(evaluated, layout):
+    layout.image("db_3").write_text("not an image")
+    layout.image("query_1").unlink()
     page, _ = evaluated()
     lacking = {a["aria-label"] for a in page.attributes("span") if a.get("class") == "missing"}
-    assert "Query query_1, its box drawn: no picture" in lacking
-    assert any(re.fullmatch(r"Result \d+: db_3: no picture", label) for label in lacking)
+    assert "Query query_1, its box drawn: no image" in lacking
+    assert any(re.fullmatch(r"Result \d+: db_3: no image", label) for label in lacking)
     assert len({label.split(": ")[1] for label in lacking if label.startswith("Result")}) == 1
     shutil.rmtree(layout.folder / "jpg")
     page, _ = evaluated()
     assert len(page.attributes("img")) == 3  # the curves
 
 
-def test_distractors_are_wrong_and_shown_where_their_pictures_are(evaluated, layout, tmp_path):
+def test_distractors_are_wrong_and_shown_where_their_images_are(evaluated, layout, tmp_path):
     with np.load(tmp_path / "features.npz") as saved:
         rows = torch.from_numpy(saved["Q"])  # the queries themselves: first of each ranking
     torch.save(rows, tmp_path / "distractors.pth")
     options = ("SupG.onemeval", True, "TEST.DISTRACTORS", tmp_path / "distractors.pth")
     page, _ = evaluated(*options)
     spans = [a["aria-label"] for a in page.attributes("span") if a.get("class") == "missing"]
-    assert {f"Result 1: distractor {i}: no picture" for i in range(3)} <= set(spans)
+    assert {f"Result 1: distractor {i}: no image" for i in range(3)} <= set(spans)
     assert page.text("p", "label")[page.text("p", "name").index("distractor 0")] == "wrong"
 
     folder = layout.data_dir / "revisitop1m"
     folder.mkdir()
     (folder / "revisitop1m.txt").write_text("a.jpg\nb.jpg\nc.jpg\n")
     for name in "abc":
-        shutil.copy(layout.picture("db_1"), folder / f"{name}.jpg")
+        shutil.copy(layout.image("db_1"), folder / f"{name}.jpg")
     page, _ = evaluated(*options)
     assert {f"Result 1: distractor {i}" for i in range(3)} <= {a["alt"] for a in page.attributes("img")}
 
@@ -177,7 +177,7 @@ def test_a_report_that_cannot_be_written_loses_nothing(command, layout, evaluate
 
 
 def noise(folder, count: int, side: int = 192) -> list[ImageFile]:
-    """Pictures that no JPEG makes small."""
+    """Images that no JPEG makes small."""
     images = [ImageFile(folder / f"{i}.jpg") for i in range(count)]
     for i, image in enumerate(images):
         pixels = np.random.default_rng(i).integers(0, 256, (side, side, 3), dtype=np.uint8)
@@ -189,7 +189,7 @@ def unlabelled(images: list[ImageFile], queries: int, results: int = 20) -> Page
     """What a search of a folder without ground truth shows."""
     hits = [Hit(image.path.name, image, 1 - i / 99) for i, image in enumerate(images[:results])]
     found = [Query(f"query {i}", images[i % len(images)], hits) for i in range(queries)]
-    return Page("Search", {"folder": "/tmp"}, [Section("pictures", found)])
+    return Page("Search", {"folder": "/tmp"}, [Section("images", found)])
 
 
 def test_names_are_escaped_and_need_not_be_utf_8(tmp_path):
@@ -224,7 +224,7 @@ def test_queries_beyond_what_a_page_can_show_are_counted(tmp_path):
     assert said in Parsed(path).text("p")
 
 
-def test_the_box_is_drawn_even_where_it_leaves_the_picture(tmp_path):
+def test_the_box_is_drawn_even_where_it_leaves_the_image(tmp_path):
     path = tmp_path / "grey.png"
     Image.new("RGB", (400, 200), (128, 128, 128)).save(path)
     pixels = np.asarray(read_thumbnail(ImageFile(path, (-90, 50, 300, 900)), 200)).astype(int)
@@ -275,16 +275,16 @@ def opened(browser, evaluated):
         context.close()
 
 
-def load_all_pictures(page):
+def load_all_images(page):
     for image in page.locator("img").all():
         image.scroll_into_view_if_needed()
     page.wait_for_function("[...document.images].every(image => image.complete)")
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_pictures_load_and_nothing_is_wider_than_the_window(opened, width):
+def test_images_load_and_nothing_is_wider_than_the_window(opened, width):
     page, said = opened(width)
-    load_all_pictures(page)
+    load_all_images(page)
     sizes = page.evaluate(
         "[...document.images].map(image => [image.naturalWidth, image.getBoundingClientRect().width])"
     )

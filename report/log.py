@@ -5,27 +5,27 @@ import logging
 import platform
 import shlex
 import sys
+from datetime import datetime
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
-import torch
-from yacs.config import CfgNode
+import yaml
 
 from model.errors import InputError
 
 _PACKAGES = ("torch", "torchvision", "numpy", "scipy", "pillow")
 
 
-def start_log(path: Path, cfg: CfgNode, screen: TextIO | None = None) -> dict:
-    """Opens the log (appending) and writes the run's head. Returns the head for results.json.
+def start_log(path: Path, config: dict[str, Any], screen: TextIO | None = None) -> dict[str, Any]:
+    """Opens the log (appending), writes the run's head, and returns it: date, command, versions, config.
 
     Args:
         path: the log file.
-        cfg: the run's options.
+        config: the run's options, as nested dicts.
         screen: where lines are shown; stdout by default.
 
     Raises:
-        InputError: where the file cannot be written.
+        InputError: if the file cannot be written.
     """
     screen = screen or sys.stdout
     if hasattr(screen, "reconfigure"):
@@ -39,27 +39,17 @@ def start_log(path: Path, cfg: CfgNode, screen: TextIO | None = None) -> dict:
         raise InputError(f"cannot write {path.absolute()} ({error.strerror}); start from a folder of yours") from None
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
     logging.basicConfig(level=logging.INFO, handlers=[lines, file], force=True)
-    head = {
+    head: dict[str, Any] = {
+        "date": datetime.now().isoformat(timespec="seconds"),
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "versions": {
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in _PACKAGES},
         },
-        "config": plain(cfg),
+        "config": config,
     }
     versions = ", ".join(f"{name} {version}" for name, version in head["versions"].items())
-    for line in (f"command: {head['command']}", f"versions: {versions}", "config:", *cfg.dump().splitlines()):
+    dump = yaml.safe_dump(config).splitlines()
+    for line in (f"command: {head['command']}", f"versions: {versions}", "config:", *dump):
         file.handle(logging.makeLogRecord({"msg": line, "levelname": "INFO", "levelno": logging.INFO}))
     return head
-
-
-def device_name(device: torch.device) -> str:
-    """The device in words: its kind and the model of the GPU or the number of CPU threads."""
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device} ({torch.get_num_threads()} threads)"
-
-
-def plain(node: CfgNode) -> dict:
-    """A config as nested dicts."""
-    return {key: plain(value) if isinstance(value, CfgNode) else value for key, value in node.items()}

@@ -47,11 +47,11 @@ def test_main_has_both_networks_and_says_what_is_missing(table, tmp_path):
     assert rows_of((tmp_path / "work" / "output" / "tables" / "main.md").read_text()) == rows
 
 
-def test_pictures_are_described_once_and_figures_are_those_of_test_py(table, command, layout, checkpoint_50):
+def test_images_are_described_once_and_figures_are_those_of_test_py(table, command, layout, checkpoint_50):
     first = table("main", "--depth", 50)
-    assert first.err.count("pictures described") == 2
+    assert first.err.count("images described") == 2
     again = table("rerank", "MODEL.DEPTH", 50)
-    assert "pictures described" not in again.err
+    assert "images described" not in again.err
     rows = rows_of(again.out)
     assert (
         rows["R50", "roxford5k", "reranking, M = 400, K = 9, beta = 0.15"][:5]
@@ -86,7 +86,7 @@ def test_ablation_switches_each_module(table):
     settings = [key[2] for key in rows if key[1] == "roxford5k" and key[2].startswith("retrieval")]
     names = ["GeM+", "Regional-GeM", "Scale-GeM", "ReLU+"]
     assert settings == ["retrieval", *(f"retrieval, without {name}" for name in names), "retrieval, without the four"]
-    assert outcome.err.count("roxford5k database: 24 pictures described") == 6
+    assert outcome.err.count("roxford5k database: 24 images described") == 6
 
 
 def test_the_rival_is_listed_where_it_is_asked_for(table):
@@ -160,9 +160,9 @@ def test_toy_is_tabulated_reported_and_searched(command, tmp_path):
     assert outcome.code == 0, outcome.err
     page = (tmp_path / "work" / "output" / "report" / "index.html").read_text()
     assert page.count("data:image/jpeg") > 12 * 20
-    pictures, some = tmp_path / "data" / "toy" / "jpg", tmp_path / "some"
+    images, some = tmp_path / "data" / "toy" / "jpg", tmp_path / "some"
     some.mkdir()
-    for path in [pictures / "toy_query_00.jpg", *sorted(pictures.glob("*.jpg"))[:20]]:
+    for path in [images / "toy_query_00.jpg", *sorted(images.glob("*.jpg"))[:20]]:
         (some / path.name).symlink_to(path)
     outcome = command(
         "revisitop/search.py", "--database", some, "--json", "TEST.SCALE_LIST", 1,

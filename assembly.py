@@ -1,0 +1,316 @@
+"""From options to objects: what the commands share. Library code knows no option; this module knows them all."""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset
+from tqdm import tqdm
+from yacs.config import CfgNode
+
+from model.checkpoint import find_checkpoint
+from model.device import choose_device, device_name, prepare_process
+from model.errors import InputError
+from model.extract import ImageSet, extract_sets
+from model.images import ImageFile
+from model.pair_scores import CVNetReranker, PairScores
+from model.read_ahead import Loading
+from model.recipe import SCALE_SETS, Recipe
+from modules.reranking import Reranker, SuperGlobalReranker
+from modules.search import Database
+from revisitop import toy
+from revisitop.dataset import Dataset, load_dataset, load_distractor_list
+from revisitop.descriptors import add_distractors, check_distractors, load_descriptors, load_distractors
+from revisitop.evaluate import most_ignored
+from revisitop.retrieve import SAVED_RANKS
+
+log = logging.getLogger(__name__)
+
+DEFAULT_WEIGHTS = Path("weights")
+
+
+@contextmanager
+def option(key: str) -> Iterator[None]:
+    """Errors of what stands inside name the option that they are about."""
+    try:
+        yield
+    except InputError as error:
+        raise error.about(key) from None
+
+
+def start_device(cfg: CfgNode, head: dict[str, Any], local_rank: int = 0) -> torch.device:
+    """Returns the device of TEST.DEVICE, with the process prepared for it; the log and the run's head name it."""
+    with option("TEST.DEVICE"):
+        device = choose_device(cfg.TEST.DEVICE, local_rank)
+    prepare_process(device)
+    head["device"] = device_name(device)
+    log.info("device: %s", head["device"])
+    return device
+
+
+def make_recipe(cfg: CfgNode, checkpoint: Path) -> Recipe:
+    """Returns the recipe of descriptors that the options ask for."""
+    method = cfg.SupG
+    return Recipe(
+        checkpoint=checkpoint,
+        depth=cfg.MODEL.DEPTH,
+        dim=cfg.MODEL.HEADS.REDUCTION_DIM,
+        scales=SCALE_SETS[cfg.TEST.SCALE_LIST],
+        relup=method.relup_threshold if method.relup else None,
+        gemp=method.gemp_p if method.gemp else None,
+        rgem=method.rgem_p if method.rgem else None,
+        rgem_window=method.rgem_window,
+        sgem=method.sgem_p if method.sgem else None,
+        precision=cfg.TEST.PRECISION,
+    )
+
+
+def make_loading(cfg: CfgNode, device: torch.device) -> Loading:
+    pin_memory = cfg.DATA_LOADER.PIN_MEMORY and device.type == "cuda"
+    return Loading(cfg.DATA_LOADER.NUM_WORKERS, pin_memory, cfg.TEST.BATCH_SIZE)
+
+
+def find_weights(cfg: CfgNode, dataset: Dataset | None = None) -> Path:
+    """Returns the checkpoint. By default it is in ./weights, and toy has random weights of its own."""
+    given = cfg.TEST.WEIGHTS != "auto"
+    if dataset is not None and dataset.name == "toy" and not given:
+        with option("TEST.DATA_DIR"):
+            return toy.ensure_weights(dataset.folder, cfg.MODEL.DEPTH)
+    with option("TEST.WEIGHTS"):
+        return find_checkpoint(Path(cfg.TEST.WEIGHTS) if given else DEFAULT_WEIGHTS, cfg.MODEL.DEPTH)
+
+
+def find_dataset(cfg: CfgNode, name: str) -> Dataset:
+    """Returns the dataset; toy is drawn if it is not there yet."""
+    with option("TEST.DATA_DIR"):
+        if name == "toy":
+            toy.ensure_dataset(Path(cfg.TEST.DATA_DIR), lambda images: tqdm(images, desc="drawing toy", unit="img"))
+        return load_dataset(name, Path(cfg.TEST.DATA_DIR))
+
+
+def make_folder(folder: Path) -> Path:
+    """Makes a folder for results, with its parents.
+
+    Raises:
+        InputError: if it cannot be made or written to.
+    """
+    with option("TEST.OUT_DIR"):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise InputError(f"{folder} cannot be made, or not be written to ({error.strerror})") from None
+    return folder
+
+
+@dataclass(frozen=True)
+class Distractors:
+    """The descriptors of the million distractors.
+
+    Attributes:
+        path: the file.
+        rows: (N, D), memory-mapped.
+        images: theirs, in the same order; empty if their list is not here, or is of another length.
+    """
+
+    path: Path
+    rows: Tensor
+    images: Sequence[ImageFile]
+
+
+def find_distractors(cfg: CfgNode) -> Distractors:
+    """Returns the distractors of TEST.DISTRACTORS, or of the default file in the current folder."""
+    if cfg.TEST.DISTRACTORS:
+        candidates = [Path(cfg.TEST.DISTRACTORS)]
+    else:
+        candidates = [Path(f"feats_1m_RN{cfg.MODEL.DEPTH}{suffix}") for suffix in (".pth", ".npy")]
+    path = next((path for path in candidates if path.is_file()), None)
+    if path is None:
+        raise InputError(
+            f"SupG.onemeval: no {candidates[0]} here; extract_rop1m.py makes it, TEST.DISTRACTORS names another"
+        )
+    with option("TEST.DISTRACTORS"):
+        rows = load_distractors(path)
+    try:
+        images: Sequence[ImageFile] = load_distractor_list(Path(cfg.TEST.DATA_DIR) / "revisitop1m")[1]
+    except InputError:
+        images = ()
+    return Distractors(path, rows, images if len(images) == len(rows) else ())
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One dataset with all that its evaluation needs, found before the long work begins.
+
+    Attributes:
+        cfg: the options.
+        dataset: images and ground truth.
+        recipe: of the descriptors; None if saved ones are evaluated.
+        distractors: to be added, or None.
+        folder: for descriptors and scores.
+        device: what the work is done on.
+    """
+
+    cfg: CfgNode
+    dataset: Dataset
+    recipe: Recipe | None
+    distractors: Distractors | None
+    folder: Path
+    device: torch.device
+
+    def descriptors(self) -> tuple[Tensor, Database]:
+        """Returns the query descriptors (Q, D) and the database with the distractors, extracting what is missing."""
+        if self.recipe is None:
+            with option("TEST.FEATURES"):
+                queries, rows = load_descriptors(Path(self.cfg.TEST.FEATURES), self.dataset)
+        else:
+            name = self.dataset.name
+            sets = [
+                ImageSet(self.folder / f"{name}_query.npy", f"{name} queries", self.dataset.queries),
+                ImageSet(self.folder / f"{name}_db.npy", f"{name} database", self.dataset.database),
+            ]
+            log.info("checkpoint: %s, SHA-256 %s", self.recipe.checkpoint, self.recipe.checkpoint_sha256)
+            loading = make_loading(self.cfg, self.device)
+            queries, rows = extract_sets(sets, self.recipe, self.device, loading, self.cfg.TEST.RESUME)
+        if self.distractors is None:
+            return queries, Database(rows)
+        return queries, add_distractors(rows, self.distractors.rows)
+
+    @property
+    def subject(self) -> "Subject":
+        """What a reranker may need to know of the images."""
+        database: Sequence[ImageFile] = self.dataset.database
+        if self.distractors is not None:
+            known = len(self.distractors.images)
+            database = ConcatDataset([database, self.distractors.images]) if known else ()
+        scores = self.folder / f"{self.dataset.name}_cvnet.npy"
+        return Subject(self.recipe, self.dataset.queries, database, most_ignored(self.dataset.ground_truth), scores)
+
+    @cached_property
+    def rerankers(self) -> dict[str, Reranker]:
+        """What TEST.RERANKER asks for, by the title of its stage."""
+        return make_rerankers(self.cfg, self.subject, self.device)
+
+    def facts(self) -> dict[str, Any]:
+        """What results.json tells of this dataset beside metrics."""
+        facts: dict[str, Any] = {}
+        if self.recipe is None:
+            facts["features"] = self.cfg.TEST.FEATURES
+        else:
+            facts["checkpoint"] = {"path": str(self.recipe.checkpoint), "sha256": self.recipe.checkpoint_sha256}
+        if self.distractors is not None:
+            facts["distractors"] = len(self.distractors.rows)
+        return facts
+
+
+def prepare(cfg: CfgNode, name: str, folder: Path, device: torch.device) -> Experiment:
+    """Returns the experiment on a dataset.
+
+    Raises:
+        InputError: if anything is missing or does not fit, before the long work.
+    """
+    dataset = find_dataset(cfg, name)
+    recipe = None
+    if not cfg.TEST.FEATURES:
+        dataset.check_files()
+        recipe = make_recipe(cfg, find_weights(cfg, dataset))
+    distractors = None
+    if cfg.SupG.onemeval:
+        distractors = find_distractors(cfg)
+        if recipe is None:
+            log.warning("TEST.FEATURES: whether %s was made by the same network cannot be checked", distractors.path)
+        else:
+            with option("TEST.DISTRACTORS"):
+                check_distractors(distractors.path, recipe.provenance())
+    experiment = Experiment(cfg, dataset, recipe, distractors, make_folder(folder), device)
+    _ = experiment.rerankers  # raises for what cannot be had
+    return experiment
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a reranker may need to know of the images that it reranks.
+
+    Attributes:
+        recipe: of their descriptors; None for saved ones of unknown origin.
+        queries: the query images.
+        database: the images behind the rows; empty if they are not known.
+        spare: the most images that a protocol drops from a ranking.
+        scores: a file for scores that take long to make; maps may lie beside it.
+    """
+
+    recipe: Recipe | None
+    queries: Sequence[ImageFile]
+    database: Sequence[ImageFile]
+    spare: int
+    scores: Path
+
+
+def make_rerankers(cfg: CfgNode, subject: Subject, device: torch.device) -> dict[str, Reranker]:
+    """Returns what TEST.RERANKER asks for, by the title of its stage."""
+    if cfg.TEST.RERANKER not in RERANKERS:
+        raise InputError(f"TEST.RERANKER {cfg.TEST.RERANKER!r} is not one of {', '.join(RERANKERS)}")
+    return RERANKERS[cfg.TEST.RERANKER].make(cfg, subject, device)
+
+
+def results_needed(rerankers: Iterable[Reranker]) -> int:
+    """How many results of a search these rerankers and the files of rankings need."""
+    return max([SAVED_RANKS, *(each.m + each.spare for each in rerankers)])
+
+
+def superglobal_rerankers(cfg: CfgNode, subject: Subject, device: torch.device) -> dict[str, Reranker]:
+    method = cfg.SupG
+    if not method.rerank:
+        return {}
+    return {"reranking": SuperGlobalReranker(method.rerank_m, method.rerank_k, method.rerank_beta)}
+
+
+def cvnet_rerankers(cfg: CfgNode, subject: Subject, device: torch.device) -> dict[str, Reranker]:
+    if subject.recipe is None:
+        raise InputError("TEST.RERANKER cvnet needs images and weights, which TEST.FEATURES has not")
+    if not len(subject.database):
+        raise InputError(
+            "TEST.RERANKER cvnet needs the distractors' images in the order of their descriptors, as listed in "
+            f"{cfg.TEST.DATA_DIR}/revisitop1m/revisitop1m.txt"
+        )
+    counts = sorted({int(count) for count in cfg.TEST.TOPK_LIST})
+    pairs = PairScores(
+        subject.recipe,
+        subject.queries,
+        subject.database,
+        subject.scores,
+        m=counts[-1] + subject.spare,
+        maps_folder=subject.scores.parent / "cvnet_maps" if cfg.TEST.MAPS_GB else None,
+        maps_bytes=int(cfg.TEST.MAPS_GB * 1e9),
+        loading=make_loading(cfg, device),
+        resume=cfg.TEST.RESUME,
+    )
+    title = "reranking of {}" if len(counts) > 1 else "reranking"
+    return {title.format(count): CVNetReranker(pairs, count, subject.spare) for count in counts}
+
+
+class RerankerKind(NamedTuple):
+    """A choice of TEST.RERANKER.
+
+    Attributes:
+        title: for tables.
+        make: gives its rerankers by the title of their stage.
+    """
+
+    title: str
+    make: Callable[[CfgNode, Subject, torch.device], dict[str, Reranker]]
+
+
+RERANKERS = {
+    "superglobal": RerankerKind("SuperGlobal", superglobal_rerankers),
+    "cvnet": RerankerKind("CVNet-Rerank", cvnet_rerankers),
+    "none": RerankerKind("none", lambda cfg, subject, device: {}),
+}

@@ -1,0 +1,87 @@
+"""Images decoded ahead in worker processes."""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from model.errors import InputError, short_list
+from model.images import ImageError, ImageFile
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How images are read and batched. None of it changes a descriptor.
+
+    Attributes:
+        workers: processes that decode images; 0 decodes in this one.
+        pin_memory: decode into pinned memory, for copies to a GPU.
+        batch_size: images in a batch at most; 0 for what the memory allows.
+    """
+
+    workers: int = 0
+    pin_memory: bool = False
+    batch_size: int = 0
+
+
+class ReadAhead:
+    """The pixels of some rows of a list of images, in order, decoded ahead in worker processes.
+
+    Iterating gives (H, W, 3) uint8 tensors, or an image's ImageError in its place.
+
+    Args:
+        images: the whole list.
+        rows: which of them.
+        loading: workers and pinned memory.
+    """
+
+    def __init__(self, images: Sequence[ImageFile], rows: np.ndarray, loading: Loading):
+        workers = min(loading.workers, os.cpu_count() or 1, len(rows))
+        self.workers = workers
+        self.pixels = _Pixels(images, rows, workers)
+        self.loader = DataLoader(self.pixels, batch_size=None, num_workers=workers, pin_memory=loading.pin_memory)
+
+    def __iter__(self) -> Iterator[Tensor | ImageError]:
+        return iter(self.loader)
+
+    def death_of_a_worker(self, error: RuntimeError) -> InputError | None:
+        """The error to raise if this one is PyTorch's about a worker that died; it may come at any moment."""
+        pids = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
+        if pids is None:
+            return None
+        dead = [int(pid) for pid in pids[1].split(",")]
+        paths = [self.pixels.images[row].path for pid, row in self.pixels.reading.tolist() if pid in dead and row >= 0]
+        return InputError(
+            f"a process that decodes images died{f' while reading {short_list(paths)}' if paths else ''}; look at that "
+            "file, or if memory was short use fewer workers; the descriptors extracted so far are kept",
+            workers=self.workers // 2,
+        )
+
+
+class _Pixels(Dataset):
+    """Image -> (H, W, 3) uint8 pixels, or the error, so that one bad file does not end a worker."""
+
+    def __init__(self, images: Sequence[ImageFile], rows: np.ndarray, workers: int):
+        self.images, self.rows = images, rows
+        self.reading = torch.full((workers, 2), -1).share_memory_()  # per worker: its process, the row it reads
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Tensor | ImageError:
+        row = int(self.rows[index])
+        worker = get_worker_info()
+        if worker is not None:
+            self.reading[worker.id] = torch.tensor([os.getpid(), row])
+        try:
+            return torch.from_numpy(self.images[row].read())
+        except ImageError as error:
+            return error
+        finally:
+            if worker is not None:
+                self.reading[worker.id, 1] = -1

@@ -1,0 +1,109 @@
+"""All that a descriptor depends on beside its image, in one place."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.checkpoint import load_encoder, sha256
+from model.cvnet_rerank import CVNetRerank, load_cvnet_rerank
+from model.extractor import NetworkExtractor
+from model.folding import FoldedResNet
+from model.images import to_network_input
+from model.resnet import ResNet
+from model.superglobal import SuperGlobal
+from modules.activation import RELUP_THRESHOLD
+from modules.descriptor import SCALES
+from modules.pooling import GEMP_P, RGEM_P, RGEM_WINDOW, SGEM_P, GeMPlus, RegionalGeM, ScaleGeM
+
+# The paper's sets of scales, by their number.
+SCALE_SETS = {1: (1.0,), 3: SCALES, 5: (0.5, *SCALES, 2.0)}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How descriptors are made: the weights, the network and the settings of each module.
+
+    It makes the network, and the provenance that is kept beside descriptors and compared before they
+    are used again. The defaults are the paper's.
+
+    Attributes:
+        checkpoint: file of the weights, in CVNet's or DELG-pytorch's layout.
+        depth: layers of the ResNet, 50 or 101.
+        dim: D, dimensions of the descriptor, as in the checkpoint.
+        scales: factors by which images are resized.
+        relup: threshold of ReLU+; None for the plain ReLU everywhere.
+        gemp: power of GeM+; None for GeM with the power that the checkpoint was trained with.
+        rgem: power of Regional-GeM; None leaves it out.
+        rgem_window: side of its window, in positions of the feature map.
+        sgem: power of Scale-GeM, infinity for the maximum; None for the mean over the scales.
+        precision: of the encoder, fp32, bf16 or fp16; poolings, norms and projection are in fp32.
+    """
+
+    checkpoint: Path
+    depth: int = 50
+    dim: int = 2048
+    scales: tuple[float, ...] = SCALES
+    relup: float | None = RELUP_THRESHOLD
+    gemp: float | None = GEMP_P
+    rgem: float | None = RGEM_P
+    rgem_window: int = RGEM_WINDOW
+    sgem: float | None = SGEM_P
+    precision: str = "fp32"
+
+    @cached_property
+    def checkpoint_sha256(self) -> str:
+        return sha256(self.checkpoint)
+
+    def settings(self) -> dict[str, Any]:
+        """All but the weights, as JSON can hold it."""
+        return {
+            "depth": self.depth,
+            "reduction_dim": self.dim,
+            "scales": self.scales,
+            "relup": self.relup,
+            "gemp": self.gemp,
+            "rgem": self.rgem,
+            "rgem_window": self.rgem_window,
+            "sgem": self.sgem,
+            "precision": self.precision,
+        }
+
+    def provenance(self) -> dict[str, Any]:
+        """What descriptors are made from, to be kept with them: the settings, and the weights by their hash."""
+        return {"checkpoint_sha256": self.checkpoint_sha256, **self.settings()}
+
+    def network(self, device: torch.device | str = "cpu") -> SuperGlobal:
+        """Returns the network with the checkpoint's weights, folded for fast inference. (N, 3, H, W) -> (N, D).
+
+        Raises:
+            InputError: if the checkpoint cannot be used.
+        """
+        with torch.device("meta"):  # nothing is initialised that the checkpoint would then overwrite
+            encoder = ResNet(self.depth, self.dim, self.relup)
+        network = SuperGlobal(
+            FoldedResNet(load_encoder(encoder, self.checkpoint), self.precision),
+            self.scales,
+            None if self.gemp is None else GeMPlus(self.gemp),
+            None if self.rgem is None else RegionalGeM(self.rgem, self.rgem_window),
+            None if self.sgem is None else ScaleGeM(self.sgem),
+        )
+        return network.eval().requires_grad_(False).to(device)
+
+    def extractor(self, device: torch.device | str = "cpu") -> NetworkExtractor:
+        """Returns the network with its normalisation. (N, H, W, 3) uint8 RGB -> (N, D) unit rows.
+
+        Raises:
+            InputError: if the checkpoint cannot be used.
+        """
+        return NetworkExtractor(self.network(device), to_network_input, self.dim, self.scales).eval()
+
+    def pair_network(self, device: torch.device | str = "cpu") -> CVNetRerank:
+        """Returns the network that scores pairs of images by their local features, of the same checkpoint.
+
+        Raises:
+            InputError: if the checkpoint cannot be used, or holds no such network.
+        """
+        return load_cvnet_rerank(self.checkpoint, self.depth, self.dim, self.precision, device)

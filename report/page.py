@@ -1,0 +1,262 @@
+"""A run as one HTML page: its metrics and curves, and what each query found before and after reranking.
+
+The page needs nothing beside itself: style and images are inside it, and there is no script. What it
+shows is plain data (Page, Section, Query, Hit), so that rankings without ground truth can be shown, too.
+"""
+
+import logging
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+from PIL import Image
+from tqdm import tqdm
+
+from model.errors import InputError, short_list
+from model.images import ImageError, ImageFile
+from report.drawing import PROTOCOL_NAMES, draw_curves, jpeg_uri, read_thumbnail
+from report.results import Evaluated
+from revisitop import toy
+from revisitop.evaluate import Metrics
+from revisitop.retrieve import Ranking
+
+log = logging.getLogger(__name__)
+
+SHOWN = 10  # results of a query
+PAGE_BYTES = 15_000_000
+# Side of a result's thumbnail in pixels and JPEG quality; the first with which the page is small enough is taken.
+_SIZES = ((192, 75), (176, 70), (160, 65), (144, 55), (120, 50), (96, 40), (64, 30))
+_QUERY_SCALE = 2  # a query's image has sides as many times longer
+_MAX_IMAGES = 3500  # what surely fits at the smallest size, even noise with long names
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One place of a ranking.
+
+    Attributes:
+        name: as the page shows it.
+        image: the image, or None where there is none; a file that is missing or damaged does no harm.
+        score: what the ranking is ordered by.
+        label: easy, hard, ignored or wrong; None without ground truth.
+    """
+
+    name: str
+    image: ImageFile | None
+    score: float
+    label: str | None = None
+
+
+@dataclass(frozen=True)
+class Query:
+    """A query and its first results.
+
+    Attributes:
+        name: as the page shows it.
+        image: the image; its box, if any, is drawn on it.
+        rankings: the first results of each stage, best first: the search's, then those of each reranking.
+        aps: average precision of each stage, between 0 and 1; empty without ground truth or positives.
+    """
+
+    name: str
+    image: ImageFile
+    rankings: dict[str, list[Hit]]
+    aps: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def changes(self) -> dict[str, float]:
+        """By how many percentage points, with one decimal, each reranking changed the AP of the search."""
+        first, *later = self.aps or [""]
+        return {stage: round(100 * (self.aps[stage] - self.aps[first]), 1) + 0.0 for stage in later}  # no -0.0
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page: a dataset, or a folder.
+
+    Attributes:
+        name: its heading.
+        queries: in the order in which they are shown.
+        order: that order in words, a sentence; "" says nothing about it.
+        metrics: per stage ("retrieval", "reranking") and protocol (E, M, H); empty without ground truth.
+        note: a sentence below the heading.
+        omitted: queries that are not shown.
+    """
+
+    name: str
+    queries: list[Query]
+    order: str = ""
+    metrics: dict[str, dict[str, Metrics]] = field(default_factory=dict)
+    note: str = ""
+    omitted: int = 0
+
+    def changed(self) -> "list[Changed]":
+        """What each reranking did to the queries' AP."""
+        changed = []
+        for stage in dict.fromkeys(stage for query in self.queries for stage in query.changes):
+            compared = [query for query in self.queries if stage in query.changes]
+            compared.sort(key=lambda query, stage=stage: -query.changes[stage])
+            gains = [query for query in compared if query.changes[stage] > 0]
+            losses = [query for query in reversed(compared) if query.changes[stage] < 0]
+            changed.append(Changed(stage, gains, losses, len(compared) - len(gains) - len(losses)))
+        return changed
+
+
+class Changed(NamedTuple):
+    """The queries whose AP a reranking raised and lowered, the largest change first, and how many it left."""
+
+    stage: str
+    gains: list[Query]
+    losses: list[Query]
+    left: int
+
+
+@dataclass(frozen=True)
+class Page:
+    """All that write_report shows.
+
+    Attributes:
+        title: of the page.
+        settings: what the run depended on, by name.
+        sections: one per dataset.
+    """
+
+    title: str
+    settings: dict[str, str]
+    sections: list[Section]
+
+
+def evaluated_page(
+    head: dict[str, Any], results: Sequence[Evaluated], distractors: Sequence[ImageFile], options: dict[str, Any]
+) -> Page:
+    """Returns the page of a run: when and how it was made, every option, and a section per dataset.
+
+    Args:
+        head: of the run, see report.log.start_log, with its device.
+        distractors: the images of the rows behind the database's, as far as they are known.
+        options: each option's value.
+    """
+    settings = {name: head[name] for name in ("date", "command", "device")}
+    settings["versions"] = ", ".join(f"{name} {version}" for name, version in head["versions"].items())
+    for each in results:
+        if "checkpoint" in each.facts:
+            settings[f"checkpoint of {each.dataset.name}"] = "{path}, SHA-256 {sha256}".format(
+                **each.facts["checkpoint"]
+            )
+    settings |= {key: str(value) for key, value in options.items()}
+    sections = [evaluated_section(each, distractors) for each in results]
+    return Page(f"SuperGlobal on {', '.join(each.dataset.name for each in results)}", settings, sections)
+
+
+def evaluated_section(evaluated: Evaluated, distractors: Sequence[ImageFile] = ()) -> Section:
+    """Returns a dataset's part of the page. AP is Medium's.
+
+    Args:
+        distractors: see evaluated_page.
+    """
+    dataset, own = evaluated.dataset, len(evaluated.dataset.database)
+
+    def hits(ranking: Ranking, query: int) -> list[Hit]:
+        truth = dataset.ground_truth[query]
+        kinds = {"easy": truth.easy, "hard": truth.hard, "ignored": truth.junk}
+        labels = {number: label for label, numbers in kinds.items() for number in numbers.tolist()}
+        found = []
+        for number, score in zip(ranking.ids[query, :SHOWN].tolist(), ranking.scores[query].tolist(), strict=False):
+            if number < own:
+                image, name = dataset.database[number], dataset.database[number].path.stem
+            else:
+                image = distractors[number - own] if number - own < len(distractors) else None
+                name = f"distractor {number - own}"
+            found.append(Hit(name, image, score, labels.get(number, "wrong")))
+        return found
+
+    queries = []
+    for i, image in enumerate(dataset.queries):
+        rankings = {stage: hits(ranking, i) for stage, ranking in evaluated.rankings.items()}
+        aps = {stage: float(metrics["M"].ap[i]) for stage, metrics in evaluated.metrics.items()}
+        aps = {stage: ap for stage, ap in aps.items() if not math.isnan(ap)}
+        queries.append(Query(image.path.stem, image, rankings, aps))
+    if len(evaluated.rankings) > 1:
+        queries.sort(key=lambda query: max(map(abs, query.changes.values()), default=-1), reverse=True)
+        order = "The queries whose AP (Medium) reranking changed most, up or down, come first."
+    else:
+        queries.sort(key=lambda query: query.aps.get("retrieval", math.inf))
+        order = "The queries with the lowest AP (Medium) come first."
+    note = f"{len(dataset.queries)} queries, {own:,} database images"
+    if "distractors" in evaluated.facts:
+        note += f", {evaluated.facts['distractors']:,} distractors"
+    if dataset.name == "toy":
+        note += f". {toy.DISCLAIMER.capitalize()}"
+    return Section(dataset.name, queries, order, evaluated.metrics, f"{note}.")
+
+
+def write_report(page: Page, folder: Path) -> Path:
+    """Writes folder/index.html, below PAGE_BYTES, whole or not at all, and returns its path.
+
+    Thumbnails shrink where the page would become too large. Images that cannot be read are shown as
+    empty frames with their names.
+
+    Raises:
+        InputError: where it cannot be written.
+    """
+    page = replace(page, sections=_first_queries(page.sections))
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["signed"] = lambda value: f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")
+    template = environment.get_template("page.html")
+    curves = [draw_curves(section.metrics) for section in page.sections]
+    originals = _read_images(page.sections)
+    for side, quality in _SIZES:
+        thumbnails = {
+            (image, scale): jpeg_uri(original, scale * side, quality) for (image, scale), original in originals.items()
+        }
+        html = template.render(
+            page=page, protocols=PROTOCOL_NAMES, curves=curves, thumbnails=thumbnails, query_scale=_QUERY_SCALE
+        ).encode("utf-8", errors="replace")  # a name on the disk need not be UTF-8
+        if len(html) < PAGE_BYTES:
+            break
+    path, new = folder / "index.html", folder / "index.html.new"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        new.write_bytes(html)
+        os.replace(new, path)
+    except OSError as error:
+        raise InputError(f"the report {path} cannot be written ({error.strerror}); all else is") from None
+    return path
+
+
+def _first_queries(sections: Sequence[Section]) -> list[Section]:
+    """The sections, cut after the queries that one page can show."""
+    left, cut = _MAX_IMAGES, []
+    for section in sections:
+        used = list(accumulate(1 + sum(map(len, query.rankings.values())) for query in section.queries))
+        count = sum(number <= left for number in used)
+        left -= used[count - 1] if count else 0
+        cut.append(replace(section, queries=section.queries[:count], omitted=len(section.queries) - count))
+    return cut
+
+
+def _read_images(sections: Sequence[Section]) -> dict[tuple[ImageFile, int], Image.Image]:
+    """The readable images by file and scale (1 of a result), each once, at the largest size of a thumbnail."""
+    queries = [query for section in sections for query in section.queries]
+    hits = [hit for query in queries for ranking in query.rankings.values() for hit in ranking]
+    wanted = [(query.image, _QUERY_SCALE) for query in queries] + [(hit.image, 1) for hit in hits if hit.image]
+    originals, missing = {}, []
+    for image, scale in tqdm(dict.fromkeys(wanted), desc="images of the report", unit="img", dynamic_ncols=True):
+        try:
+            originals[image, scale] = read_thumbnail(image, scale * _SIZES[0][0])
+        except ImageError as error:
+            missing.append(error)
+    if missing:
+        log.warning("the report lacks %d images that cannot be read: %s", len(missing), short_list(missing, 3))
+    return originals

@@ -1,0 +1,250 @@
+"""Search a folder of images of your own: descriptors, search and reranking, without any ground truth.
+
+python -m tools.search --database holiday/ --queries tower.jpg --weights ./weights
+python -m tools.search --database holiday/ --queries details/ --weights ./weights --top 20 --json > found.json
+
+The folder is extracted once; the next search extracts what is new or has changed.
+"""
+
+import argparse
+import hashlib
+import json
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from yacs.config import CfgNode
+
+from assembly import (
+    Subject,
+    find_weights,
+    make_folder,
+    make_loading,
+    make_recipe,
+    make_rerankers,
+    results_needed,
+    start_device,
+)
+from config import ADVICE, LOADING, NETWORK, RERANKING, CommandLine, Parsed, idle_options, plain
+from model.errors import InputError, run_command, short_list
+from model.extract import ImageSet, extract_sets
+from model.images import ImageError, ImageFile
+from model.recipe import Recipe
+from modules.search import Database
+from report.log import start_log
+from report.page import SHOWN, Hit, Page, Query, Section, write_report
+from revisitop.retrieve import SAVED_RANKS, Ranking, rerank, retrieve
+
+log = logging.getLogger(__name__)
+
+_NAMED_AT_MOST = 50
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Images of one's own, those that can be read, with their descriptors.
+
+    Attributes:
+        root: what their names count from.
+        images: N of them.
+        descriptors: (N, D), unit rows.
+        unreadable: the others, by name.
+    """
+
+    root: Path
+    images: list[ImageFile]
+    descriptors: Tensor
+    unreadable: list[str]
+
+    def name(self, number: int) -> str:
+        return _name(self.images[number], self.root)
+
+
+def main(argv: list[str]) -> None:
+    args, cfg, _ = parse(argv)
+    if not args.database.is_dir():
+        raise InputError(f"--database {args.database}: there is no such folder")
+    out_dir = make_folder(Path(cfg.TEST.OUT_DIR))
+    head = start_log(Path("log.txt"), plain(cfg), screen=sys.stderr if args.json else sys.stdout)
+    for line in idle_options(cfg):
+        log.warning("%s", line)
+    device = start_device(cfg, head)
+    recipe = make_recipe(cfg, find_weights(cfg))
+
+    # Each database has a folder of descriptors of its own, by its path.
+    database_images, query_images = find_images(args.database), find_images(args.queries)
+    place = hashlib.sha256(str(args.database.resolve()).encode(errors="surrogateescape")).hexdigest()[:8]
+    cache = make_folder(out_dir / "search" / f"{args.database.resolve().name}-{place}")
+    sets = [
+        ImageSet(cache / "database.npy", "database", database_images, args.database),
+        ImageSet(cache / "queries.npy", "queries", query_images, folder_of(args.queries)),
+    ]
+    database, queries = extract_folders(sets, recipe, device, cfg)
+
+    subject = Subject(recipe, queries.images, database.images, spare=0, scores=cache / "cvnet.npy")
+    rerankers, rows = make_rerankers(cfg, subject, device), Database(database.descriptors)
+    searched = retrieve(queries.descriptors, rows, results_needed(rerankers.values()), device=device)
+    rankings = {"retrieval": searched}
+    for stage, reranker in rerankers.items():
+        rankings[stage] = rerank(searched, reranker, queries.descriptors, rows, device)
+
+    final = list(rankings.values())[-1]
+    scores = "cosine similarity" if final is searched else "the reranking's own"
+    if args.json:
+        print(json.dumps({"scores": scores, **as_dict(queries, database, final, args.top)}, indent=1))
+    else:
+        log.info("scores: %s", scores)
+        for line in in_words(queries, database, final, args.top):
+            log.info("%s", line)
+    if args.report:
+        settings = {"database": str(args.database), "queries": str(args.queries), "checkpoint": str(recipe.checkpoint)}
+        page = Page(f"Search in {args.database.resolve().name}", settings, [section(queries, database, rankings)])
+        log.info("the report is %s", write_report(page, cache / "report"))
+
+
+def parse(argv: list[str]) -> Parsed:
+    truth = "it is for test.py, which has ground truth"
+    instead = {"TEST.FEATURES": truth, "SupG.onemeval": truth, "TEST.DISTRACTORS": truth, "TEST.REPORT": "say --report"}
+    instead |= {"TEST.DATA_DIR": "say --database", "TEST.DATASET_LIST": "say --database"}
+    uses = (*NETWORK, *LOADING, *RERANKING, "TEST.DEVICE", "TEST.OUT_DIR", "TEST.RESUME")
+    line = CommandLine(__doc__, uses, "python -m tools.search", instead)
+    line.add("--database", type=Path, required=True, metavar="FOLDER", help="images, in folders or not")
+    line.add("--queries", type=Path, required=True, metavar="FOLDER|FILE", help="an image, or several")
+    line.add_flag(
+        "--weights", "TEST.WEIGHTS", metavar="PATH",
+        help="the checkpoint, or a folder in which exactly one fits the depth [./weights]",
+    )  # fmt: skip
+    line.add_flag("--depth", "MODEL.DEPTH", type=int, choices=(50, 101), help="layers of the ResNet encoder [50]")
+    line.add("--top", type=top, default=10, metavar="K", help=f"results per query, 1 to {SAVED_RANKS} [10]")
+    line.add("--json", action="store_true", help="print JSON, and everything else on stderr")
+    line.add("--report", action="store_true", help="write a page of the first 10 for each query")
+    parsed = line.parse(argv)
+    if parsed.cfg.TEST.RERANKER == "cvnet":
+        raise InputError(f"TEST.RERANKER cvnet takes minutes for each query; {truth}")
+    return parsed
+
+
+def top(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= SAVED_RANKS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not between 1 and {SAVED_RANKS}")
+    return int(text)
+
+
+def folder_of(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
+
+
+def find_images(path: Path) -> list[ImageFile]:
+    """The file, or the image files of a folder and its subfolders by name; hidden ones are left out.
+
+    Raises:
+        InputError: where there is none.
+    """
+    if path.is_file():
+        return [ImageFile(path)]
+    if not path.is_dir():
+        raise InputError(f"there is no file or folder {path}")
+    suffixes = Image.registered_extensions()
+
+    def walk(folder: Path) -> Iterator[Path]:
+        try:
+            entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+        except OSError as error:
+            raise InputError(f"{folder}: {error.strerror}") from None
+        for entry in entries:
+            if entry.is_dir() and not entry.is_symlink():
+                yield from walk(entry)
+            elif entry.suffix.lower() in suffixes and entry.is_file():
+                yield entry
+
+    images = [ImageFile(file) for file in walk(path)]
+    if not images:
+        raise InputError(f"{path} holds no image; files with endings such as .jpg, .png, .webp or .tif count")
+    return images
+
+
+def extract_folders(sets: Sequence[ImageSet], recipe: Recipe, device: torch.device, cfg: CfgNode) -> list[Folder]:
+    """Returns the images that can be read, with their descriptors; the others are named, and left out.
+
+    Raises:
+        InputError: if none can be read.
+    """
+    folders = []
+    extracted = extract_sets(sets, recipe, device, make_loading(cfg, device), cfg.TEST.RESUME, on_error="skip")
+    for each, descriptors in zip(sets, extracted, strict=True):
+        readable = descriptors.any(dim=1)  # one that cannot be read is a row of zeros
+        images = [image for image, good in zip(each.images, readable.tolist(), strict=True) if good]
+        bad = [
+            _name(image, each.folder) for image, good in zip(each.images, readable.tolist(), strict=True) if not good
+        ]
+        if not images:
+            raise InputError(f"{each.title}: {why_unreadable(each.images[0])}{' and more' if len(bad) > 1 else ''}")
+        if bad:
+            log.warning(
+                "%s: %d of %d cannot be read and are left out: %s",
+                each.title, len(bad), len(descriptors), short_list(bad, _NAMED_AT_MOST),
+            )  # fmt: skip
+        folders.append(Folder(each.folder, images, descriptors[readable] if bad else descriptors, bad))
+    return folders
+
+
+def why_unreadable(image: ImageFile) -> str:
+    try:
+        image.read()
+    except ImageError as error:
+        return str(error)
+    return f"{image.path} has no descriptor"
+
+
+def in_words(queries: Folder, database: Folder, found: Ranking, count: int) -> Iterator[str]:
+    for query, (ids, scores) in enumerate(zip(found.ids.tolist(), found.scores.tolist(), strict=True)):
+        yield ""
+        yield queries.name(query)
+        for rank, (number, score) in enumerate(zip(ids[:count], scores[:count], strict=True), start=1):
+            yield f"{rank:4d}  {score:7.4f}  {database.name(number)}"
+
+
+def as_dict(queries: Folder, database: Folder, found: Ranking, count: int) -> dict:
+    rankings = zip(found.ids.tolist(), found.scores.tolist(), strict=True)
+    return {
+        "database": str(database.root),
+        "unreadable": {"database": database.unreadable, "queries": queries.unreadable},
+        "queries": [
+            {
+                "query": queries.name(query),
+                "results": [
+                    {"rank": rank, "file": database.name(number), "score": round(score, 6)}
+                    for rank, (number, score) in enumerate(zip(ids[:count], scores[:count], strict=True), start=1)
+                ],
+            }
+            for query, (ids, scores) in enumerate(rankings)
+        ],
+    }
+
+
+def section(queries: Folder, database: Folder, rankings: dict[str, Ranking]) -> Section:
+    """The queries in their own order, with what each found."""
+
+    def hits(ranking: Ranking, query: int) -> list[Hit]:
+        pairs = zip(ranking.ids[query, :SHOWN].tolist(), ranking.scores[query].tolist(), strict=False)
+        return [Hit(database.name(number), database.images[number], score) for number, score in pairs]
+
+    shown = []
+    for number, image in enumerate(queries.images):
+        found = {stage: hits(ranking, number) for stage, ranking in rankings.items()}
+        shown.append(Query(queries.name(number), image, found))
+    note = f"{len(shown)} queries, {len(database.images):,} images."
+    return Section(database.root.resolve().name, shown, note=note)
+
+
+def _name(image: ImageFile, root: Path) -> str:
+    return str(image.path.relative_to(root))
+
+
+if __name__ == "__main__":
+    run_command(main, {**ADVICE, "depth": "--depth {}".format})

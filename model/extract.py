@@ -19,7 +19,7 @@ from model.distributed import Processes
 from model.errors import InputError, short_list
 from model.extractor import Extractor
 from model.images import ImageError, ImageFile
-from model.read_ahead import Loading, ReadAhead
+from model.read_ahead import PLAIN_LOADING, Loading, ReadAhead
 from model.store import DescriptorStore
 from modules.checks import values_unseen
 
@@ -79,7 +79,7 @@ def extract_sets(
     sets: Sequence[ImageSet],
     recipe: ExtractorRecipe,
     device: torch.device,
-    loading: Loading = Loading(),
+    loading: Loading = PLAIN_LOADING,
     resume: bool = True,
     on_error: str = "list",
 ) -> list[Tensor]:
@@ -116,7 +116,7 @@ def extract_images(
     store: DescriptorStore,
     rows: np.ndarray,
     title: str,
-    loading: Loading = Loading(),
+    loading: Loading = PLAIN_LOADING,
     on_error: str = "list",
 ) -> None:
     """Extracts the descriptors of some of the images into the store; interrupted or not, they stay there.
@@ -180,7 +180,7 @@ def extract_shared(
     recipe: ExtractorRecipe,
     device: torch.device,
     processes: Processes,
-    loading: Loading = Loading(),
+    loading: Loading = PLAIN_LOADING,
     resume: bool = True,
     on_error: str = "stop",
 ) -> DescriptorStore | None:

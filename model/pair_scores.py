@@ -21,7 +21,7 @@ from tqdm import tqdm
 from model.cvnet_rerank import CVNetRerank
 from model.extract import file_stamps
 from model.images import ImageError, ImageFile, to_network_input
-from model.read_ahead import Loading, ReadAhead
+from model.read_ahead import PLAIN_LOADING, Loading, ReadAhead
 from model.recipe import Recipe
 from model.store import DescriptorStore
 from modules.reranking import Found
@@ -55,7 +55,7 @@ class PairScores:
     m: int
     maps_folder: Path | None = None
     maps_bytes: int = 0
-    loading: Loading = Loading()
+    loading: Loading = PLAIN_LOADING
     resume: bool = True
     _known: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)
 
@@ -156,7 +156,7 @@ class FeatureMaps:
     """
 
     def __init__(
-        self, network: CVNetRerank, provenance: dict, folder: Path | None, limit: int, loading: Loading = Loading()
+        self, network: CVNetRerank, provenance: dict, folder: Path | None, limit: int, loading: Loading = PLAIN_LOADING
     ):
         self.network, self.loading, self.folder = network, loading, folder
         self.provenance = repr(sorted(provenance.items()))

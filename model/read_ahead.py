@@ -29,6 +29,9 @@ class Loading:
     batch_size: int = 0
 
 
+PLAIN_LOADING = Loading()
+
+
 class ReadAhead:
     """The pixels of some rows of a list of images, in order, decoded ahead in worker processes.
 

@@ -147,9 +147,7 @@ def parse(argv: list[str]) -> Parsed:
         raise InputError(f"--depth is for main; {args.task} takes MODEL.DEPTH {args.depth[0]}")
     parsed = line.config(args, assumed)
     if args.task == "rerank" and (parsed.cfg.TEST.RERANKER != "superglobal" or not parsed.cfg.SupG.rerank):
-        raise InputError(
-            "rerank sweeps SuperGlobal's reranking: it takes no other TEST.RERANKER, nor SupG.rerank False"
-        )
+        raise InputError("rerank sweeps SuperGlobal's reranking: it takes no other TEST.RERANKER, and SupG.rerank")
     return parsed
 
 

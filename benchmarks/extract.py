@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -31,13 +32,15 @@ os.environ["TQDM_DISABLE"] = "1"
 from alternate import alternate, machine, matrix_rate, positive, report
 
 from model.checkpoint import load_encoder
+from model.device import choose_device, prepare_process
 from model.errors import run_command
-from model.extract import choose_device, describe_all, prepare_process
+from model.extract import extract_images
 from model.folding import PRECISIONS
 from model.images import read_image, to_network_input
+from model.recipe import SCALE_SETS, Recipe
 from model.resnet import STAGE_DEPTHS, ResNet
 from model.store import DescriptorStore
-from model.superglobal import SCALES, SuperGlobal, build_model
+from model.superglobal import SuperGlobal
 from modules.pooling import GeMPlus, RegionalGeM, ScaleGeM
 from revisitop.toy import seeded_checkpoint
 
@@ -46,7 +49,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     parser.add_argument("--depth", type=positive, default=50, choices=STAGE_DEPTHS, help="layers of the ResNet [50]")
-    parser.add_argument("--scales", type=positive, default=3, choices=SCALES, help="number of scales [3]")
+    parser.add_argument("--scales", type=positive, default=3, choices=SCALE_SETS, help="number of scales [3]")
     parser.add_argument("--size", type=sides, default="1024x768", help="WIDTHxHEIGHT of the images [1024x768]")
     parser.add_argument("--images", type=positive, help="in a run [2, on a GPU 64]")
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=PRECISIONS, help="[fp32 bf16]")
@@ -54,17 +57,17 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     device = choose_device(args.device)
     width, height = args.size
-    count = args.pictures or (64 if device.type == "cuda" else 2)
-    pictures = [InMemory(picture(width, height, seed)) for seed in range(count)]
+    count = args.images or (64 if device.type == "cuda" else 2)
+    images = [InMemory(draw_image(width, height, seed)) for seed in range(count)]
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "random.pyth"
         torch.save(seeded_checkpoint(args.depth), checkpoint)
-        network = (checkpoint, args.depth, SCALES[args.scales])
-        contenders = {"baseline": partial(baseline, *network, device, pictures)}
-        contenders |= {name: partial(ours, *network, name, device, pictures) for name in args.precision}
+        recipe = Recipe(checkpoint, args.depth, scales=SCALE_SETS[args.scales])
+        contenders = {"baseline": partial(baseline, recipe, device, images)}
+        contenders |= {name: partial(ours, replace(recipe, precision=name), device, images) for name in args.precision}
         rates = {name: matrix_rate(device, PRECISIONS[name]) for name in args.precision}
         timings = alternate(contenders, args.repeat)
-        flops = network_flops(*network, width, height)
+        flops = network_flops(recipe, width, height)
     print(f"ResNet-{args.depth}, {args.scales} scales, {width}x{height}, {count} images a run, {machine(device)}")
     report(timings, "baseline", "img/s", lambda seconds: count / seconds)
     reference = timings["baseline"].value
@@ -99,7 +102,7 @@ class InMemory:
         return self.pixels
 
 
-def picture(width: int, height: int, seed: int) -> np.ndarray:
+def draw_image(width: int, height: int, seed: int) -> np.ndarray:
     """Smooth colours with some noise, about as hard to decode as a photograph."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (-(-height // 32), -(-width // 32), 3), dtype=np.uint8))
@@ -107,36 +110,36 @@ def picture(width: int, height: int, seed: int) -> np.ndarray:
     return (smooth + rng.integers(-12, 13, smooth.shape)).clip(0, 255).astype(np.uint8)
 
 
-def baseline(checkpoint: Path, depth: int, scales: tuple, device: torch.device, pictures: list[InMemory]):
-    encoder = load_encoder(ResNet(depth), checkpoint)
-    model = SuperGlobal(encoder, scales, GeMPlus(), RegionalGeM(), ScaleGeM()).eval().to(device)
+def baseline(recipe: Recipe, device: torch.device, images: list[InMemory]):
+    encoder = load_encoder(ResNet(recipe.depth), recipe.checkpoint)
+    model = SuperGlobal(encoder, recipe.scales, GeMPlus(), RegionalGeM(), ScaleGeM()).eval().to(device)
     torch.backends.cudnn.allow_tf32 = False
 
     def run() -> np.ndarray:
         with torch.no_grad():
-            pixels = [torch.from_numpy(image.read())[None] for image in pictures]
+            pixels = [torch.from_numpy(image.read())[None] for image in images]
             return torch.cat([model(to_network_input(each.to(device))).cpu() for each in pixels]).numpy()
 
     return run
 
 
-def ours(checkpoint: Path, depth: int, scales: tuple, precision: str, device: torch.device, pictures: list[InMemory]):
+def ours(recipe: Recipe, device: torch.device, images: list[InMemory]):
     prepare_process(device)
-    model = build_model(checkpoint, depth, scales=scales, precision=precision).to(device)
+    extractor = recipe.extractor(device)
 
     def run() -> np.ndarray:
         with tempfile.TemporaryDirectory() as folder:
-            store = DescriptorStore(Path(folder) / "rows.npy", len(pictures), model.dim, {})
-            describe_all(model, pictures, store, store.missing(), precision)
+            store = DescriptorStore(Path(folder) / "rows.npy", len(images), recipe.dim, {})
+            extract_images(extractor, images, store, store.missing(), recipe.precision)
             store.finish()
             return np.load(store.path)
 
     return run
 
 
-def network_flops(checkpoint: Path, depth: int, scales: tuple, width: int, height: int) -> int:
+def network_flops(recipe: Recipe, width: int, height: int) -> int:
     """Of one image, convolutions and projection, without computing any of them."""
-    model = build_model(checkpoint, depth, scales=scales).to("meta")
+    model = recipe.network("meta")
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         model(torch.empty(1, 3, height, width, device="meta"))
     return counter.get_total_flops()
@@ -145,7 +148,7 @@ def network_flops(checkpoint: Path, depth: int, scales: tuple, width: int, heigh
 def decoding_seconds(width: int, height: int) -> float:
     """To decode one JPEG in one process."""
     file = io.BytesIO()
-    Image.fromarray(picture(width, height, 0)).save(file, "JPEG", quality=90)
+    Image.fromarray(draw_image(width, height, 0)).save(file, "JPEG", quality=90)
     seconds = []
     for _ in range(10):
         file.seek(0)

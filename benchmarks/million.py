@@ -72,16 +72,17 @@ def problem(path: Path, count: int) -> tuple[np.ndarray, np.ndarray, list[Ground
 
 def streamed(path: Path, count: int) -> list[float]:
     queries, rows, truths = problem(path, count)
-    database = Database(torch.from_numpy(rows))
-    stages = retrieve(torch.from_numpy(queries), database, truths, SuperGlobalReranker(M, K, BETA))
-    return [stage.figures[name].map for stage in stages.values() for name in "EMH"]
+    queries, database = torch.from_numpy(queries), Database(torch.from_numpy(rows))
+    searched = retrieve(queries, database, M, [torch.from_numpy(truth.listed) for truth in truths])
+    reranked = rerank(searched, SuperGlobalReranker(M, K, BETA), queries, database)
+    return [evaluate(ranking, truths)[name].map for ranking in (searched, reranked) for name in "EMH"]
 
 
 def dense(path: Path, count: int) -> list[float]:
     queries, rows, truths = problem(path, count)
     queries, rows = torch.from_numpy(queries), torch.from_numpy(np.array(rows))
     ranks = np.argsort(-(rows @ queries.T).numpy(), axis=0)
-    figures = [evaluate_ranks(ranks, truths)]
+    metrics = [evaluate_ranks(ranks, truths)]
     for column, query in zip(ranks.T, queries, strict=True):
         candidates = rows[column[:M].copy()]
         gram = candidates @ candidates.T
@@ -93,8 +94,8 @@ def dense(path: Path, count: int) -> list[float]:
         s1 = refined @ query
         expanded = refined[s1.argsort(descending=True)[: K + 1]].amax(dim=0)
         column[:M] = column[:M][((s1 + refined @ expanded) / 2).argsort(descending=True).numpy()]
-    figures.append(evaluate_ranks(ranks, truths))
-    return [stage[name].map for stage in figures for name in "EMH"]
+    metrics.append(evaluate_ranks(ranks, truths))
+    return [stage[name].map for stage in metrics for name in "EMH"]
 
 
 if __name__ == "__main__":

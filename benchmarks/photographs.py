@@ -29,9 +29,9 @@ from alternate import machine
 
 from model.errors import InputError, run_command
 from modules import GeM, GeMPlus, RegionalGeM, ScaleGeM, SuperGlobalReranker, attach, search
-from modules.attach import SCALES
+from modules.descriptor import SCALES
 from revisitop.dataset import GroundTruth
-from revisitop.evaluate import PROTOCOLS, Result, evaluate_ranks
+from revisitop.evaluate import PROTOCOLS, Metrics, evaluate_ranks
 
 # Into how many rows and columns of landmarks the photographs are cut.
 GRIDS = {
@@ -75,13 +75,13 @@ def main(argv: list[str]) -> None:
         print(f"| {name} | {' | '.join(f'{100 * results[protocol].map:.1f}' for protocol in PROTOCOLS)} |", flush=True)
 
 
-def rows(network: nn.Module, images: PhotographSet) -> Iterator[tuple[str, dict[str, Result]]]:
+def rows(network: nn.Module, images: PhotographSet) -> Iterator[tuple[str, dict[str, Metrics]]]:
     """Each row's name, and its figures per protocol."""
     options: dict[str, Any] = {"features": "extract_features"}
     for name, change in STEPS.items():
         options |= change
         with attach(network, **options) as attached:
-            queries, database = describe(attached, images.queries), describe(attached, images.database)
+            queries, database = extract(attached, images.queries), extract(attached, images.database)
         ids = search(queries, database, m=len(database)).ids
         yield name, evaluate_ranks(ids.T.numpy(), images.ground_truth)
     order = SuperGlobalReranker().rerank(queries, ids, database.__getitem__).order
@@ -102,7 +102,7 @@ def load_network() -> nn.Module:
 
 
 @torch.inference_mode()
-def describe(attached: nn.Module, images: Tensor) -> Tensor:
+def extract(attached: nn.Module, images: Tensor) -> Tensor:
     """(N, 3, H, W) uint8, normalised as the network was trained in TensorFlow -> unit descriptors (N, D)."""
     return torch.cat([attached((batch.float() - 127) / 128) for batch in images.split(BATCH_SIZE)])
 

@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from alternate import alternate, machine, matrix_rate, positive, report
 
+from model.device import choose_device
 from model.errors import run_command
-from model.extract import choose_device
 from modules.reranking import RERANK_BETA, RERANK_K, RERANK_M, SuperGlobalReranker
 
 CENTRES = 200

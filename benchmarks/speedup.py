@@ -25,12 +25,11 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from alternate import alternate, machine, positive
-from extract import image
 from rerank import baseline, ours
 
-from model.cvnet_rerank import MAP_DIM, SCALES, CenterPivotConv4d, CVNetRerank, load_cvnet_rerank
+from model.cvnet_rerank import MAP_DIM, MAP_SCALES, CenterPivotConv4d, CVNetRerank, load_cvnet_rerank
+from model.device import choose_device, prepare_process
 from model.errors import run_command
-from model.extract import choose_device, prepare_process
 from model.folding import PRECISIONS
 from model.images import to_network_input
 from model.resnet import FEATURE_DIM
@@ -123,7 +122,7 @@ def extraction(checkpoint: Path, precision: str, device: torch.device):
 @torch.inference_mode()
 def maps_in_memory(network: CVNetRerank, count: int, device: torch.device) -> list[Tensor]:
     """Feature maps of random images, (1, 1024, h, w) each."""
-    pixels = (torch.from_numpy(image(WIDTH, HEIGHT, seed))[None].to(device) for seed in range(count))
+    pixels = (torch.from_numpy(draw_image(WIDTH, HEIGHT, seed))[None].to(device) for seed in range(count))
     return [network.feature_map(to_network_input(each)) for each in pixels]
 
 
@@ -132,7 +131,7 @@ def score_by_the_book(network: CVNetRerank, query: Tensor, key: Tensor) -> Tenso
     resize = partial(F.interpolate, mode="bilinear", align_corners=True)
     locals_of = []
     for x in (query, key):
-        sizes = [[round(side * math.sqrt(scale)) for side in x.shape[2:]] for scale in SCALES]
+        sizes = [[round(side * math.sqrt(scale)) for side in x.shape[2:]] for scale in MAP_SCALES]
         locals_of.append([conv(resize(x, size)) for size, conv in zip(sizes, network.conv2ds, strict=True)])
     correlations = []
     for q in locals_of[0]:

@@ -1,7 +1,7 @@
-import importlib.util
 import json
 import logging
 import pickle
+import runpy
 import shutil
 import subprocess
 import sys
@@ -13,7 +13,6 @@ import pytest
 import torch
 from PIL import Image
 
-from model.errors import run_command
 from revisitop.toy import seeded_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -88,12 +87,9 @@ def command(monkeypatch, capsys, tmp_path):
         work.mkdir(exist_ok=True)
         monkeypatch.chdir(work)
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        spec = importlib.util.spec_from_file_location(f"script_{Path(script).stem}", ROOT / script)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
         code, handlers = 0, logging.root.handlers[:]
         try:
-            run_command(module.main)
+            runpy.run_path(str(ROOT / script), run_name="__main__")
         except SystemExit as stop:
             code = stop.code
         finally:  # the next command must not write to this one's screen and log

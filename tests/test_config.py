@@ -1,10 +1,15 @@
 import re
+from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 
-from config import OPTIONS, make_config, model_arguments, pair_options, parse_config
+from assembly import Subject, make_recipe, make_rerankers
+from config import OPTIONS, make_config, pair_options, parse_config
 from model.errors import InputError
+from model.recipe import Recipe
+from modules.reranking import RERANK_BETA, RERANK_K, RERANK_M
 
 
 def test_the_documented_commands_parse():
@@ -76,8 +81,14 @@ def test_a_config_file_that_holds_no_options_is_told(tmp_path, content):
 
 
 def test_modules_that_are_off_are_left_out_of_the_model():
-    arguments = model_arguments(make_config([("SupG.gemp", False), ("SupG.relup", False)]))
-    assert (arguments["gemp"], arguments["relup"], arguments["rgem"]) == (None, None, 2.5)
+    recipe = make_recipe(make_config([("SupG.gemp", False), ("SupG.relup", False)]), Path("x.pyth"))
+    assert (recipe.gemp, recipe.relup, recipe.rgem) == (None, None, 2.5)
+
+
+def test_the_default_options_are_the_defaults_of_the_library():
+    assert make_recipe(make_config([]), Path("x.pyth")) == Recipe(Path("x.pyth"))
+    (reranker,) = make_rerankers(make_config([]), Subject(None, (), (), 0, Path()), torch.device("cpu")).values()
+    assert (reranker.m, reranker.k, reranker.beta) == (RERANK_M, RERANK_K, RERANK_BETA)
 
 
 def test_the_readme_explains_every_option():

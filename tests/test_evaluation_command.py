@@ -64,8 +64,8 @@ def test_reranking_can_be_set_and_switched_off_and_descriptors_are_used_again(co
     assert logged(work, "Reranking") == pytest.approx(evaluate_saved(work, layout, (10, 3, 0.5)), abs=0.0051)
 
     before = np.load(work / "output" / "roxford5k_db.npy")
-    shutil.copy(layout.image("db_3"), layout.image("db_4"))  # one image changed: it alone is described again
-    assert "roxford5k database: 1 images described" in command("test.py", *base, *quick).out
+    shutil.copy(layout.image("db_3"), layout.image("db_4"))  # one image changed: it alone is extracted again
+    assert "roxford5k database: 1 images extracted" in command("test.py", *base, *quick).out
     after = np.load(work / "output" / "roxford5k_db.npy")
     assert np.flatnonzero((before != after).any(axis=1)).tolist() == [4]
     np.testing.assert_array_equal(after[4], after[3])
@@ -140,7 +140,7 @@ def test_a_folder_with_two_weights_that_fit(refused, checkpoint_50, tmp_path):
 
 
 def test_a_resnet_101_file_for_depth_50(refused, checkpoint_101):
-    assert "it is a ResNet-101: say MODEL.DEPTH 101" in refused(weights=checkpoint_101)
+    assert "it is a ResNet-101: name another file; try MODEL.DEPTH 101" in refused(weights=checkpoint_101)
     assert "is a ResNet-101" in refused(weights=checkpoint_101.parent)
 
 
@@ -213,7 +213,7 @@ def test_after_a_damaged_image_is_replaced_the_run_goes_on(refused, layout, tmp_
     assert "going on after 20 of 24 rows" in (tmp_path / "work" / "log.txt").read_text()
 
 
-def test_missing_images_of_the_last_dataset_are_told_before_the_first_is_described(refused, layout):
+def test_missing_images_of_the_last_dataset_are_told_before_the_first_is_extracted(refused, layout):
     shutil.copytree(layout.folder, layout.data_dir / "rparis6k")
     (layout.data_dir / "rparis6k" / "gnd_roxford5k.pkl").rename(layout.data_dir / "rparis6k" / "gnd_rparis6k.pkl")
     (layout.data_dir / "rparis6k" / "jpg" / "db_3.jpg").unlink()
@@ -222,7 +222,9 @@ def test_missing_images_of_the_last_dataset_are_told_before_the_first_is_describ
 
 
 def test_a_descriptor_that_is_not_finite_is_never_saved(refused, tmp_path):
-    assert "its descriptor is not finite; a power or threshold of SupG is too large" in refused("SupG.gemp_p", "1e6")
+    assert "its descriptor is not finite; a power or threshold of the modules is too large" in refused(
+        "SupG.gemp_p", "1e6"
+    )
     assert not list((tmp_path / "work" / "output").glob("*.npy"))
 
 
@@ -239,7 +241,7 @@ def test_a_query_box_outside_its_image(refused, layout):
         (("SupG.gem",), "did you mean SupG.gemp?"),
         (("TEST.SCALE_LIST", 4), "4 is not one of 1, 3, 5"),
         (("TEST.DATASET_LIST", "rparis6k"), "no dataset rparis6k in"),
-        (("TEST.OUT_DIR", "/dev/null/out"), "TEST.OUT_DIR /dev/null/out cannot be made"),
+        (("TEST.OUT_DIR", "/dev/null/out"), "TEST.OUT_DIR: /dev/null/out cannot be made"),
         (("SupG.onemeval",), "no feats_1m_RN50.pth here; extract_rop1m.py makes it"),
     ],
 )

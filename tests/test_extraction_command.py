@@ -16,6 +16,8 @@ from conftest import ROOT
 from oracles import all_protocols, dense_reranking, full_ranking
 from PIL import Image
 
+from model.store import provenance_path
+
 COUNT = 40
 
 # Blocks of three rows, so that a kill comes between blocks.
@@ -103,12 +105,12 @@ def test_the_file_holds_unit_rows_in_list_order(whole, distractors, checkpoint_5
     assert rows.dtype == torch.float32
     assert rows.shape == (COUNT, 2048)
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(COUNT))
-    facts = json.loads(whole.with_suffix(".json").read_text())
+    facts = json.loads(provenance_path(whole).read_text())
     assert facts["depth"] == 50
     assert facts["skipped"] == []
     assert sorted(path.name for path in whole.parent.iterdir()) == [
-        "feats_1m_RN50.json",
         "feats_1m_RN50.pth",
+        "feats_1m_RN50.pth.json",
         "log.txt",
     ]
 
@@ -149,7 +151,7 @@ def test_damage_between_two_runs_is_told_and_never_used(work, arguments, whole):
 
 def test_a_second_start_after_the_end_changes_nothing(command, arguments, whole, tmp_path):
     (tmp_path / "work").mkdir()
-    for path in (whole, whole.with_suffix(".json")):
+    for path in (whole, provenance_path(whole)):
         shutil.copy(path, tmp_path / "work")
     before = (tmp_path / "work" / whole.name).stat()
     outcome = command("extract_rop1m.py", *arguments)
@@ -165,13 +167,15 @@ def test_a_image_that_cannot_be_read_stops_or_is_skipped(command, arguments, dis
     arguments[arguments.index("--data-dir") + 1] = str(folder)
     outcome = command("extract_rop1m.py", *arguments)
     assert outcome.code == 2
-    assert re.search(r"error: distractors: an image cannot be used: .*1/004.jpg: not an image; .*skip\n$", outcome.err)
+    assert re.search(
+        r"error: distractors: an image cannot be used: .*1/004.jpg: not an image; try --on-error skip\n$", outcome.err
+    )
 
     outcome = command("extract_rop1m.py", *arguments, "--on-error", "skip")
     assert outcome.code == 0, outcome.err
     rows = torch.load("feats_1m_RN50.pth", weights_only=True)
     assert rows.norm(dim=1).round().tolist() == [float(row != 4) for row in range(COUNT)]
-    assert json.loads((tmp_path / "work" / "feats_1m_RN50.json").read_text())["skipped"] == ["1/004.jpg"]
+    assert json.loads((tmp_path / "work" / "feats_1m_RN50.pth.json").read_text())["skipped"] == ["1/004.jpg"]
 
 
 # ---- bad input: one line, exit code 2 ----
@@ -182,7 +186,7 @@ def test_a_image_that_cannot_be_read_stops_or_is_skipped(command, arguments, dis
     [
         ({"--weight": "none.pyth"}, "no file or folder none.pyth"),
         ({"--depth": "52"}, "argument --depth: invalid choice: 52"),
-        ({"--depth": "101"}, "it is a ResNet-50: say MODEL.DEPTH 50"),
+        ({"--depth": "101"}, "it is a ResNet-50: name another file; try --depth 50"),
         ({"--data-dir": "none"}, "none/revisitop1m.txt: No such file"),
         ({"--out": "feats.bin"}, "must end in .pth or .npy"),
         ({"--out": "none/feats.pth"}, "there is no folder none"),
@@ -206,24 +210,24 @@ def test_a_list_that_names_a_missing_file(command, arguments, distractors, tmp_p
     arguments[arguments.index("--data-dir") + 1] = str(folder)
     outcome = command("extract_rop1m.py", *arguments)
     assert outcome.code == 2
-    assert re.search(r"1 of 40 images are missing \(.*0/003.jpg\)", outcome.err.splitlines()[-1])
+    assert re.search(r"1 of 40 images are missing \(.*0/003.jpg\).* try --on-error skip", outcome.err.splitlines()[-1])
 
 
 def test_a_file_of_other_settings_is_neither_overwritten_nor_mixed(command, arguments, whole, tmp_path):
     (tmp_path / "work").mkdir()
-    for path in (whole, whole.with_suffix(".json")):
+    for path in (whole, provenance_path(whole)):
         shutil.copy(path, tmp_path / "work")
     outcome = command("extract_rop1m.py", *arguments, "SupG.gemp", "False")
     assert outcome.code == 2
     assert "was made with other settings (gemp: 4.6 before, off now)" in outcome.err
-    (tmp_path / "work" / "feats_1m_RN50.json").unlink()
+    (tmp_path / "work" / "feats_1m_RN50.pth.json").unlink()
     outcome = command("extract_rop1m.py", *arguments)
     assert outcome.code == 2
-    assert "no feats_1m_RN50.json tells what made it" in outcome.err
+    assert "no feats_1m_RN50.pth.json tells what made it" in outcome.err
 
 
 def test_starting_over_keeps_the_finished_file_until_there_is_a_new_one(work, arguments, whole):
-    for path in (whole, whole.with_suffix(".json")):
+    for path in (whole, provenance_path(whole)):
         shutil.copy(path, work)
     command = [sys.executable, "driver.py", *arguments, "--no-resume"]
     assert run_until(command, work, 2) is None
@@ -323,7 +327,7 @@ def test_distractors_that_do_not_tell_what_made_them_are_used_with_a_warning(
         "TEST.DISTRACTORS", path, "SupG.onemeval", "TEST.SCALE_LIST", "1", "DATA_LOADER.NUM_WORKERS", "0",
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
-    assert "no alone.json tells what made it; not compared with this run" in outcome.out
+    assert "no alone.pth.json tells what made it; not compared with this run" in outcome.out
 
 
 def test_distractors_of_another_depth_are_refused(command, layout, checkpoint_101, whole):

@@ -49,10 +49,12 @@ def test_depth_101_takes_a_folder_and_options(checkpoint_101):
 
 def test_modules_are_switched_as_on_the_command_line(checkpoint_50):
     def load(**options):
-        return torch.hub.load(str(ROOT), "superglobal_resnet50", source="local", weights=checkpoint_50, **options).model
+        return torch.hub.load(
+            str(ROOT), "superglobal_resnet50", source="local", weights=checkpoint_50, **options
+        ).extractor.network
 
     model = load(gemp=True, relup=True, rgem=False, sgem=None, scales=5)
-    assert (model.pooling.p, model.model.relup, model.rgem, model.sgem, len(model.scales)) == (
+    assert (model.pooling.p, model.encoder.relup, model.rgem, model.sgem, len(model.scales)) == (
         4.6,
         0.014,
         None,

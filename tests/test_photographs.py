@@ -61,7 +61,7 @@ def test_hard_views_differ_more_from_the_query_than_easy_ones(images):
 
 def test_the_trained_network_finds_the_views_of_a_photograph(benchmark, network, images):
     attached = attach(network, features="extract_features")
-    queries, database = (benchmark.describe(attached, part) for part in (images.queries, images.database))
+    queries, database = (benchmark.extract(attached, part) for part in (images.queries, images.database))
     ranks = search(queries, database, m=len(database)).ids.T.numpy()
     wrong = images.ground_truth[1:] + images.ground_truth[:1]  # the views of another landmark
     assert evaluate_ranks(ranks, images.ground_truth)["M"].map > 0.7

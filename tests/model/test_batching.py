@@ -22,7 +22,7 @@ class SmallDevice:
     def __init__(self, most: int, error: Exception):
         self.most, self.error, self.tried = most, error, []
 
-    def describe(self, batch) -> torch.Tensor:
+    def extract(self, batch) -> torch.Tensor:
         self.tried.append(len(batch))
         if len(batch) > self.most:
             raise self.error
@@ -89,21 +89,21 @@ def test_out_of_memory_halves_the_batch_and_goes_on(error):
     device = SmallDevice(3, error)
     size = BatchSize(10**9, 16)
     batch = [pixels for _, pixels in images([(2, 2)] * 13)]
-    parts = list(in_fitting_parts(device.describe, batch, range(13), size))
+    parts = list(in_fitting_parts(device.extract, batch, range(13), size))
     assert [number for part, _ in parts for number in range(13)[part]] == list(range(13))
     assert torch.cat([vectors for _, vectors in parts]).flatten().tolist() == list(range(13))
     device.tried.clear()
-    list(in_fitting_parts(device.describe, batch, range(13), size))
+    list(in_fitting_parts(device.extract, batch, range(13), size))
     assert max(device.tried) <= 3  # what did not fit is not tried again
 
 
 def test_a_single_image_that_does_not_fit_is_named():
     device = SmallDevice(0, torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(InputError, match=r"b\.jpg: the memory of the device is too small for 9 x 7 pixels"):
-        list(in_fitting_parts(device.describe, [torch.empty(7, 9, 3)], ["b.jpg"], BatchSize(1)))
+        list(in_fitting_parts(device.extract, [torch.empty(7, 9, 3)], ["b.jpg"], BatchSize(1)))
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory():
     device = SmallDevice(0, RuntimeError("shapes differ"))
     with pytest.raises(RuntimeError, match="shapes differ"):
-        list(in_fitting_parts(device.describe, [torch.empty(2, 2, 3)] * 4, "abcd", BatchSize(100)))
+        list(in_fitting_parts(device.extract, [torch.empty(2, 2, 3)] * 4, "abcd", BatchSize(100)))

@@ -7,16 +7,18 @@ import torch
 from PIL import Image
 
 from model import batching
+from model.device import choose_device
 from model.errors import InputError
-from model.extract import choose_device, describe_all
+from model.extract import extract_images
 from model.images import ImageFile
+from model.read_ahead import Loading
+from model.recipe import Recipe
 from model.store import DescriptorStore
-from model.superglobal import build_model
 
 
 @pytest.fixture(scope="module")
 def model(checkpoint_50):
-    return build_model(checkpoint_50, 50, scales=(1.0,), relup=0.014, gemp=4.6, rgem=2.5, sgem=float("inf"))
+    return Recipe(checkpoint_50, scales=(1.0,)).extractor()
 
 
 def write(folder, name: str, mode: str = "RGB", size: tuple[int, int] = (40, 30), **options) -> ImageFile:
@@ -41,7 +43,8 @@ def store(folder, rows: int, name: str = "rows.npy") -> DescriptorStore:
 
 
 def run(model, images: list[ImageFile], into: DescriptorStore, **options) -> np.ndarray:
-    describe_all(model, images, into, into.missing(), "test", **options)
+    on_error = options.pop("on_error", "list")
+    extract_images(model, images, into, into.missing(), "test", Loading(**options), on_error)
     into.finish()
     return np.load(into.path)
 
@@ -103,7 +106,9 @@ class DeadlyFile(ImageFile):
 def test_a_worker_that_dies_is_reported_with_its_file_and_nothing_is_lost(model, tmp_path):
     images = [write(tmp_path, f"{i}.png") for i in range(12)]
     images[9] = DeadlyFile(images[9].path)
-    with pytest.raises(InputError, match=r"a process that decodes images died while reading \S*9\.png; if memory"):
+    with pytest.raises(
+        InputError, match=r"a process that decodes images died while reading \S*9\.png; look at that file"
+    ):
         run(model, images, store(tmp_path, 12), workers=1, batch_size=2)
     missing = store(tmp_path, 12).missing().tolist()
     assert missing == list(range(missing[0], 12))
@@ -137,7 +142,7 @@ def test_stopping_at_a_damaged_image_keeps_what_came_before(model, tmp_path):
     images = [write(tmp_path, f"{i}.png") for i in range(4)]
     for i in (1, 2):
         images[i].path.write_text("no image")
-    with pytest.raises(InputError, match=r"an image cannot be used: .*1\.png: not an image$"):
+    with pytest.raises(InputError, match=r"an image cannot be used: .*1\.png: not an image; try on_error='skip'$"):
         run(model, images, store(tmp_path, 4), on_error="stop")
     assert store(tmp_path, 4).missing().tolist() == [1, 2, 3]
 
@@ -147,5 +152,5 @@ def test_auto_is_the_gpu_where_there_is_one():
 
 
 def test_a_gpu_that_is_not_there_is_told():
-    with pytest.raises(InputError, match=r"TEST.DEVICE cuda:99: PyTorch sees \d+ GPUs here"):
+    with pytest.raises(InputError, match=r"device cuda:99: PyTorch sees \d+ GPUs here; try device='cpu'"):
         choose_device("cuda:99")

@@ -5,8 +5,8 @@ import torch
 from model.checkpoint import load_encoder
 from model.folding import FoldedConv, FoldedResNet, has_fused_kernels
 from model.images import to_network_input
+from model.recipe import Recipe
 from model.resnet import ResNet
-from model.superglobal import build_model
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_folding_leaves_the_trained_network_as_it_is(checkpoint_50):
 @pytest.mark.parametrize("kernels", ["cpu", "gpu"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_keeps_the_direction_of_a_descriptor(checkpoint_50, reference, precision, kernels):
-    model = build_model(checkpoint_50, 50, precision=precision)
+    model = Recipe(checkpoint_50, precision=precision).network()
     if kernels == "gpu":
         use_kernels_of_a_gpu(model)
     for i in (0, 1):
@@ -74,7 +74,7 @@ def test_half_precision_keeps_the_direction_of_a_descriptor(checkpoint_50, refer
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_every_precision_runs_on_a_device_without_numbers(checkpoint_50, precision):
-    model = build_model(checkpoint_50, 50, precision=precision).to("meta")
+    model = Recipe(checkpoint_50, precision=precision).network("meta")
     out = model(torch.empty(5, 3, 70, 90, device="meta"))
     assert out.shape == (5, 2048)
     assert out.dtype == torch.float32
@@ -82,11 +82,11 @@ def test_every_precision_runs_on_a_device_without_numbers(checkpoint_50, precisi
 
 def test_an_unknown_precision_is_told(checkpoint_50):
     with pytest.raises(ValueError, match="precision must be one of fp32, bf16, fp16, got 'fp8'"):
-        build_model(checkpoint_50, 50, precision="fp8")
+        Recipe(checkpoint_50, precision="fp8").network()
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
 def test_the_fused_kernels_are_used_where_they_are(checkpoint_50):
     assert has_fused_kernels(torch.float32)
-    encoder = build_model(checkpoint_50, 50).model
+    encoder = Recipe(checkpoint_50).network().encoder
     assert all(module.fused for module in encoder.modules() if isinstance(module, FoldedConv))

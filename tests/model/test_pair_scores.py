@@ -6,12 +6,16 @@ import pytest
 import torch
 from conftest import Layout
 from oracles import all_protocols, full_ranking
-from revisitop.cvnet import CVNetReranking, FeatureMaps, equal_sizes
 
 from model.cvnet_rerank import load_cvnet_rerank
 from model.images import to_network_input
-from modules.search import search
+from model.pair_scores import CVNetReranker, FeatureMaps, PairScores, equal_sizes
+from model.recipe import Recipe
+from modules.search import Database
 from revisitop.dataset import load_dataset
+from revisitop.evaluate import evaluate as metrics_of
+from revisitop.evaluate import most_ignored
+from revisitop.retrieve import rerank, retrieve
 
 QUICK = ("TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0)
 
@@ -89,7 +93,7 @@ def test_the_reranker_is_chosen(evaluate, tmp_path, arguments, stages):
     assert {name for name in entry if name.startswith("re")} == stages
 
 
-def test_scores_are_used_again_until_a_image_changes(evaluate, layout):
+def test_scores_are_used_again_until_an_image_changes(evaluate, layout):
     first = evaluate("TEST.RERANKER", "cvnet")
     again = evaluate("TEST.RERANKER", "cvnet")
     assert "roxford5k_cvnet.npy: used again" in again.out
@@ -99,20 +103,22 @@ def test_scores_are_used_again_until_a_image_changes(evaluate, layout):
     assert "roxford5k_cvnet.npy: used again" not in evaluate("TEST.RERANKER", "cvnet").out
 
 
-def test_an_interrupted_run_goes_on_at_the_next_query(layout, network, tmp_path):
+def test_an_interrupted_run_resumes_at_the_next_query(layout, checkpoint_50, network, tmp_path):
     dataset = load_dataset("roxford5k", layout.data_dir)
     random = torch.Generator().manual_seed(0)
     queries, rows = (torch.nn.functional.normalize(torch.randn(n, 8, generator=random), dim=1) for n in (3, 24))
-    listed = [torch.from_numpy(truth.listed) for truth in dataset.ground_truth]
-    found = search(queries, rows, 24, listed)
-    positions = [where.numpy() for where in found.positions]
+    searched = retrieve(queries, Database(rows), listed=dataset.listed)
+    spare = most_ignored(dataset.ground_truth)
 
-    def rerank(folder, build):
+    def score(folder, build):
+        class Prepared(Recipe):
+            def pair_network(self, device):
+                return build()
+
         folder.mkdir(exist_ok=True)
-        reranking = CVNetReranking(
-            build, {}, dataset.queries, dataset.database, dataset.ground_truth, [8], folder / "scores.npy"
-        )
-        return reranking.stages(found, positions)["reranking"], np.load(folder / "scores.npy")
+        pairs = PairScores(Prepared(checkpoint_50), dataset.queries, dataset.database, folder / "scores.npy", 8 + spare)
+        ranking = rerank(searched, CVNetReranker(pairs, 8, spare), queries, Database(rows))
+        return ranking, np.load(folder / "scores.npy")
 
     class Interrupted(type(network)):
         asked = 0
@@ -128,27 +134,28 @@ def test_an_interrupted_run_goes_on_at_the_next_query(layout, network, tmp_path)
         copy.__dict__.update(network.__dict__)
         return copy
 
-    whole, scores = rerank(tmp_path / "a", lambda: network)
+    whole, scores = score(tmp_path / "a", lambda: network)
     with pytest.raises(KeyboardInterrupt):
-        rerank(tmp_path / "b", interrupted)
-    resumed, resumed_scores = rerank(tmp_path / "b", interrupted)
+        score(tmp_path / "b", interrupted)
+    resumed, resumed_scores = score(tmp_path / "b", interrupted)
     assert Interrupted.asked == 4  # of the last query alone
     np.testing.assert_allclose(resumed_scores, scores, atol=1e-6, rtol=0)  # batches may differ
     assert torch.equal(whole.ids, resumed.ids)
-    assert whole.figures["M"].map == resumed.figures["M"].map
+    whole_metrics, resumed_metrics = (metrics_of(each, dataset.ground_truth) for each in (whole, resumed))
+    assert whole_metrics["M"].map == resumed_metrics["M"].map
 
 
 def test_maps_on_disk_stay_within_their_limit_and_are_used_again(layout, network, tmp_path):
     images = load_dataset("roxford5k", layout.data_dir).database
-    (first,) = FeatureMaps(network, {}, tmp_path / "one", 1 << 30, 0).of(images[:1])
+    (first,) = FeatureMaps(network, {}, tmp_path / "one", 1 << 30).of(images[:1])
     limit = 5 * (first[1].nbytes + 128)
-    made = dict(FeatureMaps(network, {}, tmp_path / "maps", limit, 0).of(images))
+    made = dict(FeatureMaps(network, {}, tmp_path / "maps", limit).of(images))
     files = list((tmp_path / "maps").iterdir())
     assert len(files) == 5
     assert sum(file.stat().st_size for file in files) <= limit
 
     files[0].write_bytes(b"damaged")
-    again = FeatureMaps(network, {}, tmp_path / "maps", limit, 0)
+    again = FeatureMaps(network, {}, tmp_path / "maps", limit)
     maps = list(again.of(images))
     assert len([number for number, _ in maps[:4] if number < 5]) == 4  # those on the disk come first
     for number, each in maps:

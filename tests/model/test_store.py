@@ -35,7 +35,7 @@ def finish(path) -> np.ndarray:
 
 def test_rows_come_back_as_they_went_in(path):
     np.testing.assert_array_equal(finish(path), ROWS)
-    assert sorted(file.name for file in path.parent.iterdir()) == ["rows.json", "rows.npy"]
+    assert sorted(file.name for file in path.parent.iterdir()) == ["rows.npy", "rows.npy.json"]
 
 
 def test_a_second_start_goes_on_where_the_first_ended(path):
@@ -80,7 +80,7 @@ def test_a_journal_without_a_head_and_a_part_of_another_length_are_refused(path)
     part, journal = path.with_name("rows.npy.part"), path.with_name("rows.npy.journal")
     whole = journal.read_bytes()
     journal.write_bytes(b"x" + whole)
-    with pytest.raises(InputError, match=r"rows.npy.journal is damaged; resume=False starts over"):
+    with pytest.raises(InputError, match=r"rows.npy.journal is damaged; try resume=False"):
         DescriptorStore(path, 10, 4, SOURCE)
     journal.write_bytes(whole)
     part.write_bytes(part.read_bytes()[:-8])
@@ -148,4 +148,4 @@ def test_a_finished_file_is_used_again_only_for_the_same_source(path):
     finish(path)
     assert DescriptorStore(path, 10, 4, SOURCE).complete
     assert not DescriptorStore(path, 10, 4, {**SOURCE, "scales": [1.0]}).complete
-    assert json.loads(path.with_suffix(".json").read_text())["sgem"] == "inf"
+    assert json.loads(path.with_name("rows.npy.json").read_text())["sgem"] == "inf"

@@ -4,14 +4,14 @@ import torch
 
 from model.checkpoint import encoder_state
 from model.images import to_network_input
-from model.superglobal import SCALES, build_model
+from model.recipe import SCALE_SETS, Recipe
 
 ALL = {"relup": 0.014, "gemp": 4.6, "rgem": 2.5, "sgem": float("inf")}
 WITHOUT = {f"no_{name}": {**ALL, name: None} for name in ALL}
 CONFIGS = {"all": ALL, "none": dict.fromkeys(ALL), **WITHOUT}
 
 
-def describe(model, pixels: np.ndarray) -> np.ndarray:
+def extract(model, pixels: np.ndarray) -> np.ndarray:
     with torch.inference_mode():
         return model(to_network_input(torch.from_numpy(pixels)[None]))[0].numpy()
 
@@ -20,9 +20,9 @@ def describe(model, pixels: np.ndarray) -> np.ndarray:
     ("config", "scales"), [("all", 1), ("all", 3), ("all", 5), *((name, 3) for name in [*WITHOUT, "none"])]
 )
 def test_descriptors_are_the_papers(reference, checkpoint_50, config, scales):
-    model = build_model(checkpoint_50, 50, scales=SCALES[scales], **CONFIGS[config])
+    model = Recipe(checkpoint_50, scales=SCALE_SETS[scales], **CONFIGS[config]).network()
     for i in (0, 1):
-        out = describe(model, reference[f"image_{i}"])
+        out = extract(model, reference[f"image_{i}"])
         np.testing.assert_allclose(out, reference[f"descriptor_{config}_{scales}_image_{i}"], atol=2e-6, rtol=0)
 
 
@@ -32,28 +32,28 @@ def test_descriptors_are_the_papers_from_any_prefix(reference, checkpoint_50, tm
     state = {f"{prefix}{key}": value.clone() for key, value in encoder_state(checkpoint_50).items()}
     state |= {"localmodel.conv.weight": torch.zeros(3), "desc_cls.weight": torch.zeros(3)}
     torch.save(state, path)
-    out = describe(build_model(path, 50, **ALL), reference["image_1"])
+    out = extract(Recipe(path, **ALL).network(), reference["image_1"])
     np.testing.assert_allclose(out, reference["descriptor_all_3_image_1"], atol=2e-6, rtol=0)
 
 
-def test_depth_101_loads_and_describes(checkpoint_101, reference):
-    out = describe(build_model(checkpoint_101, 101, **ALL), reference["image_1"][:64, :64])
+def test_depth_101_loads_and_extracts(checkpoint_101, reference):
+    out = extract(Recipe(checkpoint_101, 101, **ALL).network(), reference["image_1"][:64, :64])
     assert np.linalg.norm(out) == pytest.approx(1, abs=1e-6)
     assert len(out) == 2048
 
 
 def test_descriptor_does_not_depend_on_its_batch(checkpoint_50, reference):
-    model = build_model(checkpoint_50, 50, **ALL)
+    model = Recipe(checkpoint_50, **ALL).network()
     pixels = torch.from_numpy(np.stack([reference["image_0"][:100, i * 40 : i * 40 + 120] for i in range(3)]))
     with torch.inference_mode():
         together = model(to_network_input(pixels))
     for i in range(3):
-        np.testing.assert_allclose(describe(model, pixels[i].numpy()), together[i].numpy(), atol=2e-6, rtol=0)
+        np.testing.assert_allclose(extract(model, pixels[i].numpy()), together[i].numpy(), atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (33, 2000)])
 @pytest.mark.parametrize("config", ["all", "none"])
 def test_images_of_any_size_have_a_finite_unit_descriptor(checkpoint_50, size, config):
-    model = build_model(checkpoint_50, 50, scales=SCALES[5], **CONFIGS[config])
-    out = describe(model, np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
+    model = Recipe(checkpoint_50, scales=SCALE_SETS[5], **CONFIGS[config]).network()
+    out = extract(model, np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
     assert np.linalg.norm(out) == pytest.approx(1, abs=1e-5)

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 from model.checkpoint import encoder_state
 from model.images import to_network_input
 from modules import GeM, GeMPlus, RegionalGeM, ReLUPlus, ScaleGeM, attach
-from modules.attach import rescale
+from modules.descriptor import rescale
 
 IMAGES = torch.rand(2, 3, 96, 128, generator=torch.Generator().manual_seed(3))
 PAPER = {"relup": "layer1", "relup_ends": ("layer2", "layer3")}

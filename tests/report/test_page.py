@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from revisitop.drawing import read_thumbnail
-from revisitop.report import PAGE_BYTES, Hit, Page, Query, Section, write_report
 
 from model.images import ImageFile
 from modules.reranking import SuperGlobalReranker
+from report.drawing import read_thumbnail
+from report.page import PAGE_BYTES, Hit, Page, Query, Section, write_report
 
 VOID = {"meta", "link", "img", "source"}
 LABELS = {"easy", "hard", "ignored", "wrong"}
@@ -188,14 +188,18 @@ def noise(folder, count: int, side: int = 192) -> list[ImageFile]:
 def unlabelled(images: list[ImageFile], queries: int, results: int = 20) -> Page:
     """What a search of a folder without ground truth shows."""
     hits = [Hit(image.path.name, image, 1 - i / 99) for i, image in enumerate(images[:results])]
-    found = [Query(f"query {i}", images[i % len(images)], hits) for i in range(queries)]
+    found = [Query(f"query {i}", images[i % len(images)], {"retrieval": hits}) for i in range(queries)]
     return Page("Search", {"folder": "/tmp"}, [Section("images", found)])
 
 
 def test_names_are_escaped_and_need_not_be_utf_8(tmp_path):
     name = "<script>alert('x')</script> & \"\udcff"
     image = ImageFile(tmp_path / "none.jpg", (1, 2, 3, 4))
-    page = Page(name, {name: name}, [Section(name, [Query(name, image, [Hit(name, None, 0.5, "wrong")])], note=name)])
+    page = Page(
+        name,
+        {name: name},
+        [Section(name, [Query(name, image, {"retrieval": [Hit(name, None, 0.5, "wrong")]})], note=name)],
+    )
     parsed = Parsed(write_report(page, tmp_path / "report"))
     assert not parsed.attributes("script")
     assert "<script>alert('x')</script> & \"?" in parsed.text("h1")

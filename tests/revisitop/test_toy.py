@@ -4,15 +4,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from revisitop.run import retrieve
 
 from model.checkpoint import load_encoder
-from model.extract import describe
+from model.extract import extract_batch
+from model.recipe import Recipe
 from model.resnet import ResNet
-from model.superglobal import SCALES, build_model
 from modules.search import Database
 from revisitop import toy
 from revisitop.dataset import load_dataset
+from revisitop.evaluate import evaluate
+from revisitop.retrieve import retrieve
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ def test_runs_from_nothing_and_is_a_useful_gauge(command, data_dir):
     dataset = load_dataset("toy", data_dir)
     queries, rows = (torch.from_numpy(np.load(f"output/toy_{kind}.npy")) for kind in ("query", "db"))
     mixed = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
-    control = retrieve(queries, Database(mixed), dataset.ground_truth)["retrieval"].figures
+    control = evaluate(retrieve(queries, Database(mixed), listed=dataset.listed), dataset.ground_truth)
     assert 100 * control["M"].map < medium / 3
 
 
@@ -101,9 +102,9 @@ def test_every_module_moves_the_figures(data_dir, checkpoint_50):
 
     def descriptors(**changes) -> torch.Tensor:
         modules = {"relup": 0.014, "gemp": 4.6, "rgem": 2.5, "sgem": float("inf"), **changes}
-        model = build_model(checkpoint_50, 50, scales=SCALES[3], **modules)
+        extractor = Recipe(checkpoint_50, **modules).extractor()
         images = [torch.from_numpy(dataset.database[number].read()[::3, ::3].copy()) for number in chosen]
-        return torch.cat([describe(model, [view]) for view in images])
+        return torch.cat([extract_batch(extractor, [view]) for view in images])
 
     all_on = descriptors()
     for name in ("relup", "gemp", "rgem", "sgem"):

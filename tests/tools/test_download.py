@@ -21,7 +21,7 @@ import pytest
 import scipy.io
 from conftest import Layout
 
-from revisitop import transfer
+from tools import transfer
 
 VGG, CMP, PTAK = "http://www.robots.ox.ac.uk", "http://cmp.felk.cvut.cz", "http://ptak.felk.cvut.cz"
 OXFORD_TRUTH = "/revisitop/data/datasets/roxford5k/gnd_roxford5k.pkl"
@@ -128,7 +128,7 @@ def here(tmp_path):
 @pytest.fixture
 def download(command, site, here, tmp_path):
     def run(*arguments):
-        return command("revisitop/download.py", *arguments, "--data-dir", here, "--weights-dir", tmp_path / "weights")
+        return command("tools/download.py", *arguments, "--data-dir", here, "--weights-dir", tmp_path / "weights")
 
     return run
 

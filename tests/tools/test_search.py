@@ -32,7 +32,7 @@ def folder(tmp_path):
 def search(command, folder, checkpoint_50):
     def run(*arguments, database=folder, queries=folder / "sub folder" / "c.PNG"):
         return command(
-            "revisitop/search.py", "--database", database, "--queries", queries, "--weights", checkpoint_50,
+            "tools/search.py", "--database", database, "--queries", queries, "--weights", checkpoint_50,
             *arguments, "TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0,
         )  # fmt: skip
 
@@ -57,17 +57,17 @@ def test_json_is_all_of_stdout_and_holds_every_query(search, folder):
         assert sorted(result["file"] for result in entry["results"]) == sorted(NAMES)
         scores = [result["score"] for result in entry["results"]]
         assert scores == sorted(scores, reverse=True)
-    assert "queries: 11 images described" in outcome.err
+    assert "queries: 11 images extracted" in outcome.err
 
 
-def test_only_what_is_new_or_changed_is_described(search, folder):
-    def described(outcome) -> dict[str, int]:
+def test_only_what_is_new_or_changed_is_extracted(search, folder):
+    def extracted(outcome) -> dict[str, int]:
         assert outcome.code == 0, outcome.err
-        return {name: int(count) for name, count in re.findall(r"(\w+): (\d+) images described", outcome.out)}
+        return {name: int(count) for name, count in re.findall(r"(\w+): (\d+) images extracted", outcome.out)}
 
-    assert described(search()) == {"database": 11, "queries": 1}
+    assert extracted(search()) == {"database": 11, "queries": 1}
     again = search()
-    assert described(again) == {}
+    assert extracted(again) == {}
     assert "database.npy: used again" in again.out
     assert "2 of 11 cannot be read" in again.out
 
@@ -76,7 +76,7 @@ def test_only_what_is_new_or_changed_is_described(search, folder):
     draw(folder / BROKEN[0], 22)  # mended
     (folder / NAMES[0]).unlink()
     outcome = search("--top", 11)
-    assert described(outcome) == {"database": 3, "queries": 1}
+    assert extracted(outcome) == {"database": 3, "queries": 1}
     assert "1 of 11 cannot be read" in outcome.out
     assert re.search(r"   1   [\d.]+  sub folder/c\.PNG\n", outcome.out)
     assert NAMES[0] not in re.findall(r"[\d.]+  (.*)\n", outcome.out)
@@ -84,9 +84,9 @@ def test_only_what_is_new_or_changed_is_described(search, folder):
     assert "  11  " not in outcome.out
 
 
-def test_another_checkpoint_or_setting_describes_anew(search):
+def test_another_checkpoint_or_setting_extracts_anew(search):
     assert search().code == 0
-    assert "database: 11 images described" in search("SupG.relup", "False").out
+    assert "database: 11 images extracted" in search("SupG.relup", "False").out
 
 
 def test_the_report_shows_results_without_right_or_wrong(search, folder):
@@ -127,7 +127,7 @@ def test_without_reranking_scores_are_cosines(search, arguments):
 def test_what_needs_ground_truth_is_refused(search, arguments):
     outcome = search(*arguments)
     assert outcome.code == 2
-    assert "are for test.py, which has ground truth" in outcome.err
+    assert "for test.py, which has ground truth" in outcome.err
 
 
 @pytest.mark.parametrize("top", ["0", "401", "x"])

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from revisitop import tables
-from revisitop.evaluate import Result
+from config import make_config, pair_options
+from revisitop.evaluate import Metrics
+from tools import tables
 
 QUICK = ("TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0)
 
@@ -26,7 +27,7 @@ def table(command, layout, checkpoint_50, checkpoint_101, tmp_path):
 
     def run(*arguments, weights=tmp_path / "weights"):
         return command(
-            "revisitop/tables.py", *arguments, "TEST.WEIGHTS", weights, "TEST.DATA_DIR", layout.data_dir,
+            "tools/tables.py", *arguments, "TEST.WEIGHTS", weights, "TEST.DATA_DIR", layout.data_dir,
             "TEST.DATASET_LIST", "[roxford5k, rparis6k]", *QUICK,
         )  # fmt: skip
 
@@ -41,17 +42,17 @@ def test_main_has_both_networks_and_says_what_is_missing(table, tmp_path):
         assert all(rows[network, "roxford5k", stage][0] for stage in ("retrieval", "reranking"))
         missing = rows[network, "rparis6k", "retrieval, reranking"]
         assert "no dataset rparis6k" in missing[-1]
-        assert "python -m revisitop.download rparis6k" in missing[-1]
+        assert "python -m tools.download rparis6k" in missing[-1]
         assert f"feats_1m_RN{network[1:]}.pth" in rows[network, "roxford5k", "retrieval, reranking, +1M"][-1]
     assert "Shao et al." in outcome.out
     assert rows_of((tmp_path / "work" / "output" / "tables" / "main.md").read_text()) == rows
 
 
-def test_images_are_described_once_and_figures_are_those_of_test_py(table, command, layout, checkpoint_50):
+def test_images_are_extracted_once_and_figures_are_those_of_test_py(table, command, layout, checkpoint_50):
     first = table("main", "--depth", 50)
-    assert first.err.count("images described") == 2
+    assert first.err.count("images extracted") == 2
     again = table("rerank", "MODEL.DEPTH", 50)
-    assert "images described" not in again.err
+    assert "images extracted" not in again.err
     rows = rows_of(again.out)
     assert (
         rows["R50", "roxford5k", "reranking, M = 400, K = 9, beta = 0.15"][:5]
@@ -86,7 +87,7 @@ def test_ablation_switches_each_module(table):
     settings = [key[2] for key in rows if key[1] == "roxford5k" and key[2].startswith("retrieval")]
     names = ["GeM+", "Regional-GeM", "Scale-GeM", "ReLU+"]
     assert settings == ["retrieval", *(f"retrieval, without {name}" for name in names), "retrieval, without the four"]
-    assert outcome.err.count("roxford5k database: 24 images described") == 6
+    assert outcome.err.count("roxford5k database: 24 images extracted") == 6
 
 
 def test_the_rival_is_listed_where_it_is_asked_for(table):
@@ -108,7 +109,7 @@ def test_missing_weights_are_a_row(table, tmp_path):
 
 def test_published_figures_stand_beside_ours_with_the_difference():
     figures = {
-        name: Result(value, np.zeros(0), np.zeros(0), np.zeros(0))
+        name: Metrics(value, np.zeros(0), np.zeros(0), np.zeros(0))
         for name, value in zip("EMH", (0.9, 0.84, 0.67), strict=True)
     }
     row = tables.Row(50, "roxford5k", "retrieval", figures, {"M": 83.9, "H": 67.7})
@@ -129,9 +130,9 @@ def test_published_figures_stand_beside_ours_with_the_difference():
 
 def test_published_figures_are_for_the_papers_settings_alone():
     def known(*options, stage="reranking", **reranker):
-        cfg = tables.read_config(tables.parse(["main", *map(str, options)]))
+        cfg = make_config(pair_options([str(word) for word in options]))
         settings = {"m": 400, "k": 9, "beta": 0.15, **reranker}
-        return tables.find_published(cfg, "roxford5k", stage, tables.SuperGlobalReranker(**settings))
+        return tables.find_published(cfg, "roxford5k", stage, tuple(settings.values()))
 
     assert known() == {"M": 88.8, "H": 77.1}
     assert known("MODEL.DEPTH", 101, "SupG.onemeval") == {"M": 84.4, "H": 71.1}
@@ -152,7 +153,7 @@ def test_the_readme_and_the_data_file_agree():
 def test_toy_is_tabulated_reported_and_searched(command, tmp_path):
     data = ("TEST.DATA_DIR", tmp_path / "data", "TEST.DATASET_LIST", "['toy']", "TEST.SCALE_LIST", 1)
     for words in (("main", "--depth", 50), ("rerank",)):
-        outcome = command("revisitop/tables.py", *words, *data)
+        outcome = command("tools/tables.py", *words, *data)
         assert outcome.code == 0, outcome.err
         row = rows_of(outcome.out)["R50", "toy", "retrieval"]
         assert 40 < float(row[1]) < 90
@@ -165,7 +166,7 @@ def test_toy_is_tabulated_reported_and_searched(command, tmp_path):
     for path in [images / "toy_query_00.jpg", *sorted(images.glob("*.jpg"))[:20]]:
         (some / path.name).symlink_to(path)
     outcome = command(
-        "revisitop/search.py", "--database", some, "--json", "TEST.SCALE_LIST", 1,
+        "tools/search.py", "--database", some, "--json", "TEST.SCALE_LIST", 1,
         "--queries", some / "toy_query_00.jpg",
         "--weights", next((tmp_path / "data" / "toy").glob("*.pyth")),
     )  # fmt: skip

@@ -18,13 +18,13 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from alternate import alternate, machine, positive, report
-from revisitop.run import retrieve
 
 from model.errors import run_command
 from modules.reranking import SuperGlobalReranker
 from modules.search import Database
 from revisitop.dataset import GroundTruth
-from revisitop.evaluate import evaluate_ranks
+from revisitop.evaluate import evaluate, evaluate_ranks
+from revisitop.retrieve import rerank, retrieve
 
 M, K, BETA = 400, 9, 0.15
 DIM, LISTED = 2048, 120

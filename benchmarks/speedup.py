@@ -25,6 +25,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from alternate import alternate, machine, positive
+from extract import draw_image
 from rerank import baseline, ours
 
 from model.cvnet_rerank import MAP_DIM, MAP_SCALES, CenterPivotConv4d, CVNetRerank, load_cvnet_rerank

@@ -70,9 +70,19 @@ class ImageSet:
 
     def open_store(self, recipe: ExtractorRecipe, resume: bool = True) -> DescriptorStore:
         """Returns the store of its descriptors; resume False starts over."""
-        stamps = file_stamps(self.images, self.folder) if self.stamped else None
-        provenance = {**recipe.provenance(), **self.provenance}
-        return DescriptorStore(self.path, len(self.images), recipe.dim, provenance, resume, stamps)
+        return DescriptorStore(
+            self.path, len(self.images), recipe.dim, self._provenance(recipe), resume, self._stamps()
+        )
+
+    def store_of_rank(self, recipe: ExtractorRecipe, rank: int, done: np.ndarray) -> DescriptorStore:
+        """Returns the store as a further process of a `torchrun` sees it, see DescriptorStore.of_rank."""
+        return DescriptorStore.of_rank(self.path, recipe.dim, self._provenance(recipe), rank, done, self._stamps())
+
+    def _provenance(self, recipe: ExtractorRecipe) -> dict[str, Any]:
+        return {**recipe.provenance(), **self.provenance}
+
+    def _stamps(self) -> list[str] | None:
+        return file_stamps(self.images, self.folder) if self.stamped else None
 
 
 def extract_sets(
@@ -196,12 +206,11 @@ def extract_shared(
     Raises:
         InputError: as extract_images; in the other processes if one has ended.
     """
-    provenance, rows = {**recipe.provenance(), **each.provenance}, len(each.images)
     first = processes.rank == 0
     store = each.open_store(recipe, resume) if first else None
-    done = processes.from_first(store.done if first else np.zeros(rows, dtype=bool))
+    done = processes.from_first(store.done if first else np.zeros(len(each.images), dtype=bool))
     if not first:
-        store = DescriptorStore.of_rank(each.path, recipe.dim, provenance, processes.rank, done)
+        store = each.store_of_rank(recipe, processes.rank, done)
     mine = np.array_split(store.missing(), processes.count)[processes.rank]
     if len(mine):
         title = each.title if processes.count == 1 else f"{each.title}, {processes!r}"

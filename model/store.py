@@ -68,7 +68,9 @@ class DescriptorStore:
             self._open()
 
     @classmethod
-    def of_rank(cls, path: Path, dim: int, provenance: dict, rank: int, done: np.ndarray) -> "DescriptorStore":
+    def of_rank(
+        cls, path: Path, dim: int, provenance: dict, rank: int, done: np.ndarray, stamps: list[str] | None = None
+    ) -> "DescriptorStore":
         """Returns the store as a further process sees it that shares the work; rank 0 has opened it before.
 
         Args:
@@ -76,7 +78,7 @@ class DescriptorStore:
             done: which rows are there: rank 0's.
         """
         store = cls.__new__(cls)
-        store._prepare(path, len(done), dim, provenance, None, f".{rank}")
+        store._prepare(path, len(done), dim, provenance, stamps, f".{rank}")
         store.done = done
         return store
 

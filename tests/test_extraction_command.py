@@ -226,6 +226,20 @@ def test_a_file_of_other_settings_is_neither_overwritten_nor_mixed(command, argu
     assert "no feats_1m_RN50.pth.json tells what made it" in outcome.err
 
 
+def test_a_second_file_of_other_settings_and_another_ending_is_not_taken_for_the_first(
+    command, layout, arguments, checkpoint_50
+):
+    for out, relup in (("found.pth", True), ("found.npy", False)):
+        outcome = command("extract_rop1m.py", *arguments, "--out", out, "SupG.relup", relup)
+        assert outcome.code == 0, outcome.err
+    data = ("TEST.DATA_DIR", layout.data_dir, "TEST.DATASET_LIST", "roxford5k", "TEST.WEIGHTS", checkpoint_50)
+    options = (*data, "TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0, "SupG.onemeval", "TEST.DISTRACTORS")
+    assert command("test.py", *options, "found.pth").code == 0
+    outcome = command("test.py", *options, "found.npy")
+    assert outcome.code == 2
+    assert "relup: off before, 0.014 now" in outcome.err
+
+
 def test_starting_over_keeps_the_finished_file_until_there_is_a_new_one(work, arguments, whole):
     for path in (whole, provenance_path(whole)):
         shutil.copy(path, work)

@@ -1,34 +1,88 @@
+"""The floors of the house: a file imports from its own floor and below, and no circle of files exists."""
+
 import ast
+import re
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
+# What the files of each place import beside Python's own, from the bottom up. Commands may import everything.
 ALLOWED = {
     "modules": {"torch", "modules"},
-    "model": {"torch", "torchvision", "numpy", "PIL", "tqdm", "model", "modules"},
+    "model": {"torch", "numpy", "PIL", "tqdm", "modules", "model"},
+    "revisitop": {"torch", "numpy", "scipy", "PIL", "tqdm", "modules", "model", "revisitop"},
+    "report": {"numpy", "PIL", "tqdm", "matplotlib", "jinja2", "yaml", "model", "revisitop", "report"},
+    "config.py": {"yaml", "yacs", "model"},
+    "assembly.py": {"torch", "tqdm", "yacs", "modules", "model", "revisitop"},
+    "hubconf.py": {"modules", "model"},
 }
-LIBRARY = sorted(path for folder in ("modules", "model", "revisitop") for path in (ROOT / folder).rglob("*.py"))
+COMMANDS = ("test.py", "extract_rop1m.py", "tools")
 
 
-def imported(path) -> set[str]:
-    """The top-level names that a file imports, beside Python's own."""
-    names = set()
+def files_of(place: str) -> list[Path]:
+    return sorted((ROOT / place).rglob("*.py")) if (ROOT / place).is_dir() else [ROOT / place]
+
+
+def imported(path: Path) -> set[str]:
+    """The dotted names of the modules that a file imports, wherever in it."""
+    package, names = path.relative_to(ROOT).parts[0], set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add(path.parent.name if node.level else node.module.split(".")[0])
-    return names - sys.stdlib_module_names
+            module = ".".join(filter(None, [package if node.level else "", node.module]))
+            names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    return names
 
 
-@pytest.mark.parametrize("folder", ALLOWED)
-def test_imports_go_one_way(folder):
-    for path in (ROOT / folder).rglob("*.py"):
-        assert imported(path) <= ALLOWED[folder], path
+def roots_of(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imported(path)} - sys.stdlib_module_names
 
 
-def test_no_library_file_reads_the_config():
-    commands = {path for path in LIBRARY if "__main__" in path.read_text()}
-    assert LIBRARY
-    assert [path for path in LIBRARY if path not in commands and "config" in imported(path)] == []
+@pytest.mark.parametrize("place", ALLOWED)
+def test_imports_go_down(place):
+    assert {str(path): extra for path in files_of(place) if (extra := roots_of(path) - ALLOWED[place])} == {}
+
+
+def test_every_python_file_of_the_house_has_a_floor():
+    places = {path.name for path in ROOT.iterdir() if path.suffix == ".py" or list(path.glob("*.py"))}
+    assert places - {"tests", "benchmarks", "examples"} == {*ALLOWED, *COMMANDS}
+
+
+def test_the_options_import_nothing_heavy():
+    assert {name for name in imported(ROOT / "config.py") if name.startswith("model")} == {
+        "model.errors",
+        "model.errors.InputError",
+    }
+    assert roots_of(ROOT / "model" / "errors.py") == set()
+
+
+def test_options_and_assembly_are_for_commands_alone():
+    library = [path for place in ALLOWED if place != "assembly.py" for path in files_of(place)]
+    library += files_of("benchmarks") + files_of("examples")
+    users = {path.relative_to(ROOT) for path in library if roots_of(path) & {"config", "assembly"}}
+    assert users == set()
+
+
+def test_there_is_no_circle_of_files():
+    files = [path for place in (*ALLOWED, *COMMANDS) for path in files_of(place)]
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in files}
+    uses = {name: (imported(path) & names.keys()) - {name} for name, path in names.items()}
+    while free := [name for name, used in uses.items() if not used & uses.keys()]:
+        for name in free:
+            del uses[name]
+    assert uses == {}
+
+
+OPTION = re.compile(r"\b(TEST|SupG|MODEL|DATA_LOADER)\.[A-Za-z]|(?<![\w-])--[a-z]")
+
+
+def test_library_code_names_no_option():
+    named = {}
+    for path in [path for place in ("modules", "model", "revisitop", "report") for path in files_of(place)]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and OPTION.search(node.value):
+                named[f"{path.relative_to(ROOT)}:{node.lineno}"] = node.value
+    assert named == {}

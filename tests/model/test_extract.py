@@ -1,19 +1,24 @@
 import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 from model import batching
 from model.device import choose_device
 from model.errors import InputError
-from model.extract import extract_images
+from model.extract import ImageSet, extract_images, extract_sets
+from model.extractor import NetworkExtractor
 from model.images import ImageFile
 from model.read_ahead import Loading
 from model.recipe import Recipe
 from model.store import DescriptorStore
+from modules import attach
 
 
 @pytest.fixture(scope="module")
@@ -154,3 +159,100 @@ def test_auto_is_the_gpu_where_there_is_one():
 def test_a_gpu_that_is_not_there_is_told():
     with pytest.raises(InputError, match=r"device cuda:99: PyTorch sees \d+ GPUs here; try device='cpu'"):
         choose_device("cuda:99")
+
+
+# ---- extractors of others ----
+
+COLOURS = """
+import torch
+
+class MeanColour:
+    dim, device = 3, torch.device("cpu")
+
+    def __call__(self, pixels):
+        return torch.nn.functional.normalize(pixels.float().mean(dim=(1, 2)), dim=1)
+
+class Colours:
+    dim = 3
+
+    def extractor(self, device):
+        return MeanColour()
+
+    def provenance(self):
+        return {"colours": "mean"}
+"""
+SHARED = """
+import sys
+from pathlib import Path
+from model.distributed import Processes
+from model.extract import ImageSet, extract_shared
+from model.images import ImageFile
+
+images = [ImageFile(path) for path in sorted(Path(sys.argv[1]).glob("*.png"))]
+processes = Processes()
+each = ImageSet(Path(sys.argv[2]), "colours", images)
+store = extract_shared(each, Colours(), torch.device("cpu"), processes)
+if store is not None:
+    store.finish()
+processes.end()
+"""
+
+
+@pytest.fixture
+def colours() -> dict:
+    names: dict = {}
+    exec(COLOURS, names)
+    return names
+
+
+def mean_colours(images: list[ImageFile]) -> np.ndarray:
+    rows = np.stack([image.read().reshape(-1, 3).mean(axis=0) for image in images])
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def test_whatever_turns_pixels_into_unit_rows_is_batched_and_resumed(colours, tmp_path):
+    images = [write(tmp_path, f"{i}.png", size=[(40, 30), (9, 21)][i % 2]) for i in range(9)]
+    begun = ImageSet(tmp_path / "rows.npy", "colours", images).open_store(colours["Colours"]())
+    extract_images(colours["MeanColour"](), images, begun, begun.missing()[:4], "colours")
+
+    class Counted(colours["Colours"]):
+        seen = 0
+
+        def extractor(self, device):
+            inner = colours["MeanColour"]()
+
+            def counting(pixels):
+                Counted.seen += len(pixels)
+                return inner(pixels)
+
+            counting.dim, counting.device = 3, device
+            return counting
+
+    each = ImageSet(tmp_path / "rows.npy", "colours", images)
+    (rows,) = extract_sets([each], Counted(), torch.device("cpu"), Loading(batch_size=3))
+    np.testing.assert_allclose(rows.numpy(), mean_colours(images), atol=1e-6)
+    assert Counted.seen == 5
+
+
+def test_any_extractor_is_shared_by_the_processes_of_a_torchrun(tmp_path):
+    images = [write(tmp_path, f"{i}.png") for i in range(7)]
+    (tmp_path / "driver.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{COLOURS}{SHARED}")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run([*launcher, "driver.py", tmp_path, "shared.npy"], cwd=tmp_path, check=True)
+    np.testing.assert_allclose(np.load(tmp_path / "shared.npy"), mean_colours(images), atol=1e-6)
+    assert not list(tmp_path.glob("*.journal*"))
+
+
+def test_an_attached_network_with_its_normalisation_is_an_extractor(tmp_path):
+    torch.manual_seed(0)
+    network = attach(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, stride=2), torch.nn.ReLU()).eval(), relup="1")
+
+    def normalise(pixels: torch.Tensor) -> torch.Tensor:
+        return pixels.permute(0, 3, 1, 2).float() / 255 - 0.5
+
+    extractor = NetworkExtractor(network, normalise, dim=8)
+    images = [write(tmp_path, f"{i}.png", size=[(40, 30), (33, 21)][i % 2]) for i in range(4)]
+    rows = run(extractor, images, DescriptorStore(tmp_path / "rows.npy", 4, 8, {}))
+    for image, row in zip(images, rows, strict=True):
+        expected = network(normalise(torch.from_numpy(image.read())[None]))[0]
+        torch.testing.assert_close(torch.from_numpy(row), expected.detach())

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from model.errors import InputError
-from model.store import DescriptorStore
+from model.store import DescriptorStore, provenance_differences
 
 ROWS = np.random.default_rng(0).standard_normal((10, 4)).astype(np.float32)
 SOURCE = {"checkpoint": "abc", "scales": [0.7071, 1.0], "sgem": float("inf")}
@@ -142,6 +142,26 @@ def test_rows_follow_their_images_through_a_changed_list(path, finished, now):
         store.write(row, rows[now[row]])
     store.finish()
     np.testing.assert_array_equal(np.load(path), rows[now])
+
+
+def test_files_of_one_name_and_two_endings_keep_their_provenance_apart(path):
+    finish(path)
+    other = path.with_suffix(".pth")
+    store = DescriptorStore(other, 10, 4, {**SOURCE, "checkpoint": "xyz"})
+    for row in range(10):
+        store.write(row, ROWS[row])
+    store.finish()
+    assert provenance_differences(path, SOURCE) == []
+    assert provenance_differences(other, SOURCE) == ["checkpoint: xyz before, abc now"]
+
+
+def test_provenance_under_the_name_of_older_versions_is_read_where_it_is_clear_whose_it_is(path):
+    finish(path)
+    path.with_name("rows.npy.json").rename(path.with_name("rows.json"))
+    assert DescriptorStore(path, 10, 4, SOURCE).complete
+    path.with_name("rows.pth").write_bytes(b"another")
+    assert provenance_differences(path, SOURCE) is None
+    assert provenance_differences(path.with_name("rows.pth"), SOURCE) is None
 
 
 def test_a_finished_file_is_used_again_only_for_the_same_source(path):

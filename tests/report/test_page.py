@@ -130,6 +130,31 @@ def test_without_reranking_there_is_one_ranking_and_the_lowest_ap_comes_first(ev
     assert not page.text("span", "gain") + page.text("span", "loss")
 
 
+def test_every_number_of_candidates_has_its_ranking_and_caption(command, layout, checkpoint_50, tmp_path):
+    outcome = command(
+        "test.py", "TEST.WEIGHTS", checkpoint_50, "TEST.DATA_DIR", layout.data_dir, "TEST.DATASET_LIST", "roxford5k",
+        "TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0, "TEST.RERANKER", "cvnet", "TEST.TOPK_LIST", "[4, 20]",
+        "TEST.REPORT",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    out_dir = tmp_path / "work" / "output"
+    page = Parsed(out_dir / "report" / "index.html")
+    captions = ["retrieval, by cosine similarity", *(f"after reranking of {m}, by its own score" for m in (4, 20))]
+    assert page.text("h4") == 3 * captions
+    stages = ("retrieval", "reranking_of_4", "reranking_of_20")
+    ranks = [np.load(out_dir / f"roxford5k_{stage}_ranks.npy") for stage in stages]
+    order = [int(text.removeprefix("query_")) for text in page.text("h3")[1:]]
+    expected = [f"db_{number}" for query in order for ranking in ranks for number in ranking[query, :10]]
+    assert page.text("p", "name") == expected
+    entry = json.loads((out_dir / "results.json").read_text())["datasets"]["roxford5k"]
+    before = np.array(entry["retrieval"]["M"]["AP"])
+    changes = [np.array(entry[f"reranking of {m}"]["M"]["AP"]) - before for m in (4, 20)]
+    assert sorted(order, key=lambda query: -max(abs(change[query]) for change in changes)) == order
+    signed = [text.replace("−", "-") for text in page.text("span", "gain") + page.text("span", "loss")]
+    assert {f"{change[query]:+.1f}" for change in changes for query in order} - {"+0.0", "-0.0"} == set(signed)
+    assert len([text for text in page.text("p", "text changes") if re.match("Reranking of (4|20) raised", text)]) == 2
+
+
 def test_images_that_are_missing_or_damaged_leave_frames_with_names(evaluated, layout):
     layout.image("db_3").write_text("not an image")
     layout.image("query_1").unlink()

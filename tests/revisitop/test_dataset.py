@@ -34,6 +34,15 @@ def test_ground_truth_may_hold_numpy_arrays_of_any_pickle_protocol(layout, proto
     assert dataset.ground_truth[0].easy.tolist() == layout.gnd["gnd"][0]["easy"].tolist()
 
 
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("kind", [list, np.array])
+def test_a_query_may_have_no_easy_hard_or_junk_image_in_any_pickle_protocol(layout, protocol, kind):
+    layout.gnd["gnd"][0].update(easy=kind([]), hard=kind([3, 4]), junk=kind([]))
+    layout.ground_truth_file.write_bytes(pickle.dumps(layout.gnd, protocol))
+    truth = load_dataset("roxford5k", layout.data_dir).ground_truth[0]
+    assert (truth.easy.tolist(), truth.hard.tolist(), truth.junk.tolist()) == ([], [3, 4], [])
+
+
 @pytest.mark.parametrize("core", ["numpy.core", "numpy._core"])
 def test_arrays_of_old_and_new_numpy_are_read(tmp_path, core):
     path = tmp_path / "array.pkl"
@@ -52,6 +61,7 @@ def test_arrays_of_old_and_new_numpy_are_read(tmp_path, core):
         b"cnumpy.core.multiarray\nfromfile\n(S'x'\ntR.",
         b"c_codecs\nencode\n(S'x'\nS'rot13'\ntR.",
         b"c_codecs\nencode\n(Vx\nVrot13\ntR.",
+        b"c__builtin__\nbytes\n(I1000000000\ntR.",
     ],
 )
 def test_a_pickle_that_would_run_code_is_refused(tmp_path, stream):

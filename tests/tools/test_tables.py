@@ -100,6 +100,30 @@ def test_the_rival_is_listed_where_it_is_asked_for(table):
     ]
 
 
+@pytest.mark.parametrize("task", [("main", "--depth", 50), ("ablation",)])
+@pytest.mark.parametrize("off", [("TEST.RERANKER", "none"), ("SupG.rerank", "False")])
+def test_without_reranking_there_are_rows_of_retrieval_alone(table, task, off):
+    outcome = table(*task, *off)
+    assert outcome.code == 0, outcome.err
+    settings = [key[2] for key in rows_of(outcome.out) if key[1] == "roxford5k"]
+    assert "retrieval" in settings
+    assert not [setting for setting in settings if setting.startswith("reranking")]
+
+
+def test_the_rival_is_listed_for_each_variant_of_an_ablation(table):
+    outcome = table("ablation", "TEST.RERANKER", "cvnet", "TEST.TOPK_LIST", "[3]", "SupG.rerank", "False")
+    settings = [key[2] for key in rows_of(outcome.out) if key[1] == "roxford5k"]
+    assert settings[:2] == ["retrieval", "reranking, CVNet-Rerank"]
+    assert settings[2:4] == ["retrieval, without GeM+", "reranking, without GeM+, CVNet-Rerank"]
+
+
+@pytest.mark.parametrize("other", [("TEST.RERANKER", "none"), ("TEST.RERANKER", "cvnet"), ("SupG.rerank", "False")])
+def test_a_sweep_of_reranking_takes_no_other_reranker(table, other):
+    outcome = table("rerank", *other)
+    assert outcome.code == 2
+    assert "rerank sweeps SuperGlobal's reranking" in outcome.err
+
+
 def test_missing_weights_are_a_row(table, tmp_path):
     (tmp_path / "none").mkdir()
     outcome = table("main", "--depth", 50, weights=tmp_path / "none")

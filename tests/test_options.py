@@ -1,0 +1,183 @@
+"""Every option in every command is used, or refused with a line that names it; and what errors advise works."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, Layout
+
+import config
+from assembly import make_recipe
+
+# A value other than the default for each option.
+CHANGED = {
+    "MODEL.DEPTH": 101, "MODEL.HEADS.REDUCTION_DIM": 512, "TEST.WEIGHTS": "elsewhere", "TEST.DATA_DIR": "elsewhere",
+    "TEST.DATASET_LIST": "rparis6k", "TEST.SCALE_LIST": 5, "TEST.FEATURES": "x.mat", "TEST.DEVICE": "cuda:99",
+    "TEST.PRECISION": "bf16", "TEST.BATCH_SIZE": 3, "TEST.OUT_DIR": "elsewhere", "TEST.DISTRACTORS": "x.pth",
+    "TEST.RESUME": False, "TEST.RERANKER": "none", "TEST.TOPK_LIST": "[7]", "TEST.MAPS_GB": 1, "TEST.REPORT": True,
+    "DATA_LOADER.NUM_WORKERS": 1, "DATA_LOADER.PIN_MEMORY": False, "SupG.gemp": False, "SupG.gemp_p": 3,
+    "SupG.rgem": False, "SupG.rgem_p": 3, "SupG.rgem_window": 3, "SupG.sgem": False, "SupG.sgem_p": 3,
+    "SupG.relup": False, "SupG.relup_threshold": 0.1, "SupG.rerank": False, "SupG.rerank_m": 20, "SupG.rerank_k": 5,
+    "SupG.rerank_beta": 0.5, "SupG.onemeval": True,
+}  # fmt: skip
+
+
+class Recording(config.CfgNode):
+    """Options that tell which of them are read by what is not the parser."""
+
+    read: set[str]
+
+    def __getattr__(self, name):
+        value = super().__getattr__(name)
+        if not isinstance(value, config.CfgNode) and sys._getframe(1).f_code.co_filename != config.__file__:
+            type(self).read.add(name)
+        return value
+
+
+@pytest.fixture
+def tiny(tmp_path) -> Layout:
+    """One query and four database images."""
+    layout = Layout(tmp_path / "data")
+    truth = {"bbx": [0, 0, 40, 40], "easy": [0], "hard": [1], "junk": [2]}
+    layout.gnd.update(imlist=["db_0", "db_1", "db_2", "db_3"], qimlist=["query_0"], gnd=[truth])
+    layout.write()
+    return layout
+
+
+@pytest.fixture
+def runs(tiny, checkpoint_50, tmp_path) -> dict[str, list[tuple]]:
+    """Command lines of each command that together take all of its ways."""
+    rows = np.random.default_rng(0).standard_normal((5, 2048)).astype(np.float32)
+    torch.save(torch.from_numpy(rows / np.linalg.norm(rows, axis=1, keepdims=True)), tmp_path / "far.pth")
+    million = tiny.data_dir / "revisitop1m"
+    million.mkdir()
+    (million / "revisitop1m.txt").write_text("a.jpg\n")
+    (million / "a.jpg").write_bytes(tiny.image("db_0").read_bytes())
+
+    quick = ("TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0)
+    data = ("TEST.DATA_DIR", tiny.data_dir, "TEST.DATASET_LIST", "roxford5k", "TEST.WEIGHTS", checkpoint_50, *quick)
+    far = ("SupG.onemeval", "TEST.DISTRACTORS", tmp_path / "far.pth")
+    folder = tiny.folder / "jpg"
+    return {
+        "test.py": [(*data, *far, "TEST.REPORT"), (*data, "TEST.RERANKER", "cvnet")],
+        "extract_rop1m.py": [("--weight", checkpoint_50, "--depth", 50, "--data-dir", million, *quick)],
+        "tools/search.py": [("--database", folder, "--queries", folder, "--weights", checkpoint_50, *quick)],
+        "tools/tables.py main": [(*data, "--depth", 50), (*data, "--depth", 50, "TEST.RERANKER", "cvnet")],
+        "tools/tables.py ablation": [(*data, *far), (*data, "TEST.RERANKER", "cvnet")],
+        "tools/tables.py rerank": [(*data, *far)],
+    }
+
+
+def test_the_matrix_has_every_option():
+    assert CHANGED.keys() == {option.key for option in config.OPTIONS}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "test.py",
+        "extract_rop1m.py",
+        "tools/search.py",
+        *(f"tools/tables.py {t}" for t in ("main", "ablation", "rerank")),
+    ],
+)
+def test_an_option_is_used_or_refused(command, runs, monkeypatch, name):
+    script, *task = name.split()
+    monkeypatch.setattr(Recording, "read", set(), raising=False)
+    with monkeypatch.context() as patched:
+        patched.setattr(config, "CfgNode", Recording)
+        for words in runs[name]:
+            outcome = command(script, *task, *words)
+            assert outcome.code == 0, outcome.err
+    unused = {key: value for key, value in CHANGED.items() if key.split(".")[-1] not in Recording.read}
+    assert len(unused) < len(CHANGED) - 10
+    flags = [word for word in runs[name][0] if str(word).startswith("--")]
+    required = [word for flag in flags for word in runs[name][0][runs[name][0].index(flag) :][:2]]
+    for key, value in unused.items():
+        outcome = command(script, *task, *required, key, value)
+        assert outcome.code == 2, f"{name} ignores {key}"
+        assert re.match(rf"error: {key} .*(is not an option of|has no effect)", outcome.err), outcome.err
+
+
+@pytest.mark.parametrize("key", [key for key in config.NETWORK if key != "TEST.WEIGHTS"])
+def test_each_option_of_the_network_changes_the_descriptors_provenance(key, checkpoint_50):
+    changed = make_recipe(config.make_config([(key, CHANGED[key])]), checkpoint_50)
+    assert changed.provenance() != make_recipe(config.make_config([]), checkpoint_50).provenance()
+
+
+def test_an_option_without_effect_is_told(command, tiny, checkpoint_50):
+    words = ("TEST.WEIGHTS", checkpoint_50, "TEST.DATA_DIR", tiny.data_dir, "TEST.DATASET_LIST", "roxford5k")
+    off = ("SupG.gemp", "False", "SupG.gemp_p", 3, "TEST.RERANKER", "none", "SupG.rerank_m", 30)
+    outcome = command("test.py", *words, *off, "TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0)
+    assert outcome.code == 0, outcome.err
+    assert "SupG.gemp_p 3.0 has no effect with SupG.gemp False\n" in outcome.out
+    assert "SupG.rerank_m 30 has no effect with TEST.RERANKER none\n" in outcome.out
+
+
+# ---- whatever an error advises works ----
+
+
+def advised(outcome) -> list[str]:
+    """The words of the first thing that the error's line advises."""
+    assert outcome.code == 2
+    return shlex.split(re.search(r"; try (.*?)(?: or .*)?$", outcome.err.splitlines()[-1])[1])
+
+
+@pytest.mark.parametrize("script", ["test.py", "extract_rop1m.py", "tools/search.py"])
+def test_a_file_of_another_depth_is_used_as_advised(command, runs, script):
+    words = runs[script][-1]
+    flag = "MODEL.DEPTH" if script == "test.py" else "--depth"
+    advice = advised(command(script, *words, flag, 101))
+    assert advice == [flag, "50"]
+    assert command(script, *words, *advice).code == 0
+
+
+def test_descriptors_of_another_size_are_used_as_advised(command, runs):
+    words = runs["test.py"][1]
+    advice = advised(command("test.py", *words, "MODEL.HEADS.REDUCTION_DIM", 512))
+    assert advice == ["MODEL.HEADS.REDUCTION_DIM", "2048"]
+    assert command("test.py", *words, *advice).code == 0
+
+
+def test_a_gpu_that_is_not_there_is_replaced_as_advised(command, runs):
+    words = runs["test.py"][1]
+    advice = advised(command("test.py", *words, "TEST.DEVICE", "cuda:99"))
+    assert command("test.py", *words, *advice).code == 0
+
+
+def test_an_interrupted_run_of_other_settings_is_replaced_as_advised(command, runs, tiny):
+    words, damaged = runs["test.py"][1], tiny.image("db_3")
+    whole = damaged.read_bytes()
+    damaged.write_text("not an image")
+    assert command("test.py", *words).code == 2  # the images before it are kept
+    damaged.write_bytes(whole)
+    advice = advised(command("test.py", *words, "SupG.gemp", "False"))
+    assert advice == ["TEST.RESUME", "False"]
+    assert command("test.py", *words, "SupG.gemp", "False", *advice).code == 0
+
+
+@pytest.mark.parametrize(("flag", "key"), [("--depth", "MODEL.DEPTH"), ("--weights", "TEST.WEIGHTS")])
+def test_a_flag_and_an_option_that_contradict_each_other_are_refused(command, runs, flag, key):
+    outcome = command("tools/search.py", *runs["tools/search.py"][0], "--depth", 50, key, 101)
+    assert outcome.code == 2
+    assert re.match(rf"error: {flag} .* and {key} 101 contradict each other", outcome.err)
+
+
+def test_toy_takes_weights_that_are_given(command, tmp_path):
+    (tmp_path / "work" / "weights").mkdir(parents=True)
+    words = ("TEST.DATASET_LIST", "toy", "TEST.DATA_DIR", tmp_path / "data", "TEST.WEIGHTS", "./weights")
+    outcome = command("test.py", *words)
+    assert outcome.code == 2
+    assert "TEST.WEIGHTS: no ResNet-50 checkpoint in weights" in outcome.err.splitlines()[-1]
+
+
+def test_help_and_mistyped_options_need_no_pytorch(tmp_path):
+    code = "import sys, runpy; sys.modules.update(torch=None, numpy=None); sys.argv[0] = 'test.py';"
+    code += f"sys.path.insert(0, {str(ROOT)!r}); runpy.run_path({str(ROOT / 'test.py')!r}, run_name='__main__')"
+    for words, expected in (("--help", 0), ("SupG.gem", 2)):
+        done = subprocess.run([sys.executable, "-c", code, words], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == expected, done.stderr

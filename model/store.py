@@ -1,6 +1,6 @@
 """Descriptors on disk that survive an interruption at any moment, a power cut included.
 
-While a list of images is being described, two files stand beside the coming `NAME.npy` or `NAME.pth`:
+While a list of images is being extracted, two files stand beside the coming `NAME.npy` or `NAME.pth`:
 
     NAME.npy.part       the rows, in place, in NumPy's format
     NAME.npy.journal    first line: JSON, what the rows are made from; then one line per block of

@@ -112,7 +112,7 @@ def read_ground_truth(name: str, path: Path) -> Dataset:
         name,
         path.parent,
         [ImageFile(_image(jpg, query), box) for query, box in zip(query_names, boxes, strict=True)],
-        [ImageFile(_image(jpg, picture)) for picture in names],
+        [ImageFile(_image(jpg, name)) for name in names],
         [_ground_truth(entry, len(names), path, str(q)) for entry, q in zip(entries, query_names, strict=True)],
     )
 

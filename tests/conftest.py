@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from revisitop import toy
 from revisitop.toy import seeded_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -39,6 +40,25 @@ def checkpoint_50(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def checkpoint_101(tmp_path_factory) -> Path:
     return _write_checkpoint(tmp_path_factory, 101)
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory) -> Path:
+    """A folder of datasets in which toy is drawn."""
+    folder = tmp_path_factory.mktemp("toy_data")
+    toy.ensure_dataset(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy_run(toy_data, tmp_path_factory) -> tuple[Path, str]:
+    """The output folder and the screen of a run of test.py on toy, with one scale; nothing was there before."""
+    folder = tmp_path_factory.mktemp("toy_run")
+    words = ["TEST.DATASET_LIST", "['toy']", "TEST.DATA_DIR", str(toy_data), "TEST.SCALE_LIST", "1"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "test.py", *words], cwd=folder, check=True, capture_output=True, text=True
+    )
+    return folder / "output", done.stdout
 
 
 def _write_checkpoint(tmp_path_factory, depth: int) -> Path:

@@ -1,0 +1,24 @@
+"""The README's programs run as they stand there."""
+
+import re
+
+from conftest import ROOT, Layout
+
+
+def program(mark: str) -> str:
+    """The README's Python block that holds the mark."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (code,) = [block for block in blocks if mark in block]
+    return code
+
+
+def test_the_steps_of_a_program_of_ones_own(monkeypatch, capsys, tmp_path, checkpoint_50):
+    (tmp_path / "weights").symlink_to(checkpoint_50.parent)
+    Layout(tmp_path / "data")
+    (tmp_path / "holiday").symlink_to(tmp_path / "data" / "roxford5k" / "jpg")
+    monkeypatch.chdir(tmp_path)
+    exec(program("from revisitop.retrieve import"), {})
+    out = capsys.readouterr().out
+    assert "'gemp': 4.6" in out
+    assert "'sgem': None" in out
+    assert re.search(r"tensor\(\[\[ *0, .*\n +\[ *1, ", out)  # each image finds itself first

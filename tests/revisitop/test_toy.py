@@ -96,7 +96,7 @@ def test_runs_from_nothing_and_is_a_useful_gauge(toy_run, data_dir):
 
 def test_every_module_moves_the_figures(data_dir, checkpoint_50):
     dataset = load_dataset("toy", data_dir)
-    chosen = dataset.ground_truth[0].listed.tolist()
+    chosen = dataset.ground_truth[0].listed.tolist() + dataset.ground_truth[1].listed.tolist()
 
     def descriptors(**changes) -> torch.Tensor:
         modules = {"relup": 0.014, "gemp": 4.6, "rgem": 2.5, "sgem": float("inf"), **changes}

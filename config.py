@@ -36,8 +36,11 @@ def _one_of(*choices) -> Callable[[Any], str | None]:
     return lambda value: None if value in choices else f"is not one of {', '.join(map(str, choices))}"
 
 
-def _at_least(low: float) -> Callable[[Any], str | None]:
-    return lambda value: None if low <= value < math.inf else f"is not {low} or more"
+def _between(low: float, high: float) -> Callable[[Any], str | None]:
+    return lambda value: None if low <= value <= high else f"is not between {low} and {high:g}"
+
+
+_size, _count = _between(1, 1 << 20), _between(0, 1 << 20)
 
 
 def _positive(value: float) -> str | None:
@@ -49,11 +52,15 @@ def _positive_finite(value: float) -> str | None:
 
 
 def _odd(value: int) -> str | None:
-    return None if value > 0 and value % 2 else "is not odd and positive"
+    return None if 0 < value < 1000 and value % 2 else "is not odd and between 1 and 999"
 
 
 def _not_empty(value: str) -> str | None:
-    return None if value else "is empty"
+    return "is empty" if not value else "holds a zero byte" if "\0" in value else None
+
+
+def _no_zero_byte(value: str) -> str | None:
+    return "holds a zero byte" if "\0" in value else None
 
 
 def _datasets(value: list) -> str | None:
@@ -64,13 +71,17 @@ def _datasets(value: list) -> str | None:
 
 
 def _device(value: str) -> str | None:
-    return None if re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) else "is not one of auto, cpu, cuda, cuda:N"
+    return (
+        None
+        if re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]{0,2}))?", value)
+        else "is not one of auto, cpu, cuda, cuda:N"
+    )
 
 
 def _counts(value: list) -> str | None:
     if not value:
         return "is empty"
-    wrong = [item for item in value if not str(item).isdecimal() or int(item) < 1]
+    wrong = [item for item in value if not re.fullmatch(r"[1-9][0-9]{0,8}", str(item))]
     return f"has {wrong[0]!r}, which is no number from 1" if wrong else None
 
 
@@ -80,7 +91,7 @@ _CVNET, _SUPERGLOBAL = {"TEST.RERANKER": "cvnet"}, {"TEST.RERANKER": "supergloba
 # The numbers of the method are those of modules/; a test compares them.
 OPTIONS = (
     Option("MODEL.DEPTH", 50, "layers of the ResNet encoder: 50 or 101", _one_of(50, 101)),
-    Option("MODEL.HEADS.REDUCTION_DIM", 2048, "dimensions of the descriptor, as in the checkpoint", _at_least(1)),
+    Option("MODEL.HEADS.REDUCTION_DIM", 2048, "dimensions of the descriptor, as in the checkpoint", _size),
     Option(
         "TEST.WEIGHTS", "auto",
         "checkpoint, or a folder in which exactly one fits the depth; auto: ./weights, and for toy its own", _not_empty,
@@ -88,14 +99,18 @@ OPTIONS = (
     Option("TEST.DATA_DIR", "./revisitop", "folder of the datasets", _not_empty),
     Option("TEST.DATASET_LIST", ["roxford5k", "rparis6k"], f"datasets to run: {', '.join(DATASETS)}", _datasets),
     Option("TEST.SCALE_LIST", 3, "number of scales: 1, 3 or 5", _one_of(1, 3, 5)),
-    Option("TEST.FEATURES", "", "evaluate saved descriptors (.mat, .npy, .npz, .pth, a folder of ours); no network"),
+    Option(
+        "TEST.FEATURES", "", "evaluate saved descriptors (.mat, .npy, .npz, .pth, a folder of ours); no network",
+        _no_zero_byte,
+    ),
     Option("TEST.DEVICE", "auto", "auto (GPU where there is one), cpu, cuda or cuda:N", _device),
     Option("TEST.PRECISION", "fp32", "precision of the network: fp32, bf16 or fp16", _one_of("fp32", "bf16", "fp16")),
-    Option("TEST.BATCH_SIZE", 0, "images (of equal size) in a batch at most; 0: as the memory allows", _at_least(0)),
+    Option("TEST.BATCH_SIZE", 0, "images (of equal size) in a batch at most; 0: as the memory allows", _count),
     Option("TEST.OUT_DIR", "./output", "folder of results.json, descriptors and rankings", _not_empty),
     Option(
         "TEST.DISTRACTORS", "",
-        "descriptors for SupG.onemeval; default: feats_1m_RN<depth>.pth or .npy here", needs={"SupG.onemeval": True},
+        "descriptors for SupG.onemeval; default: feats_1m_RN<depth>.pth or .npy here", _no_zero_byte,
+        {"SupG.onemeval": True},
     ),
     Option("TEST.RESUME", True, "resume, and use again, descriptors of the same run in TEST.OUT_DIR"),
     Option("TEST.RERANKER", "superglobal", "reranker: superglobal, cvnet (local features) or none", _not_empty),
@@ -103,11 +118,11 @@ OPTIONS = (
         "TEST.TOPK_LIST", [400], "numbers of candidates that cvnet reranks, a ranking for each", _counts, _CVNET
     ),
     Option(
-        "TEST.MAPS_GB", 0.0, "feature maps of cvnet kept in TEST.OUT_DIR, in GB at most; 0 for none", _at_least(0),
+        "TEST.MAPS_GB", 0.0, "feature maps of cvnet kept in TEST.OUT_DIR, in GB at most; 0 for none", _between(0, 1e6),
         _CVNET,
     ),
     Option("TEST.REPORT", False, "write report/index.html into TEST.OUT_DIR: metrics, and what each query found"),
-    Option("DATA_LOADER.NUM_WORKERS", 4, "processes that decode images, at most one per core", _at_least(0)),
+    Option("DATA_LOADER.NUM_WORKERS", 4, "processes that decode images, at most one per core", _between(0, 1024)),
     Option("DATA_LOADER.PIN_MEMORY", True, "copy to the GPU from pinned memory"),
     Option("SupG.gemp", True, "GeM+; False: GeM with the power that the checkpoint was trained with"),
     Option("SupG.gemp_p", 4.6, "power of GeM+", _positive_finite, {"SupG.gemp": True}),
@@ -117,11 +132,11 @@ OPTIONS = (
     Option("SupG.sgem", True, "Scale-GeM; False: mean over the scales"),
     Option("SupG.sgem_p", math.inf, "power of Scale-GeM; inf is the maximum", _positive, {"SupG.sgem": True}),
     Option("SupG.relup", True, "ReLU+; False: plain ReLU everywhere"),
-    Option("SupG.relup_threshold", 0.014, "threshold of ReLU+", _at_least(0), {"SupG.relup": True}),
+    Option("SupG.relup_threshold", 0.014, "threshold of ReLU+", _between(0, 1e30), {"SupG.relup": True}),
     Option("SupG.rerank", True, "SuperGlobal reranking, if it is the TEST.RERANKER"),
-    Option("SupG.rerank_m", 400, "M, candidates that are reranked", _at_least(1), _SUPERGLOBAL),
-    Option("SupG.rerank_k", 9, "K, neighbours of a candidate", _at_least(1), _SUPERGLOBAL),
-    Option("SupG.rerank_beta", 0.15, "beta, weight of the neighbours", _at_least(0), _SUPERGLOBAL),
+    Option("SupG.rerank_m", 400, "M, candidates that are reranked", _size, _SUPERGLOBAL),
+    Option("SupG.rerank_k", 9, "K, neighbours of a candidate", _size, _SUPERGLOBAL),
+    Option("SupG.rerank_beta", 0.15, "beta, weight of the neighbours", _between(0, 1e6), _SUPERGLOBAL),
     Option("SupG.onemeval", False, "add the 1M distractors, extracted by extract_rop1m.py"),
 )  # fmt: skip
 _BY_KEY = {option.key: option for option in OPTIONS}
@@ -385,7 +400,7 @@ def _list(value: Any) -> list:
 
 def _read_yaml(path: Path) -> list[tuple[str, Any]]:
     try:
-        content = yaml.safe_load(path.read_bytes())
+        content = yaml.load(path.read_bytes(), _PlainLoader)
     except OSError as error:
         raise InputError(f"--config-file {path}: {error.strerror}") from None
     except Exception as error:  # the YAML reader's own
@@ -398,10 +413,22 @@ def _read_yaml(path: Path) -> list[tuple[str, Any]]:
     def flatten(node: dict, prefix: str) -> list[tuple[str, Any]]:
         pairs = []
         for key, value in node.items():
+            if not isinstance(value, str | int | float | bool | list | dict):
+                raise InputError(f"--config-file {path}: {prefix}{key} has no value that an option takes")
             pairs += flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
         return pairs
 
     return flatten(content, "")
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without references: a few lines of them can stand for more than any memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            line = self.peek_event().start_mark.line + 1
+            raise yaml.YAMLError(f"it refers to another place (*name) in line {line}")
+        return super().compose_node(parent, index)
 
 
 def _no_options(path: Path, reason: str = "") -> InputError:

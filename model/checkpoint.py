@@ -138,8 +138,12 @@ def load_strictly(
         reason, advice = guess(wrong)
         raise InputError(f"{path} does not fit {name}: keys {'; '.join(problems)}{reason}", **advice)
     for key, value in state.items():
+        if not is_plain(value) or value.is_floating_point() != expected[key].is_floating_point():
+            raise InputError(f"{path}: {key} is no plain tensor of {expected[key].dtype}, but {_kind(value)}")
         if not torch.isfinite(value).all():
             raise InputError(f"{path}: {key} holds numbers that are not finite; fetch the file again")
+        if key.endswith("running_var") and (value < 0).any():
+            raise InputError(f"{path}: {key} is negative, which no variance is; fetch the file again")
     state = {key: v.to(torch.float32 if v.is_floating_point() else v.dtype, copy=True) for key, v in state.items()}
     network.load_state_dict(state, strict=True, assign=True)
     return network.eval().requires_grad_(False)
@@ -166,9 +170,20 @@ def load_tensors(path: Path) -> object:
         raise InputError(
             f"{path} holds other things than tensors and might run code when loaded: refused; save tensors alone"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
+    except Exception as error:  # damaged archives raise nearly anything
         reason = str(error).splitlines()[0] if str(error) else "unexpected end of file"
         raise InputError(f"{path} is truncated or damaged ({reason}); fetch it again") from None
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it is an ordinary tensor whose numbers are all in the file: none of the kinds that only claim a size."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_complex():
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tensor.dtype}, {str(tensor.layout).removeprefix('torch.')}, on {tensor.device}"
 
 
 def sha256(path: Path) -> str:

@@ -2,11 +2,15 @@
 
 import errno
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-_MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+_MENDABLE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG),
+    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.EMFILE, errno.EIO),
+)
 
 
 class InputError(ValueError):
@@ -42,6 +46,14 @@ class InputError(ValueError):
         return f"{self.problem}; try {' or '.join(ways)}" if ways else self.problem
 
 
+def printable(text: object) -> str:
+    """Returns the text on one line, without characters that a terminal would obey: they are written as escapes."""
+    return "".join(
+        char if char.isprintable() or 0xDC80 <= ord(char) <= 0xDCFF else char.encode("unicode_escape").decode()
+        for char in str(text)
+    )
+
+
 def short_list(items: Sequence, shown: int = 5) -> str:
     """The first few items in words: 'a, b, c and 4 more'."""
     text = ", ".join(str(item) for item in items[:shown])
@@ -59,11 +71,15 @@ def run_command(main: Callable[[list[str]], None], options: Mapping[str, Callabl
     """
     try:
         main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads our lines has enough of them
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (InputError, OSError) as error:
         if isinstance(error, InputError):
-            text = f"error: {error.in_options(options or {})}"
+            text = f"error: {printable(error.in_options(options or {}))}"
         elif error.errno in _MENDABLE:
-            text = f"error: {error.filename}: {error.strerror}"
+            text = f"error: {printable(error.filename or 'a file')}: {error.strerror}"
         else:
             raise
         print(text, file=sys.stderr)

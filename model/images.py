@@ -1,6 +1,8 @@
 """From a file and a box to pixels, and from pixels to what the network was trained on."""
 
+import contextlib
 import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,15 @@ from model.errors import InputError
 # B, G, R order, as the network was trained.
 MEAN_BGR = (0.406, 0.456, 0.485)
 STD_BGR = (0.225, 0.224, 0.229)
+
+with contextlib.suppress(ImportError):  # HEIC, as phones write it, where that package is installed
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+Image.init()
+# What is decoded: formats that Pillow reads by itself. Others would start programs (PostScript's starts Ghostscript).
+_SAFE = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "TGA", "ICO", "AVIF", "HEIF")
+FORMATS = tuple(name for name in _SAFE if name in Image.OPEN)
 
 Box = tuple[float, float, float, float]
 
@@ -63,23 +74,36 @@ class ImageList(Sequence[ImageFile]):
         return os.fsdecode(bytes(self.names[index]))
 
 
+def image_suffixes() -> set[str]:
+    """Returns the endings of the files that read_image reads, in lower case: .jpg, .png ..."""
+    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
+
+
 def read_image(path: Path) -> np.ndarray:
     """Decodes an image to (H, W, 3) uint8 RGB, upright by its EXIF orientation, see to_rgb.
 
     Raises:
-        ImageError: where the file is missing, no image, damaged, or has no 8-bit equivalent.
+        ImageError: if the file is missing, no regular file, no image, damaged, too large, or has no 8-bit
+            equivalent. An animation's first frame is read.
     """
     try:
-        with Image.open(path) as image:
+        if isinstance(path, Path) and not stat.S_ISREG(path.stat().st_mode):  # a FIFO would never end
+            raise ImageError(path, "not a file")
+        with Image.open(path, formats=FORMATS) as image:
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             return to_rgb(image)
+    except ImageError:
+        raise
     except FileNotFoundError:
         raise ImageError(path, "no such file") from None
+    except (Image.DecompressionBombError, MemoryError):
+        raise ImageError(path, "too many pixels for the memory") from None
     except Image.UnidentifiedImageError:
         raise ImageError(path, "not an image") from None
-    except PermissionError as error:
-        raise ImageError(path, error.strerror) from None
+    except OSError as error:
+        reason = error.strerror or f"cannot be decoded ({error})"
+        raise ImageError(path, reason) from None
     except Exception as error:  # decoders raise what they like (SyntaxError, struct.error, ...)
         raise ImageError(path, f"cannot be decoded ({str(error) or type(error).__name__})") from None
 

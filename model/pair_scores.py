@@ -199,7 +199,7 @@ class FeatureMaps:
             return None
         try:
             return torch.from_numpy(np.load(path))
-        except (OSError, ValueError):  # damaged: made again
+        except (OSError, ValueError, EOFError):  # damaged: made again
             self.disk_left += path.stat().st_size
             path.unlink()
             return None

@@ -22,13 +22,20 @@ RGEM_P = 2.5
 RGEM_WINDOW = 5
 SGEM_P = math.inf
 
+# Up to here the powers of feature maps, 1e-8 to about 1e3, stay in float32 as far as they matter.
+_SAFE_POWER = 8.0
+
 
 def generalized_mean(x: Tensor, p: float | Tensor, eps: float = 1e-6) -> Tensor:
     """GeM over the last two axes: (mean of max(x, eps)^p)^(1/p). (N, C, H, W) -> (N, C).
 
     Radenović et al., "Fine-tuning CNN Image Retrieval with No Human Annotation", TPAMI 2018, eq. 3.
     """
-    return _wide(x).clamp(min=eps).pow(p).mean(dim=(-2, -1)).pow(1 / p).to(x.dtype)
+    values = _wide(x).clamp(min=eps)
+    if not _overflows(p):
+        return values.pow(p).mean(dim=(-2, -1)).pow(1 / p).to(x.dtype)
+    top = values.amax(dim=(-2, -1))
+    return ((values / top[..., None, None]).pow(p).mean(dim=(-2, -1)).pow(1 / p) * top).to(x.dtype)
 
 
 def regional_generalized_mean(x: Tensor, p: float = RGEM_P, window: int = RGEM_WINDOW, eps: float = GEMP_EPS) -> Tensor:
@@ -40,9 +47,20 @@ def regional_generalized_mean(x: Tensor, p: float = RGEM_P, window: int = RGEM_W
 
     Shao et al., "Global Features are All You Need for Image Retrieval and Reranking", ICCV 2023, sec. 3.
     """
-    powers = _padded(_wide(x).clamp(min=eps).pow(p), window // 2)
-    local = F.avg_pool2d(powers, window, stride=1).pow(1 / p)
+    values = _wide(x).clamp(min=eps)
+    if not _overflows(p):
+        local = F.avg_pool2d(_padded(values.pow(p), window // 2), window, stride=1).pow(1 / p)
+    else:
+        values, (h, w) = _padded(values, window // 2), x.shape[-2:]
+        top = F.max_pool2d(values, window, stride=1)
+        shifted = (values[..., i : i + h, j : j + w] for i in range(window) for j in range(window))
+        local = (sum((each / top).pow(p) for each in shifted) / window**2).pow(1 / p) * top
     return x.lerp(local.to(x.dtype), 0.5)
+
+
+def _overflows(p: float | Tensor) -> bool:
+    """Whether x^p may leave float32; if so, x is divided by its largest value, and the mean multiplied with it."""
+    return not isinstance(p, Tensor) and p > _SAFE_POWER
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -76,7 +94,10 @@ def scale_generalized_mean(v: Tensor, p: float = SGEM_P) -> Tensor:
     if math.isinf(p):
         return F.normalize(v, dim=-1).amax(dim=0)
     floor = v.amin(dim=(0, 2), keepdim=True)
-    return (v - floor).pow(p).mean(dim=0).pow(1 / p) + floor[0]
+    above = v - floor
+    top = above.amax(dim=0)  # taken out before the power, so that none overflows or vanishes
+    share = above / top.clamp(min=torch.finfo(v.dtype).tiny)
+    return share.pow(p).mean(dim=0).pow(1 / p) * top + floor[0]
 
 
 def _check_power(p: float, infinite: bool = False) -> float:

@@ -9,10 +9,9 @@ Shao et al., "Global Features are All You Need for Image Retrieval and Reranking
 import operator
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import Array, as_tensor, values_can_be_seen
@@ -118,11 +117,16 @@ def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     size = x.shape[-1]
     if k > _COLUMNS or size < 2 * _COLUMNS:
         return x.topk(k, dim=-1)
-    table = F.pad(x, (0, -size % _COLUMNS), value=-torch.inf).unflatten(-1, (-1, _COLUMNS))
+    whole = size - size % _COLUMNS  # what is left over is looked through as it is: padding might be chosen
+    table = x[..., :whole].unflatten(-1, (-1, _COLUMNS))
     columns = table.amax(dim=-2).topk(k, dim=-1, sorted=False).indices  # (..., k)
     few = table.gather(-1, columns.unsqueeze(-2).expand(*table.shape[:-1], k)).flatten(-2)
-    values, places = few.topk(k, dim=-1)
-    return values, columns.gather(-1, places % k) + places // k * _COLUMNS
+    if whole == size:
+        values, places = few.topk(k, dim=-1)
+        return values, columns.gather(-1, places % k) + places // k * _COLUMNS
+    values, places = torch.cat([few, x[..., whole:]], dim=-1).topk(k, dim=-1)
+    in_table = columns.gather(-1, places % k) + places // k * _COLUMNS
+    return values, torch.where(places < few.shape[-1], in_table, places - few.shape[-1] + whole)
 
 
 def neighbour_weights(candidates: Tensor, k: int, beta: float, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -265,7 +269,7 @@ class SuperGlobalReranker(nn.Module):
         device: torch.device | str | None = None,
     ) -> Tensor:
         """Returns the scores (S1 + S2) / 2 of the first m candidates in the order of `found`, see :class:`Reranker`."""
-        return self._fetched_scores(queries, found.ids, fetch, device, tensors=True)
+        return self._fetched_scores(queries, found.ids, fetch, device)
 
     def rerank(
         self,
@@ -278,11 +282,14 @@ class SuperGlobalReranker(nn.Module):
 
         Args:
             queries: (Q, D), unit rows, tensor or NumPy array.
-            ids: (Q, R) integers, each query's results in ranking order; only the first m are used. -1
-                stands where a query has no more results, as in FAISS.
+            ids: (Q, R), each query's results in ranking order; only the first m are used. Integers, with
+                -1 where a query has no more results, as in FAISS; or anything that names a row (text,
+                UUIDs): an array, or a list of lists of any lengths, with None for no more results.
             fetch: gives the descriptors (n, D) of the ids (n,), from wherever they are: ``Database.rows``,
                 FAISS's ``index.reconstruct_batch`` (of an IVF index after ``make_direct_map()``), a function
-                of yours. It is given int64 ids of the kind that came in (tensor or array), never -1.
+                of yours. It is given ids of the kind that came in (an int64 tensor or array, an array of
+                text, a list), never -1 or None. Rows that several queries of a block name are fetched
+                once, of integer ids if that saves a quarter of them.
             device: where the work is done; by default the queries' own.
 
         Returns:
@@ -291,14 +298,12 @@ class SuperGlobalReranker(nn.Module):
         Raises:
             ValueError: as forward, and where fetch does not give a row per id.
         """
-        q, numbers = as_tensor(queries, "queries"), as_tensor(ids, "ids")
-        scores, order = _sorted(self._fetched_scores(q, numbers, fetch, device, isinstance(ids, Tensor)))
+        q, numbers, fetch = as_tensor(queries, "queries"), *_numbered(ids, fetch)
+        scores, order = _sorted(self._fetched_scores(q, numbers, fetch, device))
         return Reranking(order, scores) if isinstance(queries, Tensor) else Reranking(order.numpy(), scores.numpy())
 
-    def _fetched_scores(
-        self, q: Tensor, ids: Tensor, fetch: Callable, device: torch.device | str | None, tensors: bool
-    ) -> Tensor:
-        """As scores. Fetch is given tensors, or NumPy arrays."""
+    def _fetched_scores(self, q: Tensor, ids: Tensor, fetch: Callable, device: torch.device | str | None) -> Tensor:
+        """As scores, of integer ids; fetch is given tensors."""
         if not callable(fetch):
             raise ValueError(f"fetch is a function from ids to rows, Database(rows).rows, say; got {type(fetch)}")
         given = f"got queries {tuple(q.shape)} and ids {tuple(ids.shape)} of {ids.dtype}"
@@ -319,7 +324,7 @@ class SuperGlobalReranker(nn.Module):
         for start in range(0, max(1, len(q)), block):
             part = slice(start, start + block)
             there = None if mask is None else mask[part]
-            rows = _fetched(fetch, ids[part], there, d, tensors).to(device)
+            rows = _fetched(fetch, ids[part], there, d).to(device)
             try:
                 done.append(self._checked_scores(q[part].to(device), rows, there))
             except _NotFiniteError as error:
@@ -335,12 +340,46 @@ def _sorted(scores: Tensor) -> tuple[Tensor, Tensor]:
     return scores.sort(dim=1, descending=True, stable=True)
 
 
-def _fetched(fetch: Callable, ids: Tensor, there: Tensor | None, dim: int, tensors: bool) -> Tensor:
+def _numbered(ids: Any, fetch: Callable) -> tuple[Tensor, Callable]:
+    """Ids of any kind as an integer tensor (Q, R), -1 for none, and fetch for such tensors."""
+    if isinstance(ids, Tensor) or not callable(fetch):
+        return as_tensor(ids, "ids"), fetch
+    if getattr(ids, "dtype", None) is not None and ids.dtype.kind in "iufb":
+        return as_tensor(ids, "ids"), lambda wanted: fetch(wanted.numpy())
+    if getattr(ids, "ndim", 2) != 2 or isinstance(ids, str | bytes):
+        raise ValueError(f"ids are an array (Q, R) or a list of lists, got {type(ids).__name__}")
+    rows = [list(row) for row in ids]
+    width = max(map(len, rows), default=0)
+    places: dict[Any, int] = {}
+    numbers = [
+        [-1 if each is None or each == -1 else places.setdefault(each, len(places)) for each in row]
+        + [-1] * (width - len(row))
+        for row in rows
+    ]
+    names = list(places)
+
+    def fetch_named(wanted: Tensor) -> Array:
+        chosen = [names[number] for number in wanted.tolist()]
+        if not hasattr(ids, "dtype"):
+            return fetch(chosen)
+        array = ids.ravel()[: len(chosen)].repeat(1)  # an array of the ids' own kind, without NumPy's name
+        array[:] = chosen
+        return fetch(array)
+
+    fetch_named.named = True  # somebody else's store: each row is fetched once
+    return torch.tensor(numbers, dtype=torch.int64).view(len(rows), width), fetch_named
+
+
+def _fetched(fetch: Callable, ids: Tensor, there: Tensor | None, dim: int) -> Tensor:
     """The candidates with these ids, zero where none is there. (Q, M) -> (Q, M, D)."""
     wanted = ids.flatten() if there is None else ids[there]
-    rows = as_tensor(fetch(wanted if tensors else wanted.numpy()), "what fetch gave")
-    if rows.shape != (len(wanted), dim):
-        raise ValueError(f"fetch gave shape {tuple(rows.shape)} for {len(wanted)} ids of {dim} dimensions")
+    named, inverse = wanted.unique(return_inverse=True)
+    once = len(named) <= 0.75 * len(wanted) or getattr(fetch, "named", False)
+    asked = named if once else wanted
+    rows = as_tensor(fetch(asked), "what fetch gave")
+    if rows.shape != (len(asked), dim):
+        raise ValueError(f"fetch gave shape {tuple(rows.shape)} for {len(asked)} ids; queries have {dim} dimensions")
+    rows = rows[inverse.to(rows.device)] if once else rows
     if there is None:
         return rows.view(*ids.shape, dim)
     candidates = rows.new_zeros(*ids.shape, dim)

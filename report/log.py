@@ -11,9 +11,27 @@ from typing import Any, TextIO
 
 import yaml
 
-from model.errors import InputError
+from model.errors import InputError, printable
 
 _PACKAGES = ("torch", "torchvision", "numpy", "scipy", "pillow")
+
+
+class _LogFile(logging.FileHandler):
+    """A log that ends the run in one line if it cannot be written to, instead of a traceback for each line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            logging.root.removeHandler(self)
+            raise InputError(f"cannot write {self.baseFilename} ({error.strerror}); all else that was made is kept")
+        super().handleError(record)
+
+
+class _OneLine(logging.Formatter):
+    """Names of files come from anywhere: what a terminal would obey, or takes a new line, is escaped."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def start_log(path: Path, config: dict[str, Any], screen: TextIO | None = None) -> dict[str, Any]:
@@ -32,12 +50,12 @@ def start_log(path: Path, config: dict[str, Any], screen: TextIO | None = None) 
         screen.reconfigure(errors="backslashreplace")  # a file's name may be no text
     lines = logging.StreamHandler(screen)
     lines.addFilter(lambda record: record.levelno < logging.ERROR)  # errors stand on stderr
-    lines.setFormatter(logging.Formatter("%(message)s"))
+    lines.setFormatter(_OneLine("%(message)s"))
     try:
-        file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+        file = _LogFile(path, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise InputError(f"cannot write {path.absolute()} ({error.strerror}); start from a folder of yours") from None
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
+    file.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
     logging.basicConfig(level=logging.INFO, handlers=[lines, file], force=True)
     head: dict[str, Any] = {
         "date": datetime.now().isoformat(timespec="seconds"),

@@ -1,10 +1,8 @@
 """Read roxford5k, rparis6k and toy: images, query boxes and ground truth, in revisitop's layout."""
 
 import hashlib
-import io
 import math
 import os
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from model.errors import InputError, short_list
 from model.images import ImageFile, ImageList
+from revisitop.safe_pickle import ArrayLike, load_pickle
 
 
 @dataclass(frozen=True)
@@ -106,14 +105,14 @@ def read_ground_truth(name: str, path: Path) -> Dataset:
         raise InputError(f"{path}: {len(query_names)} queries but {len(entries)} entries of ground truth")
     if not names or not query_names:
         raise InputError(f"{path}: {len(query_names)} queries, {len(names)} database images; it must have both")
-    jpg = path.parent / "jpg"
-    boxes = [_box(entry, path, str(query)) for entry, query in zip(entries, query_names, strict=True)]
+    jpg, names, query_names = path.parent / "jpg", _names(names, path, "imlist"), _names(query_names, path, "qimlist")
+    boxes = [_box(entry, path, query) for entry, query in zip(entries, query_names, strict=True)]
     return Dataset(
         name,
         path.parent,
         [ImageFile(_image(jpg, query), box) for query, box in zip(query_names, boxes, strict=True)],
         [ImageFile(_image(jpg, name)) for name in names],
-        [_ground_truth(entry, len(names), path, str(q)) for entry, q in zip(entries, query_names, strict=True)],
+        [_ground_truth(entry, len(names), path, q) for entry, q in zip(entries, query_names, strict=True)],
     )
 
 
@@ -138,75 +137,26 @@ def load_distractor_list(folder: Path) -> tuple[str, ImageList]:
     return hashlib.sha256(content).hexdigest(), ImageList(root, names)
 
 
-def load_pickle(path: Path) -> Any:
-    """Unpickles built-in containers and NumPy arrays, and nothing that could run code.
-
-    Raises:
-        InputError: where the file holds anything else, or is damaged.
-    """
-    try:
-        return _SafeUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
-    except _RefusedError as error:
-        raise InputError(f"{path} refused: it would call {error}, which no ground truth needs") from None
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    except Exception as error:  # damaged pickles raise nearly anything
-        raise InputError(f"{path} is damaged or no pickle ({type(error).__name__}); fetch it again") from None
+def _names(values: Any, path: Path, key: str) -> list[str]:
+    names = [value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value for value in values]
+    wrong = [name for name in names if not isinstance(name, str) or not name or "\0" in name or len(name) > 1000]
+    if wrong:
+        raise InputError(f"{path}: {key} must hold names of images, but has {_shown(wrong[0])}")
+    return [str(name) for name in names]
 
 
-class _RefusedError(Exception):
-    pass
-
-
-_BUILTINS = {"list", "tuple", "dict", "set", "frozenset", "complex", "bytearray"}
-_NUMPY = {
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("multiarray", "_reconstruct"),
-    ("multiarray", "scalar"),
-    ("numeric", "_frombuffer"),
-}
-_NUMPY_CORE = "numpy._core" if hasattr(np, "_core") else "numpy.core"
-
-
-class _SafeUnpickler(pickle.Unpickler):
-    """Admits containers and NumPy arrays; NumPy 2 renamed the modules that older pickles name."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module in ("builtins", "__builtin__") and name in _BUILTINS:
-            return super().find_class(module, name)
-        if module == "_codecs" and name == "encode":  # how protocol 2 writes bytes
-            return _latin1
-        if module in ("builtins", "__builtin__") and name == "bytes":  # and how it writes empty ones
-            return _no_bytes
-        core = module.removeprefix("numpy._core.").removeprefix("numpy.core.")
-        if (core, name) in _NUMPY:
-            return super().find_class(module if core == "numpy" else f"{_NUMPY_CORE}.{core}", name)
-        raise _RefusedError(f"{module}.{name}")
-
-
-def _no_bytes(*arguments: Any) -> bytes:
-    if arguments:
-        raise _RefusedError("bytes with arguments")
-    return b""
-
-
-def _latin1(text: str, encoding: str) -> bytes:
-    if encoding not in ("latin1", "latin-1"):
-        raise _RefusedError(f"the codec {encoding}")
-    return text.encode("latin1")
-
-
-def _image(jpg: Path, name: Any) -> Path:
-    return jpg / (str(name) if str(name).lower().endswith(".jpg") else f"{name}.jpg")
+def _image(jpg: Path, name: str) -> Path:
+    return jpg / (name if name.lower().endswith(".jpg") else f"{name}.jpg")
 
 
 def _box(entry: Any, path: Path, query: str) -> tuple[float, float, float, float]:
     try:
-        x0, y0, x1, y1 = (float(number) for number in entry["bbx"])
-        if all(map(math.isfinite, (x0, y0, x1, y1))):
-            return x0, y0, x1, y1
-    except (TypeError, ValueError, KeyError, IndexError):
+        numbers = list(entry["bbx"])
+        if len(numbers) == 4 and all(_is_number(number) for number in numbers):
+            x0, y0, x1, y1 = (float(number) for number in numbers)
+            if all(map(math.isfinite, (x0, y0, x1, y1))):
+                return x0, y0, x1, y1
+    except (TypeError, ValueError, KeyError, IndexError, OverflowError):
         pass
     raise InputError(f"{path}: query {query} has no box bbx of four numbers x0, y0, x1, y1")
 
@@ -215,11 +165,11 @@ def _ground_truth(entry: Any, n: int, path: Path, query: str) -> GroundTruth:
     lists = []
     for kind in ("easy", "hard", "junk"):
         try:
-            values = np.asarray(entry[kind]).reshape(-1)
-            numbers = values.astype(np.int64)
-            if (numbers != values).any():
+            values = list(np.asarray(entry[kind]).reshape(-1)) if _is_array(entry[kind]) else list(entry[kind])
+            if not all(_is_number(value) and value == int(value) for value in values):
                 raise ValueError
-        except (TypeError, ValueError, KeyError, OverflowError):
+            numbers = np.array([int(value) for value in values], dtype=np.int64)
+        except (TypeError, ValueError, KeyError, IndexError, OverflowError):
             raise InputError(f"{path}: query {query} has no list of image numbers '{kind}'") from None
         outside = numbers[(numbers < 0) | (numbers >= n)]
         if len(outside):
@@ -231,3 +181,16 @@ def _ground_truth(entry: Any, n: int, path: Path, query: str) -> GroundTruth:
     if (counts > 1).any():
         raise InputError(f"{path}: query {query} lists image {together[counts > 1][0]} more than once")
     return GroundTruth(*lists)
+
+
+def _is_array(values: Any) -> bool:
+    return isinstance(values, ArrayLike | np.ndarray)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool | np.bool_)
+
+
+def _shown(value: Any) -> str:
+    """A value of a file that is not trusted, for an error: short, whatever it holds."""
+    return repr(value)[:50] if isinstance(value, str | int | float) else f"a {type(value).__name__}"

@@ -9,7 +9,7 @@ import scipy.io
 import torch
 from torch import Tensor
 
-from model.checkpoint import load_tensors
+from model.checkpoint import is_plain, load_tensors
 from model.errors import InputError, short_list
 from model.store import provenance_differences, provenance_path, read_provenance
 from modules.search import Database
@@ -46,9 +46,11 @@ def load_descriptors(path: Path, dataset: Dataset) -> tuple[Tensor, Tensor]:
     elif suffix in (".mat", ".npz", ".pth"):
         content = {".mat": _load_mat, ".npz": _load_npy, ".pth": load_tensors}[suffix](path)
         try:
-            arrays = [np.asarray(content[name]) for name in ("Q", "X")]
-        except (KeyError, TypeError, IndexError, ValueError):
+            arrays = [_array(content[name]) for name in ("Q", "X")]
+        except (KeyError, TypeError, IndexError):
             raise InputError(f"{path} has no Q and X (query and database descriptors)") from None
+        except Exception as error:  # .npz files are decompressed only now
+            raise InputError(f"{path}: Q or X is damaged or no plain array ({_first_line(error)})") from None
     else:
         raise InputError(f"{path}: a .mat, .npz, .pth or .npy file or a folder is needed")
     counts = (len(dataset.queries), len(dataset.database))
@@ -74,7 +76,9 @@ def load_distractors(path: Path) -> Tensor:
         rows = torch.from_numpy(array) if array.dtype in (np.float32, np.float16) else None
     else:
         rows = load_tensors(path)
-    if not isinstance(rows, Tensor) or rows.ndim != 2 or not rows.is_floating_point():
+    if isinstance(rows, Tensor):
+        rows = rows.detach()
+    if not isinstance(rows, Tensor) or rows.ndim != 2 or not rows.is_floating_point() or not is_plain(rows):
         raise InputError(f"{path} holds no (N, D) array of float32 or float16 descriptors; extract_rop1m.py makes it")
     if not rows.numel():
         raise InputError(f"{path} holds no descriptors: its shape is {tuple(rows.shape)}; extract_rop1m.py makes it")
@@ -109,6 +113,14 @@ def _check_pair(queries: Path, database: Path) -> None:
     if differing := provenance_differences(database, provenance):
         what = short_list(differing).replace("before", "in the database").replace("now", "in the queries")
         raise InputError(f"{queries} and {database} were made with different settings ({what}); make them again")
+
+
+def _array(values: Any) -> np.ndarray:
+    if isinstance(values, Tensor):
+        if not is_plain(values):
+            raise ValueError("no plain tensor")
+        return values.detach().float().numpy() if values.is_floating_point() else values.numpy()
+    return np.asarray(values)
 
 
 def add_distractors(rows: Tensor, distractors: Tensor) -> Database:

@@ -223,7 +223,7 @@ def test_missing_images_of_the_last_dataset_are_told_before_the_first_is_extract
 
 def test_a_descriptor_that_is_not_finite_is_never_saved(refused, tmp_path):
     assert "its descriptor is not finite; a power or threshold of the modules is too large" in refused(
-        "SupG.gemp_p", "1e6"
+        "SupG.relup_threshold", "1e30"
     )
     assert not list((tmp_path / "work" / "output").glob("*.npy"))
 

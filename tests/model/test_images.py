@@ -1,9 +1,12 @@
+import os
+import zlib
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from model.images import ImageError, ImageFile, read_image, to_network_input
+from model.images import ImageError, ImageFile, image_suffixes, read_image, to_network_input
 
 RGB = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 
@@ -92,3 +95,39 @@ def test_the_network_takes_bgr_less_the_mean_over_the_deviation():
     x = to_network_input(torch.tensor([[[[255, 0, 51]]]], dtype=torch.uint8))
     expected = [(0.2 - 0.406) / 0.225, (0 - 0.456) / 0.224, (1 - 0.485) / 0.229]
     torch.testing.assert_close(x.flatten(), torch.tensor(expected))
+
+
+def test_only_formats_that_pillow_decodes_itself_are_opened(tmp_path, monkeypatch):
+    path = tmp_path / "x.jpg"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+    monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("a program was started"))
+    with pytest.raises(ImageError, match=r"x\.jpg: not an image"):
+        read_image(path)
+    assert ".eps" not in image_suffixes()
+    assert {".jpg", ".jpeg", ".png", ".webp", ".tif"} <= image_suffixes()
+
+
+def test_what_is_no_regular_file_is_told_and_never_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
+    for name, reason in (("pipe.jpg", "not a file"), ("folder.jpg", "not a file"), ("loop.jpg", "symbolic links")):
+        with pytest.raises(ImageError, match=f"{name}: .*{reason}"):
+            read_image(tmp_path / name)
+
+
+def test_an_image_whose_header_claims_too_many_pixels_is_told(tmp_path):
+    path = tmp_path / "bomb.png"
+    header = b"IHDR" + (50_000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
+    framed = [
+        (len(each) - 4).to_bytes(4, "big") + each + zlib.crc32(each).to_bytes(4, "big") for each in (header, b"IDAT")
+    ]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(framed))
+    with pytest.raises(ImageError, match=r"bomb\.png: too many pixels"):
+        read_image(path)
+
+
+def test_an_animation_is_its_first_frame(tmp_path):
+    frames = [Image.new("RGB", (20, 10), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    assert read_image(tmp_path / "moving.gif")[0, 0].tolist() == [255, 0, 0]

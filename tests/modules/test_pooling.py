@@ -117,3 +117,35 @@ def test_layers_have_gradients(layer):
     x = torch.rand(2, 3, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).add(0.1)
     x = (x[..., 0] if isinstance(layer, ScaleGeM) else x).requires_grad_()
     torch.autograd.gradcheck(layer, x, fast_mode=True)
+
+
+POWERS = [0.5, 2.5, 4.6, 8, 9, 30, 60, 300, 1e4]
+
+
+def in_float64(values: torch.Tensor, p: float, axis: int) -> torch.Tensor:
+    """(mean of values^p)^(1/p), in logarithms."""
+    logarithms = p * values.double().log()
+    return ((torch.logsumexp(logarithms, dim=axis) - math.log(values.shape[axis])) / p).exp()
+
+
+@pytest.mark.parametrize("p", POWERS)
+def test_every_power_is_computed_as_in_float64(p):
+    random = torch.Generator().manual_seed(1)
+    x = 3 * torch.rand(2, 4, 7, 9, generator=random)
+    close = {"rtol": 2e-5, "atol": 1e-6, "check_dtype": False}
+    torch.testing.assert_close(GeM(p)(x), in_float64(x.flatten(2).clamp(min=1e-6), p, 2), **close)
+    windows = torch.nn.functional.pad(x, (2, 2, 2, 2), mode="reflect").unfold(2, 5, 1).unfold(3, 5, 1)
+    local = in_float64(windows.flatten(4).clamp(min=1e-8), p, 4)
+    torch.testing.assert_close(RegionalGeM(p)(x), (x + local) / 2, **close)
+    v = torch.randn(3, 5, 16, generator=random)
+    floor = v.amin(dim=(0, 2), keepdim=True)
+    expected = in_float64((v - floor).clamp(min=1e-30), p, 0) + floor[0]
+    torch.testing.assert_close(ScaleGeM(p)(v), expected, rtol=2e-5, atol=2e-5, check_dtype=False)
+
+
+def test_a_growing_power_ends_in_the_maximum():
+    x, v = torch.rand(2, 3, 5, 6), torch.randn(3, 2, 8)
+    torch.testing.assert_close(GeM(1e6)(x), x.amax(dim=(2, 3)), rtol=1e-4, atol=0)
+    torch.testing.assert_close(ScaleGeM(1e6)(v), v.amax(dim=0), rtol=1e-4, atol=1e-5)
+    largest = torch.nn.functional.max_pool2d(torch.nn.functional.pad(x, (2, 2, 2, 2), mode="reflect"), 5, 1)
+    torch.testing.assert_close(RegionalGeM(1e6)(x), (x + largest) / 2, rtol=1e-4, atol=0)

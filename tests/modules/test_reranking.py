@@ -1,3 +1,5 @@
+import uuid
+
 import numpy as np
 import pytest
 import torch
@@ -83,6 +85,57 @@ def test_the_gram_matrix_is_symmetric_and_exact(m):
     assert torch.equal(gram, gram.transpose(1, 2))
     exact = candidates.double() @ candidates.double().transpose(1, 2)
     torch.testing.assert_close(gram.double(), exact, atol=1e-6, rtol=0)
+
+
+def test_the_largest_are_those_of_topk_whatever_is_missing():
+    random = np.random.default_rng(0)
+    for _ in range(1500):
+        m, k = int(random.integers(80, 460)), int(random.integers(1, 41))
+        x = torch.from_numpy(
+            random.integers(-3, 4, (2, m)) if random.random() < 0.3 else random.standard_normal((2, m))
+        )
+        x = x.float()
+        there = int(random.integers(0, m + 1)) if random.random() < 0.5 else int(random.integers(0, 12))
+        x[:, random.permutation(m)[there:]] = -torch.inf
+        values, indices = largest(x, k)
+        assert torch.equal(values, x.topk(k).values)
+        assert torch.equal(x.gather(1, indices), values)
+        assert all(len(set(row)) == k for row in indices.tolist())
+
+
+@pytest.mark.parametrize("m", [81, 105, 119, 120, 149, 150])
+@pytest.mark.parametrize("count", [0, 1, 5, 9, 10])
+def test_few_candidates_of_many_places_are_reranked(m, count):
+    rows, queries = clustered(200, 32), clustered(2, 32, seed=1)
+    ids = search(queries, rows, m=m).ids
+    ids[0, count:] = -1
+    found = SuperGlobalReranker(m=m).rerank(queries, ids, Database(rows).rows)
+    assert sorted(found.order[0, :count].tolist()) == list(range(count))
+    assert (found.scores[0, count:] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("kind", ["text", "object", "lists", "uuids"])
+def test_ids_of_any_kind_name_rows_and_each_is_fetched_once(kind):
+    rows, queries = clustered(60, 32), clustered(3, 32, seed=1)
+    ids = search(queries, rows, m=20).ids
+    expected = SuperGlobalReranker(m=20).rerank(queries, ids, Database(rows).rows)
+    names = [uuid.UUID(int=number) if kind == "uuids" else f"image_{number}" for number in range(60)]
+    if kind in ("text", "object"):
+        given = np.array(names, dtype=object if kind == "object" else None)[ids.numpy()]
+    else:
+        given = [[names[number] for number in row] for row in ids.tolist()]
+        given[1] = given[1][:12] + [None] * 3
+        ids[1, 12:] = -1
+        expected = SuperGlobalReranker(m=20).rerank(queries, ids, Database(rows).rows)
+    asked: list = []
+
+    def fetch(wanted):
+        asked.extend(wanted)
+        return rows[[names.index(name) for name in wanted]]
+
+    found = SuperGlobalReranker(m=20).rerank(queries, given, fetch)
+    assert torch.equal(found.order, expected.order)
+    assert len(asked) == len(set(asked)) == len(ids[ids >= 0].unique())
 
 
 @pytest.mark.parametrize(("m", "k"), [(1, 1), (79, 10), (80, 10), (81, 40), (399, 10), (400, 1), (401, 41)])
@@ -252,7 +305,12 @@ def test_unsigned_ids_are_ids():
         (Q, torch.zeros(3, 4, dtype=torch.long), X.view(-1, 8).__getitem__, r"got queries \(2, 8\) and ids \(3, 4\)"),
         (Q, torch.zeros(2, 4), X.view(-1, 8).__getitem__, r"ids are integers .* \(2, 4\) of torch.float32"),
         (Q, torch.full((2, 4), -2), X.view(-1, 8).__getitem__, "ids are integers from 0, and -1 for none"),
-        (Q, torch.zeros(2, 4, dtype=torch.long), lambda ids: X[0], r"fetch gave shape \(10, 8\) for 8 ids of 8 dim"),
+        (
+            Q,
+            torch.zeros(2, 4, dtype=torch.long),
+            lambda ids: X[0],
+            r"fetch gave shape .* ids; queries have 8 dimensions",
+        ),
     ],
 )
 def test_what_cannot_be_fetched_is_told(queries, ids, fetch, message):

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from model.errors import InputError
-from revisitop.dataset import load_dataset, load_pickle
+from revisitop.dataset import load_dataset
+from revisitop.safe_pickle import load_pickle
 
 
 def test_reads_roxfords_layout(layout):
@@ -71,9 +72,44 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, stream):
         load_pickle(path)
 
 
+def test_a_dtype_that_is_changed_after_it_was_made_is_refused(tmp_path):
+    # An array of integers whose dtype is told to be one of objects: NumPy would take its bytes for addresses.
+    stream = pickle.dumps(np.arange(2), protocol=2)
+    state = pickle.dumps((3, "|", None, None, None, -1, -1, 63), protocol=2)[2:-1]
+    assert b"i8" in stream
+    path = tmp_path / "bad.pkl"
+    for text in (b"O8", b"V8", b"c16", b"M8[ns]", b"i8,O", b"(1000000000,)i8"):
+        header = b"\x80\x02cnumpy\ndtype\n(X" + len(text).to_bytes(4, "little") + text + b"I00\nI01\ntR"
+        path.write_bytes(header + state + b"b.")
+        with pytest.raises(InputError, match="refused: it would call an array of"):
+            load_pickle(path)
+    plain = b"\x80\x02cnumpy\ndtype\n(X\x02\x00\x00\x00i8I00\nI01\ntR"
+    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR"
+    path.write_bytes(b"\x80\x02" + array + b"(I1\n(I1\nt" + plain[2:] + state + b"bI00\nS'" + 8 * b"a" + b"'\ntb.")
+    assert load_pickle(path).dtype == np.int64
+
+
+@pytest.mark.parametrize("kind", ["names", "numbers"])
+def test_lists_within_lists_that_would_grow_without_end_are_told(layout, kind):
+    bomb: list = [1]
+    for _ in range(60):
+        bomb = [bomb, bomb]
+    if kind == "names":
+        layout.gnd["imlist"][3] = bomb
+    else:
+        layout.gnd["gnd"][0]["hard"] = bomb
+    layout.write()
+    with pytest.raises(InputError, match=r"but has a list|no list of image numbers 'hard'"):
+        load_dataset("roxford5k", layout.data_dir)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda gnd: gnd["gnd"][1].update(easy=[True]), "'easy'"),
+        (lambda gnd: gnd["gnd"][1].update(easy=[1.5]), "'easy'"),
+        (lambda gnd: gnd["gnd"][1].update(bbx=["1", "2", "3", "4"]), "has no box"),
+        (lambda gnd: gnd["imlist"].append("a\0b"), "must hold names of images"),
         (lambda gnd: gnd.pop("imlist"), "imlist, qimlist and gnd"),
         (lambda gnd: gnd["gnd"].pop(), "3 queries but 2 entries"),
         (lambda gnd: gnd["gnd"][1].pop("bbx"), "query query_1 has no box"),

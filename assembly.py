@@ -19,6 +19,7 @@ from model.device import choose_device, device_name, prepare_process
 from model.errors import InputError
 from model.extract import ImageSet, extract_sets
 from model.images import ImageFile
+from model.owner import own
 from model.pair_scores import CVNetReranker, PairScores
 from model.read_ahead import Loading
 from model.recipe import SCALE_SETS, Recipe
@@ -95,7 +96,7 @@ def find_dataset(cfg: CfgNode, name: str) -> Dataset:
 
 
 def make_folder(folder: Path) -> Path:
-    """Makes a folder for results, with its parents.
+    """Makes a folder for results, with its parents; this process owns it then, and waits for another owner's end.
 
     Raises:
         InputError: if it cannot be made or written to.
@@ -108,6 +109,7 @@ def make_folder(folder: Path) -> Path:
             probe.unlink()
         except OSError as error:
             raise InputError(f"{folder} cannot be made, or not be written to ({error.strerror})") from None
+        own(folder)
     return folder
 
 

@@ -17,8 +17,6 @@ from config import ADVICE, LOADING, NETWORK, CommandLine, Parsed, plain
 from model.errors import InputError, run_command, short_list
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from model.images import ImageFile
 
 log = logging.getLogger(__name__)
@@ -35,6 +33,8 @@ def main(argv: list[str]) -> None:
     from assembly import find_weights, make_loading, make_recipe, option, start_device
     from model.distributed import Processes
     from model.extract import ImageSet, extract_shared
+    from model.owner import own
+    from model.store import nonzero_rows
     from report.log import start_log
     from revisitop.dataset import load_distractor_list
 
@@ -51,6 +51,7 @@ def main(argv: list[str]) -> None:
     distractors = ImageSet(out, "distractors", images, provenance={"list_sha256": digest}, stamped=False)
     log.info("checkpoint: %s, SHA-256 %s", recipe.checkpoint, recipe.checkpoint_sha256)
     if first:
+        own(out)
         if is_finished(out, {**recipe.provenance(), **distractors.provenance}, args.resume):
             log.info("%s is complete already, made from the same checkpoint, settings and list", out)
         else:
@@ -61,7 +62,7 @@ def main(argv: list[str]) -> None:
     loading = make_loading(cfg, device)
     store = extract_shared(distractors, recipe, device, processes, loading, args.resume, args.on_error)
     if store is not None and not store.complete:
-        skipped = [images.name(row) for row in zero_rows(store.part_rows())]
+        skipped = [images.name(row) for row in (~nonzero_rows(store.part_rows())).nonzero()[0].tolist()]
         if skipped:
             log.warning("%d images could not be read and are zero rows: %s", len(skipped), short_list(skipped))
         log.info("writing %s", out)
@@ -96,6 +97,8 @@ def parse(argv: list[str]) -> Parsed:
     out = parsed.args.out
     if out is not None and out.suffix not in (".pth", ".npy"):
         raise InputError(f"--out {out} must end in .pth or .npy")
+    if out is not None and not out.parent.is_dir():
+        raise InputError(f"--out {out}: there is no folder {out.parent}")
     return parsed
 
 
@@ -129,21 +132,11 @@ def check_images(images: "Sequence[ImageFile]") -> None:
 
 def check_disk(out: Path, size: int) -> None:
     """The rows are collected in one file, and written to a second one when all are there."""
-    if not out.parent.is_dir():
-        raise InputError(f"--out {out}: there is no folder {out.parent}")
     there = sum(path.stat().st_size for path in (Path(f"{out}.part"), out) if path.exists())
     needed = size * (2 if out.suffix == ".pth" else 1) - there
     free = shutil.disk_usage(out.parent).free
     if needed > free:
         raise InputError(f"{out.parent.absolute()} has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB are needed")
-
-
-def zero_rows(rows: "np.ndarray", chunk: int = 8192) -> list[int]:
-    return [
-        start + offset
-        for start in range(0, len(rows), chunk)
-        for offset in (~rows[start : start + chunk].any(axis=1)).nonzero()[0].tolist()
-    ]
 
 
 if __name__ == "__main__":

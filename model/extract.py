@@ -20,7 +20,7 @@ from model.errors import InputError, short_list
 from model.extractor import Extractor
 from model.images import ImageError, ImageFile
 from model.read_ahead import PLAIN_LOADING, Loading, ReadAhead
-from model.store import DescriptorStore
+from model.store import DescriptorStore, nonzero_rows
 from modules.checks import values_unseen
 
 log = logging.getLogger(__name__)
@@ -108,6 +108,10 @@ def extract_sets(
     stores = [each.open_store(recipe, resume) for each in sets]  # all are opened before one is touched
     extractor = None
     for each, store in zip(sets, stores, strict=True):
+        if len(store.failed):  # a row of zeros is no descriptor
+            again = [row for row in store.failed if on_error != "skip" or _is_readable(each.images[row])]
+            if again:
+                store.reopen(np.array(again))
         if store.complete:
             log.info("%s: used again, made from the same images, checkpoint and settings", store.path)
             continue
@@ -115,8 +119,12 @@ def extract_sets(
         if len(missing):
             extractor = extractor or recipe.extractor(device)
             extract_images(extractor, each.images, store, missing, each.title, loading, on_error)
+        made = int(nonzero_rows(store.part_rows()[missing]).sum())
         store.finish()
-        log.info("%s: %d images extracted in %.1f s", each.title, len(missing), time.perf_counter() - start)
+        kept = len(each.images) - len(missing)
+        counts = {"as before": kept, "gone or replaced": store.gone, "unreadable": len(missing) - made}
+        words = "".join(f", {count} {what}" for what, count in counts.items() if count)
+        log.info("%s: %d images extracted%s (%.1f s)", each.title, made, words, time.perf_counter() - start)
     return [torch.from_numpy(np.load(store.path, mmap_mode="c")) for store in stores]
 
 
@@ -183,6 +191,14 @@ def extract_images(
     if damaged:
         count = f"{len(damaged)} images" if len(damaged) > 1 else "an image"
         raise InputError(f"{title}: {count} cannot be used: {short_list(damaged, _NAMED_AT_MOST)}", on_error="skip")
+
+
+def _is_readable(image: ImageFile) -> bool:
+    try:
+        image.read()
+    except ImageError:
+        return False
+    return True
 
 
 def extract_shared(

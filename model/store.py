@@ -61,7 +61,11 @@ class DescriptorStore:
     ):
         self._prepare(path, rows, dim, provenance, stamps)
         if not resume:
-            for file in (self.part, *self._journals()):  # a finished file stays until there is a new one
+            for file in (
+                self.part,
+                self._next_journal,
+                *self._journals(),
+            ):  # a finished file stays until there is a new one
                 file.unlink(missing_ok=True)
         self.complete = resume and self._is_complete()
         if not self.complete:
@@ -94,6 +98,8 @@ class DescriptorStore:
         self._buffer_start = 0
         self._flushed = time.monotonic()
         self.done = np.zeros(rows, dtype=bool)
+        self.failed = np.zeros(0, dtype=np.int64)
+        self.gone = 0  # rows of an earlier run whose images are no longer in the list
         self.complete = False
 
     def missing(self) -> np.ndarray:
@@ -161,26 +167,41 @@ class DescriptorStore:
             journal.unlink()
         self.complete = True
 
-    def _is_complete(self) -> bool:
-        """Whether an earlier run finished this file, from the same things.
+    def reopen(self, rows: np.ndarray) -> None:
+        """Begins a new part without these rows of a finished file, so that they are made again; it stays until then."""
+        again = np.ones(self.rows, dtype=bool)
+        again[rows] = False
+        self._carry_over(self._stamps_of(self._head()), np.load(self.path, mmap_mode="r"), again)
+        self.complete = False
 
-        Where only the list or some images have changed, its rows are carried over into a new part.
-        """
-        if not self.path.is_file() or self.part.exists():
+    def _is_complete(self) -> bool:
+        """Whether an earlier run finished this file, from the same things; `failed` are its rows of zeros."""
+        if self._finished_stamps() != self._stamps_of(self._head()):
             return False
+        self.done[:] = True
+        if self.stamps is not None:
+            self.failed = np.flatnonzero(~nonzero_rows(np.load(self.path, mmap_mode="r")))
+        return True
+
+    def _finished_stamps(self) -> list[str] | None:
+        """The stamps of a finished file of the same provenance; None if there is none that can be used."""
+        if not self.path.is_file():
+            return None
         differing = provenance_differences(self.path, self.provenance)
         if differing:
             log.info("%s: made with other settings (%s), to be replaced", self.path, short_list(differing))
         if differing != []:
-            return False
-        before = self._stamps_of(read_provenance(self.path) or {})
-        if self.path.suffix == ".npy" and self.path.stat().st_size != self._offset(len(before)):
-            return False
-        if before != self._stamps_of(self._head()):
-            self._carry_over(before, np.load(self.path, mmap_mode="r"), np.ones(len(before), dtype=bool))
-            return False
-        self.done[:] = True
-        return True
+            return None
+        stamps = self._stamps_of(read_provenance(self.path) or {})
+        if self.path.suffix == ".npy":
+            try:
+                rows = np.load(self.path, mmap_mode="r")
+            except (OSError, ValueError, EOFError) as error:
+                log.warning("%s is damaged (%s), to be replaced", self.path, error)
+                return None
+            if rows.shape != (len(stamps), self.dim) or rows.dtype != np.float32:
+                return None
+        return stamps
 
     def _head(self) -> dict:
         return self.provenance if self.stamps is None else {**self.provenance, "stamps": self.stamps}
@@ -191,29 +212,72 @@ class DescriptorStore:
         return stamps if self.stamps is not None and isinstance(stamps, list) else [""] * self.rows
 
     def _carry_over(self, stamps: list[str], rows: np.ndarray, done: np.ndarray) -> None:
-        """A new part that has the rows with equal stamps, wherever in the list they were before."""
+        """A new part that has the rows with equal stamps, wherever in the list they were before.
+
+        Its journal is written first, under another name: whatever moment this is killed at, rows and
+        journal of the old part or of the new one are found together, see _finish_carrying_over.
+        """
         new = Path(f"{self.part}.new")
         self._allocate(new)
         place = {stamp: row for row, stamp in enumerate(stamps) if done[row] and stamp}
+        self.gone = len(set(stamps) - set(self.stamps))
         carried = np.load(new, mmap_mode="r+")
         self.done[:] = [stamp in place for stamp in self.stamps]
         for row in np.flatnonzero(self.done):
             carried[row] = rows[place[self.stamps[row]]]
         carried.flush()
+        self._write_journal(_blocks(carried, self.done), self._next_journal)
         os.replace(new, self.part)
-        self._write_journal(_blocks(carried, self.done))
+        self._finish_carrying_over()
+
+    def _finish_carrying_over(self) -> None:
+        """Gives the next journal its name if its part is there, and else forgets it."""
+        if not self._next_journal.exists():
+            return
+        try:
+            head, *lines = self._next_journal.read_bytes().split(b"\n")
+            rows = len(self._stamps_of(json.loads(head)))
+            blocks = [block for line in lines[:-1] if (block := _parse(line))]
+            its_part = self.part.stat().st_size == self._offset(rows) and len(self._intact(blocks)) == len(blocks)
+        except (OSError, ValueError):
+            its_part = False
+        if its_part:
+            os.replace(self._next_journal, self.journal)
+            for journal in self._journals():
+                if journal != self.journal:
+                    journal.unlink()
+        else:
+            self._next_journal.unlink()
+
+    @property
+    def _next_journal(self) -> Path:
+        return Path(f"{self.path}.next-journal")
+
+    def _intact(self, blocks: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+        """The blocks whose bytes in the part match."""
+        intact = []
+        with self.part.open("rb") as file:
+            for start, count, checksum in blocks:
+                file.seek(self._offset(start))
+                if zlib.crc32(file.read(count * 4 * self.dim)) == checksum:
+                    intact.append((start, count, checksum))
+        return intact
 
     def _journals(self) -> list[Path]:
         return sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.journal*"))
 
     def _open(self) -> None:
         try:
+            self._finish_carrying_over()
             if self._begun():
                 self._resume()
+            elif self.stamps is not None and (stamps := self._finished_stamps()) is not None:
+                rows = np.load(self.path, mmap_mode="r")
+                self._carry_over(stamps, rows, nonzero_rows(rows))
             else:
                 self._create()
         except OSError as error:
-            raise InputError(f"{self.part}: cannot be written ({error.strerror})") from None
+            raise InputError(f"{self.part}: cannot be written ({error.strerror or error})") from None
 
     def _begun(self) -> bool:
         """Whether an earlier run left rows; a part without any is no reason to refuse other settings."""
@@ -244,6 +308,8 @@ class DescriptorStore:
             first, *lines = journal.read_bytes().split(b"\n")
             try:
                 before = json.loads(first)
+                if not isinstance(before, dict):
+                    raise ValueError
             except ValueError:
                 raise InputError(f"{journal} is damaged", resume=False) from None
             if differing := differences(before, self.provenance):
@@ -257,34 +323,36 @@ class DescriptorStore:
             return self._create()
         if self.part.stat().st_size != self._offset(len(stamps)):
             raise InputError(f"{self.part} is not {self._offset(len(stamps))} bytes long, it was changed", resume=False)
-        intact, done = [], np.zeros(len(stamps), dtype=bool)
-        with self.part.open("rb") as file:
-            for start, count, checksum in blocks:
-                file.seek(self._offset(start))
-                if zlib.crc32(file.read(count * 4 * self.dim)) == checksum:
-                    done[start : start + count] = True
-                    intact.append((start, count, checksum))
+        intact, done = self._intact(blocks), np.zeros(len(stamps), dtype=bool)
+        for start, count, _ in intact:
+            done[start : start + count] = True
         damaged += len(blocks) - len(intact)
+        try:
+            rows = np.load(self.part, mmap_mode="r")
+        except (OSError, ValueError, EOFError):
+            raise InputError(f"{self.part} is damaged", resume=False) from None
+        done &= nonzero_rows(rows)  # images that could not be read are tried again
         if stamps != self._stamps_of(self._head()):
-            self._carry_over(stamps, np.load(self.part, mmap_mode="r"), done)
+            self._carry_over(stamps, rows, done)
         else:
             self.done = done
-            self._write_journal(intact)
+            self._write_journal(_blocks(rows, done))
         for journal in self._journals():
             if journal != self.journal:
                 journal.unlink()
         if damaged:
             log.warning("%s: %d damaged blocks are not used; their rows are made again", self.part, damaged)
         if not self.done.all():
-            log.info("%s: going on after %d of %d rows", self.part, self.done.sum(), self.rows)
+            log.info("%s: %d of %d are there from an earlier run", self.path, self.done.sum(), self.rows)
 
-    def _write_journal(self, blocks: list[tuple[int, int, int]]) -> None:
-        new = Path(f"{self.path}.new-{self.journal.name}")
+    def _write_journal(self, blocks: list[tuple[int, int, int]], journal: Path | None = None) -> None:
+        journal = journal or self.journal
+        new = Path(f"{self.path}.new-{journal.name}")
         with new.open("wb") as file:
             file.write(json.dumps(self._head()).encode() + b"\n")
             file.writelines(_line(*block) for block in blocks)
             _sync(file)
-        os.replace(new, self.journal)
+        os.replace(new, journal)
 
     def _offset(self, row: int) -> int:
         return 128 + row * 4 * self.dim  # NumPy's header of a small array is 128 bytes
@@ -354,6 +422,12 @@ def jsonable(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else str(value)
     return value.item() if isinstance(value, np.generic) else value
+
+
+def nonzero_rows(rows: np.ndarray, chunk: int = 8192) -> np.ndarray:
+    """Which rows are descriptors: a row of zeros is none, (N, D) -> (N,) bool."""
+    parts = [rows[start : start + chunk].any(axis=1) for start in range(0, len(rows), chunk)]
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=bool)
 
 
 def _blocks(rows: np.ndarray, done: np.ndarray) -> list[tuple[int, int, int]]:

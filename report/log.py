@@ -27,6 +27,15 @@ class _LogFile(logging.FileHandler):
         super().handleError(record)
 
 
+class _Screen(logging.StreamHandler):
+    """Lines for a person, who may close the pipe when there are enough of them."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        if isinstance(sys.exc_info()[1], BrokenPipeError):
+            raise
+        super().handleError(record)
+
+
 class _OneLine(logging.Formatter):
     """Names of files come from anywhere: what a terminal would obey, or takes a new line, is escaped."""
 
@@ -48,7 +57,7 @@ def start_log(path: Path, config: dict[str, Any], screen: TextIO | None = None) 
     screen = screen or sys.stdout
     if hasattr(screen, "reconfigure"):
         screen.reconfigure(errors="backslashreplace")  # a file's name may be no text
-    lines = logging.StreamHandler(screen)
+    lines = _Screen(screen)
     lines.addFilter(lambda record: record.levelno < logging.ERROR)  # errors stand on stderr
     lines.setFormatter(_OneLine("%(message)s"))
     try:

@@ -210,7 +210,7 @@ def test_after_a_damaged_image_is_replaced_the_run_goes_on(refused, layout, tmp_
     image.write_bytes(whole)
     layout.image("db_22").write_text("not an image")
     refused()
-    assert "going on after 20 of 24 rows" in (tmp_path / "work" / "log.txt").read_text()
+    assert "20 of 24 are there from an earlier run" in (tmp_path / "work" / "log.txt").read_text()
 
 
 def test_missing_images_of_the_last_dataset_are_told_before_the_first_is_extracted(refused, layout):

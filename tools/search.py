@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -33,7 +34,7 @@ from assembly import (
 from config import ADVICE, LOADING, NETWORK, RERANKING, CommandLine, Parsed, idle_options, plain
 from model.errors import InputError, run_command, short_list
 from model.extract import ImageSet, extract_sets
-from model.images import ImageError, ImageFile
+from model.images import ImageError, ImageFile, image_suffixes
 from model.recipe import Recipe
 from modules.search import Database
 from report.log import start_log
@@ -94,12 +95,13 @@ def main(argv: list[str]) -> None:
         rankings[stage] = rerank(searched, reranker, queries.descriptors, rows, device)
 
     final = list(rankings.values())[-1]
-    scores = "cosine similarity" if final is searched else "the reranking's own"
+    scores = "cosine similarity" if final is searched else "the reranking's own, which depend on the other results"
+    shown = (queries, database, searched, final, args.top)
     if args.json:
-        print(json.dumps({"scores": scores, **as_dict(queries, database, final, args.top)}, indent=1))
+        print(json.dumps({"scores": scores, **as_dict(*shown)}, indent=1))
     else:
-        log.info("scores: %s", scores)
-        for line in in_words(queries, database, final, args.top):
+        log.info("scores: %s%s", scores, "" if final is searched else "; then the cosine similarity")
+        for line in in_words(*shown):
             log.info("%s", line)
     if args.report:
         settings = {"database": str(args.database), "queries": str(args.queries), "checkpoint": str(recipe.checkpoint)}
@@ -140,32 +142,53 @@ def folder_of(path: Path) -> Path:
 
 
 def find_images(path: Path) -> list[ImageFile]:
-    """The file, or the image files of a folder and its subfolders by name; hidden ones are left out.
+    """Returns the file, or the image files of a folder and its subfolders by name; what is left out is logged.
 
     Raises:
-        InputError: where there is none.
+        InputError: if there is none.
     """
     if path.is_file():
         return [ImageFile(path)]
     if not path.is_dir():
         raise InputError(f"there is no file or folder {path}")
-    suffixes = Image.registered_extensions()
+    suffixes, known = image_suffixes(), _other_image_suffixes()
+    left_out: dict[str, list[str]] = {}
+
+    def leave_out(reason: str, entry: Path) -> None:
+        left_out.setdefault(reason, []).append(str(entry.relative_to(path)))
 
     def walk(folder: Path) -> Iterator[Path]:
         try:
-            entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+            entries = sorted(folder.iterdir())
         except OSError as error:
             raise InputError(f"{folder}: {error.strerror}") from None
         for entry in entries:
-            if entry.is_dir() and not entry.is_symlink():
+            suffix = entry.suffix.lower()
+            if entry.name.startswith("."):
+                leave_out("hidden", entry)
+            elif entry.is_dir() and not entry.is_symlink():
                 yield from walk(entry)
-            elif entry.suffix.lower() in suffixes and entry.is_file():
+            elif suffix not in suffixes:
+                leave_out("of a format that is not read here" if suffix in known else "no images", entry)
+            elif entry.is_file():
                 yield entry
+            else:
+                leave_out("broken links, folders behind links, or no files", entry)
 
     images = [ImageFile(file) for file in walk(path)]
+    for reason, names in left_out.items():
+        named = "" if reason in ("hidden", "no images") else f": {short_list(names, _NAMED_AT_MOST)}"
+        hint = "; pip install pillow-heif for .heic" if any(name.lower().endswith(".heic") for name in names) else ""
+        log.info("%s: %d left out, %s%s%s", path, len(names), reason, named, hint)
     if not images:
         raise InputError(f"{path} holds no image; files with endings such as .jpg, .png, .webp or .tif count")
     return images
+
+
+def _other_image_suffixes() -> set[str]:
+    """Endings of images that cannot be read here."""
+    cameras = {".heic", ".heif", ".avif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2"}
+    return ({*Image.registered_extensions()} | cameras) - image_suffixes()
 
 
 def extract_folders(sets: Sequence[ImageSet], recipe: Recipe, device: torch.device, cfg: CfgNode) -> list[Folder]:
@@ -201,16 +224,32 @@ def why_unreadable(image: ImageFile) -> str:
     return f"{image.path} has no descriptor"
 
 
-def in_words(queries: Folder, database: Folder, found: Ranking, count: int) -> Iterator[str]:
-    for query, (ids, scores) in enumerate(zip(found.ids.tolist(), found.scores.tolist(), strict=True)):
+class Result(NamedTuple):
+    """A result of a query: its score, and beside a reranking's own score the cosine similarity."""
+
+    rank: int
+    file: str
+    score: float
+    cosine: float
+
+
+def results(database: Folder, searched: Ranking, final: Ranking, query: int, count: int) -> Iterator[Result]:
+    cosines = dict(zip(searched.ids[query].tolist(), searched.scores[query].tolist(), strict=True))
+    ranked = zip(final.ids[query, :count].tolist(), final.scores[query, :count].tolist(), strict=True)
+    for rank, (number, score) in enumerate(ranked, start=1):
+        yield Result(rank, database.name(number), score, cosines[number])
+
+
+def in_words(queries: Folder, database: Folder, searched: Ranking, final: Ranking, count: int) -> Iterator[str]:
+    for query in range(len(queries.images)):
         yield ""
         yield queries.name(query)
-        for rank, (number, score) in enumerate(zip(ids[:count], scores[:count], strict=True), start=1):
-            yield f"{rank:4d}  {score:7.4f}  {database.name(number)}"
+        for rank, file, score, cosine in results(database, searched, final, query, count):
+            scores = f"{score:7.4f}" if final is searched else f"{score:7.4f}  {cosine:7.4f}"
+            yield f"{rank:4d}  {scores}  {file}"
 
 
-def as_dict(queries: Folder, database: Folder, found: Ranking, count: int) -> dict:
-    rankings = zip(found.ids.tolist(), found.scores.tolist(), strict=True)
+def as_dict(queries: Folder, database: Folder, searched: Ranking, final: Ranking, count: int) -> dict:
     return {
         "database": str(database.root),
         "unreadable": {"database": database.unreadable, "queries": queries.unreadable},
@@ -218,11 +257,11 @@ def as_dict(queries: Folder, database: Folder, found: Ranking, count: int) -> di
             {
                 "query": queries.name(query),
                 "results": [
-                    {"rank": rank, "file": database.name(number), "score": round(score, 6)}
-                    for rank, (number, score) in enumerate(zip(ids[:count], scores[:count], strict=True), start=1)
+                    {**each._asdict(), "score": round(each.score, 6), "cosine": round(each.cosine, 6)}
+                    for each in results(database, searched, final, query, count)
                 ],
             }
-            for query, (ids, scores) in enumerate(rankings)
+            for query in range(len(queries.images))
         ],
     }
 

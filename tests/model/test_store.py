@@ -1,5 +1,6 @@
 import json
 import logging
+import os
 
 import numpy as np
 import pytest
@@ -169,3 +170,64 @@ def test_a_finished_file_is_used_again_only_for_the_same_source(path):
     assert DescriptorStore(path, 10, 4, SOURCE).complete
     assert not DescriptorStore(path, 10, 4, {**SOURCE, "scales": [1.0]}).complete
     assert json.loads(path.with_name("rows.npy.json").read_text())["sgem"] == "inf"
+
+
+STAMPS = [f"image-{row}" for row in range(10)]
+
+
+def fill(store: DescriptorStore, rows: np.ndarray = ROWS) -> DescriptorStore:
+    for row in store.missing():
+        store.write(row, rows[row])
+    return store
+
+
+@pytest.mark.parametrize("moment", ["part", "journal"])
+def test_a_kill_while_the_list_changes_loses_no_row(path, monkeypatch, moment):
+    begun = fill(DescriptorStore(path, 10, 4, SOURCE, stamps=STAMPS))
+    begun.flush()
+    replaced = []
+
+    def killed(old, new, replace=os.replace):
+        replaced.append(new)
+        if str(new).endswith(f".{moment}") and str(old).endswith((".part.new", ".next-journal")):
+            if moment == "journal":
+                raise KeyboardInterrupt
+            replace(old, new)
+            raise KeyboardInterrupt
+        replace(old, new)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("model.store.os.replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            DescriptorStore(path, 10, 4, SOURCE, stamps=["new", *STAMPS[1:]])
+    assert DescriptorStore(path, 10, 4, SOURCE, stamps=["new", *STAMPS[1:]]).missing().tolist() == [0]
+    assert not list(path.parent.glob("*.next-journal"))
+
+
+def test_other_settings_that_made_no_row_leave_the_finished_file_as_it_is(path):
+    fill(DescriptorStore(path, 10, 4, SOURCE, stamps=STAMPS)).finish()
+    DescriptorStore(path, 10, 4, {**SOURCE, "checkpoint": "xyz"}, stamps=STAMPS)
+    assert DescriptorStore(path, 10, 4, SOURCE, stamps=STAMPS).complete
+    np.testing.assert_array_equal(np.load(path), ROWS)
+
+
+def test_rows_of_zeros_are_no_descriptors(path):
+    lost = np.where(np.isin(np.arange(10), (2, 7))[:, None], 0, ROWS).astype(np.float32)
+    store = fill(DescriptorStore(path, 10, 4, SOURCE, stamps=STAMPS), lost)
+    store.flush()
+    assert DescriptorStore(path, 10, 4, SOURCE, stamps=STAMPS).missing().tolist() == [2, 7]
+    fill(DescriptorStore(path, 10, 4, SOURCE, stamps=STAMPS), lost).finish()
+    store = DescriptorStore(path, 10, 4, SOURCE, stamps=STAMPS)
+    assert store.failed.tolist() == [2, 7]
+    store.reopen(store.failed)
+    fill(store).finish()
+    np.testing.assert_array_equal(np.load(path), ROWS)
+
+
+@pytest.mark.parametrize("name", ["rows.npy", "rows.npy.part"])
+@pytest.mark.parametrize("size", [0, 20, 130])
+def test_a_damaged_file_is_made_again(path, name, size):
+    store = fill(DescriptorStore(path, 10, 4, SOURCE, stamps=STAMPS))
+    store.finish() if name == "rows.npy" else store.flush()
+    os.truncate(path.with_name(name), size)
+    assert len(DescriptorStore(path, 10, 4, SOURCE, stamps=STAMPS).missing()) == 10

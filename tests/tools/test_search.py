@@ -1,8 +1,14 @@
 import json
+import os
 import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 NAMES = [f"{folder}{name}" for folder in ("", "sub folder/", "фото/写真/") for name in ("a b.jpg", "c.PNG", "ü.webp")]
@@ -42,7 +48,7 @@ def search(command, folder, checkpoint_50):
 def test_a_image_finds_itself_and_broken_ones_are_listed(search):
     outcome = search("--top", 3)
     assert outcome.code == 0, outcome.err
-    assert re.search(r"\nc\.PNG\n   1   [\d.]+  sub folder/c\.PNG\n   2 .*\n   3 .*\n\Z", outcome.out)
+    assert re.search(r"\nc\.PNG\n   1   [\d.]+   1\.0000  sub folder/c\.PNG\n   2 .*\n   3 .*\n\Z", outcome.out)
     assert "database: 2 of 11 cannot be read and are left out: sub folder/cut.jpg, фото/text.jpg" in outcome.out
 
 
@@ -57,7 +63,7 @@ def test_json_is_all_of_stdout_and_holds_every_query(search, folder):
         assert sorted(result["file"] for result in entry["results"]) == sorted(NAMES)
         scores = [result["score"] for result in entry["results"]]
         assert scores == sorted(scores, reverse=True)
-    assert "queries: 11 images extracted" in outcome.err
+    assert "queries: 9 images extracted, 2 unreadable" in outcome.err
 
 
 def test_only_what_is_new_or_changed_is_extracted(search, folder):
@@ -65,7 +71,7 @@ def test_only_what_is_new_or_changed_is_extracted(search, folder):
         assert outcome.code == 0, outcome.err
         return {name: int(count) for name, count in re.findall(r"(\w+): (\d+) images extracted", outcome.out)}
 
-    assert extracted(search()) == {"database": 11, "queries": 1}
+    assert extracted(search()) == {"database": 9, "queries": 1}
     again = search()
     assert extracted(again) == {}
     assert "database.npy: used again" in again.out
@@ -77,8 +83,9 @@ def test_only_what_is_new_or_changed_is_extracted(search, folder):
     (folder / NAMES[0]).unlink()
     outcome = search("--top", 11)
     assert extracted(outcome) == {"database": 3, "queries": 1}
+    assert "database: 3 images extracted, 7 as before, 3 gone or replaced, 1 unreadable" in outcome.out
     assert "1 of 11 cannot be read" in outcome.out
-    assert re.search(r"   1   [\d.]+  sub folder/c\.PNG\n", outcome.out)
+    assert re.search(r"   1   [\d.]+   1\.0000  sub folder/c\.PNG\n", outcome.out)
     assert NAMES[0] not in re.findall(r"[\d.]+  (.*)\n", outcome.out)
     assert "  10  " in outcome.out
     assert "  11  " not in outcome.out
@@ -86,7 +93,7 @@ def test_only_what_is_new_or_changed_is_extracted(search, folder):
 
 def test_another_checkpoint_or_setting_extracts_anew(search):
     assert search().code == 0
-    assert "database: 11 images extracted" in search("SupG.relup", "False").out
+    assert "database: 9 images extracted" in search("SupG.relup", "False").out
 
 
 def test_the_report_shows_results_without_right_or_wrong(search, folder):
@@ -135,3 +142,62 @@ def test_a_number_of_results_that_makes_no_sense_is_refused(search, top):
     outcome = search("--top", top)
     assert outcome.code == 2
     assert "is not between 1 and 400" in outcome.err
+
+
+def test_an_image_that_can_be_read_again_is_tried_again(search, folder):
+    unreadable = folder / NAMES[0]
+    content, stat = unreadable.read_bytes(), unreadable.stat()
+    unreadable.write_bytes(content[:-200])
+    os.truncate(unreadable, stat.st_size)
+    os.utime(unreadable, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert "3 of 11 cannot be read" in search().out
+    unreadable.write_bytes(content)
+    os.utime(unreadable, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # the same name, size and time as before
+    outcome = search("--top", 11)
+    assert "database: 1 images extracted, 10 as before" in outcome.out
+    assert "2 of 11 cannot be read" in outcome.out
+    assert f"  {NAMES[0]}\n" in outcome.out
+
+
+def test_what_is_left_out_is_counted_by_reason_and_named(search, folder, monkeypatch):
+    (folder / "photo.HEIC").write_bytes(b"no matter")
+    (folder / "raw.cr2").write_bytes(b"no matter")
+    (folder / "gone.jpg").symlink_to("nowhere.jpg")
+    (folder / "loop.jpg").symlink_to("loop.jpg")
+    os.mkfifo(folder / "pipe.jpg")
+    (folder / "folder.jpg").mkdir()
+    draw(folder / "folder.jpg" / "inside.png", 30)
+    (folder / "a\nforged  line\x1b[2J.jpg").write_bytes((folder / NAMES[0]).read_bytes())
+    monkeypatch.setattr("model.images.FORMATS", ("JPEG", "PNG", "WEBP"))  # as without pillow-heif
+    outcome = search("--top", 400)
+    assert outcome.code == 0, outcome.err
+    assert re.search(
+        r"2 left out, of a format that is not read here: photo.HEIC, raw.cr2; pip install pillow-heif", outcome.out
+    )
+    assert "3 left out, broken links, folders behind links, or no files: gone.jpg, loop.jpg, pipe.jpg\n" in outcome.out
+    assert "1 left out, hidden\n" in outcome.out
+    assert "  folder.jpg/inside.png\n" in outcome.out
+    assert "  a\\nforged  line\\x1b[2J.jpg\n" in outcome.out
+    assert "\x1b" not in outcome.out + Path("log.txt").read_text()
+
+
+def test_a_pair_has_the_same_cosine_whatever_else_is_in_the_folder(search, folder):
+    def cosines() -> dict[str, float]:
+        (entry,) = json.loads(search("--json", "--top", 20).out)["queries"]
+        return {result["file"]: result["cosine"] for result in entry["results"]}
+
+    before = cosines()
+    assert before["sub folder/c.PNG"] == pytest.approx(1, abs=1e-5)
+    (folder / NAMES[0]).unlink()
+    after = cosines()
+    assert after == {name: value for name, value in before.items() if name != NAMES[0]}
+
+
+def test_a_pipe_that_is_closed_ends_the_search_quietly(folder, checkpoint_50, tmp_path):
+    words = ["--database", folder, "--queries", folder, "--weights", checkpoint_50, "TEST.SCALE_LIST", 1]
+    command = shlex.join([sys.executable, "-m", "tools.search", *map(str, words)])
+    done = subprocess.run(
+        f"{command} 2>errors.txt | head -n 1", shell=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 0
+    assert "Traceback" not in (tmp_path / "errors.txt").read_text()

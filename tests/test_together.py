@@ -1,0 +1,66 @@
+"""Several runs at once in one folder: each ends with the right metrics."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+
+def start(work, *arguments) -> subprocess.Popen:
+    command = [sys.executable, ROOT / "test.py", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("settings", [[(), ()], [(), ("SupG.gemp", "False")], [("TEST.RESUME", "False")] * 2])
+def test_two_runs_at_once_end_as_if_alone(layout, checkpoint_50, command, tmp_path, settings):
+    data = ("TEST.WEIGHTS", checkpoint_50, "TEST.DATA_DIR", layout.data_dir, "TEST.DATASET_LIST", "roxford5k")
+    data = (*data, "TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0)
+    (tmp_path / "together").mkdir()
+    runs = [start(tmp_path / "together", *data, *words) for words in settings]
+    ended = [run.communicate() for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], ended
+    for words, (out, _) in zip(settings, ended, strict=True):
+        alone = command("test.py", *data, *words, "TEST.OUT_DIR", f"alone{words}").out
+        lines = [line for line in out.splitlines() if "results: mAP" in line]
+        assert lines == [line for line in alone.splitlines() if "results: mAP" in line]
+        assert len(lines) == 2
+    results = json.loads((tmp_path / "together" / "output" / "results.json").read_text())
+    assert list(results["datasets"]) == ["roxford5k"]
+
+
+OWN = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from model.owner import own
+own(Path("."))
+"""
+
+
+def owner(work, then: str) -> subprocess.Popen:
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [sys.executable, "-c", OWN + then], cwd=work, stdin=pipe, stdout=pipe, stderr=pipe, text=True
+    )
+
+
+def test_the_second_waits_for_the_end_of_the_first_and_names_it(tmp_path):
+    first = owner(tmp_path, "print('owned', flush=True); input()")
+    assert first.stdout.readline() == "owned\n"
+    second = owner(tmp_path, "print('owned')")
+    line = second.stderr.readline()
+    assert re.match(rf"\. is in use by process {first.pid} on \S+, started \S+ \(.*\); waiting for its end", line)
+    first.communicate("\n")
+    assert second.communicate() == ("owned\n", "")
+
+
+def test_a_lock_left_by_a_killed_process_does_not_block(tmp_path):
+    first = owner(tmp_path, "print('owned', flush=True); input()")
+    first.stdout.readline()
+    first.kill()
+    first.communicate()
+    assert (tmp_path / ".lock.owner").exists()
+    assert owner(tmp_path, "print('owned')").communicate(timeout=60) == ("owned\n", "")

@@ -57,12 +57,12 @@ def start_device(cfg: CfgNode, head: dict[str, Any], local_rank: int = 0) -> tor
 
 def make_recipe(cfg: CfgNode, checkpoint: Path) -> Recipe:
     """Returns the recipe of descriptors that the options ask for."""
-    method = cfg.SupG
+    method, scales = cfg.SupG, cfg.TEST.SCALE_LIST
     return Recipe(
         checkpoint=checkpoint,
         depth=cfg.MODEL.DEPTH,
         dim=cfg.MODEL.HEADS.REDUCTION_DIM,
-        scales=SCALE_SETS[cfg.TEST.SCALE_LIST],
+        scales=SCALE_SETS[scales] if isinstance(scales, int) else tuple(scales),
         relup=method.relup_threshold if method.relup else None,
         gemp=method.gemp_p if method.gemp else None,
         rgem=method.rgem_p if method.rgem else None,

@@ -23,6 +23,7 @@ class Option:
     Attributes:
         check: gives the reason why a value is refused, or None.
         needs: values of other options without which it has no effect.
+        parse: makes its value of what was given, if the type of the default does not tell how.
     """
 
     key: str
@@ -30,6 +31,7 @@ class Option:
     meaning: str
     check: Callable[[Any], str | None] = lambda value: None
     needs: Mapping[str, Any] | None = None
+    parse: Callable[[Any], Any] | None = None
 
 
 def _one_of(*choices) -> Callable[[Any], str | None]:
@@ -41,6 +43,21 @@ def _between(low: float, high: float) -> Callable[[Any], str | None]:
 
 
 _size, _count = _between(1, 1 << 20), _between(0, 1 << 20)
+
+
+def _scales(value: Any) -> int | list[float]:
+    """A number of scales, or factors: "(0.5, 1, 2.5)"."""
+    if isinstance(value, str) and re.fullmatch(r"\d{1,3}", value.strip()):
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else [float(each) for each in _list(value)]
+
+
+def _known_scales(value: int | list[float]) -> str | None:
+    if isinstance(value, int):
+        return None if value in (1, 3, 5) else "is not one of 1, 3, 5"
+    if not value or len(value) > 20 or not all(0.01 <= factor <= 16 for factor in value):
+        return "is no list of 1 to 20 factors between 0.01 and 16"
+    return f"has {value[0]:g} twice" if len(set(value)) < len(value) else None
 
 
 def _positive(value: float) -> str | None:
@@ -98,7 +115,10 @@ OPTIONS = (
     ),
     Option("TEST.DATA_DIR", "./revisitop", "folder of the datasets", _not_empty),
     Option("TEST.DATASET_LIST", ["roxford5k", "rparis6k"], f"datasets to run: {', '.join(DATASETS)}", _datasets),
-    Option("TEST.SCALE_LIST", 3, "number of scales: 1, 3 or 5", _one_of(1, 3, 5)),
+    Option(
+        "TEST.SCALE_LIST", 3, "number of scales, 1, 3 or 5, or their factors, '(0.5, 1, 2.5)'", _known_scales,
+        parse=_scales,
+    ),
     Option(
         "TEST.FEATURES", "", "evaluate saved descriptors (.mat, .npy, .npz, .pth, a folder of ours); no network",
         _no_zero_byte,
@@ -369,7 +389,9 @@ def _typed(option: Option, value: Any) -> Any:
     wanted = type(option.default)
     problem = None
     try:
-        if wanted is bool and str(value).lower() in (*_TRUE, *_FALSE):
+        if option.parse is not None:
+            value = option.parse(value)
+        elif wanted is bool and str(value).lower() in (*_TRUE, *_FALSE):
             value = str(value).lower() in _TRUE
         elif wanted is int and not isinstance(value, bool | float):
             value = int(value)

@@ -38,6 +38,19 @@ def test_values_get_the_type_of_their_default():
     )
 
 
+@pytest.mark.parametrize(
+    ("given", "scales"),
+    [
+        ("5", (0.5, 0.7071, 1.0, 1.4142, 2.0)),
+        ("(0.5, 1, 2.5)", (0.5, 1.0, 2.5)),
+        ("[1.2]", (1.2,)),
+        ([0.5, 1], (0.5, 1.0)),
+    ],
+)
+def test_scales_are_a_number_or_factors(given, scales):
+    assert make_recipe(make_config([("TEST.SCALE_LIST", given)]), Path("x")).scales == scales
+
+
 def test_a_yaml_file_is_merged_before_the_command_line(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("MODEL: {DEPTH: 101}\nSupG: {gemp: false, rerank_k: 5}\n")
@@ -55,6 +68,15 @@ def test_a_yaml_file_is_merged_before_the_command_line(tmp_path):
         (["MODEL.DEPTH", "deep"], "'deep' has the wrong type"),
         (["MODEL.DEPTH"], "MODEL.DEPTH needs a value"),
         (["TEST.SCALE_LIST", "4"], "4 is not one of 1, 3, 5"),
+        (["TEST.SCALE_LIST", "(0.5, 0)"], "is no list of 1 to 20 factors"),
+        (["TEST.SCALE_LIST", "(1, 1)"], "has 1 twice"),
+        (["TEST.SCALE_LIST", "large"], "'large' has the wrong type"),
+        (["TEST.DEVICE", "cuda:01"], "is not one of auto, cpu, cuda, cuda:N"),
+        (["TEST.DEVICE", "cuda:٣"], "is not one of auto, cpu, cuda, cuda:N"),
+        (["SupG.rgem_window", "1" + 20 * "0" + "1"], "is not odd and between 1 and 999"),
+        (["SupG.rerank_beta", "1e300"], "is not between 0 and 1e+06"),
+        (["MODEL.HEADS.REDUCTION_DIM", "99999999999"], "is not between 1 and"),
+        (["TEST.OUT_DIR", "a\0b"], "holds a zero byte"),
         (["SupG.gemp", "maybe"], "'maybe' has the wrong type"),
         (["SupG.gemp_p", "nan"], "is not above 0"),
         (["SupG.rerank_k", "30", "SupG.rerank_m", "20"], "SupG.rerank_k 30 is above SupG.rerank_m 20"),
@@ -70,6 +92,25 @@ def test_a_yaml_file_is_merged_before_the_command_line(tmp_path):
 def test_bad_options_are_told(words, message):
     with pytest.raises(InputError, match=re.escape(message)):
         parse_config(words, "")
+
+
+@pytest.mark.parametrize("value", ["2024", "5", "[1]", "True", "'x'", "None", "1e3"])
+def test_text_that_looks_like_something_else_is_text(value):
+    assert value == make_config([("TEST.OUT_DIR", value)]).TEST.OUT_DIR
+
+
+def test_a_config_file_is_never_run_and_never_grows(tmp_path):
+    evil = tmp_path / "evil.py"
+    evil.write_text("open('ran', 'w')\ncfg = {}\n")
+    bomb = tmp_path / "bomb.yaml"
+    bomb.write_text(
+        "a: &a [x, x]\n"
+        + "".join(f"b{i}: &b{i} [{', '.join(9 * ['*a' if i == 0 else f'*b{i - 1}'])}]\n" for i in range(30))
+    )
+    for path in (evil, bomb):
+        with pytest.raises(InputError, match=rf"{path.name} holds no YAML options"):
+            parse_config(["--config-file", str(path)], "")
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("content", ["- a\n- b\n", "MODEL: [", "word"])

@@ -96,7 +96,7 @@ def find_dataset(cfg: CfgNode, name: str) -> Dataset:
 
 
 def make_folder(folder: Path) -> Path:
-    """Makes a folder for results, with its parents; this process owns it then, and waits for another owner's end.
+    """Makes a folder for results, with its parents. This process owns it then; another owner's end is waited for.
 
     Raises:
         InputError: if it cannot be made or written to.

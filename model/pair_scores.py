@@ -199,7 +199,7 @@ class FeatureMaps:
             return None
         try:
             return torch.from_numpy(np.load(path))
-        except (OSError, ValueError, EOFError):  # damaged: made again
+        except Exception:  # damaged, in any of the ways that NumPy tells: made again
             self.disk_left += path.stat().st_size
             path.unlink()
             return None

@@ -3,7 +3,7 @@
 While a list of images is being extracted, two files stand beside the coming `NAME.npy` or `NAME.pth`:
 
     NAME.npy.part       the rows, in place, in NumPy's format
-    NAME.npy.journal    first line: JSON, what the rows are made from; then one line per block of
+    NAME.npy.journal    first line: JSON, what the rows are made from, and its CRC-32; then one line per block of
                         rows that is safely on disk: first row, rows, CRC-32 of their bytes, CRC-32 of the line
 
 A block's rows are synced to disk before its line is written, so a line never promises too much. A
@@ -195,8 +195,8 @@ class DescriptorStore:
         stamps = self._stamps_of(read_provenance(self.path) or {})
         if self.path.suffix == ".npy":
             try:
-                rows = np.load(self.path, mmap_mode="r")
-            except (OSError, ValueError, EOFError) as error:
+                rows = _load(self.path)
+            except ValueError as error:
                 log.warning("%s is damaged (%s), to be replaced", self.path, error)
                 return None
             if rows.shape != (len(stamps), self.dim) or rows.dtype != np.float32:
@@ -236,7 +236,7 @@ class DescriptorStore:
             return
         try:
             head, *lines = self._next_journal.read_bytes().split(b"\n")
-            rows = len(self._stamps_of(json.loads(head)))
+            rows = len(self._stamps_of(_parse_head(head)))
             blocks = [block for line in lines[:-1] if (block := _parse(line))]
             its_part = self.part.stat().st_size == self._offset(rows) and len(self._intact(blocks)) == len(blocks)
         except (OSError, ValueError):
@@ -307,9 +307,7 @@ class DescriptorStore:
         for journal in self._journals():
             first, *lines = journal.read_bytes().split(b"\n")
             try:
-                before = json.loads(first)
-                if not isinstance(before, dict):
-                    raise ValueError
+                before = _parse_head(first)
             except ValueError:
                 raise InputError(f"{journal} is damaged", resume=False) from None
             if differing := differences(before, self.provenance):
@@ -328,9 +326,11 @@ class DescriptorStore:
             done[start : start + count] = True
         damaged += len(blocks) - len(intact)
         try:
-            rows = np.load(self.part, mmap_mode="r")
-        except (OSError, ValueError, EOFError):
+            rows = _load(self.part)
+        except ValueError:
             raise InputError(f"{self.part} is damaged", resume=False) from None
+        if rows.shape != (len(stamps), self.dim) or rows.dtype != np.float32:
+            raise InputError(f"{self.part} is damaged", resume=False)
         done &= nonzero_rows(rows)  # images that could not be read are tried again
         if stamps != self._stamps_of(self._head()):
             self._carry_over(stamps, rows, done)
@@ -349,7 +349,8 @@ class DescriptorStore:
         journal = journal or self.journal
         new = Path(f"{self.path}.new-{journal.name}")
         with new.open("wb") as file:
-            file.write(json.dumps(self._head()).encode() + b"\n")
+            head = json.dumps(self._head()).encode()
+            file.write(head + f" {zlib.crc32(head):08x}\n".encode())
             file.writelines(_line(*block) for block in blocks)
             _sync(file)
         os.replace(new, journal)
@@ -424,6 +425,14 @@ def jsonable(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
+def _load(path: Path) -> np.ndarray:
+    """The rows of a file, memory-mapped. Raises ValueError for whatever is wrong with it."""
+    try:
+        return np.load(path, mmap_mode="r")
+    except Exception as error:  # NumPy's reader of headers lets many kinds through
+        raise ValueError(str(error).splitlines()[0] if str(error) else type(error).__name__) from None
+
+
 def nonzero_rows(rows: np.ndarray, chunk: int = 8192) -> np.ndarray:
     """Which rows are descriptors: a row of zeros is none, (N, D) -> (N,) bool."""
     parts = [rows[start : start + chunk].any(axis=1) for start in range(0, len(rows), chunk)]
@@ -439,6 +448,18 @@ def _blocks(rows: np.ndarray, done: np.ndarray) -> list[tuple[int, int, int]]:
 def _line(start: int, count: int, checksum: int) -> bytes:
     text = f"{start} {count} {checksum:08x}".encode()
     return text + f" {zlib.crc32(text):08x}\n".encode()
+
+
+def _parse_head(line: bytes) -> dict:
+    """The first line of a journal; older versions wrote no checksum. Raises ValueError if it is damaged."""
+    if not line.endswith(b"}"):
+        line, _, checksum = line.rpartition(b" ")
+        if zlib.crc32(line) != int(checksum, 16):
+            raise ValueError("the checksum does not match")
+    head = json.loads(line)
+    if not isinstance(head, dict):
+        raise ValueError("no head")
+    return head
 
 
 def _parse(line: bytes) -> tuple[int, int, int] | None:

@@ -1,11 +1,13 @@
 """Saved descriptors: our own, revisitop's .mat files, and the distractors'."""
 
 import logging
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.io
 import torch
 from torch import Tensor
 
@@ -44,7 +46,7 @@ def load_descriptors(path: Path, dataset: Dataset) -> tuple[Tensor, Tensor]:
         arrays = [_load_npy(file) for file in files]
         _check_pair(*files)
     elif suffix in (".mat", ".npz", ".pth"):
-        content = {".mat": _load_mat, ".npz": _load_npy, ".pth": load_tensors}[suffix](path)
+        content = {".mat": load_mat, ".npz": _load_npy, ".pth": load_tensors}[suffix](path)
         try:
             arrays = [_array(content[name]) for name in ("Q", "X")]
         except (KeyError, TypeError, IndexError):
@@ -139,15 +141,38 @@ def _load_npy(path: Path, mmap_mode: str | None = None) -> Any:
         raise InputError(f"{path} is damaged or no NumPy file ({_first_line(error)})") from None
 
 
-def _load_mat(path: Path) -> dict:
-    try:
-        return scipy.io.loadmat(path, variable_names=["X", "Q"])
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from None
-    except NotImplementedError:
-        raise InputError(f"{path} is MATLAB 7.3 (HDF5); save it with -v7") from None
-    except Exception as error:  # SciPy's reader lets many kinds through
-        raise InputError(f"{path} is damaged or no MATLAB file ({_first_line(error)})") from None
+# SciPy's reader can be led to crash by a damaged file: it works in a process of its own.
+_READ_MAT = """
+import sys
+import numpy, scipy.io
+try:
+    content = scipy.io.loadmat(sys.argv[1], variable_names=["X", "Q"])
+except NotImplementedError:
+    sys.exit("it is MATLAB 7.3 (HDF5); save it with -v7")
+except Exception as error:
+    sys.exit((str(error) or type(error).__name__).splitlines()[0])
+numpy.savez(sys.argv[2], **{name: content[name] for name in ("X", "Q") if name in content})
+"""
+
+
+def load_mat(path: Path) -> dict[str, np.ndarray]:
+    """Returns the arrays Q and X of a MATLAB file, as far as they are there.
+
+    Raises:
+        InputError: if it is damaged or no MATLAB file.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        converted = Path(folder) / "descriptors.npz"
+        command = [sys.executable, "-c", _READ_MAT, str(path.absolute()), str(converted)]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        if done.returncode:
+            reason = done.stderr.strip().splitlines()[-1:] if done.returncode > 0 else [f"signal {-done.returncode}"]
+            raise InputError(f"{path} is damaged or no MATLAB file ({''.join(reason)})")
+        try:
+            with np.load(converted, allow_pickle=False) as content:
+                return dict(content)
+        except ValueError:  # arrays of objects
+            raise InputError(f"{path}: Q or X is no array of numbers") from None
 
 
 def _rows(array: np.ndarray, count: int, columns_first: bool, what: str, dataset: str) -> Tensor:

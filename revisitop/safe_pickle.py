@@ -7,10 +7,11 @@ file. Here an array is rebuilt from its bytes, its shape and a plain dtype (inte
 import math
 import pickle
 import re
+import struct
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -138,11 +139,31 @@ _CALLS = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
-    """Calls nothing but what stands above; NumPy 2 renamed the modules that older pickles name."""
+class _Unpickler(pickle._Unpickler):
+    """Calls nothing but what stands above; NumPy 2 renamed the modules that older pickles name.
+
+    It is Python's own unpickler in Python: the one in C makes room for whatever number of objects or
+    bytes a file claims to have.
+    """
+
+    dispatch: ClassVar[dict] = dict(pickle._Unpickler.dispatch)
 
     def find_class(self, module: str, name: str) -> Any:
         core = module.removeprefix("numpy._core.").removeprefix("numpy.core.")
         if (core, name) in _CALLS:
             return _CALLS[core, name]
         raise _RefusedError(f"{module}.{name}")
+
+    def _load_build(self) -> None:
+        """Gives its state to an array or a dtype, and to nothing else."""
+        state = self.stack.pop()
+        if not isinstance(self.stack[-1], ArrayLike | _PlainType):
+            raise _RefusedError(f"the state of a {type(self.stack[-1]).__name__}")
+        self.stack[-1].__setstate__(state)
+
+    def _load_bytearray(self) -> None:
+        (size,) = struct.unpack("<Q", self.read(8))
+        self.append(self.read(size))
+
+    dispatch[pickle.BUILD[0]] = _load_build
+    dispatch[pickle.BYTEARRAY8[0]] = _load_bytearray

@@ -23,7 +23,6 @@ from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from urllib.parse import urlsplit
 
-import scipy.io
 import torch
 from tqdm import tqdm
 
@@ -32,6 +31,7 @@ from model.errors import InputError, run_command, short_list
 from model.images import ImageError, ImageFile, read_image
 from model.resnet import ResNet
 from revisitop.dataset import dataset_folder, load_distractor_list, read_ground_truth
+from revisitop.descriptors import load_mat
 from tools.transfer import Fetcher, Source
 
 
@@ -295,12 +295,8 @@ def check_list(path: Path) -> None:
 
 
 def check_mat(path: Path) -> None:
-    """Raises InputError where the file is no MATLAB file with the descriptors Q and X."""
-    try:
-        content = scipy.io.loadmat(path, appendmat=False)
-    except Exception as error:  # SciPy's reader lets many kinds through
-        raise InputError(f"{path} is damaged or no MATLAB file ({error})") from None
-    if not {"Q", "X"} <= content.keys():
+    """Raises InputError if the file is no MATLAB file with the descriptors Q and X."""
+    if not {"Q", "X"} <= load_mat(path).keys():
         raise InputError(f"{path} has no Q and X (query and database descriptors)")
 
 

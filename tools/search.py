@@ -70,7 +70,6 @@ def main(argv: list[str]) -> None:
     args, cfg, _ = parse(argv)
     if not args.database.is_dir():
         raise InputError(f"--database {args.database}: there is no such folder")
-    out_dir = make_folder(Path(cfg.TEST.OUT_DIR))
     head = start_log(Path("log.txt"), plain(cfg), screen=sys.stderr if args.json else sys.stdout)
     for line in idle_options(cfg):
         log.warning("%s", line)
@@ -80,7 +79,7 @@ def main(argv: list[str]) -> None:
     # Each database has a folder of descriptors of its own, by its path.
     database_images, query_images = find_images(args.database), find_images(args.queries)
     place = hashlib.sha256(str(args.database.resolve()).encode(errors="surrogateescape")).hexdigest()[:8]
-    cache = make_folder(out_dir / "search" / f"{args.database.resolve().name}-{place}")
+    cache = make_folder(Path(cfg.TEST.OUT_DIR) / "search" / f"{args.database.resolve().name}-{place}")
     sets = [
         ImageSet(cache / "database.npy", "database", database_images, args.database),
         ImageSet(cache / "queries.npy", "queries", query_images, folder_of(args.queries)),

@@ -1,0 +1,205 @@
+"""Damaged files of every kind that comes from elsewhere: an InputError, or a result; never anything else.
+
+A moment for each kind within the test run; longer by hand: FUZZ_SECONDS=600 python -m pytest tests/fuzz
+"""
+
+import contextlib
+import io
+import os
+import pickle
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.io
+import torch
+from PIL import Image
+
+from config import OPTIONS, parse_config
+from model.checkpoint import encoder_state, load_encoder
+from model.errors import InputError
+from model.images import read_image
+from model.resnet import ResNet
+from model.store import DescriptorStore
+from revisitop.dataset import load_dataset, read_ground_truth
+from revisitop.descriptors import load_descriptors, load_distractors
+
+SECONDS = float(os.environ.get("FUZZ_SECONDS", 1.5))
+SLOW = 5.0  # seconds for one input
+
+
+def mutated(samples: list[bytes], seed: int = 0) -> Iterator[bytes]:
+    """Samples with some bytes changed, cut off, repeated or taken from another, for SECONDS."""
+    rng, end = random.Random(seed), time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        data = bytearray(rng.choice(samples))
+        for _ in range(rng.choice((1, 1, 2, 5, 20))):
+            place = rng.randrange(len(data)) if rng.random() < 0.6 else rng.randrange(min(len(data), 300))
+            kind = rng.randrange(5)
+            if kind == 0:
+                data[place] = rng.randrange(256)
+            elif kind == 1:
+                data[place] ^= 1 << rng.randrange(8)
+            elif kind == 2:
+                data[place : place + rng.randrange(1, 9)] = rng.randbytes(rng.randrange(9))
+            elif kind == 3:
+                other = rng.choice(samples)
+                start = rng.randrange(len(other))
+                data[place:place] = other[start : start + rng.randrange(1, 40)]
+            elif rng.random() < 0.3:
+                del data[place:]
+            data = data or bytearray(b"\0")
+        yield bytes(data)
+
+
+def survives(path: Path, samples: list[bytes], read: Callable[[Path], object]) -> None:
+    """Reads each mutated sample; the rejected ones must be some, and so must the accepted."""
+    refused = tried = 0
+    for data in mutated(samples):
+        path.write_bytes(data)
+        start = time.monotonic()
+        try:
+            read(path)
+        except InputError:
+            refused += 1
+        except Exception as error:
+            kept = path.with_name(f"failure{path.suffix}")
+            kept.write_bytes(data)
+            pytest.fail(f"{type(error).__name__}: {error}; the input is {kept}")
+        assert time.monotonic() - start < SLOW
+        tried += 1
+    assert refused > 0
+    print(f"{path.suffix}: {tried} tried, {refused} refused")
+
+
+def test_ground_truth(layout):
+    arrays = {**layout.gnd, "gnd": [{k: np.array(v) for k, v in entry.items()} for entry in layout.gnd["gnd"]]}
+    samples = [pickle.dumps(content, protocol) for content in (layout.gnd, arrays) for protocol in range(6)]
+    survives(layout.ground_truth_file, samples, lambda path: read_ground_truth("roxford5k", path))
+
+
+def test_images(tmp_path):
+    samples = []
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
+    for kind in ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM"):
+        image.save(file := io.BytesIO(), kind)
+        samples.append(file.getvalue())
+    survives(tmp_path / "x.jpg", samples, read_image)
+
+
+@pytest.mark.parametrize("kind", ["npz", "mat", "pth", "npy"])
+def test_saved_descriptors(layout, tmp_path, kind):
+    dataset = load_dataset("roxford5k", layout.data_dir)
+    rows = np.random.default_rng(0).standard_normal((27, 16)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    file = io.BytesIO()
+    if kind == "npz":
+        np.savez_compressed(file, Q=rows[:3], X=rows[3:])
+    elif kind == "mat":
+        scipy.io.savemat(file, {"Q": rows[:3].T, "X": rows[3:].T})
+    elif kind == "pth":
+        torch.save({"Q": torch.from_numpy(rows[:3]), "X": torch.from_numpy(rows[3:])}, file)
+    else:
+        np.save(file, rows[3:])
+        np.save(tmp_path / "roxford5k_query.npy", rows[:3])
+    survives(tmp_path / f"roxford5k_db.{kind}", [file.getvalue()], lambda path: load_descriptors(path, dataset))
+
+
+@pytest.mark.parametrize("kind", ["pth", "npy"])
+def test_distractors(tmp_path, kind):
+    rows = torch.nn.functional.normalize(torch.randn(40, 16), dim=1)
+    file = io.BytesIO()
+    torch.save(rows, file) if kind == "pth" else np.save(file, rows.numpy())
+    survives(tmp_path / f"feats.{kind}", [file.getvalue()], load_distractors)
+
+
+def test_checkpoints(tmp_path):
+    state = {f"encoder_q.{key}": torch.zeros(2) for key in ("stem.conv.weight", "s1.b1.f.a.weight", "head.pool.p")}
+    samples = []
+    for zipped in (True, False):
+        torch.save({"model_state": state}, file := io.BytesIO(), _use_new_zipfile_serialization=zipped)
+        samples.append(file.getvalue())
+    with torch.device("meta"):
+        network = ResNet(50)
+    survives(tmp_path / "x.pyth", samples, lambda path: (encoder_state(path), load_encoder(network, path)))
+
+
+@pytest.mark.parametrize("name", ["rows.npy.part", "rows.npy.journal", "rows.npy", "rows.npy.json"])
+def test_stores(tmp_path, name):
+    provenance, stamps = {"checkpoint": "abc"}, [f"image-{row}" for row in range(10)]
+    rows = np.random.default_rng(0).random((10, 4), dtype=np.float32) + 1
+
+    def begin() -> DescriptorStore:
+        store = DescriptorStore(tmp_path / "rows.npy", 10, 4, provenance, resume=False, stamps=stamps)
+        for row in range(6 if name.endswith(("part", "journal")) else 10):
+            store.write(row, rows[row])
+        store.flush()
+        return store
+
+    store = begin()
+    if not name.endswith(("part", "journal")):
+        store.finish()
+    whole = {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def read(path: Path) -> None:
+        for other, content in whole.items():
+            if other != path:
+                other.write_bytes(content)
+        for other in set(tmp_path.iterdir()) - whole.keys() - {path}:
+            other.unlink()
+        found = DescriptorStore(tmp_path / "rows.npy", 10, 4, provenance, stamps=stamps)
+        if name.endswith(("part", "journal")) and found.done.any():  # what counts as there is right, to the bit
+            np.testing.assert_array_equal(found.part_rows()[found.done], rows[found.done])
+
+    path = tmp_path / name
+    for data in mutated([whole[path]]):
+        path.write_bytes(data)
+        try:
+            read(path)
+        except InputError:
+            continue
+
+
+def test_command_lines(tmp_path):
+    rng, end = random.Random(0), time.monotonic() + SECONDS
+    values = [
+        "",
+        "1",
+        "-1",
+        "nan",
+        "inf",
+        "1e400",
+        "[",
+        "[1",
+        "(0.5,",
+        "'x'",
+        "True",
+        "\0",
+        "é",
+        "../..",
+        "cuda:1",
+        "9" * 30,
+    ]
+    files = [
+        "{}",
+        "a",
+        "- 1",
+        "TEST: [",
+        "1: 2",
+        "{[1]: 2}",
+        "TEST: {SCALE_LIST: {a: 1}}",
+        "TEST: {SCALE_LIST: [1, a]}",
+    ]
+    files += [f"TEST: {{OUT_DIR: {value}}}" for value in values]
+    config = tmp_path / "run.yaml"
+    keys = [option.key for option in OPTIONS]
+    while time.monotonic() < end:
+        words = [rng.choice(keys + values) for _ in range(rng.randrange(1, 6))]
+        if rng.random() < 0.3:
+            config.write_text(rng.choice(files))
+            words = ["--config-file", str(config), *words]
+        with contextlib.suppress(InputError):
+            parse_config(words, "")

@@ -1,0 +1,150 @@
+"""SIGKILL at random moments: whether the next start ends with the bytes of a run that nothing interrupted.
+
+    python benchmarks/killed.py --tries 200
+
+Each try takes one of the commands (test.py, extract_rop1m.py alone and as two processes, search with a list that
+changes, tables) on a few drawn images, kills it and all its processes at a random moment, up to three times, starts
+it once more to its end, and compares every descriptor file, and the metrics, with those of an uninterrupted run.
+"""
+
+import argparse
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from alternate import positive
+
+from model.errors import run_command
+from revisitop import toy
+
+ROOT = Path(__file__).parents[1]
+QUICK = ["TEST.SCALE_LIST", "1", "DATA_LOADER.NUM_WORKERS", "0", "TEST.BATCH_SIZE", "2"]
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tries", type=positive, default=200, help="[200]")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments [0]")
+    args = parser.parse_args(argv)
+    rng, survived, tried = random.Random(args.seed), Counter(), Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        commands = prepare(work)
+        wanted, seconds = {}, {}
+        for name, command in commands.items():
+            began = time.monotonic()
+            end(command, work / name)
+            wanted[name], seconds[name] = outcome(work / name), time.monotonic() - began
+        for number in tqdm(range(args.tries), unit="try"):
+            name = list(commands)[number % len(commands)]
+            place = work / f"try-{number}"
+            extra = work / "images" / f"new-{number}.png"
+            if name == "search":  # a list of its own for what is killed
+                shutil.copy(work / "images" / "1.png", extra)
+            moments = [rng.uniform(0.3, 1) * seconds[name] for _ in range(rng.choice((1, 1, 2, 3)))]
+            kills = sum(kill(commands[name], place, moment) for moment in moments)
+            extra.unlink(missing_ok=True)
+            said = end(commands[name], place)
+            tried[name] += 1
+            if outcome(place) == wanted[name]:
+                survived[name] += 1
+            else:
+                print(f"\n{name}, try {number}, killed {kills} times, went wrong:\n{said}", file=sys.stderr)
+            shutil.rmtree(place)
+    for name in commands:
+        print(f"{name:<14}{survived[name]:4d} of {tried[name]} as if nothing had happened")
+    if survived.total() < tried.total():
+        sys.exit(1)
+
+
+def prepare(work: Path) -> dict[str, list[str]]:
+    """Draws what the commands need, and returns them."""
+    data, images = work / "data", work / "images"
+    images.mkdir(parents=True)
+    checkpoint = work / "R50.pyth"
+    torch.save(toy.seeded_checkpoint(50), checkpoint)
+    rng = np.random.default_rng(0)
+    for number in range(24):
+        Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(images / f"{number}.png")
+    layout = data / "roxford5k"
+    (layout / "jpg").mkdir(parents=True)
+    names = [f"db_{number}" for number in range(20)] + [f"query_{number}" for number in range(3)]
+    for number, name in enumerate(names):
+        Image.open(images / f"{number}.png").save(layout / "jpg" / f"{name}.jpg")
+    truth = [{"bbx": [0, 0, 40, 40], "easy": [q], "hard": [q + 3], "junk": [q + 6]} for q in range(3)]
+    content = {"imlist": names[:20], "qimlist": names[20:], "gnd": truth}
+    (layout / "gnd_roxford5k.pkl").write_bytes(pickle.dumps(content))
+    (images / "revisitop1m.txt").write_text("".join(f"{number}.png\n" for number in range(24)))
+
+    weights = ["TEST.WEIGHTS", str(checkpoint), *QUICK]
+    dataset = ["TEST.DATA_DIR", str(data), "TEST.DATASET_LIST", "roxford5k"]
+    extract = [str(ROOT / "extract_rop1m.py"), "--depth", "50", "--data-dir", str(images), *weights]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    search = ["-m", "tools.search", "--database", str(images), "--queries", str(images / "3.png"), "--json", *weights]
+    return {
+        "test.py": [str(ROOT / "test.py"), *dataset, *weights],
+        "extract": [*extract, "--out", "feats.pth"],
+        "two processes": [*torchrun, *extract, "--out", "feats.npy"],
+        "search": search,
+        "tables": ["-m", "tools.tables", "main", "--depth", "50", *dataset, *weights],
+    }
+
+
+def start(command: list[str], place: Path) -> subprocess.Popen:
+    place.mkdir(exist_ok=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    said = (place / "said.txt").open("w")
+    return subprocess.Popen(
+        [sys.executable, *command], cwd=place, env=environment, stdout=said, stderr=said, start_new_session=True
+    )
+
+
+def kill(command: list[str], place: Path, seconds: float) -> bool:
+    """Starts the command, and kills it and its processes after so many seconds; whether it still ran then."""
+    process = start(command, place)
+    try:
+        process.wait(seconds)
+        return False
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return True
+
+
+def end(command: list[str], place: Path) -> str:
+    """Runs the command to its end, and returns what it said."""
+    start(command, place).wait()
+    return (place / "said.txt").read_text(errors="replace")
+
+
+def outcome(place: Path) -> dict[str, object]:
+    """Descriptors and rankings by file, to the bit, and the metrics."""
+    found: dict[str, object] = {}
+    for path in sorted(place.rglob("*")):
+        name = str(path.relative_to(place))
+        if path.suffix in (".npy", ".pth"):
+            found[name] = path.read_bytes()
+        elif path.name == "results.json":
+            datasets = json.loads(path.read_text())["datasets"]["roxford5k"]
+            found[name] = {stage: datasets[stage]["M"] for stage in ("retrieval", "reranking")}
+    return found
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -44,7 +44,7 @@ def _draw_curve(title: str, results: dict[str, Metrics], dark: bool) -> str:
         )
     axes.set(xlim=(0, 100), ylim=(0, 100), xlabel="recall in percent", ylabel="precision in percent")
     axes.set_title(title, loc="left", color=ink, fontsize=11, fontweight="bold")
-    axes.legend(loc="lower left", frameon=False, labelcolor=ink, fontsize=9)
+    axes.legend(loc="best", frameon=False, labelcolor=ink, fontsize=9)
     axes.grid(color=faint, linewidth=0.8)
     axes.tick_params(colors=ink, labelsize=9, length=0)
     for label in (axes.xaxis.label, axes.yaxis.label):

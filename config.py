@@ -57,7 +57,8 @@ def _known_scales(value: int | list[float]) -> str | None:
         return None if value in (1, 3, 5) else "is not one of 1, 3, 5"
     if not value or len(value) > 20 or not all(0.01 <= factor <= 16 for factor in value):
         return "is no list of 1 to 20 factors between 0.01 and 16"
-    return f"has {value[0]:g} twice" if len(set(value)) < len(value) else None
+    twice = [factor for factor in value if value.count(factor) > 1]
+    return f"has {twice[0]:g} twice" if twice else None
 
 
 def _positive(value: float) -> str | None:

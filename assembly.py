@@ -26,7 +26,7 @@ from model.recipe import SCALE_SETS, Recipe
 from modules.reranking import Reranker, SuperGlobalReranker
 from modules.search import Database
 from revisitop import toy
-from revisitop.dataset import Dataset, load_dataset, load_distractor_list
+from revisitop.dataset import Dataset, dataset_folder, load_dataset, load_distractor_list
 from revisitop.descriptors import add_distractors, check_distractors, load_descriptors, load_distractors
 from revisitop.evaluate import most_ignored
 from revisitop.retrieve import SAVED_RANKS
@@ -77,6 +77,17 @@ def make_loading(cfg: CfgNode, device: torch.device) -> Loading:
     return Loading(cfg.DATA_LOADER.NUM_WORKERS, pin_memory, cfg.TEST.BATCH_SIZE)
 
 
+def find_recipe(cfg: CfgNode, dataset: Dataset | None = None) -> Recipe:
+    """Returns the recipe with the checkpoint that the options name, which fits it.
+
+    Raises:
+        InputError: if there is none, or it does not fit.
+    """
+    recipe = make_recipe(cfg, find_weights(cfg, dataset))
+    recipe.check()
+    return recipe
+
+
 def find_weights(cfg: CfgNode, dataset: Dataset | None = None) -> Path:
     """Returns the checkpoint. By default it is in ./weights, and toy has random weights of its own."""
     given = cfg.TEST.WEIGHTS != "auto"
@@ -92,7 +103,13 @@ def find_dataset(cfg: CfgNode, name: str) -> Dataset:
     with option("TEST.DATA_DIR"):
         if name == "toy":
             toy.ensure_dataset(Path(cfg.TEST.DATA_DIR), lambda images: tqdm(images, desc="drawing toy", unit="img"))
-        return load_dataset(name, Path(cfg.TEST.DATA_DIR))
+        folder = Path(cfg.TEST.DATA_DIR)
+        if dataset_folder(folder, name) is None:
+            raise InputError(
+                f"no dataset {name} in {folder}: {folder / name / f'gnd_{name}.pkl'} is missing; "
+                f"python -m tools.download {name} --data-dir {folder} fetches it"
+            )
+        return load_dataset(name, folder)
 
 
 def make_folder(folder: Path) -> Path:
@@ -135,6 +152,8 @@ def find_distractors(cfg: CfgNode) -> Distractors:
     else:
         candidates = [Path(f"feats_1m_RN{cfg.MODEL.DEPTH}{suffix}") for suffix in (".pth", ".npy")]
     path = next((path for path in candidates if path.is_file()), None)
+    if path is None and cfg.TEST.DISTRACTORS:
+        raise InputError(f"TEST.DISTRACTORS: no file {candidates[0]}")
     if path is None:
         raise InputError(
             f"SupG.onemeval: no {candidates[0]} here; extract_rop1m.py makes it, TEST.DISTRACTORS names another"
@@ -223,7 +242,7 @@ def prepare(cfg: CfgNode, name: str, folder: Path, device: torch.device) -> Expe
     recipe = None
     if not cfg.TEST.FEATURES:
         dataset.check_files()
-        recipe = make_recipe(cfg, find_weights(cfg, dataset))
+        recipe = find_recipe(cfg, dataset)
     distractors = None
     if cfg.SupG.onemeval:
         distractors = find_distractors(cfg)

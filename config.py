@@ -154,7 +154,10 @@ OPTIONS = (
     Option("SupG.sgem_p", math.inf, "power of Scale-GeM; inf is the maximum", _positive, {"SupG.sgem": True}),
     Option("SupG.relup", True, "ReLU+; False: plain ReLU everywhere"),
     Option("SupG.relup_threshold", 0.014, "threshold of ReLU+", _between(0, 1e30), {"SupG.relup": True}),
-    Option("SupG.rerank", True, "SuperGlobal reranking, if it is the TEST.RERANKER"),
+    Option(
+        "SupG.rerank", True, "SuperGlobal reranking, if it is the TEST.RERANKER",
+        needs={"TEST.RERANKER": "superglobal"},
+    ),
     Option("SupG.rerank_m", 400, "M, candidates that are reranked", _size, _SUPERGLOBAL),
     Option("SupG.rerank_k", 9, "K, neighbours of a candidate", _size, _SUPERGLOBAL),
     Option("SupG.rerank_beta", 0.15, "beta, weight of the neighbours", _between(0, 1e6), _SUPERGLOBAL),
@@ -214,10 +217,9 @@ class CommandLine:
         self.parser = _Parser(
             prog=prog,
             description=description,
-            epilog=_options_help(uses),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        self.add = self.parser.add_argument
+        self.add, self.name = self.parser.add_argument, self.parser.prog
         self._flags: dict[str, str] = {}
 
     def refuse(self, instead: Mapping[str, str]) -> None:
@@ -240,6 +242,7 @@ class CommandLine:
         Raises:
             InputError: on unknown or missing arguments.
         """
+        self.parser.epilog = _options_help(self.uses)
         self.add("--config-file", type=Path, metavar="FILE", help="YAML file of options, merged first")
         self.add("options", nargs="*", metavar="KEY VALUE", help="options, listed below")
         return self.parser.parse_intermixed_args(argv)
@@ -274,7 +277,7 @@ class CommandLine:
     def _refuse_unused(self, option: Option, value: Any) -> None:
         if option.key not in self.uses and _typed(option, value) != option.default:
             hint = self.instead.get(option.key, "--help lists the options that it uses")
-            raise InputError(f"{option.key} is not an option of {self.parser.prog}; {hint}")
+            raise InputError(f"{option.key} is not an option of {self.name}; {hint}")
 
 
 def parse_config(argv: list[str], description: str) -> CfgNode:
@@ -346,7 +349,7 @@ def pair_options(words: list[str]) -> list[tuple[str, Any]]:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        raise InputError(f"{message}; --help lists the options")
+        raise InputError(f"{message}; options are KEY VALUE, MODEL.DEPTH 50 say, and --help lists them")
 
 
 def _with(cfg: CfgNode, settings: Sequence[tuple[str, Any]]) -> CfgNode:
@@ -354,7 +357,9 @@ def _with(cfg: CfgNode, settings: Sequence[tuple[str, Any]]) -> CfgNode:
         *sections, leaf = key.split(".")
         reduce(getattr, sections, cfg)[leaf] = _typed(_option(key), value)
     if cfg.SupG.rerank_k > cfg.SupG.rerank_m:
-        raise InputError(f"SupG.rerank_k {cfg.SupG.rerank_k} is above SupG.rerank_m {cfg.SupG.rerank_m}")
+        raise InputError(
+            f"SupG.rerank_k {cfg.SupG.rerank_k} is above SupG.rerank_m {cfg.SupG.rerank_m}: give K of M at most"
+        )
     cfg.freeze()
     return cfg
 

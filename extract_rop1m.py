@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
     out = args.out or Path(f"feats_1m_RN{cfg.MODEL.DEPTH}.pth")
 
     # Imported here, so that --help and a mistyped option are answered at once.
-    from assembly import find_weights, make_loading, make_recipe, option, start_device
+    from assembly import find_recipe, make_loading, option, start_device
     from model.distributed import Processes
     from model.extract import ImageSet, extract_shared
     from model.owner import own
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     log.info("%r", processes)
 
     # Everything that can be missing or does not fit is looked for before the long work begins.
-    recipe = make_recipe(cfg, find_weights(cfg))
+    recipe = find_recipe(cfg)
     with option("--data-dir"):
         digest, images = load_distractor_list(args.data_dir)
     distractors = ImageSet(out, "distractors", images, provenance={"list_sha256": digest}, stamped=False)

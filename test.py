@@ -19,7 +19,7 @@ def main(argv: list[str]) -> None:
     # Imported here, so that --help and a mistyped option are answered at once.
     from assembly import make_folder, prepare, results_needed, start_device
     from report.log import start_log
-    from report.page import evaluated_page, write_report
+    from report.page import evaluated_page, remove_report, write_report
     from report.results import Evaluated, save_results, summary
     from revisitop import toy
     from revisitop.evaluate import evaluate
@@ -61,6 +61,8 @@ def main(argv: list[str]) -> None:
         page = evaluated_page(head, results, distractors.images if distractors else (), option_values(cfg))
         path = write_report(page, out_dir / "report")
         log.info("the report is %s (%.1f MB)", path, path.stat().st_size / 1e6)
+    else:
+        remove_report(out_dir / "report")  # an older run's
     log.info("results, descriptors and rankings are in %s, the log in log.txt", out_dir)
 
 

@@ -75,6 +75,12 @@ class Recipe:
         """What descriptors are made from, to be kept with them: the settings, and the weights by their hash."""
         return {"checkpoint_sha256": self.checkpoint_sha256, **self.settings()}
 
+    def check(self) -> None:
+        """Raises InputError if the checkpoint does not fit the settings; for before the long work."""
+        with torch.device("meta"):
+            encoder = ResNet(self.depth, self.dim, self.relup)
+        load_encoder(encoder, self.checkpoint)
+
     def network(self, device: torch.device | str = "cpu") -> SuperGlobal:
         """Returns the network with the checkpoint's weights, folded for fast inference. (N, 3, H, W) -> (N, D).
 

@@ -83,10 +83,7 @@ def load_dataset(name: str, data_dir: Path) -> Dataset:
     """
     folder = dataset_folder(data_dir, name)
     if folder is None:
-        raise InputError(
-            f"no dataset {name} in {data_dir}: {data_dir / name / f'gnd_{name}.pkl'} is missing; "
-            f"python -m tools.download {name} fetches it into {name}/ of the folder of the datasets"
-        )
+        raise InputError(f"no dataset {name} in {data_dir}: {data_dir / name / f'gnd_{name}.pkl'} is missing")
     return read_ground_truth(name, folder / f"gnd_{name}.pkl")
 
 

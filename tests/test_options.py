@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -181,3 +182,20 @@ def test_help_and_mistyped_options_need_no_pytorch(tmp_path):
     for words, expected in (("--help", 0), ("SupG.gem", 2)):
         done = subprocess.run([sys.executable, "-c", code, words], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == expected, done.stderr
+
+
+def test_a_checkpoint_that_does_not_fit_costs_nothing_that_is_there(command, runs):
+    words = runs["test.py"][1]
+    assert command("test.py", *words).code == 0
+    assert command("test.py", *words, "MODEL.DEPTH", 101).code == 2
+    assert command("test.py", *words).out.count("used again") == 3  # queries, database, cvnet's scores
+    words = runs["extract_rop1m.py"][0]
+    assert command("extract_rop1m.py", *words, "--depth", 101).code == 2
+    assert not list(Path().glob("feats_1m_RN101*"))
+
+
+def test_an_older_page_does_not_stand_beside_newer_results(command, runs):
+    assert command("test.py", *runs["test.py"][1], "TEST.REPORT").code == 0
+    assert Path("output/report/index.html").exists()
+    assert command("test.py", *runs["test.py"][1]).code == 0
+    assert not Path("output/report").exists()

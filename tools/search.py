@@ -23,10 +23,9 @@ from yacs.config import CfgNode
 
 from assembly import (
     Subject,
-    find_weights,
+    find_recipe,
     make_folder,
     make_loading,
-    make_recipe,
     make_rerankers,
     results_needed,
     start_device,
@@ -74,7 +73,9 @@ def main(argv: list[str]) -> None:
     for line in idle_options(cfg):
         log.warning("%s", line)
     device = start_device(cfg, head)
-    recipe = make_recipe(cfg, find_weights(cfg))
+    recipe = find_recipe(cfg)
+    if args.queries.is_file() and (problem := why_unreadable(ImageFile(args.queries))):
+        raise InputError(f"queries: {problem}")
 
     # Each database has a folder of descriptors of its own, by its path.
     database_images, query_images = find_images(args.database), find_images(args.queries)
@@ -205,7 +206,8 @@ def extract_folders(sets: Sequence[ImageSet], recipe: Recipe, device: torch.devi
             _name(image, each.folder) for image, good in zip(each.images, readable.tolist(), strict=True) if not good
         ]
         if not images:
-            raise InputError(f"{each.title}: {why_unreadable(each.images[0])}{' and more' if len(bad) > 1 else ''}")
+            problem = why_unreadable(each.images[0]) or f"{each.images[0].path} has no descriptor"
+            raise InputError(f"{each.title}: {problem}{' and more' if len(bad) > 1 else ''}")
         if bad:
             log.warning(
                 "%s: %d of %d cannot be read and are left out: %s",
@@ -215,12 +217,12 @@ def extract_folders(sets: Sequence[ImageSet], recipe: Recipe, device: torch.devi
     return folders
 
 
-def why_unreadable(image: ImageFile) -> str:
+def why_unreadable(image: ImageFile) -> str | None:
     try:
         image.read()
     except ImageError as error:
         return str(error)
-    return f"{image.path} has no descriptor"
+    return None
 
 
 class Result(NamedTuple):

@@ -114,7 +114,9 @@ def main(argv: list[str]) -> None:
     args, cfg, _ = parse(argv)
     folder = make_folder(Path(cfg.TEST.OUT_DIR) / "tables")
     head = start_log(Path("log.txt"), plain(cfg), screen=sys.stderr)
-    for line in idle_options(cfg):
+    superglobal = varied(cfg, {"TEST.RERANKER": "superglobal"})  # it has its rows beside a rival's
+    idle = set(idle_options(cfg)) & set(idle_options(superglobal if cfg.TEST.RERANKER != "none" else cfg))
+    for line in sorted(idle):
         log.warning("%s", line)
     device = start_device(cfg, head)
     lines = [markdown(HEAD), markdown(["---"] * len(HEAD))]
@@ -131,7 +133,7 @@ def main(argv: list[str]) -> None:
     if "toy" in cfg.TEST.DATASET_LIST:
         log.info("%s", toy.DISCLAIMER)
     if missing:
-        log.info("%d rows lack data or weights, see their notes; python -m tools.download --help", missing)
+        log.info("rows that lack data, weights or distractors: %d; their notes say what to do", missing)
 
 
 def parse(argv: list[str]) -> Parsed:
@@ -140,6 +142,7 @@ def parse(argv: list[str]) -> Parsed:
     line.add("task", choices=TABLES, help="see above")
     line.add("--depth", type=int, action="append", choices=STAGE_DEPTHS, help="only this network's part of main [both]")
     args, assumed = line.read(argv), {}
+    line.name = f"python -m tools.tables {args.task}"
     if args.task == "main":
         line.refuse({"MODEL.DEPTH": "main has both networks, and --depth", "SupG.onemeval": "main has both"})
         assumed["SupG.onemeval"] = True
@@ -147,7 +150,7 @@ def parse(argv: list[str]) -> Parsed:
         raise InputError(f"--depth is for main; {args.task} takes MODEL.DEPTH {args.depth[0]}")
     parsed = line.config(args, assumed)
     if args.task == "rerank" and (parsed.cfg.TEST.RERANKER != "superglobal" or not parsed.cfg.SupG.rerank):
-        raise InputError("rerank sweeps SuperGlobal's reranking: it takes no other TEST.RERANKER, and SupG.rerank")
+        raise InputError("rerank sweeps SuperGlobal's reranking: leave TEST.RERANKER and SupG.rerank as they are")
     return parsed
 
 

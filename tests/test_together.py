@@ -14,7 +14,7 @@ def start(work, *arguments) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("settings", [[(), ()], [(), ("SupG.gemp", "False")], [("TEST.RESUME", "False")] * 2])
+@pytest.mark.parametrize("settings", [[(), ("SupG.gemp", "False")], [("TEST.RESUME", "False")] * 2])
 def test_two_runs_at_once_end_as_if_alone(layout, checkpoint_50, command, tmp_path, settings):
     data = ("TEST.WEIGHTS", checkpoint_50, "TEST.DATA_DIR", layout.data_dir, "TEST.DATASET_LIST", "roxford5k")
     data = (*data, "TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0)

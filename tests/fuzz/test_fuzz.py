@@ -27,7 +27,7 @@ from model.store import DescriptorStore
 from revisitop.dataset import load_dataset, read_ground_truth
 from revisitop.descriptors import load_descriptors, load_distractors
 
-SECONDS = float(os.environ.get("FUZZ_SECONDS", 1.5))
+SECONDS = float(os.environ.get("FUZZ_SECONDS", 0.7))
 SLOW = 5.0  # seconds for one input
 
 

@@ -20,6 +20,13 @@ def rows_of(text: str) -> dict[tuple, list[str]]:
     return {tuple(line[:3]): line[3:] for line in lines[2:]}
 
 
+def keep_few(layout) -> None:
+    """One query and three database images."""
+    layout.gnd.update(imlist=layout.gnd["imlist"][:3], qimlist=["query_0"])
+    layout.gnd["gnd"] = [{"bbx": [0, 0, 40, 40], "easy": [0], "hard": [1], "junk": [2]}]
+    layout.write()
+
+
 @pytest.fixture
 def table(command, layout, checkpoint_50, checkpoint_101, tmp_path):
     for checkpoint in (checkpoint_50, checkpoint_101):
@@ -109,7 +116,8 @@ def test_the_rival_is_listed_where_it_is_asked_for(table):
         (("ablation",), ("TEST.RERANKER", "none")),
     ],
 )
-def test_without_reranking_there_are_rows_of_retrieval_alone(table, task, off):
+def test_without_reranking_there_are_rows_of_retrieval_alone(table, layout, task, off):
+    keep_few(layout)
     outcome = table(*task, *off)
     assert outcome.code == 0, outcome.err
     settings = [key[2] for key in rows_of(outcome.out) if key[1] == "roxford5k"]
@@ -118,9 +126,7 @@ def test_without_reranking_there_are_rows_of_retrieval_alone(table, task, off):
 
 
 def test_the_rival_is_listed_for_each_variant_of_an_ablation(table, layout):
-    layout.gnd.update(imlist=layout.gnd["imlist"][:3], qimlist=["query_0"])
-    layout.gnd["gnd"] = [{"bbx": [0, 0, 40, 40], "easy": [0], "hard": [1], "junk": [2]}]
-    layout.write()
+    keep_few(layout)
     outcome = table("ablation", "TEST.RERANKER", "cvnet", "TEST.TOPK_LIST", "[3]", "SupG.rerank", "False")
     settings = [key[2] for key in rows_of(outcome.out) if key[1] == "roxford5k"]
     assert settings[:2] == ["retrieval", "reranking, CVNet-Rerank"]

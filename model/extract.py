@@ -109,7 +109,7 @@ def extract_sets(
     extractor = None
     for each, store in zip(sets, stores, strict=True):
         if len(store.failed):  # a row of zeros is no descriptor
-            again = [row for row in store.failed if on_error != "skip" or _is_readable(each.images[row])]
+            again = [row for row in store.failed if on_error != "skip" or each.images[row].problem() is None]
             if again:
                 store.reopen(np.array(again))
         if store.complete:
@@ -191,14 +191,6 @@ def extract_images(
     if damaged:
         count = f"{len(damaged)} images" if len(damaged) > 1 else "an image"
         raise InputError(f"{title}: {count} cannot be used: {short_list(damaged, _NAMED_AT_MOST)}", on_error="skip")
-
-
-def _is_readable(image: ImageFile) -> bool:
-    try:
-        image.read()
-    except ImageError:
-        return False
-    return True
 
 
 def extract_shared(

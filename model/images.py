@@ -53,6 +53,14 @@ class ImageFile:
         pixels = read_image(self.path)
         return pixels if self.box is None else crop(pixels, self.box, self.path)
 
+    def problem(self) -> str | None:
+        """Returns why it cannot be read, or None if it can."""
+        try:
+            self.read()
+        except ImageError as error:
+            return str(error)
+        return None
+
 
 class ImageList(Sequence[ImageFile]):
     """Images below a folder, by name: as compact for a million of them as the names' bytes.

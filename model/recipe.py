@@ -77,9 +77,13 @@ class Recipe:
 
     def check(self) -> None:
         """Raises InputError if the checkpoint does not fit the settings; for before the long work."""
-        with torch.device("meta"):
+        self._encoder()
+
+    def _encoder(self) -> ResNet:
+        """The encoder with the checkpoint's weights."""
+        with torch.device("meta"):  # nothing is initialised that the checkpoint would then overwrite
             encoder = ResNet(self.depth, self.dim, self.relup)
-        load_encoder(encoder, self.checkpoint)
+        return load_encoder(encoder, self.checkpoint)
 
     def network(self, device: torch.device | str = "cpu") -> SuperGlobal:
         """Returns the network with the checkpoint's weights, folded for fast inference. (N, 3, H, W) -> (N, D).
@@ -87,10 +91,8 @@ class Recipe:
         Raises:
             InputError: if the checkpoint cannot be used.
         """
-        with torch.device("meta"):  # nothing is initialised that the checkpoint would then overwrite
-            encoder = ResNet(self.depth, self.dim, self.relup)
         network = SuperGlobal(
-            FoldedResNet(load_encoder(encoder, self.checkpoint), self.precision),
+            FoldedResNet(self._encoder(), self.precision),
             self.scales,
             None if self.gemp is None else GeMPlus(self.gemp),
             None if self.rgem is None else RegionalGeM(self.rgem, self.rgem_window),

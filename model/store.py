@@ -238,7 +238,7 @@ class DescriptorStore:
             head, *lines = self._next_journal.read_bytes().split(b"\n")
             rows = len(self._stamps_of(_parse_head(head)))
             blocks = [block for line in lines[:-1] if (block := _parse(line))]
-            its_part = self.part.stat().st_size == self._offset(rows) and len(self._intact(blocks)) == len(blocks)
+            its_part = self.part.stat().st_size == self._offset(rows) and len(self._intact(blocks)[0]) == len(blocks)
         except (OSError, ValueError):
             its_part = False
         if its_part:
@@ -253,15 +253,17 @@ class DescriptorStore:
     def _next_journal(self) -> Path:
         return Path(f"{self.path}.next-journal")
 
-    def _intact(self, blocks: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-        """The blocks whose bytes in the part match."""
-        intact = []
+    def _intact(self, blocks: list[tuple[int, int, int]]) -> tuple[list[tuple[int, int, int]], list[np.ndarray]]:
+        """The blocks whose bytes in the part match, and which rows of each are descriptors: one pass over the file."""
+        intact, there = [], []
         with self.part.open("rb") as file:
             for start, count, checksum in blocks:
                 file.seek(self._offset(start))
-                if zlib.crc32(file.read(count * 4 * self.dim)) == checksum:
+                content = file.read(count * 4 * self.dim)
+                if zlib.crc32(content) == checksum:
                     intact.append((start, count, checksum))
-        return intact
+                    there.append(nonzero_rows(np.frombuffer(content, "<f4").reshape(-1, self.dim)))
+        return intact, there
 
     def _journals(self) -> list[Path]:
         return sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.journal*"))
@@ -321,9 +323,9 @@ class DescriptorStore:
             return self._create()
         if self.part.stat().st_size != self._offset(len(stamps)):
             raise InputError(f"{self.part} is not {self._offset(len(stamps))} bytes long, it was changed", resume=False)
-        intact, done = self._intact(blocks), np.zeros(len(stamps), dtype=bool)
-        for start, count, _ in intact:
-            done[start : start + count] = True
+        (intact, there), done = self._intact(blocks), np.zeros(len(stamps), dtype=bool)
+        for (start, count, _), mask in zip(intact, there, strict=True):
+            done[start : start + count] = mask  # images that could not be read are tried again
         damaged += len(blocks) - len(intact)
         try:
             rows = _load(self.part)
@@ -331,12 +333,11 @@ class DescriptorStore:
             raise InputError(f"{self.part} is damaged", resume=False) from None
         if rows.shape != (len(stamps), self.dim) or rows.dtype != np.float32:
             raise InputError(f"{self.part} is damaged", resume=False)
-        done &= nonzero_rows(rows)  # images that could not be read are tried again
         if stamps != self._stamps_of(self._head()):
             self._carry_over(stamps, rows, done)
         else:
             self.done = done
-            self._write_journal(_blocks(rows, done))
+            self._write_journal(intact if all(mask.all() for mask in there) else _blocks(rows, done))
         for journal in self._journals():
             if journal != self.journal:
                 journal.unlink()

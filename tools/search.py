@@ -33,7 +33,7 @@ from assembly import (
 from config import ADVICE, LOADING, NETWORK, RERANKING, CommandLine, Parsed, idle_options, plain
 from model.errors import InputError, run_command, short_list
 from model.extract import ImageSet, extract_sets
-from model.images import ImageError, ImageFile, image_suffixes
+from model.images import ImageFile, image_suffixes
 from model.recipe import Recipe
 from modules.search import Database
 from report.log import start_log
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
         log.warning("%s", line)
     device = start_device(cfg, head)
     recipe = find_recipe(cfg)
-    if args.queries.is_file() and (problem := why_unreadable(ImageFile(args.queries))):
+    if args.queries.is_file() and (problem := ImageFile(args.queries).problem()):
         raise InputError(f"queries: {problem}")
 
     # Each database has a folder of descriptors of its own, by its path.
@@ -206,7 +206,7 @@ def extract_folders(sets: Sequence[ImageSet], recipe: Recipe, device: torch.devi
             _name(image, each.folder) for image, good in zip(each.images, readable.tolist(), strict=True) if not good
         ]
         if not images:
-            problem = why_unreadable(each.images[0]) or f"{each.images[0].path} has no descriptor"
+            problem = each.images[0].problem() or f"{each.images[0].path} has no descriptor"
             raise InputError(f"{each.title}: {problem}{' and more' if len(bad) > 1 else ''}")
         if bad:
             log.warning(
@@ -215,14 +215,6 @@ def extract_folders(sets: Sequence[ImageSet], recipe: Recipe, device: torch.devi
             )  # fmt: skip
         folders.append(Folder(each.folder, images, descriptors[readable] if bad else descriptors, bad))
     return folders
-
-
-def why_unreadable(image: ImageFile) -> str | None:
-    try:
-        image.read()
-    except ImageError as error:
-        return str(error)
-    return None
 
 
 class Result(NamedTuple):

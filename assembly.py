@@ -1,10 +1,13 @@
 """From options to objects: what the commands share. Library code knows no option; this module knows them all."""
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,12 +17,13 @@ from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 from yacs.config import CfgNode
 
+from model.cache import content_folder, plain_name
 from model.checkpoint import find_checkpoint
 from model.device import choose_device, device_name, prepare_process
 from model.errors import InputError
 from model.extract import ImageSet, extract_sets
 from model.images import ImageFile
-from model.owner import own
+from model.owner import owned
 from model.pair_scores import CVNetReranker, PairScores
 from model.read_ahead import Loading
 from model.recipe import SCALE_SETS, Recipe
@@ -112,22 +116,56 @@ def find_dataset(cfg: CfgNode, name: str) -> Dataset:
         return load_dataset(name, folder)
 
 
-def make_folder(folder: Path) -> Path:
-    """Makes a folder for results, with its parents. This process owns it then; another owner's end is waited for.
+@dataclass(frozen=True)
+class Output:
+    """TEST.OUT_DIR: descriptors by content, which runs share, and a folder of results for each run.
+
+    Attributes:
+        folder: TEST.OUT_DIR itself.
+    """
+
+    folder: Path
+
+    @property
+    def descriptors(self) -> Path:
+        return self.folder / "descriptors"
+
+    def new_run(self, title: str) -> Path:
+        """Makes the folder of this run's results, runs/<date>-<title>, and returns it."""
+        start = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+        for number in count(1):
+            run = self.folder / "runs" / f"{start}-{plain_name(title)}{f'-{number}' if number > 1 else ''}"
+            try:
+                run.mkdir(parents=True)
+                return run
+            except FileExistsError:  # another process began in the same second
+                continue
+
+    def publish(self, run: Path) -> None:
+        """Lets runs/latest point to the run, where the file system has links."""
+        new = run.parent / f".latest.{os.getpid()}"
+        with suppress(OSError):
+            new.unlink(missing_ok=True)
+            new.symlink_to(run.name)
+            new.replace(run.parent / "latest")
+
+
+def make_output(cfg: CfgNode) -> Output:
+    """Makes TEST.OUT_DIR, with its parents.
 
     Raises:
         InputError: if it cannot be made or written to.
     """
+    folder = Path(cfg.TEST.OUT_DIR)
     with option("TEST.OUT_DIR"):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / ".writable"
+            probe = folder / f".writable.{os.getpid()}"
             probe.touch()
             probe.unlink()
         except OSError as error:
             raise InputError(f"{folder} cannot be made, or not be written to ({error.strerror})") from None
-        own(folder)
-    return folder
+    return Output(folder)
 
 
 @dataclass(frozen=True)
@@ -176,7 +214,7 @@ class Experiment:
         dataset: images and ground truth.
         recipe: of the descriptors; None if saved ones are evaluated.
         distractors: to be added, or None.
-        folder: for descriptors and scores.
+        output: where descriptors and scores are kept.
         device: what the work is done on.
     """
 
@@ -184,8 +222,17 @@ class Experiment:
     dataset: Dataset
     recipe: Recipe | None
     distractors: Distractors | None
-    folder: Path
+    output: Output
     device: torch.device
+
+    @cached_property
+    def folder(self) -> Path:
+        """Of this recipe's descriptors of these images, and of what is made from them."""
+        return content_folder(
+            self.output.descriptors,
+            self.dataset.name,
+            {"dataset": self.dataset.name, **self.recipe.provenance(), "images": self.dataset.fingerprint},
+        )
 
     def descriptors(self) -> tuple[Tensor, Database]:
         """Returns the query descriptors (Q, D) and the database with the distractors, extracting what is missing."""
@@ -200,7 +247,8 @@ class Experiment:
             ]
             log.info("checkpoint: %s, SHA-256 %s", self.recipe.checkpoint, self.recipe.checkpoint_sha256)
             loading = make_loading(self.cfg, self.device)
-            queries, rows = extract_sets(sets, self.recipe, self.device, loading, self.cfg.TEST.RESUME)
+            with owned(self.folder):
+                queries, rows = extract_sets(sets, self.recipe, self.device, loading, self.cfg.TEST.RESUME)
         if self.distractors is None:
             return queries, Database(rows)
         return queries, add_distractors(rows, self.distractors.rows)
@@ -212,8 +260,9 @@ class Experiment:
         if self.distractors is not None:
             known = len(self.distractors.images)
             database = ConcatDataset([database, self.distractors.images]) if known else ()
-        scores = self.folder / f"{self.dataset.name}_cvnet.npy"
-        return Subject(self.recipe, self.dataset.queries, database, most_ignored(self.dataset.ground_truth), scores)
+        scores = self.folder / f"{self.dataset.name}_cvnet.npy" if self.recipe else None
+        ignored = most_ignored(self.dataset.ground_truth)
+        return Subject(self.recipe, self.dataset.queries, database, ignored, scores, self.output.folder / "cvnet_maps")
 
     @cached_property
     def rerankers(self) -> dict[str, Reranker]:
@@ -227,12 +276,13 @@ class Experiment:
             facts["features"] = self.cfg.TEST.FEATURES
         else:
             facts["checkpoint"] = {"path": str(self.recipe.checkpoint), "sha256": self.recipe.checkpoint_sha256}
+            facts["descriptors"] = str(self.folder)
         if self.distractors is not None:
             facts["distractors"] = len(self.distractors.rows)
         return facts
 
 
-def prepare(cfg: CfgNode, name: str, folder: Path, device: torch.device) -> Experiment:
+def prepare(cfg: CfgNode, name: str, output: Output, device: torch.device) -> Experiment:
     """Returns the experiment on a dataset.
 
     Raises:
@@ -251,7 +301,7 @@ def prepare(cfg: CfgNode, name: str, folder: Path, device: torch.device) -> Expe
         else:
             with option("TEST.DISTRACTORS"):
                 check_distractors(distractors.path, recipe.provenance())
-    experiment = Experiment(cfg, dataset, recipe, distractors, make_folder(folder), device)
+    experiment = Experiment(cfg, dataset, recipe, distractors, output, device)
     _ = experiment.rerankers  # raises for what cannot be had
     return experiment
 
@@ -265,14 +315,16 @@ class Subject:
         queries: the query images.
         database: the images behind the rows; empty if they are not known.
         spare: the most images that a protocol drops from a ranking.
-        scores: a file for scores that take long to make; maps may lie beside it.
+        scores: a file for scores that take long to make; None without a recipe.
+        maps: a folder for feature maps.
     """
 
     recipe: Recipe | None
     queries: Sequence[ImageFile]
     database: Sequence[ImageFile]
     spare: int
-    scores: Path
+    scores: Path | None
+    maps: Path
 
 
 def make_rerankers(cfg: CfgNode, subject: Subject, device: torch.device) -> dict[str, Reranker]:
@@ -309,7 +361,7 @@ def cvnet_rerankers(cfg: CfgNode, subject: Subject, device: torch.device) -> dic
         subject.database,
         subject.scores,
         m=counts[-1] + subject.spare,
-        maps_folder=subject.scores.parent / "cvnet_maps" if cfg.TEST.MAPS_GB else None,
+        maps_folder=subject.maps if cfg.TEST.MAPS_GB else None,
         maps_bytes=int(cfg.TEST.MAPS_GB * 1e9),
         loading=make_loading(cfg, device),
         resume=cfg.TEST.RESUME,

@@ -10,6 +10,7 @@ import argparse
 import logging
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,7 @@ def main(argv: list[str]) -> None:
     from assembly import find_recipe, make_loading, option, start_device
     from model.distributed import Processes
     from model.extract import ImageSet, extract_shared
-    from model.owner import own
+    from model.owner import owned
     from model.store import nonzero_rows
     from report.log import start_log
     from revisitop.dataset import load_distractor_list
@@ -50,25 +51,25 @@ def main(argv: list[str]) -> None:
         digest, images = load_distractor_list(args.data_dir)
     distractors = ImageSet(out, "distractors", images, provenance={"list_sha256": digest}, stamped=False)
     log.info("checkpoint: %s, SHA-256 %s", recipe.checkpoint, recipe.checkpoint_sha256)
-    if first:
-        own(out)
-        if is_finished(out, {**recipe.provenance(), **distractors.provenance}, args.resume):
-            log.info("%s is complete already, made from the same checkpoint, settings and list", out)
-        else:
-            check_disk(out, len(images) * recipe.dim * 4)
-            if args.on_error == "stop":
-                check_images(images)
+    with owned(out) if first else nullcontext():
+        if first:
+            if is_finished(out, {**recipe.provenance(), **distractors.provenance}, args.resume):
+                log.info("%s is complete already, made from the same checkpoint, settings and list", out)
+            else:
+                check_disk(out, len(images) * recipe.dim * 4)
+                if args.on_error == "stop":
+                    check_images(images)
 
-    loading = make_loading(cfg, device)
-    store = extract_shared(distractors, recipe, device, processes, loading, args.resume, args.on_error)
-    if store is not None and not store.complete:
-        skipped = [images.name(row) for row in (~nonzero_rows(store.part_rows())).nonzero()[0].tolist()]
-        if skipped:
-            log.warning("%d images could not be read and are zero rows: %s", len(skipped), short_list(skipped))
-        log.info("writing %s", out)
-        store.finish({"skipped": skipped, **head})
-        log.info("%s: %d descriptors of %d dimensions", out, len(images), recipe.dim)
-    processes.end()
+        loading = make_loading(cfg, device)
+        store = extract_shared(distractors, recipe, device, processes, loading, args.resume, args.on_error)
+        if store is not None and not store.complete:
+            skipped = [images.name(row) for row in (~nonzero_rows(store.part_rows())).nonzero()[0].tolist()]
+            if skipped:
+                log.warning("%d images could not be read and are zero rows: %s", len(skipped), short_list(skipped))
+            log.info("writing %s", out)
+            store.finish({"skipped": skipped, **head})
+            log.info("%s: %d descriptors of %d dimensions", out, len(images), recipe.dim)
+        processes.end()
 
 
 def parse(argv: list[str]) -> Parsed:

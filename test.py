@@ -17,24 +17,25 @@ def main(argv: list[str]) -> None:
     cfg = parse_config(argv, __doc__)
 
     # Imported here, so that --help and a mistyped option are answered at once.
-    from assembly import make_folder, prepare, results_needed, start_device
+    from assembly import make_output, prepare, results_needed, start_device
     from report.log import start_log
-    from report.page import evaluated_page, remove_report, write_report
+    from report.page import evaluated_page, write_report
     from report.results import Evaluated, save_results, summary
     from revisitop import toy
     from revisitop.evaluate import evaluate
     from revisitop.retrieve import rerank, retrieve
 
-    out_dir = make_folder(Path(cfg.TEST.OUT_DIR))
+    output = make_output(cfg)
     head = start_log(Path("log.txt"), plain(cfg))
     device = start_device(cfg, head)
     for line in idle_options(cfg):
         log.warning("%s", line)
 
     # Everything that can be missing is looked for before the long work begins.
-    experiments = [prepare(cfg, name, out_dir, device) for name in cfg.TEST.DATASET_LIST]
+    experiments = [prepare(cfg, name, output, device) for name in cfg.TEST.DATASET_LIST]
 
     results: list[Evaluated] = []
+    run = None
     for experiment in experiments:
         dataset = experiment.dataset
         log.info("%r", dataset)
@@ -52,18 +53,18 @@ def main(argv: list[str]) -> None:
             log.info("%s", line)
         if dataset.name == "toy":
             log.info("%s", toy.DISCLAIMER)
-        save_results(out_dir, head, results)
+        run = run or output.new_run(f"{'+'.join(cfg.TEST.DATASET_LIST)}-R{cfg.MODEL.DEPTH}")
+        save_results(run, head, results)
+        output.publish(run)
 
     for line in summary(results):
         log.info("%s", line)
     if cfg.TEST.REPORT:
         distractors = experiments[0].distractors
         page = evaluated_page(head, results, distractors.images if distractors else (), option_values(cfg))
-        path = write_report(page, out_dir / "report")
+        path = write_report(page, run / "report")
         log.info("the report is %s (%.1f MB)", path, path.stat().st_size / 1e6)
-    else:
-        remove_report(out_dir / "report")  # an older run's
-    log.info("results, descriptors and rankings are in %s, the log in log.txt", out_dir)
+    log.info("results and rankings are in %s, descriptors in %s, the log in log.txt", run, output.descriptors)
 
 
 if __name__ == "__main__":

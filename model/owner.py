@@ -3,13 +3,14 @@
 The lock is the system's own (flock, through the package filelock), so a killed process never leaves one behind.
 """
 
-import atexit
 import json
 import logging
 import os
 import shlex
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -19,11 +20,10 @@ from model.errors import InputError
 
 log = logging.getLogger(__name__)
 
-_held: dict[Path, filelock.BaseFileLock] = {}
 
-
-def own(path: Path) -> None:
-    """Makes this process the only one that owns the path, to its end; the end of another owner is waited for.
+@contextmanager
+def owned(path: Path) -> Iterator[None]:
+    """Makes this process the only one that owns the path, while it is inside; another owner's end is waited for.
 
     Args:
         path: a folder, or a file to be in a folder that exists. The lock is a hidden file in that folder.
@@ -33,8 +33,6 @@ def own(path: Path) -> None:
     """
     hidden = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
     hidden = hidden.absolute()
-    if hidden in _held:
-        return
     lock, note = filelock.FileLock(hidden), Path(f"{hidden}.owner")
     try:
         try:
@@ -49,8 +47,12 @@ def own(path: Path) -> None:
         log.warning("the file system of %s has no locks: do not start two runs there at once", path)
     except OSError as error:
         raise InputError(f"{path} cannot be locked ({error.strerror})") from None
-    _held[hidden] = lock
-    atexit.register(note.unlink, missing_ok=True)
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            note.unlink(missing_ok=True)
+            lock.release()
 
 
 def _owner(note: Path) -> str:

@@ -7,6 +7,7 @@ Lee et al., "Correlation Verification for Image Retrieval", CVPR 2022.
 
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +22,7 @@ from tqdm import tqdm
 from model.cvnet_rerank import CVNetRerank
 from model.extract import file_stamps
 from model.images import ImageError, ImageFile, to_network_input
+from model.owner import owned
 from model.read_ahead import PLAIN_LOADING, Loading, ReadAhead
 from model.recipe import Recipe
 from model.store import DescriptorStore
@@ -75,6 +77,10 @@ class PairScores:
         return self._known[1]
 
     def _score(self, ids: Tensor, device: torch.device) -> np.ndarray:
+        with owned(self.path):
+            return self._score_owned(ids, device)
+
+    def _score_owned(self, ids: Tensor, device: torch.device) -> np.ndarray:
         store = DescriptorStore(self.path, *ids.shape, self._provenance(), self.resume, self._stamps(ids))
         if store.complete:
             log.info("%s: used again, made from the same images, candidates and checkpoint", store.path)
@@ -210,7 +216,7 @@ class FeatureMaps:
             self.at_hand[stamp] = made
         if self.folder is not None and made.nbytes + 128 <= self.disk_left:  # with NumPy's header
             self.disk_left -= made.nbytes + 128
-            new = self.folder / f"{stamp}.new"
+            new = self.folder / f"{stamp}.{os.getpid()}.new"
             with new.open("wb") as file:
                 np.save(file, made.numpy())
             new.replace(self.folder / f"{stamp}.npy")

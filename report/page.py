@@ -4,7 +4,6 @@ The page needs nothing beside itself: style and images are inside it, and there 
 shows is plain data (Page, Section, Query, Hit), so that rankings without ground truth can be shown, too.
 """
 
-import contextlib
 import logging
 import math
 import os
@@ -234,13 +233,6 @@ def write_report(page: Page, folder: Path) -> Path:
     except OSError as error:
         raise InputError(f"the report {path} cannot be written ({error.strerror}); all else is") from None
     return path
-
-
-def remove_report(folder: Path) -> None:
-    """Removes the page that write_report wrote: it must not stand beside the results of another run."""
-    with contextlib.suppress(OSError):
-        (folder / "index.html").unlink(missing_ok=True)
-        folder.rmdir()
 
 
 def _first_queries(sections: Sequence[Section]) -> list[Section]:

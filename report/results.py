@@ -31,7 +31,8 @@ class Evaluated:
         return f"{self.dataset.name}{' + distractors' if 'distractors' in self.facts else ''}"
 
     def as_dict(self) -> dict[str, Any]:
-        """For results.json, with the AP of each query, in percent."""
+        """For results.json, with the AP of each query by its name, in percent."""
+        names = unique_names(self.dataset)
         sizes = {"queries": len(self.dataset.queries), "database": len(self.dataset.database)}
         stages = {
             stage: {
@@ -40,7 +41,7 @@ class Evaluated:
                     name: {
                         "mAP": 100 * metrics.map,
                         **{f"mP@{k}": 100 * value for k, value in zip(KAPPAS, metrics.mp_at_k, strict=True)},
-                        "AP": 100 * metrics.ap,
+                        "AP": dict(zip(names, (100 * metrics.ap).tolist(), strict=True)),
                     }
                     for name, metrics in self.metrics[stage].items()
                 },
@@ -57,6 +58,17 @@ class Evaluated:
             yield f"{stage} took {ranking.seconds:.2f} s for {len(self.dataset.queries)} queries"
 
 
+def unique_names(dataset: Dataset) -> list[str]:
+    """Returns the queries' names; one that stands there before gets the number of its place in the list."""
+    seen: set[str] = set()
+    names = []
+    for number, image in enumerate(dataset.queries):
+        name = image.path.stem
+        names.append(f"{name} ({number})" if name in seen else name)
+        seen.add(name)
+    return names
+
+
 def in_words(metrics: Mapping[str, Metrics]) -> list[str]:
     """The metrics of each protocol in percent: mAP, then mP@k."""
     maps = ", ".join(f"{name}: {100 * each.map:.2f}" for name, each in metrics.items())
@@ -69,8 +81,6 @@ def in_words(metrics: Mapping[str, Metrics]) -> list[str]:
 def save_results(folder: Path, head: dict[str, Any], results: list[Evaluated]) -> None:
     """Writes results.json, and the first ranks of the last dataset's rankings as <dataset>_<stage>_ranks.npy."""
     latest = results[-1]
-    for path in folder.glob(f"{latest.dataset.name}_reranking*_ranks.npy"):  # an earlier run's
-        path.unlink()
     for stage, ranking in latest.rankings.items():
         path = folder / f"{latest.dataset.name}_{stage.replace(' ', '_')}_ranks.npy"
         np.save(path, ranking.ids[:, :SAVED_RANKS].numpy())

@@ -56,6 +56,12 @@ class Dataset:
         """Per query the database numbers (L,) whose rank the protocols ask for."""
         return [torch.from_numpy(truth.listed) for truth in self.ground_truth]
 
+    @property
+    def fingerprint(self) -> str:
+        """The SHA-256 of the names and boxes of queries and database, in their order."""
+        names = [(str(image.path.relative_to(self.folder)), image.box) for image in [*self.queries, *self.database]]
+        return hashlib.sha256(repr((len(self.queries), names)).encode(errors="surrogateescape")).hexdigest()
+
     def check_files(self) -> None:
         """Raises InputError where images are missing, with the names of the first and their number."""
         paths = dict.fromkeys(image.path for image in self.queries + self.database)

@@ -52,13 +52,24 @@ def toy_data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def toy_run(toy_data, tmp_path_factory) -> tuple[Path, str]:
-    """The output folder and the screen of a run of test.py on toy, with one scale; nothing was there before."""
+    """The folder of descriptors and the screen of a run of test.py on toy, with one scale; nothing was there before."""
     folder = tmp_path_factory.mktemp("toy_run")
     words = ["TEST.DATASET_LIST", "['toy']", "TEST.DATA_DIR", str(toy_data), "TEST.SCALE_LIST", "1"]
     done = subprocess.run(
         [sys.executable, ROOT / "test.py", *words], cwd=folder, check=True, capture_output=True, text=True
     )
-    return folder / "output", done.stdout
+    return kept(folder / "output", "toy"), done.stdout
+
+
+def kept(output: Path, name: str) -> Path:
+    """The folder of the descriptors that the newest run used."""
+    results = json.loads((latest(output) / "results.json").read_text())
+    return output.parent / results["datasets"][name]["descriptors"]
+
+
+def latest(output: Path) -> Path:
+    """The folder of the newest run's results."""
+    return output / "runs" / "latest"
 
 
 def _write_checkpoint(tmp_path_factory, depth: int) -> Path:

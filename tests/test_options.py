@@ -192,10 +192,3 @@ def test_a_checkpoint_that_does_not_fit_costs_nothing_that_is_there(command, run
     words = runs["extract_rop1m.py"][0]
     assert command("extract_rop1m.py", *words, "--depth", 101).code == 2
     assert not list(Path().glob("feats_1m_RN101*"))
-
-
-def test_an_older_page_does_not_stand_beside_newer_results(command, runs):
-    assert command("test.py", *runs["test.py"][1], "TEST.REPORT").code == 0
-    assert Path("output/report/index.html").exists()
-    assert command("test.py", *runs["test.py"][1]).code == 0
-    assert not Path("output/report").exists()

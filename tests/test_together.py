@@ -27,16 +27,19 @@ def test_two_runs_at_once_end_as_if_alone(layout, checkpoint_50, command, tmp_pa
         lines = [line for line in out.splitlines() if "results: mAP" in line]
         assert lines == [line for line in alone.splitlines() if "results: mAP" in line]
         assert len(lines) == 2
-    results = json.loads((tmp_path / "together" / "output" / "results.json").read_text())
-    assert list(results["datasets"]) == ["roxford5k"]
+    runs = [path for path in (tmp_path / "together" / "output" / "runs").iterdir() if not path.is_symlink()]
+    assert len(runs) == len(settings)
+    for run in runs:
+        assert list(json.loads((run / "results.json").read_text())["datasets"]) == ["roxford5k"]
 
 
 OWN = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from model.owner import own
-own(Path("."))
+from model.owner import owned
+keep = owned(Path("."))
+keep.__enter__()
 """
 
 

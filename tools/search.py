@@ -7,7 +7,6 @@ The folder is extracted once; the next search extracts what is new or has change
 """
 
 import argparse
-import hashlib
 import json
 import logging
 import sys
@@ -24,16 +23,18 @@ from yacs.config import CfgNode
 from assembly import (
     Subject,
     find_recipe,
-    make_folder,
     make_loading,
+    make_output,
     make_rerankers,
     results_needed,
     start_device,
 )
 from config import ADVICE, LOADING, NETWORK, RERANKING, CommandLine, Parsed, idle_options, plain
+from model.cache import content_folder
 from model.errors import InputError, run_command, short_list
 from model.extract import ImageSet, extract_sets
 from model.images import ImageFile, image_suffixes
+from model.owner import owned
 from model.recipe import Recipe
 from modules.search import Database
 from report.log import start_log
@@ -77,17 +78,18 @@ def main(argv: list[str]) -> None:
     if args.queries.is_file() and (problem := ImageFile(args.queries).problem()):
         raise InputError(f"queries: {problem}")
 
-    # Each database has a folder of descriptors of its own, by its path.
+    # Each recipe and database, by its path, has a folder of descriptors of its own.
     database_images, query_images = find_images(args.database), find_images(args.queries)
-    place = hashlib.sha256(str(args.database.resolve()).encode(errors="surrogateescape")).hexdigest()[:8]
-    cache = make_folder(Path(cfg.TEST.OUT_DIR) / "search" / f"{args.database.resolve().name}-{place}")
+    output, place = make_output(cfg), args.database.resolve()
+    cache = content_folder(output.descriptors, place.name, {"folder": str(place), **recipe.provenance()})
     sets = [
         ImageSet(cache / "database.npy", "database", database_images, args.database),
         ImageSet(cache / "queries.npy", "queries", query_images, folder_of(args.queries)),
     ]
-    database, queries = extract_folders(sets, recipe, device, cfg)
+    with owned(cache):
+        database, queries = extract_folders(sets, recipe, device, cfg)
 
-    subject = Subject(recipe, queries.images, database.images, spare=0, scores=cache / "cvnet.npy")
+    subject = Subject(recipe, queries.images, database.images, 0, cache / "cvnet.npy", output.folder / "cvnet_maps")
     rerankers, rows = make_rerankers(cfg, subject, device), Database(database.descriptors)
     searched = retrieve(queries.descriptors, rows, results_needed(rerankers.values()), device=device)
     rankings = {"retrieval": searched}
@@ -105,8 +107,10 @@ def main(argv: list[str]) -> None:
             log.info("%s", line)
     if args.report:
         settings = {"database": str(args.database), "queries": str(args.queries), "checkpoint": str(recipe.checkpoint)}
-        page = Page(f"Search in {args.database.resolve().name}", settings, [section(queries, database, rankings)])
-        log.info("the report is %s", write_report(page, cache / "report"))
+        page = Page(f"Search in {place.name}", settings, [section(queries, database, rankings)])
+        run = output.new_run(f"search-{place.name}")
+        log.info("the report is %s", write_report(page, run / "report"))
+        output.publish(run)
 
 
 def parse(argv: list[str]) -> Parsed:

@@ -9,8 +9,8 @@ main      ResNet-50 and ResNet-101, with and without reranking, with and without
 ablation  each of the four modules switched off, all of them, and reranking
 rerank    reranking with other M, K and beta, one of them at a time
 
-Rows come as they are done. Images are extracted once per network and setting, into
-TEST.OUT_DIR/tables; an interrupted table resumes there. What is missing is said in its row.
+Rows come as they are done, and stand in TEST.OUT_DIR/runs/latest, too. Images are extracted once per
+network and setting, for test.py, too; an interrupted table resumes. What is missing is said in its row.
 """
 
 import json
@@ -29,7 +29,8 @@ from yacs.config import CfgNode
 from assembly import (
     RERANKERS,
     Experiment,
-    make_folder,
+    Output,
+    make_output,
     make_recipe,
     make_rerankers,
     prepare,
@@ -99,20 +100,18 @@ class Part(NamedTuple):
 
     Attributes:
         cfg: the options of these rows.
-        place: the folder of their descriptors.
         words: what sets the network apart from the others of the table.
         reranked: the rows of reranking, of an experiment.
     """
 
     cfg: CfgNode
-    place: str
     words: str
     reranked: Callable[[Experiment], list[Reranked]]
 
 
 def main(argv: list[str]) -> None:
     args, cfg, _ = parse(argv)
-    folder = make_folder(Path(cfg.TEST.OUT_DIR) / "tables")
+    output = make_output(cfg)
     head = start_log(Path("log.txt"), plain(cfg), screen=sys.stderr)
     superglobal = varied(cfg, {"TEST.RERANKER": "superglobal"})  # it has its rows beside a rival's
     idle = set(idle_options(cfg)) & set(idle_options(superglobal if cfg.TEST.RERANKER != "none" else cfg))
@@ -121,14 +120,16 @@ def main(argv: list[str]) -> None:
     device = start_device(cfg, head)
     lines = [markdown(HEAD), markdown(["---"] * len(HEAD))]
     print("\n".join(lines), flush=True)
-    missing = 0
+    missing, run = 0, None
     for part in TABLES[args.task](cfg, args.depth or list(STAGE_DEPTHS)):
         for dataset in cfg.TEST.DATASET_LIST:
-            for row in rows(part, dataset, folder / part.place, device):
+            for row in rows(part, dataset, output, device):
                 missing += row.metrics is None
                 lines.append(markdown(row.cells()))
                 print(lines[-1], flush=True)
-                (folder / f"{args.task}.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
+                run = run or output.new_run(f"{args.task}-{'+'.join(cfg.TEST.DATASET_LIST)}")
+                (run / f"{args.task}.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
+                output.publish(run)
     print(f"\nPublished: {published()['source']}.")
     if "toy" in cfg.TEST.DATASET_LIST:
         log.info("%s", toy.DISCLAIMER)
@@ -157,17 +158,16 @@ def parse(argv: list[str]) -> Parsed:
 def main_table(cfg: CfgNode, depths: Sequence[int]) -> Iterator[Part]:
     rival = cfg.TEST.RERANKER == "cvnet"
     for depth in depths:
-        yield Part(varied(cfg, {"MODEL.DEPTH": depth}), f"R{depth}", "", chosen)
+        yield Part(varied(cfg, {"MODEL.DEPTH": depth}), "", chosen)
         changes = {"MODEL.DEPTH": depth, "SupG.onemeval": True} | ({"TEST.RERANKER": "superglobal"} if rival else {})
-        yield Part(varied(cfg, changes), f"R{depth}", "", chosen)
+        yield Part(varied(cfg, changes), "", chosen)
 
 
 def ablation_table(cfg: CfgNode, depths: Sequence[int]) -> Iterator[Part]:
     variants = {"": (), **{f"without {MODULES[name]}": (name,) for name in MODULES}, "without the four": tuple(MODULES)}
     for words, off in variants.items():
         changed = varied(cfg, {f"SupG.{name}": False for name in off})
-        place = "-".join([f"R{cfg.MODEL.DEPTH}", *(f"no_{name}" for name in off)])
-        yield Part(changed, place, words, chosen)
+        yield Part(changed, words, chosen)
 
 
 def rerank_table(cfg: CfgNode, depths: Sequence[int]) -> Iterator[Part]:
@@ -182,7 +182,7 @@ def rerank_table(cfg: CfgNode, depths: Sequence[int]) -> Iterator[Part]:
         Reranked("reranking", f"M = {m}, K = {k}, beta = {beta:g}", SuperGlobalReranker(m, k, beta), (m, k, beta))
         for m, k, beta in methods
     ]
-    yield Part(cfg, f"R{cfg.MODEL.DEPTH}", "", lambda experiment: sweep)
+    yield Part(cfg, "", lambda experiment: sweep)
 
 
 def chosen(experiment: Experiment) -> list[Reranked]:
@@ -200,7 +200,7 @@ def chosen(experiment: Experiment) -> list[Reranked]:
     return found
 
 
-def rows(part: Part, name: str, folder: Path, device: torch.device) -> Iterator[Row]:
+def rows(part: Part, name: str, output: Output, device: torch.device) -> Iterator[Row]:
     """A row of retrieval and one per reranker, all from one search; or one that says what is missing."""
     cfg = part.cfg
 
@@ -208,7 +208,7 @@ def rows(part: Part, name: str, folder: Path, device: torch.device) -> Iterator[
         return ", ".join(filter(None, [stage, part.words, words, "+1M" if cfg.SupG.onemeval else ""]))
 
     try:
-        experiment = prepare(cfg, name, folder, device)
+        experiment = prepare(cfg, name, output, device)
         queries, database = experiment.descriptors()
     except InputError as error:
         yield Row(cfg.MODEL.DEPTH, name, setting("retrieval, reranking"), note=error.in_options(ADVICE))

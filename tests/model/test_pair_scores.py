@@ -4,7 +4,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import Layout
+from conftest import Layout, kept, latest
 from oracles import all_protocols, full_ranking
 
 from model.cvnet_rerank import load_cvnet_rerank
@@ -66,16 +66,17 @@ def by_the_book(ranking, cosine, scores, ground_truth, topk) -> dict[str, float]
 def test_figures_are_the_protocols_for_each_number_of_candidates(evaluate, layout, network, tmp_path):
     outcome = evaluate("TEST.RERANKER", "cvnet", "TEST.TOPK_LIST", "[6, 400]")
     assert outcome.code == 0, outcome.err
-    folder = tmp_path / "work" / "output"
+    output = tmp_path / "work" / "output"
+    folder = kept(output, "roxford5k")
     queries, rows = (np.load(folder / f"roxford5k_{kind}.npy") for kind in ("query", "db"))
-    entry = json.loads((folder / "results.json").read_text())["datasets"]["roxford5k"]
+    entry = json.loads((latest(output) / "results.json").read_text())["datasets"]["roxford5k"]
     scores = pair_scores(network, layout)
     for topk in (6, 400):
         expected = by_the_book(full_ranking(queries, rows), queries @ rows.T, scores, layout.gnd["gnd"], topk)
         for name, value in expected.items():
             assert entry[f"reranking of {topk}"][name]["mAP"] == pytest.approx(value, abs=1e-6)
     assert "roxford5k, reranking of 6 " in outcome.out
-    assert np.load(folder / "roxford5k_reranking_of_400_ranks.npy").shape == (3, 24)
+    assert np.load(latest(output) / "roxford5k_reranking_of_400_ranks.npy").shape == (3, 24)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,7 @@ def test_figures_are_the_protocols_for_each_number_of_candidates(evaluate, layou
 )
 def test_the_reranker_is_chosen(evaluate, tmp_path, arguments, stages):
     assert evaluate(*arguments).code == 0
-    entry = json.loads((tmp_path / "work" / "output" / "results.json").read_text())["datasets"]["roxford5k"]
+    entry = json.loads((latest(tmp_path / "work" / "output") / "results.json").read_text())["datasets"]["roxford5k"]
     assert {name for name in entry if name.startswith("re")} == stages
 
 

@@ -1,10 +1,11 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, latest
 
 from config import make_config, pair_options
 from revisitop.evaluate import Metrics
@@ -53,7 +54,7 @@ def test_main_has_both_networks_and_says_what_is_missing(table, tmp_path):
         assert "python -m tools.download rparis6k" in missing[-1]
         assert f"feats_1m_RN{network[1:]}.pth" in rows[network, "roxford5k", "retrieval, reranking, +1M"][-1]
     assert "Shao et al." in outcome.out
-    assert rows_of((tmp_path / "work" / "output" / "tables" / "main.md").read_text()) == rows
+    assert rows_of((latest(tmp_path / "work" / "output") / "main.md").read_text()) == rows
 
 
 def test_images_are_extracted_once_and_figures_are_those_of_test_py(table, command, layout, checkpoint_50):
@@ -82,7 +83,7 @@ def test_images_are_extracted_once_and_figures_are_those_of_test_py(table, comma
         "roxford5k",
         *QUICK,
     )
-    results = json.loads((layout.data_dir.parent / "work" / "output" / "results.json").read_text())
+    results = json.loads((latest(layout.data_dir.parent / "work" / "output") / "results.json").read_text())
     for stage in ("retrieval", "reranking"):
         entry = results["datasets"]["roxford5k"][stage]
         figures = rows_of(first.out)["R50", "roxford5k", stage]
@@ -191,16 +192,16 @@ def test_the_readme_and_the_data_file_agree():
 
 
 def test_toy_is_tabulated_reported_and_searched(command, toy_data, toy_run, tmp_path):
-    shutil.copytree(toy_run[0], tmp_path / "work" / "output" / "tables" / "R50")
+    shutil.copytree(toy_run[0].parents[1], tmp_path / "work" / "output", symlinks=True)
     data = ("TEST.DATA_DIR", toy_data, "TEST.DATASET_LIST", "['toy']", "TEST.SCALE_LIST", 1)
     for words in (("main", "--depth", 50), ("rerank",)):
         outcome = command("tools/tables.py", *words, *data)
         assert outcome.code == 0, outcome.err
         row = rows_of(outcome.out)["R50", "toy", "retrieval"]
         assert 40 < float(row[1]) < 90
-    outcome = command("test.py", *data, "TEST.FEATURES", "output/tables/R50", "TEST.REPORT")
+    outcome = command("test.py", *data, "TEST.FEATURES", Path("output/descriptors", toy_run[0].name), "TEST.REPORT")
     assert outcome.code == 0, outcome.err
-    page = (tmp_path / "work" / "output" / "report" / "index.html").read_text()
+    page = (latest(tmp_path / "work" / "output") / "report" / "index.html").read_text()
     assert page.count("data:image/jpeg") > 12 * 20
     images, some = toy_data / "toy" / "jpg", tmp_path / "some"
     some.mkdir()

@@ -127,7 +127,7 @@ OPTIONS = (
     Option("TEST.DEVICE", "auto", "auto (GPU where there is one), cpu, cuda or cuda:N", _device),
     Option("TEST.PRECISION", "fp32", "precision of the network: fp32, bf16 or fp16", _one_of("fp32", "bf16", "fp16")),
     Option("TEST.BATCH_SIZE", 0, "images (of equal size) in a batch at most; 0: as the memory allows", _count),
-    Option("TEST.OUT_DIR", "./output", "folder of results.json, descriptors and rankings", _not_empty),
+    Option("TEST.OUT_DIR", "./output", "folder of descriptors, and of each run's results", _not_empty),
     Option(
         "TEST.DISTRACTORS", "",
         "descriptors for SupG.onemeval; default: feats_1m_RN<depth>.pth or .npy here", _no_zero_byte,
@@ -142,7 +142,7 @@ OPTIONS = (
         "TEST.MAPS_GB", 0.0, "feature maps of cvnet kept in TEST.OUT_DIR, in GB at most; 0 for none", _between(0, 1e6),
         _CVNET,
     ),
-    Option("TEST.REPORT", False, "write report/index.html into TEST.OUT_DIR: metrics, and what each query found"),
+    Option("TEST.REPORT", False, "write report/index.html into the run's folder: metrics, and what each query found"),
     Option("DATA_LOADER.NUM_WORKERS", 4, "processes that decode images, at most one per core", _between(0, 1024)),
     Option("DATA_LOADER.PIN_MEMORY", True, "copy to the GPU from pinned memory"),
     Option("SupG.gemp", True, "GeM+; False: GeM with the power that the checkpoint was trained with"),

@@ -134,9 +134,13 @@ def end(command: list[str], place: Path) -> str:
 
 
 def outcome(place: Path) -> dict[str, object]:
-    """Descriptors and rankings by file, to the bit, and the metrics."""
+    """Descriptors, and the newest run's rankings, by file, to the bit, and its metrics."""
     found: dict[str, object] = {}
-    for path in sorted(place.rglob("*")):
+    newest = place / "output" / "runs" / "latest"
+    earlier = [path for path in newest.parent.glob("*") if not path.is_symlink()]
+    for path in [*sorted(place.rglob("*")), *sorted(newest.glob("*"))]:
+        if any(path.is_relative_to(run) for run in earlier):
+            continue
         name = str(path.relative_to(place))
         if path.suffix in (".npy", ".pth"):
             found[name] = path.read_bytes()

@@ -31,7 +31,13 @@ from modules.reranking import Reranker, SuperGlobalReranker
 from modules.search import Database
 from revisitop import toy
 from revisitop.dataset import Dataset, dataset_folder, load_dataset, load_distractor_list
-from revisitop.descriptors import add_distractors, check_distractors, load_descriptors, load_distractors
+from revisitop.descriptors import (
+    add_distractors,
+    check_distractors,
+    descriptors_made_from,
+    load_descriptors,
+    load_distractors,
+)
 from revisitop.evaluate import most_ignored
 from revisitop.retrieve import SAVED_RANKS
 
@@ -246,6 +252,7 @@ class Experiment:
                 ImageSet(self.folder / f"{name}_db.npy", f"{name} database", self.dataset.database),
             ]
             log.info("checkpoint: %s, SHA-256 %s", self.recipe.checkpoint, self.recipe.checkpoint_sha256)
+            log.info("descriptors: %s", self.folder)
             loading = make_loading(self.cfg, self.device)
             with owned(self.folder):
                 queries, rows = extract_sets(sets, self.recipe, self.device, loading, self.cfg.TEST.RESUME)
@@ -273,12 +280,17 @@ class Experiment:
         """What results.json tells of this dataset beside metrics."""
         facts: dict[str, Any] = {}
         if self.recipe is None:
-            facts["features"] = self.cfg.TEST.FEATURES
+            path = Path(self.cfg.TEST.FEATURES)
+            facts["features"] = str(path)
+            facts["made_from"] = descriptors_made_from(path, self.dataset) or None
         else:
             facts["checkpoint"] = {"path": str(self.recipe.checkpoint), "sha256": self.recipe.checkpoint_sha256}
             facts["descriptors"] = str(self.folder)
         if self.distractors is not None:
             facts["distractors"] = len(self.distractors.rows)
+        if self.dataset.name == "toy":
+            own_weights = self.recipe is not None and self.cfg.TEST.WEIGHTS == "auto"
+            facts["note"] = toy.DISCLAIMER if own_weights else toy.DRAWN_DISCLAIMER
         return facts
 
 

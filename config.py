@@ -333,6 +333,12 @@ def idle_options(cfg: CfgNode) -> list[str]:
     return lines
 
 
+def used_options(cfg: CfgNode) -> dict[str, Any]:
+    """Each option's value by its key, without those of a network if saved descriptors take its place."""
+    without = (*NETWORK, *LOADING) if cfg.TEST.FEATURES else ()
+    return {key: value for key, value in option_values(cfg).items() if key not in without}
+
+
 def pair_options(words: list[str]) -> list[tuple[str, Any]]:
     """KEY VALUE pairs; a boolean key that another key, or nothing, follows is True."""
     settings, rest = [], list(words)

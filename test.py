@@ -7,7 +7,7 @@ python test.py MODEL.DEPTH 50 TEST.WEIGHTS ./weights TEST.DATA_DIR ./revisitop S
 import logging
 from pathlib import Path
 
-from config import ADVICE, idle_options, option_values, parse_config, plain
+from config import ADVICE, idle_options, parse_config, plain, used_options
 from model.errors import run_command
 
 log = logging.getLogger(__name__)
@@ -21,7 +21,6 @@ def main(argv: list[str]) -> None:
     from report.log import start_log
     from report.page import evaluated_page, write_report
     from report.results import Evaluated, save_results, summary
-    from revisitop import toy
     from revisitop.evaluate import evaluate
     from revisitop.retrieve import rerank, retrieve
 
@@ -51,9 +50,10 @@ def main(argv: list[str]) -> None:
         results.append(Evaluated(dataset, rankings, metrics, experiment.facts()))
         for line in results[-1].lines():
             log.info("%s", line)
-        if dataset.name == "toy":
-            log.info("%s", toy.DISCLAIMER)
-        run = run or output.new_run(f"{'+'.join(cfg.TEST.DATASET_LIST)}-R{cfg.MODEL.DEPTH}")
+        if "note" in results[-1].facts:
+            log.info("%s", results[-1].facts["note"])
+        descriptors = "features" if cfg.TEST.FEATURES else f"R{cfg.MODEL.DEPTH}"
+        run = run or output.new_run(f"{'+'.join(cfg.TEST.DATASET_LIST)}-{descriptors}")
         save_results(run, head, results)
         output.publish(run)
 
@@ -61,10 +61,10 @@ def main(argv: list[str]) -> None:
         log.info("%s", line)
     if cfg.TEST.REPORT:
         distractors = experiments[0].distractors
-        page = evaluated_page(head, results, distractors.images if distractors else (), option_values(cfg))
+        page = evaluated_page(head, results, distractors.images if distractors else (), used_options(cfg))
         path = write_report(page, run / "report")
         log.info("the report is %s (%.1f MB)", path, path.stat().st_size / 1e6)
-    log.info("results and rankings are in %s, descriptors in %s, the log in log.txt", run, output.descriptors)
+    log.info("results and rankings are in %s, the log in log.txt", run)
 
 
 if __name__ == "__main__":

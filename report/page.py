@@ -21,7 +21,6 @@ from model.errors import InputError, short_list
 from model.images import ImageError, ImageFile
 from report.drawing import PROTOCOL_NAMES, draw_curves, jpeg_uri, read_thumbnail
 from report.results import Evaluated
-from revisitop import toy
 from revisitop.evaluate import Metrics
 from revisitop.retrieve import Ranking
 
@@ -148,9 +147,13 @@ def evaluated_page(
             settings[f"checkpoint of {each.dataset.name}"] = "{path}, SHA-256 {sha256}".format(
                 **each.facts["checkpoint"]
             )
+        else:
+            known = ", ".join(f"{key} {value}" for key, value in (each.facts["made_from"] or {}).items())
+            settings[f"descriptors of {each.dataset.name}"] = f"{each.facts['features']}, {known or 'origin unknown'}"
     settings |= {key: str(value) for key, value in options.items()}
     sections = [evaluated_section(each, distractors) for each in results]
-    return Page(f"SuperGlobal on {', '.join(each.dataset.name for each in results)}", settings, sections)
+    method = "Saved descriptors" if any("features" in each.facts for each in results) else "SuperGlobal"
+    return Page(f"{method} on {', '.join(each.dataset.name for each in results)}", settings, sections)
 
 
 def evaluated_section(evaluated: Evaluated, distractors: Sequence[ImageFile] = ()) -> Section:
@@ -190,8 +193,8 @@ def evaluated_section(evaluated: Evaluated, distractors: Sequence[ImageFile] = (
     note = f"{len(dataset.queries)} queries, {own:,} database images"
     if "distractors" in evaluated.facts:
         note += f", {evaluated.facts['distractors']:,} distractors"
-    if dataset.name == "toy":
-        note += f". {toy.DISCLAIMER.capitalize()}"
+    if "note" in evaluated.facts:
+        note += f". {evaluated.facts['note'].capitalize()}"
     return Section(dataset.name, queries, order, evaluated.metrics, f"{note}.")
 
 

@@ -66,6 +66,17 @@ def load_descriptors(path: Path, dataset: Dataset) -> tuple[Tensor, Tensor]:
     return queries, database
 
 
+def descriptors_made_from(path: Path, dataset: Dataset) -> dict[str, Any]:
+    """Returns what the JSON beside saved descriptors tells of their making; empty if there is none.
+
+    Args:
+        path: as of load_descriptors.
+    """
+    folder = path if path.is_dir() else path.parent
+    file = folder / f"{dataset.name}_db.npy" if path.is_dir() or path.suffix.lower() == ".npy" else path
+    return {key: value for key, value in (read_provenance(file) or {}).items() if key != "stamps"}
+
+
 def load_distractors(path: Path) -> Tensor:
     """The distractors' descriptors, (N, D) float32 or float16, memory-mapped.
 

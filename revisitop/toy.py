@@ -30,6 +30,7 @@ from revisitop.safe_pickle import load_pickle
 log = logging.getLogger(__name__)
 
 DISCLAIMER = "toy: drawn images and random weights; it shows that the code works, not how accurate the method is"
+DRAWN_DISCLAIMER = "toy: drawn images; its metrics show that the code works, not how accurate a method is"
 
 _VERSION = 1  # raise it when the drawing changes: older toy folders are then drawn again
 _LANDMARKS = 12

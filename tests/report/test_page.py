@@ -64,11 +64,21 @@ def evaluated(command, layout, tmp_path):
         assert outcome.code == 0, outcome.err
         out_dir = latest(tmp_path / "work" / "output").resolve()
         assert re.search(
-            r"the report is output/runs/\S+-roxford5k-R50\S*/report/index.html \(\d+\.\d MB\)", outcome.out
+            r"the report is output/runs/\S+-roxford5k-features\S*/report/index.html \(\d+\.\d MB\)", outcome.out
         )
         return Parsed(out_dir / "report" / "index.html"), out_dir
 
     return run
+
+
+def test_saved_descriptors_are_reported_with_what_is_known_of_them(evaluated, tmp_path):
+    page, _ = evaluated()
+    assert page.text("h1") == ["Saved descriptors on roxford5k"]
+    assert "MODEL.DEPTH" not in page.text("dt")
+    assert f"{tmp_path / 'features.npz'}, origin unknown" in page.text("dd")
+    (tmp_path / "features.npz.json").write_text('{"depth": 101, "gemp": null}')
+    page, _ = evaluated()
+    assert f"{tmp_path / 'features.npz'}, depth 101, gemp None" in page.text("dd")
 
 
 def test_results_are_in_order_with_labels_and_scores(evaluated, layout):

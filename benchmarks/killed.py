@@ -1,10 +1,13 @@
 """SIGKILL at random moments: whether the next start ends with the bytes of a run that nothing interrupted.
 
     python benchmarks/killed.py --tries 200
+    python benchmarks/killed.py --tries 0 --together 20
 
 Each try takes one of the commands (test.py, extract_rop1m.py alone and as two processes, search with a list that
 changes, tables) on a few drawn images, kills it and all its processes at a random moment, up to three times, starts
 it once more to its end, and compares every descriptor file, and the metrics, with those of an uninterrupted run.
+With --together, two and four runs of test.py with equal and with different settings begin at once in one folder,
+so many times; each must end with the metrics, and leave the descriptors, of a run alone.
 """
 
 import argparse
@@ -28,8 +31,6 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from alternate import positive
-
 from model.errors import run_command
 from revisitop import toy
 
@@ -39,13 +40,17 @@ QUICK = ["TEST.SCALE_LIST", "1", "DATA_LOADER.NUM_WORKERS", "0", "TEST.BATCH_SIZ
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tries", type=positive, default=200, help="[200]")
+    parser.add_argument("--tries", type=int, default=200, help="[200]")
+    parser.add_argument("--together", type=int, default=0, metavar="TIMES", help="runs that begin at once [0]")
     parser.add_argument("--seed", type=int, default=0, help="of the moments [0]")
     args = parser.parse_args(argv)
     rng, survived, tried = random.Random(args.seed), Counter(), Counter()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         commands = prepare(work)
+        failed = together(commands["test.py"], work, args.together) if args.together else 0
+        if not args.tries:
+            sys.exit(bool(failed))
         wanted, seconds = {}, {}
         for name, command in commands.items():
             began = time.monotonic()
@@ -69,7 +74,7 @@ def main(argv: list[str]) -> None:
             shutil.rmtree(place)
     for name in commands:
         print(f"{name:<14}{survived[name]:4d} of {tried[name]} as if nothing had happened")
-    if survived.total() < tried.total():
+    if failed or survived.total() < tried.total():
         sys.exit(1)
 
 
@@ -106,10 +111,46 @@ def prepare(work: Path) -> dict[str, list[str]]:
     }
 
 
-def start(command: list[str], place: Path) -> subprocess.Popen:
+def together(command: list[str], work: Path, times: int) -> int:
+    """Starts two, and four, runs at once in a new folder, so many times; returns how many went wrong."""
+    settings = [[], ["SupG.gemp", "False"], ["TEST.RESUME", "False"], ["SupG.gemp", "False", "TEST.RESUME", "False"]]
+    wanted: dict[str, object] = {}
+    for words in settings[:2]:
+        end([*command, *words], work / "alone")
+        wanted |= kept_rows(work / "alone")
+    wrong = 0
+    sets = [[0, 0], [0, 1], [2, 2], [2, 3], [0, 0, 0, 0], [0, 1, 2, 3], [2, 2, 2, 2]]
+    for number in tqdm(range(times), unit="try"):
+        place, chosen = work / f"together-{number}", sets[number % len(sets)]
+        runs = [start([*command, *settings[which]], place, f"said-{i}.txt") for i, which in enumerate(chosen)]
+        codes = [run.wait() for run in runs]
+        found = kept_rows(place)
+        if any(codes) or any(wanted[name] != value for name, value in found.items()):
+            wrong += 1
+            said = "\n".join(path.read_text(errors="replace") for path in sorted(place.glob("said-*")))
+            print(f"\n{chosen}, try {number}, went wrong ({codes}):\n{said}", file=sys.stderr)
+        shutil.rmtree(place)
+    print(f"together      {times - wrong:4d} of {times} as if each had been alone")
+    return wrong
+
+
+def kept_rows(place: Path) -> dict[str, object]:
+    """Descriptors by file, and metrics by the folder of their descriptors, where equal settings must agree."""
+    found: dict[str, object] = {
+        str(path.relative_to(place)): path.read_bytes() for path in place.glob("output/descriptors/*/*.npy")
+    }
+    for path in place.glob("output/runs/2*/results.json"):
+        entry = json.loads(path.read_text())["datasets"]["roxford5k"]
+        metrics = {stage: entry[stage]["M"] for stage in ("retrieval", "reranking")}
+        name = f"metrics of {entry['descriptors']}"
+        found[name] = metrics if found.get(name, metrics) == metrics else "different metrics of equal settings"
+    return found
+
+
+def start(command: list[str], place: Path, log: str = "said.txt") -> subprocess.Popen:
     place.mkdir(exist_ok=True)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    said = (place / "said.txt").open("w")
+    said = (place / log).open("w")
     return subprocess.Popen(
         [sys.executable, *command], cwd=place, env=environment, stdout=said, stderr=said, start_new_session=True
     )

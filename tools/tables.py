@@ -211,7 +211,9 @@ def rows(part: Part, name: str, output: Output, device: torch.device) -> Iterato
         experiment = prepare(cfg, name, output, device)
         queries, database = experiment.descriptors()
     except InputError as error:
-        yield Row(cfg.MODEL.DEPTH, name, setting("retrieval, reranking"), note=error.in_options(ADVICE))
+        reranks = cfg.TEST.RERANKER not in ("none", "superglobal") or (cfg.TEST.RERANKER != "none" and cfg.SupG.rerank)
+        stages = "retrieval, reranking" if reranks else "retrieval"
+        yield Row(cfg.MODEL.DEPTH, name, setting(stages), note=error.in_options(ADVICE))
         return
     reranked, truth = part.reranked(experiment), experiment.dataset.ground_truth
     needed = results_needed(each.reranker for each in reranked)

@@ -22,7 +22,7 @@ from model.checkpoint import find_checkpoint
 from model.device import choose_device, device_name, prepare_process
 from model.errors import InputError
 from model.extract import ImageSet, extract_sets
-from model.images import ImageFile
+from model.images import ImageFile, set_pixel_limit
 from model.owner import owned
 from model.pair_scores import CVNetReranker, PairScores
 from model.read_ahead import Loading
@@ -60,6 +60,7 @@ def start_device(cfg: CfgNode, head: dict[str, Any], local_rank: int = 0) -> tor
     with option("TEST.DEVICE"):
         device = choose_device(cfg.TEST.DEVICE, local_rank)
     prepare_process(device)
+    set_pixel_limit(cfg.DATA_LOADER.MAX_PIXELS)
     head["device"] = device_name(device)
     log.info("device: %s", head["device"])
     return device

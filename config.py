@@ -144,6 +144,10 @@ OPTIONS = (
     ),
     Option("TEST.REPORT", False, "write report/index.html into the run's folder: metrics, and what each query found"),
     Option("DATA_LOADER.NUM_WORKERS", 4, "processes that decode images, at most one per core", _between(0, 1024)),
+    Option(
+        "DATA_LOADER.MAX_PIXELS", 178956970, "pixels of an image at most; a small file can claim billions",
+        _between(1, 1 << 36),
+    ),
     Option("DATA_LOADER.PIN_MEMORY", True, "copy to the GPU from pinned memory"),
     Option("SupG.gemp", True, "GeM+; False: GeM with the power that the checkpoint was trained with"),
     Option("SupG.gemp_p", 4.6, "power of GeM+", _positive_finite, {"SupG.gemp": True}),
@@ -172,7 +176,7 @@ NETWORK = (
     *("SupG.gemp", "SupG.gemp_p", "SupG.rgem", "SupG.rgem_p", "SupG.rgem_window"),
     *("SupG.sgem", "SupG.sgem_p", "SupG.relup", "SupG.relup_threshold"),
 )
-LOADING = ("TEST.BATCH_SIZE", "DATA_LOADER.NUM_WORKERS", "DATA_LOADER.PIN_MEMORY")
+LOADING = ("TEST.BATCH_SIZE", "DATA_LOADER.NUM_WORKERS", "DATA_LOADER.MAX_PIXELS", "DATA_LOADER.PIN_MEMORY")
 RERANKING = ("TEST.RERANKER", "SupG.rerank", "SupG.rerank_m", "SupG.rerank_k", "SupG.rerank_beta")
 
 # How a command's user types the arguments that an InputError advises.
@@ -182,6 +186,7 @@ ADVICE: dict[str, Callable[[Any], str]] = {
     "scales": lambda scales: f"TEST.SCALE_LIST {len(scales)}",
     "precision": "TEST.PRECISION {}".format,
     "device": "TEST.DEVICE {}".format,
+    "max_pixels": "DATA_LOADER.MAX_PIXELS {}".format,
     "workers": "DATA_LOADER.NUM_WORKERS {}".format,
     "resume": "TEST.RESUME {}".format,
     "path": lambda path: "another TEST.OUT_DIR",

@@ -190,7 +190,12 @@ def extract_images(
         bar.close()
     if damaged:
         count = f"{len(damaged)} images" if len(damaged) > 1 else "an image"
-        raise InputError(f"{title}: {count} cannot be used: {short_list(damaged, _NAMED_AT_MOST)}", on_error="skip")
+        pixels = max(error.pixels for error in damaged)
+        raise InputError(
+            f"{title}: {count} cannot be used: {short_list(damaged, _NAMED_AT_MOST)}",
+            on_error="skip",
+            **({"max_pixels": pixels} if pixels else {}),
+        )
 
 
 def extract_shared(

@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import re
 import stat
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,15 +32,25 @@ FORMATS = tuple(name for name in _SAFE if name in Image.OPEN)
 Box = tuple[float, float, float, float]
 
 
-class ImageError(InputError):
-    """An image that cannot be used: which, and why."""
+# A file of some kilobytes can claim billions of pixels; Pillow's own limit is the default.
+PIXEL_LIMIT = 2 * (Image.MAX_IMAGE_PIXELS or 89478485)
+_pixel_limit = PIXEL_LIMIT
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # at half of what is an error
 
-    def __init__(self, path: Path, reason: str):
+
+class ImageError(InputError):
+    """An image that cannot be used: which, and why.
+
+    Args:
+        pixels: how many it has, if these are too many; 0 if that is not the reason.
+    """
+
+    def __init__(self, path: Path, reason: str, pixels: int = 0):
         super().__init__(f"{path}: {reason}")
-        self.path, self.reason = path, reason
+        self.path, self.reason, self.pixels = path, reason, pixels
 
     def __reduce__(self) -> tuple:  # it comes from other processes
-        return ImageError, (self.path, self.reason)
+        return ImageError, (self.path, self.reason, self.pixels)
 
 
 @dataclass(frozen=True)
@@ -82,6 +94,18 @@ class ImageList(Sequence[ImageFile]):
         return os.fsdecode(bytes(self.names[index]))
 
 
+def set_pixel_limit(pixels: int) -> None:
+    """Lets this process read images of up to so many pixels, PIXEL_LIMIT by default."""
+    global _pixel_limit
+    _pixel_limit = pixels
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, pixels)
+
+
+def pixel_limit() -> int:
+    """Returns the most pixels of an image that this process reads."""
+    return _pixel_limit
+
+
 def image_suffixes() -> set[str]:
     """Returns the endings of the files that read_image reads, in lower case: .jpg, .png ..."""
     return {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
@@ -98,6 +122,8 @@ def read_image(path: Path) -> np.ndarray:
         if isinstance(path, Path) and not stat.S_ISREG(path.stat().st_mode):  # a FIFO would never end
             raise ImageError(path, "not a file")
         with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > _pixel_limit:
+                raise _too_large(path, image.width * image.height)
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             return to_rgb(image)
@@ -105,7 +131,9 @@ def read_image(path: Path) -> np.ndarray:
         raise
     except FileNotFoundError:
         raise ImageError(path, "no such file") from None
-    except (Image.DecompressionBombError, MemoryError):
+    except Image.DecompressionBombError as error:
+        raise _too_large(path, int(re.search(r"\d+", str(error))[0])) from None
+    except MemoryError:
         raise ImageError(path, "too many pixels for the memory") from None
     except Image.UnidentifiedImageError:
         raise ImageError(path, "not an image") from None
@@ -114,6 +142,10 @@ def read_image(path: Path) -> np.ndarray:
         raise ImageError(path, reason) from None
     except Exception as error:  # decoders raise what they like (SyntaxError, struct.error, ...)
         raise ImageError(path, f"cannot be decoded ({str(error) or type(error).__name__})") from None
+
+
+def _too_large(path: Path, pixels: int) -> ImageError:
+    return ImageError(path, f"has {pixels:,} pixels, more than the limit of {_pixel_limit:,}", pixels)
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:

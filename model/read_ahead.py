@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from model.errors import InputError, short_list
-from model.images import ImageError, ImageFile
+from model.images import ImageError, ImageFile, pixel_limit, set_pixel_limit
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,13 @@ class ReadAhead:
         workers = min(loading.workers, os.cpu_count() or 1, len(rows))
         self.workers = workers
         self.pixels = _Pixels(images, rows, workers)
-        self.loader = DataLoader(self.pixels, batch_size=None, num_workers=workers, pin_memory=loading.pin_memory)
+        self.loader = DataLoader(
+            self.pixels,
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=loading.pin_memory,
+            worker_init_fn=partial(_start_worker, pixels=pixel_limit()),
+        )
 
     def __iter__(self) -> Iterator[Tensor | ImageError]:
         return iter(self.loader)
@@ -64,6 +71,11 @@ class ReadAhead:
             "file, or if memory was short use fewer workers; the descriptors extracted so far are kept",
             workers=self.workers // 2,
         )
+
+
+def _start_worker(number: int, pixels: int) -> None:
+    """A worker that is no fork of this process has to be told."""
+    set_pixel_limit(pixels)
 
 
 class _Pixels(Dataset):

@@ -14,6 +14,7 @@ import scipy.io
 import torch
 from conftest import ROOT, kept, latest
 from oracles import all_protocols, dense_reranking, full_ranking
+from PIL import Image
 
 MODULES = ("SupG.gemp", "SupG.rgem", "SupG.sgem", "SupG.relup", "SupG.rerank", "SupG.onemeval", "False")
 
@@ -210,6 +211,17 @@ def test_after_a_damaged_image_is_replaced_the_run_goes_on(refused, layout, tmp_
     layout.image("db_22").write_text("not an image")
     refused()
     assert "20 of 24 are there from an earlier run" in (tmp_path / "work" / "log.txt").read_text()
+
+
+def test_an_image_of_too_many_pixels_is_read_with_the_limit_that_the_error_advises(
+    refused, command, layout, checkpoint_50
+):
+    Image.new("RGB", (300, 20)).save(layout.image("db_7"))
+    line = refused("DATA_LOADER.MAX_PIXELS", 5000, "DATA_LOADER.NUM_WORKERS", 1)
+    assert "db_7.jpg: has 6,000 pixels, more than the limit of 5,000" in line
+    assert line.endswith("try DATA_LOADER.MAX_PIXELS 6000")
+    data = ("TEST.WEIGHTS", checkpoint_50, "TEST.DATA_DIR", layout.data_dir, "TEST.DATASET_LIST", "roxford5k")
+    assert command("test.py", *data, "TEST.SCALE_LIST", 1, *line.split(" try ")[1].split()).code == 0
 
 
 def test_missing_images_of_the_last_dataset_are_told_before_the_first_is_extracted(refused, layout):

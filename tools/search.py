@@ -126,6 +126,9 @@ def parse(argv: list[str]) -> Parsed:
         help="the checkpoint, or a folder in which exactly one fits the depth [./weights]",
     )  # fmt: skip
     line.add_flag("--depth", "MODEL.DEPTH", type=int, choices=(50, 101), help="layers of the ResNet encoder [50]")
+    line.add_flag(
+        "--max-pixels", "DATA_LOADER.MAX_PIXELS", type=int, metavar="N", help="leave out images of more [178956970]"
+    )
     line.add("--top", type=top, default=10, metavar="K", help=f"results per query, 1 to {SAVED_RANKS} [10]")
     line.add("--json", action="store_true", help="print JSON, and everything else on stderr")
     line.add("--report", action="store_true", help="write a page of the first 10 for each query")

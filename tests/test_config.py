@@ -128,7 +128,7 @@ def test_modules_that_are_off_are_left_out_of_the_model():
 
 def test_the_default_options_are_the_defaults_of_the_library():
     assert make_recipe(make_config([]), Path("x.pyth")) == Recipe(Path("x.pyth"))
-    (reranker,) = make_rerankers(make_config([]), Subject(None, (), (), 0, Path()), torch.device("cpu")).values()
+    (reranker,) = make_rerankers(make_config([]), Subject(None, (), (), 0, None, Path()), torch.device("cpu")).values()
     assert (reranker.m, reranker.k, reranker.beta) == (RERANK_M, RERANK_K, RERANK_BETA)
 
 

@@ -151,15 +151,14 @@ def test_a_gpu_that_is_not_there_is_replaced_as_advised(command, runs):
     assert command("test.py", *words, *advice).code == 0
 
 
-def test_an_interrupted_run_of_other_settings_is_replaced_as_advised(command, runs, tiny):
+def test_an_interrupted_run_stays_whole_beside_a_run_of_other_settings(command, runs, tiny):
     words, damaged = runs["test.py"][1], tiny.image("db_3")
     whole = damaged.read_bytes()
     damaged.write_text("not an image")
     assert command("test.py", *words).code == 2  # the images before it are kept
     damaged.write_bytes(whole)
-    advice = advised(command("test.py", *words, "SupG.gemp", "False"))
-    assert advice == ["TEST.RESUME", "False"]
-    assert command("test.py", *words, "SupG.gemp", "False", *advice).code == 0
+    assert command("test.py", *words, "SupG.gemp", "False").code == 0
+    assert "3 of 4 are there from an earlier run" in command("test.py", *words).out
 
 
 @pytest.mark.parametrize(("flag", "key"), [("--depth", "MODEL.DEPTH"), ("--weights", "TEST.WEIGHTS")])

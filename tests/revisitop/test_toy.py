@@ -124,5 +124,5 @@ def test_every_module_moves_the_figures(data_dir, checkpoint_50):
 
     all_on = descriptors()
     for name in ("relup", "gemp", "rgem", "sgem"):
-        similarity = descriptors(**{name: None}) @ all_on[0]
-        assert not torch.equal(similarity.argsort(), (all_on @ all_on[0]).argsort()), name
+        similarity = all_on @ descriptors(**{name: None}).T
+        assert not torch.equal(similarity.argsort(), (all_on @ all_on.T).argsort()), name

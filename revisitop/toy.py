@@ -32,10 +32,12 @@ log = logging.getLogger(__name__)
 DISCLAIMER = "toy: drawn images and random weights; it shows that the code works, not how accurate the method is"
 DRAWN_DISCLAIMER = "toy: drawn images; its metrics show that the code works, not how accurate a method is"
 
-_VERSION = 1  # raise it when the drawing changes: older toy folders are then drawn again
+_VERSION = 2  # raise it when the drawing changes: older toy folders are then drawn again
 _LANDMARKS = 12
 _VIEWS = {"easy": (5, 0.05, 0.2), "hard": (5, 0.3, 0.5), "junk": (1, 1.0, 1.2)}  # images, strength from, to
 _DISTRACTORS = 12
+# A view of each landmark whose cosines leave 1e-6 between positives and negatives: a CPU's last bits swap none.
+_QUERY_SEEDS = (38, 2, 6, 67, 0, 1, 18, 6, 20, 17, 24, 39)
 _FACADE = 320  # side of a facade in pixels, before it is seen from somewhere
 
 
@@ -149,7 +151,7 @@ def _draw_dataset(folder: Path, progress: Callable[[Iterable], Iterable]) -> Non
     def draw(name: str, landmark: int, seed: tuple, strength: float) -> list[float]:
         rng = np.random.default_rng([zlib.crc32(str(part).encode()) for part in seed])
         image, box = draw_view(draw_facade(landmark), rng, strength)
-        image.save(folder / "jpg" / f"{name}.jpg", quality=90)
+        image.save(folder / "jpg" / f"{name}.jpg", format="PNG")  # lossless, under the name that the layout wants
         return box
 
     images = list(zip(names, (views[index] for index in order), strict=True))
@@ -158,7 +160,7 @@ def _draw_dataset(folder: Path, progress: Callable[[Iterable], Iterable]) -> Non
         if kind != "distractor":
             ground_truth[landmark][kind].append(position)
     for landmark, name in enumerate(query_names):
-        ground_truth[landmark]["bbx"] = draw(name, landmark, (landmark, "query"), 0.1)
+        ground_truth[landmark]["bbx"] = draw(name, landmark, (landmark, "query", _QUERY_SEEDS[landmark]), 0.1)
     content = {"imlist": names, "qimlist": query_names, "gnd": ground_truth, "version": _VERSION}
     (folder / "gnd_toy.pkl").write_bytes(pickle.dumps(content))
 
@@ -283,4 +285,4 @@ def _homography(corners: np.ndarray) -> list[float]:
     for (x, y), (u, v) in zip(corners, [(0, 0), (_FACADE, 0), (_FACADE, _FACADE), (0, _FACADE)], strict=True):
         rows += [[x, y, 1, 0, 0, 0, -u * x, -u * y], [0, 0, 0, x, y, 1, -v * x, -v * y]]
         right += [u, v]
-    return np.linalg.solve(np.array(rows), np.array(right, dtype=float)).tolist()
+    return np.linalg.solve(np.array(rows), np.array(right, dtype=float)).round(12).tolist()

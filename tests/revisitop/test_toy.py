@@ -12,7 +12,7 @@ from model.resnet import ResNet
 from modules.search import Database
 from revisitop import toy
 from revisitop.dataset import load_dataset
-from revisitop.evaluate import evaluate
+from revisitop.evaluate import PROTOCOLS, evaluate, ignored_images, positive_and_ignored
 from revisitop.retrieve import retrieve
 
 
@@ -94,6 +94,24 @@ def test_runs_from_nothing_and_is_a_useful_gauge(toy_run, data_dir):
     assert 100 * control["M"].map < medium / 3
 
 
+def test_its_figures_are_the_same_on_every_machine(toy_run):
+    _, screen = toy_run
+    figures = re.findall(r"(\w+) results: mAP E: ([\d.]+), M: ([\d.]+), H: ([\d.]+)", screen)
+    assert figures == [("Retrieval", "74.12", "72.03", "53.54"), ("Reranking", "76.52", "73.51", "55.63")]
+
+
+def test_no_positive_and_negative_of_a_query_nearly_tie(toy_run, data_dir):
+    """Another CPU's instructions move a cosine by 1e-7 or 2e-7."""
+    folder, _ = toy_run
+    queries, rows = (torch.from_numpy(np.load(folder / f"toy_{kind}.npy")) for kind in ("query", "db"))
+    truths = load_dataset("toy", data_dir).ground_truth
+    for cosines, truth in zip((queries.double() @ rows.double().T).numpy(), truths, strict=True):
+        for protocol in PROTOCOLS:
+            positive = truth.listed[positive_and_ignored(truth, protocol)[0]]
+            negative = np.setdiff1d(np.arange(len(rows)), [*positive, *ignored_images(truth, protocol)])
+            assert np.abs(cosines[positive][:, None] - cosines[negative]).min() >= 1e-6
+
+
 def test_every_module_moves_the_figures(data_dir, checkpoint_50):
     dataset = load_dataset("toy", data_dir)
     chosen = dataset.ground_truth[0].listed.tolist() + dataset.ground_truth[1].listed.tolist()
@@ -106,5 +124,5 @@ def test_every_module_moves_the_figures(data_dir, checkpoint_50):
 
     all_on = descriptors()
     for name in ("relup", "gemp", "rgem", "sgem"):
-        similarity = descriptors(**{name: None}) @ all_on[0]
-        assert not torch.equal(similarity.argsort(), (all_on @ all_on[0]).argsort()), name
+        similarity = all_on @ descriptors(**{name: None}).T
+        assert not torch.equal(similarity.argsort(), (all_on @ all_on.T).argsort()), name

@@ -81,21 +81,20 @@ def equal_sizes(
 
 def in_fitting_parts(
     extract: Callable[[Sequence[Tensor]], Tensor], batch: Sequence[Tensor], names: Sequence[object], size: BatchSize
-) -> Iterator[tuple[slice, Tensor]]:
+) -> Iterator[tuple[slice, Tensor | InputError]]:
     """Which part of the batch, and extract(part): in parts as large as the memory allows, in order.
+
+    In the place of the descriptor of a single image that does not fit comes the error that names it.
 
     Args:
         extract: from images of equal size.
         names: of the images, for the error.
         size: halved whenever a part does not fit.
-
-    Raises:
-        InputError: where a single image does not fit.
     """
     done = 0
     while done < len(batch):
         part = slice(done, min(done + size.of(batch[0]), len(batch)))
-        vectors = None
+        vectors: Tensor | InputError | None = None
         try:
             vectors = extract(batch[part])
         except (RuntimeError, MemoryError) as error:
@@ -103,10 +102,10 @@ def in_fitting_parts(
                 raise
             if part.stop == done + 1:
                 height, width = batch[done].shape[:2]
-                raise InputError(
+                vectors = InputError(
                     f"{names[done]}: the memory of the device is too small for {width} x {height} pixels",
                     scales=(1.0,), precision="bf16", device="cpu",
-                ) from None  # fmt: skip
+                )  # fmt: skip
         if vectors is None:  # here, as the handler would hold on to the memory of what failed
             size.halve(batch[part])
             log.info("out of memory with %d images in a batch, going on with half as many", part.stop - done)

@@ -147,7 +147,8 @@ def extract_images(
         loading: how they are read and batched.
         on_error: what a damaged image does. "stop" ends at once; "list" stops the network, and the
             other images are only decoded, so that the error can name every damaged file; "skip"
-            makes it a zero row, whose cosine with everything is 0.
+            makes it a zero row, whose cosine with everything is 0. So does an image that is too large
+            for the memory, which otherwise ends the run at once.
 
     Raises:
         InputError: naming the damaged files, the one at which a worker process died, or one too large for
@@ -182,6 +183,11 @@ def extract_images(
         for numbers, batch in equal_sizes(usable(), size):
             paths = [images[rows[number]].path for number in numbers]
             for part, vectors in in_fitting_parts(partial(extract_batch, extractor), batch, paths, size):
+                if isinstance(vectors, InputError):
+                    if on_error != "skip":
+                        raise vectors
+                    log.warning("skipped, a zero row: %s", vectors.problem)
+                    vectors = torch.zeros(1, extractor.dim)
                 results.take(numbers[part], vectors)
     except RuntimeError as error:
         raise decoded.death_of_a_worker(error) or error from None

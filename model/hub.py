@@ -8,6 +8,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from model.batching import equal_sizes, first_batch_size, in_fitting_parts
+from model.errors import InputError
 from model.extract import extract_batch
 from model.extractor import NetworkExtractor
 from model.images import to_rgb
@@ -48,6 +49,8 @@ class ImageDescriptor(nn.Module):
         for numbers, batch in equal_sizes(((i, _pixels(image, i)) for i, image in enumerate(images)), size):
             names = [f"image {number}" for number in numbers]
             for part, vectors in in_fitting_parts(partial(extract_batch, self.extractor), batch, names, size):
+                if isinstance(vectors, InputError):
+                    raise vectors
                 found.update(zip(numbers[part], vectors, strict=True))
         rows = [found[number] for number in sorted(found)]
         descriptors = torch.stack(rows) if rows else torch.empty(0, self.extractor.dim, device=self.extractor.device)

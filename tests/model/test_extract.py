@@ -101,6 +101,23 @@ def test_a_device_that_runs_out_of_memory_gets_smaller_batches(model, tmp_path):
     np.testing.assert_array_equal(rows, one_by_one)
 
 
+def test_an_image_too_large_for_the_memory_is_left_out_or_named(model, tmp_path, caplog):
+    def small_memory(_, inputs):
+        if max(inputs[0].shape) > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    images = [write(tmp_path, f"{i}.png", size=(120, 20) if i == 3 else (40, 30)) for i in range(6)]
+    hook = model.register_forward_pre_hook(small_memory)
+    try:
+        rows = run(model, images, store(tmp_path, 6), on_error="skip")
+        with pytest.raises(InputError, match=r"3\.png: the memory of the device is too small for 120 x 20 pixels"):
+            run(model, images, store(tmp_path, 6, "other.npy"))
+    finally:
+        hook.remove()
+    assert np.flatnonzero(~rows.any(axis=1)).tolist() == [3]
+    assert "3.png: the memory of the device is too small" in caplog.text
+
+
 class DeadlyFile(ImageFile):
     """A file at which the process that decodes it dies, as when the system's memory ends."""
 

@@ -4,7 +4,6 @@ import torch
 
 from model import batching
 from model.batching import BatchSize, equal_sizes, in_fitting_parts
-from model.errors import InputError
 
 
 def images(sizes: list[tuple[int, int]]) -> list[tuple[int, torch.Tensor]]:

@@ -32,7 +32,8 @@ class Database:
     memory map): only the rows in use are read.
 
     Args:
-        parts: a tensor, or tensors of equal D and of any floating dtype; rows of unit length.
+        parts: a tensor, or tensors of equal D and of any floating dtype; rows of unit length. Rows in float64
+            are rounded to float32 wherever they are used, so that a row has one score.
 
     Raises:
         ValueError: where there is no part, or a part is no (N, D) floating tensor, or widths differ.
@@ -84,11 +85,12 @@ class Database:
         return out.view(*ids.shape, self.dim)
 
     def chunks(self, size: int) -> Iterator[tuple[int, Tensor]]:
-        """(number of the first row, rows), at most `size` rows at a time, never across parts."""
+        """(number of the first row, rows), at most `size` rows at a time, never across parts; float64 as float32."""
         start = 0
         for part in self.parts:
             for first in range(0, len(part), size):
-                yield start + first, part[first : first + size]
+                rows = part[first : first + size]
+                yield start + first, rows.float() if rows.dtype == torch.float64 else rows
             start += len(part)
 
 
@@ -160,8 +162,7 @@ def search(
 def _products(queries: Tensor, chunk: Tensor, start: int) -> Tensor:
     """The scores of a chunk as fast as float32 allows, (Q, C)."""
     # Reduced precision (TF32, say), where somebody chose it, has no useful bound.
-    fast = torch.get_float32_matmul_precision() == "highest" and chunk.dtype != torch.float64
-    work = torch.float32 if fast else torch.float64
+    work = torch.float32 if torch.get_float32_matmul_precision() == "highest" else torch.float64
     scores = (queries.to(work) @ chunk.to(work).T).to(torch.float32)
     if not torch.isfinite(scores.sum()):
         bad = (~torch.isfinite(scores)).nonzero()

@@ -102,3 +102,12 @@ def test_rows_of_numpy_ids_are_numpy():
     database = Database([unit(4, 8), unit(6, 8)])
     ids = np.array([[1, 9], [4, 0]])
     np.testing.assert_array_equal(database.rows(ids), database.rows(torch.from_numpy(ids)).numpy())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_ranks_of_listed_rows_are_those_of_the_results_in_every_dtype(dtype):
+    rows = torch.nn.functional.normalize(torch.randn(300, 9, generator=torch.Generator().manual_seed(0)), dim=1)
+    rows = rows.double() * (1 + 1e-9) if dtype == torch.float64 else rows.to(dtype)
+    found = search(rows[:5].float(), Database(rows), 300, [torch.arange(300)] * 5)
+    for ids, positions in zip(found.ids, found.positions, strict=True):
+        assert torch.equal(positions[ids], torch.arange(300))

@@ -192,8 +192,10 @@ def extract_images(
     except RuntimeError as error:
         raise decoded.death_of_a_worker(error) or error from None
     finally:
-        results.finish()
-        bar.close()
+        try:
+            results.finish()
+        finally:
+            bar.close()  # so that an error has a line of its own
     if damaged:
         count = f"{len(damaged)} images" if len(damaged) > 1 else "an image"
         pixels = max(error.pixels for error in damaged)

@@ -12,6 +12,7 @@ name, and a small `NAME.npy.json` keeps its provenance: what it was made from. P
 one part, each with a journal of its own (`NAME.npy.journal.RANK`); the next start joins them.
 """
 
+import errno
 import glob
 import json
 import logging
@@ -297,10 +298,15 @@ class DescriptorStore:
             header = {"descr": "<f4", "fortran_order": False, "shape": (self.rows, self.dim)}
             np.lib.format.write_array_header_1_0(file, header)
             file.flush()
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, self._offset(self.rows))
-            else:
-                file.truncate(self._offset(self.rows))
+            size = self._offset(self.rows)
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)
+            except AttributeError:  # not on every system
+                file.truncate(size)
+            except OSError as error:  # nor on every file system
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                    raise
+                file.truncate(size)
             _sync(file)
 
     def _resume(self) -> None:

@@ -1,0 +1,99 @@
+"""Disks that are full, folders that vanish, file systems that lack something: one line, and nothing is lost."""
+
+import errno
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, kept
+
+from model.images import ImageFile
+from model.store import DescriptorStore
+
+
+@pytest.fixture
+def words(layout, checkpoint_50) -> list[str]:
+    words = ["TEST.WEIGHTS", checkpoint_50, "TEST.DATA_DIR", layout.data_dir, "TEST.DATASET_LIST", "roxford5k"]
+    return [str(word) for word in (*words, "TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0)]
+
+
+def limited(work: Path, words: list[str], most_bytes: int) -> subprocess.CompletedProcess:
+    """Runs test.py where no file can be larger than so many bytes, as on a full disk."""
+    work.mkdir(exist_ok=True)
+    return subprocess.run(
+        [sys.executable, ROOT / "test.py", *words], cwd=work, capture_output=True, text=True, check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes)),
+    )  # fmt: skip
+
+
+def told_in_one_line(outcome) -> str:
+    err = getattr(outcome, "stderr", None) or outcome.err
+    assert "Traceback" not in err
+    assert "Logging error" not in err
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, err
+    return lines[0]
+
+
+def test_a_disk_too_full_for_the_rows_is_told_and_the_run_resumes(command, words, tmp_path):
+    outcome = limited(tmp_path / "work", words, 100_000)  # the queries' rows fit, the database's do not
+    assert outcome.returncode == 2
+    assert "roxford5k_db.npy.part" in told_in_one_line(outcome)
+    again = command("test.py", *words)
+    assert again.code == 0, again.err
+    rows = np.load(kept(tmp_path / "work" / "output", "roxford5k") / "roxford5k_db.npy")
+    alone = command("test.py", *words, "TEST.OUT_DIR", "alone")
+    assert alone.code == 0
+    np.testing.assert_array_equal(rows, np.load(kept(tmp_path / "work" / "alone", "roxford5k") / "roxford5k_db.npy"))
+
+
+def test_a_disk_too_full_for_the_log_is_told(words, tmp_path):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "log.txt").write_bytes(b"-" * 500_000)
+    outcome = limited(tmp_path / "work", words, 500_100)
+    assert outcome.returncode == 2
+    assert "log.txt" in told_in_one_line(outcome)
+
+
+def test_a_folder_removed_in_mid_run_is_told_and_the_next_run_is_whole(command, words, tmp_path, monkeypatch):
+    output, read = tmp_path / "work" / "output", ImageFile.read
+
+    def remove(image: ImageFile) -> np.ndarray:
+        if image.path.stem == "db_10":
+            shutil.rmtree(output)
+        return read(image)
+
+    monkeypatch.setattr(ImageFile, "read", remove)
+    outcome = command("test.py", *words, "TEST.BATCH_SIZE", 1)
+    assert outcome.code == 2
+    assert "No such file or directory" in told_in_one_line(outcome)
+    monkeypatch.undo()
+    assert command("test.py", *words).code == 0
+
+
+def test_a_clock_that_was_set_back_changes_nothing(command, words, tmp_path):
+    assert command("test.py", *words).code == 0
+    for path in (tmp_path / "work" / "output").rglob("*"):
+        os.utime(path, (4e9, 4e9), follow_symlinks=False)
+    assert command("test.py", *words).out.count("used again") == 2
+
+
+@pytest.mark.parametrize("error", [errno.EOPNOTSUPP, errno.EINVAL, None])
+def test_a_file_system_that_reserves_no_room_will_do(tmp_path, monkeypatch, error):
+    def refuse(*_):
+        raise OSError(error, os.strerror(error))
+
+    if error is None:
+        monkeypatch.delattr(os, "posix_fallocate")
+    else:
+        monkeypatch.setattr(os, "posix_fallocate", refuse)
+    store = DescriptorStore(tmp_path / "rows.npy", 2, 3, {})
+    for row in range(2):
+        store.write(row, np.full(3, row + 1, np.float32))
+    store.finish()
+    np.testing.assert_array_equal(np.load(tmp_path / "rows.npy"), [[1, 1, 1], [2, 2, 2]])

@@ -4,10 +4,12 @@ A moment for each kind within the test run; longer by hand: FUZZ_SECONDS=600 pyt
 """
 
 import contextlib
+import gzip
 import io
 import os
 import pickle
 import random
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +28,7 @@ from model.resnet import ResNet
 from model.store import DescriptorStore
 from revisitop.dataset import load_dataset, read_ground_truth
 from revisitop.descriptors import load_descriptors, load_distractors
+from tools.download import unpack
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", 0.7))
 SLOW = 5.0  # seconds for one input
@@ -161,6 +164,34 @@ def test_stores(tmp_path, name):
             read(path)
         except InputError:
             continue
+
+
+def test_archives(tmp_path):
+    samples = []
+    for names in (["a.jpg", "b/c.jpg"], ["d/e.jpg"], ["../out.jpg"], ["/etc/out.jpg"], ["link"]):
+        with tarfile.open(fileobj=(file := io.BytesIO()), mode="w") as tar:
+            for name in names:
+                member = tarfile.TarInfo(name)
+                member.type = tarfile.SYMTYPE if name == "link" else tarfile.REGTYPE
+                member.linkname, member.size = "/etc/passwd" if name == "link" else "", 700 * (name != "link")
+                tar.addfile(member, io.BytesIO(b"x" * member.size))
+        samples.append(file.getvalue())
+    folder, archive = tmp_path / "inside" / "folder", tmp_path / "x.tar.gz"
+    (tmp_path / "inside").mkdir()
+    refused = unpacked = 0
+    for data in mutated(samples):
+        archive.write_bytes(gzip.compress(data, 1))
+        try:
+            unpack(archive, folder, flat=refused % 2 == 0)
+            unpacked += 1
+        except InputError:
+            refused += 1
+        assert not any(path.is_symlink() for path in folder.rglob("*"))
+        assert {path.name for path in tmp_path.iterdir()} == {"inside", "x.tar.gz"}
+        assert {path.name for path in (tmp_path / "inside").iterdir()} == {"folder"}
+    assert min(refused, unpacked) > 0
+    whole = archive.read_bytes()
+    survives(tmp_path / "y.tar.gz", [whole], lambda path: unpack(path, folder, True))  # what gzip itself tells
 
 
 def test_command_lines(tmp_path):

@@ -201,3 +201,28 @@ def test_a_pipe_that_is_closed_ends_the_search_quietly(folder, checkpoint_50, tm
     )
     assert done.returncode == 0
     assert "Traceback" not in (tmp_path / "errors.txt").read_text()
+
+
+def test_names_of_every_kind_are_found_told_and_harmless(command, checkpoint_50, tmp_path):
+    names = ["<script>alert(1)<b>.png", "two\nlines.png", "\x1b[31mred.png", "x" * 251 + ".png"]
+    folder = os.fsencode(tmp_path / "strange")
+    os.mkdir(folder)
+    draw(tmp_path / "plain.png", 0)
+    for number, name in enumerate([*map(os.fsencode, names), b"not \xff utf-8.png"]):
+        draw(tmp_path / "plain.png", number)
+        os.rename(tmp_path / "plain.png", os.path.join(folder, name))
+    words = ("--database", tmp_path / "strange", "--queries", tmp_path / "strange", "--weights", checkpoint_50)
+    words = (*words, "TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0, "--report", "--top", 5)
+    outcome = command("tools/search.py", *words)
+    assert outcome.code == 0, outcome.err
+    lines = outcome.out.splitlines()
+    assert "\x1b" not in outcome.out + outcome.err
+    assert len([line for line in lines if re.match(r" +1 +[\d.]+ +1\.0000 ", line)]) == 5
+    for shown in (names[0], r"two\nlines.png", r"\x1b[31mred.png", names[3]):
+        assert any(line.endswith(shown) for line in lines)
+    page = (tmp_path / "work" / "output" / "runs" / "latest" / "report" / "index.html").read_bytes()
+    assert b"<script" not in page
+    assert page.count(b"data:image/jpeg") >= 5
+    outcome = command("tools/search.py", *words, "--json")
+    found = json.loads(outcome.out)["queries"]
+    assert {names[0], names[1], names[2]} < {entry["query"] for entry in found}

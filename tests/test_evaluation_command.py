@@ -358,3 +358,20 @@ def test_files_without_descriptors_are_told(evaluate_features, tmp_path, name):
     outcome = evaluate_features(path)
     assert outcome.code == 2
     assert outcome.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("dimensions", [3, 24])
+def test_as_many_dimensions_as_images_and_descriptors_are_what_has_unit_length(command, layout, tmp_path, dimensions):
+    rows = np.random.default_rng(0).standard_normal((27, dimensions)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    words = ("TEST.DATA_DIR", layout.data_dir, "TEST.DATASET_LIST", "roxford5k", "TEST.FEATURES")
+    lines = []
+    for name, (queries, database) in {"rows": (rows[:3], rows[3:]), "columns": (rows[:3].T, rows[3:].T)}.items():
+        np.savez(tmp_path / f"{name}.npz", Q=queries, X=database)
+        out = command("test.py", *words, tmp_path / f"{name}.npz").out
+        lines.append([line for line in out.splitlines() if "results: " in line])
+    assert lines[0] == lines[1] != []
+    np.savez(tmp_path / "long.npz", Q=2 * rows[:3], X=2 * rows[3:])
+    outcome = command("test.py", *words, tmp_path / "long.npz")
+    assert outcome.code == 2
+    assert "does not tell rows from columns; save them with unit length" in outcome.err

@@ -185,7 +185,7 @@ def extract_images(
             for part, vectors in in_fitting_parts(partial(extract_batch, extractor), batch, paths, size):
                 if isinstance(vectors, InputError):
                     if on_error != "skip":
-                        raise vectors
+                        raise InputError(vectors.problem, **vectors.advice, on_error="skip")
                     log.warning("skipped, a zero row: %s", vectors.problem)
                     vectors = torch.zeros(1, extractor.dim)
                 results.take(numbers[part], vectors)

@@ -193,13 +193,13 @@ def _rows(array: np.ndarray, count: int, columns_first: bool, what: str, dataset
     fits = [axis for axis in ((1, 0) if columns_first else (0, 1)) if array.shape[axis] == count]
     if not fits:
         raise InputError(f"{what}: {dataset} has {count} images, but the shape is {array.shape}")
-    if len(fits) == 2:  # as many dimensions as images: descriptors are what has unit length
-        lengths = {axis: np.linalg.norm(array.astype(np.float64), axis=1 - axis) for axis in fits}
-        fits = [axis for axis in fits if (np.abs(lengths[axis] - 1) <= _UNIT_TOLERANCE).all()]
+    if len(fits) == 2:  # as many dimensions as images: descriptors are what has unit length, a few damaged ones aside
+        values = torch.from_numpy(array.astype(np.float32))
+        unit = {axis: (values.norm(dim=1 - axis) - 1).abs() <= _UNIT_TOLERANCE for axis in fits}
+        fits = [axis for axis in fits if unit[axis].float().mean() > 0.5]
         if len(fits) != 1:
-            raise InputError(
-                f"{what}: the shape {array.shape} does not tell rows from columns; save them with unit length"
-            )
+            advice = "both are of unit length, add a dimension of zeros" if fits else "save them with unit length"
+            raise InputError(f"{what}: the shape {array.shape} does not tell rows from columns; {advice}")
     rows = torch.from_numpy(np.ascontiguousarray(array if fits[0] == 0 else array.T, dtype=np.float32))
     norms = rows.norm(dim=1)
     bad = (~(norms > 0) | ~torch.isfinite(norms)).nonzero().flatten()

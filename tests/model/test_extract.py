@@ -110,8 +110,9 @@ def test_an_image_too_large_for_the_memory_is_left_out_or_named(model, tmp_path,
     hook = model.register_forward_pre_hook(small_memory)
     try:
         rows = run(model, images, store(tmp_path, 6), on_error="skip")
-        with pytest.raises(InputError, match=r"3\.png: the memory of the device is too small for 120 x 20 pixels"):
+        with pytest.raises(InputError, match=r"3\.png: the memory of the device is too small for 120 x 20") as told:
             run(model, images, store(tmp_path, 6, "other.npy"))
+        assert told.value.advice["on_error"] == "skip"
     finally:
         hook.remove()
     assert np.flatnonzero(~rows.any(axis=1)).tolist() == [3]

@@ -144,6 +144,10 @@ def load_strictly(
             raise InputError(f"{path}: {key} holds numbers that are not finite; fetch the file again")
         if key.endswith("running_var") and (value < 0).any():
             raise InputError(f"{path}: {key} is negative, which no variance is; fetch the file again")
+        if key.endswith("pool.p") and (value <= 0).any():
+            raise InputError(
+                f"{path}: {key} is {float(value.min()):g}, and GeM's power is above 0; fetch the file again"
+            )
     state = {key: v.to(torch.float32 if v.is_floating_point() else v.dtype, copy=True) for key, v in state.items()}
     network.load_state_dict(state, strict=True, assign=True)
     return network.eval().requires_grad_(False)

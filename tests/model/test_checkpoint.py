@@ -1,9 +1,10 @@
 import os
+import re
 
 import pytest
 import torch
 
-from model.checkpoint import encoder_state, find_checkpoint, load_encoder, sha256
+from model.checkpoint import encoder_state, find_checkpoint, load_encoder, load_strictly, sha256
 from model.errors import InputError
 from model.resnet import ResNet
 
@@ -68,6 +69,14 @@ def test_a_file_of_the_other_depth_is_named(checkpoint_50, checkpoint_101):
 def test_another_descriptor_size_is_named(checkpoint_50):
     with pytest.raises(InputError, match=r"another size; try dim=2048"):
         load_encoder(encoder(reduction_dim=512), checkpoint_50)
+
+
+@pytest.mark.parametrize(("key", "value"), [("head.pool.p", 0.0), ("s1.b1.f.a_bn.running_var", -1.0)])
+def test_numbers_that_cannot_be_are_told(checkpoint_50, key, value):
+    state = encoder_state(checkpoint_50)
+    state[key] = torch.full_like(state[key], value)
+    with pytest.raises(InputError, match=re.escape(key)):
+        load_strictly(encoder(), state, checkpoint_50, "a ResNet-50")
 
 
 def test_loaded_weights_do_not_hang_on_the_file(checkpoint_50, tmp_path):

@@ -30,7 +30,7 @@ from model.recipe import SCALE_SETS, Recipe
 from modules.reranking import Reranker, SuperGlobalReranker
 from modules.search import Database
 from revisitop import toy
-from revisitop.dataset import Dataset, dataset_folder, load_dataset, load_distractor_list
+from revisitop.dataset import Dataset
 from revisitop.descriptors import (
     add_distractors,
     check_distractors,
@@ -39,11 +39,14 @@ from revisitop.descriptors import (
     load_distractors,
 )
 from revisitop.evaluate import most_ignored
+from revisitop.layout_revisitop import load_distractor_list
+from revisitop.layouts import dataset_folder, load_dataset
 from revisitop.retrieve import SAVED_RANKS
 
 log = logging.getLogger(__name__)
 
 DEFAULT_WEIGHTS = Path("weights")
+DOWNLOADED = ("roxford5k", "rparis6k", "gldv2")  # what tools.download fetches
 
 
 @contextmanager
@@ -115,10 +118,9 @@ def find_dataset(cfg: CfgNode, name: str) -> Dataset:
         if name == "toy":
             toy.ensure_dataset(Path(cfg.TEST.DATA_DIR), lambda images: tqdm(images, desc="drawing toy", unit="img"))
         folder = Path(cfg.TEST.DATA_DIR)
-        if dataset_folder(folder, name) is None:
+        if name in DOWNLOADED and dataset_folder(folder, name) is None:
             raise InputError(
-                f"no dataset {name} in {folder}: {folder / name / f'gnd_{name}.pkl'} is missing; "
-                f"python -m tools.download {name} --data-dir {folder} fetches it"
+                f"no dataset {name} in {folder}; python -m tools.download {name} --data-dir {folder} fetches it"
             )
         return load_dataset(name, folder)
 
@@ -247,16 +249,18 @@ class Experiment:
             with option("TEST.FEATURES"):
                 queries, rows = load_descriptors(Path(self.cfg.TEST.FEATURES), self.dataset)
         else:
-            name = self.dataset.name
-            sets = [
-                ImageSet(self.folder / f"{name}_query.npy", f"{name} queries", self.dataset.queries),
-                ImageSet(self.folder / f"{name}_db.npy", f"{name} database", self.dataset.database),
-            ]
+            name, in_database = self.dataset.name, self.dataset.in_database
+            below = self.dataset.folder  # images of two classes may have one name
+            sets = [ImageSet(self.folder / f"{name}_db.npy", f"{name} database", self.dataset.database, below)]
+            if in_database is None:
+                query_file = self.folder / f"{name}_query.npy"
+                sets.insert(0, ImageSet(query_file, f"{name} queries", self.dataset.queries, below))
             log.info("checkpoint: %s, SHA-256 %s", self.recipe.checkpoint, self.recipe.checkpoint_sha256)
             log.info("descriptors: %s", self.folder)
             loading = make_loading(self.cfg, self.device)
             with owned(self.folder):
-                queries, rows = extract_sets(sets, self.recipe, self.device, loading, self.cfg.TEST.RESUME)
+                *others, rows = extract_sets(sets, self.recipe, self.device, loading, self.cfg.TEST.RESUME)
+            queries = others[0] if others else rows[torch.from_numpy(in_database)]
         if self.distractors is None:
             return queries, Database(rows)
         return queries, add_distractors(rows, self.distractors.rows)
@@ -269,7 +273,7 @@ class Experiment:
             known = len(self.distractors.images)
             database = ConcatDataset([database, self.distractors.images]) if known else ()
         scores = self.folder / f"{self.dataset.name}_cvnet.npy" if self.recipe else None
-        ignored = most_ignored(self.dataset.ground_truth)
+        ignored = most_ignored(self.dataset.ground_truth, self.dataset.protocols)
         return Subject(self.recipe, self.dataset.queries, database, ignored, scores, self.output.folder / "cvnet_maps")
 
     @cached_property

@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     from model.owner import owned
     from model.store import nonzero_rows
     from report.log import start_log
-    from revisitop.dataset import load_distractor_list
+    from revisitop.layout_revisitop import load_distractor_list
 
     processes = Processes()
     first = processes.rank == 0

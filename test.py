@@ -45,7 +45,9 @@ def main(argv: list[str]) -> None:
         rankings = {"retrieval": searched}
         for stage, reranker in experiment.rerankers.items():
             rankings[stage] = rerank(searched, reranker, queries, database, device)
-        metrics = {stage: evaluate(ranking, dataset.ground_truth) for stage, ranking in rankings.items()}
+        metrics = {
+            stage: evaluate(ranking, dataset.ground_truth, dataset.protocols) for stage, ranking in rankings.items()
+        }
 
         results.append(Evaluated(dataset, rankings, metrics, experiment.facts()))
         for line in results[-1].lines():

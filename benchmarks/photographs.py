@@ -31,7 +31,7 @@ from model.errors import InputError, run_command
 from modules import GeM, GeMPlus, RegionalGeM, ScaleGeM, SuperGlobalReranker, attach, search
 from modules.descriptor import SCALES
 from revisitop.dataset import GroundTruth
-from revisitop.evaluate import PROTOCOLS, Metrics, evaluate_ranks
+from revisitop.evaluate import Metrics, evaluate_ranks
 
 # Into how many rows and columns of landmarks the photographs are cut.
 GRIDS = {
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
     print(f"{len(images.queries)} landmarks, {VIEWS} views of each, {machine(torch.device('cpu'))}\n")
     print("| mAP in percent | Easy | Medium | Hard |\n| --- | --- | --- | --- |")
     for name, results in rows(network, images):
-        print(f"| {name} | {' | '.join(f'{100 * results[protocol].map:.1f}' for protocol in PROTOCOLS)} |", flush=True)
+        print(f"| {name} | {' | '.join(f'{100 * results[protocol].map:.1f}' for protocol in 'EMH')} |", flush=True)
 
 
 def rows(network: nn.Module, images: PhotographSet) -> Iterator[tuple[str, dict[str, Metrics]]]:
@@ -120,7 +120,7 @@ def draw_set(
                 for number, strength in enumerate(strengths)
             ]
             easy, hard = np.split(len(database) + np.arange(views), [views // 2])
-            ground_truth.append(GroundTruth(easy, hard, junk=np.empty(0, dtype=np.int64)))
+            ground_truth.append(GroundTruth({"easy": easy, "hard": hard, "junk": np.empty(0, dtype=np.int64)}))
             database += drawn[:views]
             queries += drawn[views:]
     return PhotographSet(torch.stack(queries), torch.stack(database), ground_truth)

@@ -10,9 +10,8 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
 from model.images import Box, ImageFile, read_image
-from revisitop.evaluate import RECALL_LEVELS, Metrics
-
-PROTOCOL_NAMES = {"E": "Easy", "M": "Medium", "H": "Hard"}
+from revisitop.evaluate import Metrics
+from revisitop.measures import RECALL_LEVELS
 
 
 def draw_curves(metrics: dict[str, dict[str, Metrics]]) -> list[dict[str, str]]:
@@ -21,10 +20,11 @@ def draw_curves(metrics: dict[str, dict[str, Metrics]]) -> list[dict[str, str]]:
     Each plot is a dict: alt, light and dark, the last two with ink for such a ground.
     """
     plots = []
-    for protocol, title in PROTOCOL_NAMES.items():
-        results = {stage: of[protocol] for stage, of in metrics.items() if not math.isnan(of[protocol].map)}
+    for protocol in [each.protocol for each in next(iter(metrics.values()), {}).values()]:
+        name, title = protocol.measure.title, protocol.title
+        results = {stage: of[protocol.name] for stage, of in metrics.items() if not math.isnan(of[protocol.name].map)}
         if results:
-            maps = ", ".join(f"{stage} mAP {100 * result.map:.2f}" for stage, result in results.items())
+            maps = ", ".join(f"{stage} {name} {100 * result.map:.2f}" for stage, result in results.items())
             plot = {"alt": f"Precision over recall, {title}: {maps}"}
             plots.append(plot | {name: _draw_curve(title, results, name == "dark") for name in ("light", "dark")})
     return plots
@@ -37,7 +37,7 @@ def _draw_curve(title: str, results: dict[str, Metrics], dark: bool) -> str:
     axes = figure.subplots()
     for (stage, result), colour in zip(results.items(), cycle(colours), strict=False):
         recall = np.linspace(0, 100, RECALL_LEVELS)
-        label = f"{stage}, mAP {100 * result.map:.2f}"
+        label = f"{stage}, {result.protocol.measure.title} {100 * result.map:.2f}"
         style = (0, (4, 1.5)) if stage == "retrieval" else "-"
         axes.plot(
             recall, 100 * result.precision, label=label, color=colour, linestyle=style, linewidth=1.8, clip_on=False

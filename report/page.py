@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 from model.errors import InputError, short_list
 from model.images import ImageError, ImageFile
-from report.drawing import PROTOCOL_NAMES, draw_curves, jpeg_uri, read_thumbnail
+from report.drawing import draw_curves, jpeg_uri, read_thumbnail
 from report.results import Evaluated
-from revisitop.evaluate import Metrics
+from revisitop.evaluate import Metrics, query_aps
+from revisitop.protocols import REVISITED_PROTOCOLS, Protocol
 from revisitop.retrieve import Ranking
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class Hit:
         name: as the page shows it.
         image: the image, or None where there is none; a file that is missing or damaged does no harm.
         score: what the ranking is ordered by.
-        label: easy, hard, ignored or wrong; None without ground truth.
+        label: easy, hard, right, ignored or wrong; None without ground truth.
     """
 
     name: str
@@ -94,6 +95,10 @@ class Section:
     note: str = ""
     omitted: int = 0
 
+    @property
+    def protocols(self) -> list[Protocol]:
+        return [each.protocol for each in next(iter(self.metrics.values()), {}).values()]
+
     def changed(self) -> "list[Changed]":
         """What each reranking did to the queries' AP."""
         changed = []
@@ -129,6 +134,19 @@ class Page:
     settings: dict[str, str]
     sections: list[Section]
 
+    @property
+    def tables(self) -> list[tuple[list[Protocol], list[Section]]]:
+        """The sections with metrics, those of the same protocols together."""
+        tables: list[tuple[list[Protocol], list[Section]]] = []
+        for section in self.sections:
+            if section.metrics:
+                same = next((sections for protocols, sections in tables if protocols == section.protocols), None)
+                if same is None:
+                    tables.append((section.protocols, [section]))
+                else:
+                    same.append(section)
+        return tables
+
 
 def evaluated_page(
     head: dict[str, Any], results: Sequence[Evaluated], distractors: Sequence[ImageFile], options: dict[str, Any]
@@ -157,7 +175,7 @@ def evaluated_page(
 
 
 def evaluated_section(evaluated: Evaluated, distractors: Sequence[ImageFile] = ()) -> Section:
-    """Returns a dataset's part of the page. AP is Medium's.
+    """Returns a dataset's part of the page. AP is Medium's, or that of the query's only protocol.
 
     Args:
         distractors: see evaluated_page.
@@ -165,13 +183,12 @@ def evaluated_section(evaluated: Evaluated, distractors: Sequence[ImageFile] = (
     dataset, own = evaluated.dataset, len(evaluated.dataset.database)
 
     def hits(ranking: Ranking, query: int) -> list[Hit]:
-        truth = dataset.ground_truth[query]
-        kinds = {"easy": truth.easy, "hard": truth.hard, "ignored": truth.junk}
-        labels = {number: label for label, numbers in kinds.items() for number in numbers.tolist()}
+        kinds = dataset.ground_truth[query].kinds
+        labels = {number: label_of(kind) for kind, numbers in kinds.items() for number in numbers.tolist()}
         found = []
         for number, score in zip(ranking.ids[query, :SHOWN].tolist(), ranking.scores[query].tolist(), strict=False):
             if number < own:
-                image, name = dataset.database[number], dataset.database[number].path.stem
+                image, name = dataset.database[number], dataset.database_name(number)
             else:
                 image = distractors[number - own] if number - own < len(distractors) else None
                 name = f"distractor {number - own}"
@@ -179,23 +196,32 @@ def evaluated_section(evaluated: Evaluated, distractors: Sequence[ImageFile] = (
         return found
 
     queries = []
+    all_aps = {stage: query_aps(metrics) for stage, metrics in evaluated.metrics.items()}
     for i, image in enumerate(dataset.queries):
         rankings = {stage: hits(ranking, i) for stage, ranking in evaluated.rankings.items()}
-        aps = {stage: float(metrics["M"].ap[i]) for stage, metrics in evaluated.metrics.items()}
+        aps = {stage: float(own[i]) for stage, own in all_aps.items()}
         aps = {stage: ap for stage, ap in aps.items() if not math.isnan(ap)}
-        queries.append(Query(image.path.stem, image, rankings, aps))
+        queries.append(Query(dataset.query_name(i), image, rankings, aps))
+    which = " (Medium)" if dataset.protocols == REVISITED_PROTOCOLS else ""
     if len(evaluated.rankings) > 1:
         queries.sort(key=lambda query: max(map(abs, query.changes.values()), default=-1), reverse=True)
-        order = "The queries whose AP (Medium) reranking changed most, up or down, come first."
+        order = f"The queries whose AP{which} reranking changed most, up or down, come first."
     else:
         queries.sort(key=lambda query: query.aps.get("retrieval", math.inf))
-        order = "The queries with the lowest AP (Medium) come first."
+        order = f"The queries with the lowest AP{which} come first."
     note = f"{len(dataset.queries)} queries, {own:,} database images"
     if "distractors" in evaluated.facts:
         note += f", {evaluated.facts['distractors']:,} distractors"
     if "note" in evaluated.facts:
         note += f". {evaluated.facts['note'].capitalize()}"
     return Section(dataset.name, queries, order, evaluated.metrics, f"{note}.")
+
+
+def label_of(kind: str) -> str:
+    """The frame of an image of this kind of the ground truth."""
+    if kind in ("easy", "hard"):
+        return kind
+    return "ignored" if kind in ("junk", "itself") else "right"
 
 
 def write_report(page: Page, folder: Path) -> Path:
@@ -223,9 +249,9 @@ def write_report(page: Page, folder: Path) -> Path:
         thumbnails = {
             (image, scale): jpeg_uri(original, scale * side, quality) for (image, scale), original in originals.items()
         }
-        html = template.render(
-            page=page, protocols=PROTOCOL_NAMES, curves=curves, thumbnails=thumbnails, query_scale=_QUERY_SCALE
-        ).encode("utf-8", errors="replace")  # a name on the disk need not be UTF-8
+        html = template.render(page=page, curves=curves, thumbnails=thumbnails, query_scale=_QUERY_SCALE).encode(
+            "utf-8", errors="replace"
+        )  # a name on the disk need not be UTF-8
         if len(html) < PAGE_BYTES:
             break
     path, new = folder / "index.html", folder / "index.html.new"

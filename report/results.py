@@ -9,7 +9,9 @@ import numpy as np
 
 from model.store import write_json
 from revisitop.dataset import Dataset
-from revisitop.evaluate import KAPPAS, PROTOCOLS, Metrics
+from revisitop.evaluate import Metrics
+from revisitop.layout_csv import write_predictions
+from revisitop.measures import CHALLENGE
 from revisitop.retrieve import SAVED_RANKS, Ranking
 
 
@@ -39,8 +41,9 @@ class Evaluated:
                 "seconds": ranking.seconds,
                 **{
                     name: {
-                        "mAP": 100 * metrics.map,
-                        **{f"mP@{k}": 100 * value for k, value in zip(KAPPAS, metrics.mp_at_k, strict=True)},
+                        metrics.protocol.measure.title: 100 * metrics.map,
+                        **at_k(metrics),
+                        **{f"{which} rank of the first positive": rank for which, rank in metrics.first.items()},
                         "AP": dict(zip(names, (100 * metrics.ap).tolist(), strict=True)),
                     }
                     for name, metrics in self.metrics[stage].items()
@@ -51,7 +54,7 @@ class Evaluated:
         return {**sizes, **self.facts, **stages}
 
     def lines(self) -> Iterator[str]:
-        """The log's lines: mAP, mP@k and the time of each stage."""
+        """The log's lines: mAP, values at k and the time of each stage."""
         for stage, ranking in self.rankings.items():
             for line in in_words(self.metrics[stage]):
                 yield f"{stage.capitalize()} results: {line}"
@@ -62,20 +65,33 @@ def unique_names(dataset: Dataset) -> list[str]:
     """Returns the queries' names; one that stands there before gets the number of its place in the list."""
     seen: set[str] = set()
     names = []
-    for number, image in enumerate(dataset.queries):
-        name = image.path.stem
+    for number in range(len(dataset.queries)):
+        name = dataset.query_name(number)
         names.append(f"{name} ({number})" if name in seen else name)
         seen.add(name)
     return names
 
 
+def at_k(metrics: Metrics) -> dict[str, float]:
+    """The values at k in percent, by their names: mP@1."""
+    measure = metrics.protocol.measure
+    return {f"{measure.at}@{k}": 100 * value for k, value in zip(measure.kappas, metrics.at_k.tolist(), strict=True)}
+
+
 def in_words(metrics: Mapping[str, Metrics]) -> list[str]:
-    """The metrics of each protocol in percent: mAP, then mP@k."""
+    """The metrics of each protocol in percent: mAP, then the values at k; then ranks of the first positive."""
+    measure = next(iter(metrics.values())).protocol.measure
     maps = ", ".join(f"{name}: {100 * each.map:.2f}" for name, each in metrics.items())
-    precisions = [
-        f"{name}: " + " ".join(f"{100 * value:.2f}" for value in each.mp_at_k) for name, each in metrics.items()
-    ]
-    return [f"mAP {maps}", f"mP@{','.join(map(str, KAPPAS))} {', '.join(precisions)}"]
+    precisions = [f"{name}: " + " ".join(f"{100 * value:.2f}" for value in each.at_k) for name, each in metrics.items()]
+    lines = [f"{measure.title} {maps}", f"{measure.at}@{','.join(map(str, measure.kappas))} {', '.join(precisions)}"]
+    if measure is CHALLENGE:
+        firsts = [
+            f"{name}: {each.first['mean']:.2f}, {each.first['median']:g}"
+            for name, each in metrics.items()
+            if each.first
+        ]
+        lines.append(f"rank of the first positive, mean and median: {'; '.join(firsts)}")
+    return lines
 
 
 def save_results(folder: Path, head: dict[str, Any], results: list[Evaluated]) -> None:
@@ -84,14 +100,22 @@ def save_results(folder: Path, head: dict[str, Any], results: list[Evaluated]) -
     for stage, ranking in latest.rankings.items():
         path = folder / f"{latest.dataset.name}_{stage.replace(' ', '_')}_ranks.npy"
         np.save(path, ranking.ids[:, :SAVED_RANKS].numpy())
+        if latest.dataset.protocols[0].measure is CHALLENGE and "distractors" not in latest.facts:
+            write_predictions(
+                Path(str(path).replace("_ranks.npy", "_predictions.csv")), latest.dataset, ranking.ids.numpy()
+            )
     datasets = {each.dataset.name: each.as_dict() for each in results}
     write_json(folder / "results.json", {**head, "datasets": datasets})
 
 
 def summary(results: list[Evaluated]) -> Iterator[str]:
-    """A line of mAP for each dataset and stage, below a heading."""
-    yield f"{'mAP in percent':<36}{'Easy':>8}{'Medium':>8}{'Hard':>8}"
+    """A line of mAP for each dataset and stage, below a heading for datasets of the same protocols."""
+    before = None
     for each in results:
+        if each.dataset.protocols != before:
+            before = each.dataset.protocols
+            titles = "".join(f"{protocol.title:>8}" for protocol in before)
+            yield f"{f'{before[0].measure.title} in percent':<36}{titles}"
         for stage, metrics in each.metrics.items():
-            values = "".join(f"{100 * metrics[protocol].map:8.2f}" for protocol in PROTOCOLS)
+            values = "".join(f"{100 * metrics[protocol.name].map:8.2f}" for protocol in before)
             yield f"{f'{each.title}, {stage}':<36}{values}"

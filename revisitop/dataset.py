@@ -1,199 +1,104 @@
-"""Read roxford5k, rparis6k and toy: images, query boxes and ground truth, in revisitop's layout."""
+"""A labelled dataset: images, and the ground truth of its queries."""
 
 import hashlib
-import math
-import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from model.errors import InputError, short_list
-from model.images import ImageFile, ImageList
-from revisitop.safe_pickle import ArrayLike, load_pickle
+from model.images import ImageFile
+from revisitop.protocols import REVISITED_PROTOCOLS, Protocol
 
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """Of one query: database numbers of the easy, hard and junk images, each an int64 array."""
+    """Of one query.
 
-    easy: np.ndarray
-    hard: np.ndarray
-    junk: np.ndarray
+    Attributes:
+        kinds: database numbers by kind (easy, hard, junk; ok; relevant), each an int64 array.
+        usage: to which part of the queries it belongs (Public, Private); "" where there are no parts.
+    """
+
+    kinds: Mapping[str, np.ndarray]
+    usage: str = ""
 
     @property
     def listed(self) -> np.ndarray:
-        """All that the protocol asks the position of: easy, hard, junk, in this order."""
-        return np.concatenate([self.easy, self.hard, self.junk])
+        """All that the protocols ask the position of, kind after kind."""
+        return np.concatenate([*self.kinds.values()])
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A benchmark: its images, and the ground truth of its queries.
+    """A benchmark: its images, the ground truth of its queries, and how rankings are judged.
 
     Attributes:
         name: of its folder.
-        folder: holds gnd_<name>.pkl and jpg/.
+        folder: holds the ground truth and the images.
         queries: the query images with their boxes, Q of them.
         database: the database images, N of them.
         ground_truth: per query; its numbers count the database from 0.
+        protocols: the ways to judge rankings.
+        layout: the layout that it was read from, in words.
+        query_names, names: how queries and database images are called; by default their files' names.
+        in_database: the database number of each query, where the queries are database images themselves.
     """
 
     name: str
     folder: Path
-    queries: list[ImageFile]
-    database: list[ImageFile]
+    queries: Sequence[ImageFile]
+    database: Sequence[ImageFile]
     ground_truth: list[GroundTruth]
+    protocols: tuple[Protocol, ...] = REVISITED_PROTOCOLS
+    layout: str = "revisitop"
+    query_names: Sequence[str] | None = None
+    names: Sequence[str] | None = None
+    in_database: np.ndarray | None = None
 
     def __repr__(self) -> str:
         return f"{self.name}: {len(self.queries)} queries, {len(self.database)} database images in {self.folder}"
+
+    def query_name(self, number: int) -> str:
+        return self.query_names[number] if self.query_names is not None else self.queries[number].path.stem
+
+    def database_name(self, number: int) -> str:
+        return self.names[number] if self.names is not None else self.database[number].path.stem
 
     @property
     def listed(self) -> list[Tensor]:
         """Per query the database numbers (L,) whose rank the protocols ask for."""
         return [torch.from_numpy(truth.listed) for truth in self.ground_truth]
 
+    def images(self) -> Iterator[ImageFile]:
+        """The queries, then the database."""
+        return chain(self.queries, self.database)
+
     @property
     def fingerprint(self) -> str:
         """The SHA-256 of the names and boxes of queries and database, in their order."""
-        names = [(str(image.path.relative_to(self.folder)), image.box) for image in [*self.queries, *self.database]]
-        return hashlib.sha256(repr((len(self.queries), names)).encode(errors="surrogateescape")).hexdigest()
+        digest, cut = hashlib.sha256(str(len(self.queries)).encode()), len(f"{self.folder}/")
+        for image in self.images():
+            digest.update(f"{str(image.path)[cut:]} {image.box}\n".encode(errors="surrogateescape"))
+        return digest.hexdigest()
 
     def check_files(self) -> None:
         """Raises InputError where images are missing, with the names of the first and their number."""
-        paths = dict.fromkeys(image.path for image in self.queries + self.database)
-        missing = [path for path in paths if not path.is_file()]
+        missing, count = self.missing_files()
         if missing:
             raise InputError(
-                f"{self.name}: {len(missing)} of {len(paths)} images are missing "
-                f"({short_list(missing)}); the images belong in {self.folder / 'jpg'}"
+                f"{self.name}: {len(missing)} of {count} images are missing "
+                f"({short_list(missing)}); the images belong in {missing[0].parent}"
             )
 
-
-def dataset_folder(data_dir: Path, name: str) -> Path | None:
-    """The dataset's folder below data_dir, or below its data/datasets as revisitop lays it out."""
-    for folder in (data_dir / name, data_dir / "data" / "datasets" / name):
-        if (folder / f"gnd_{name}.pkl").is_file():
-            return folder
-    return None
-
-
-def load_dataset(name: str, data_dir: Path) -> Dataset:
-    """Reads gnd_<name>.pkl and checks it; the images themselves are not opened.
-
-    Raises:
-        InputError: where the dataset is not there, or its ground truth is unsafe, damaged or inconsistent.
-    """
-    folder = dataset_folder(data_dir, name)
-    if folder is None:
-        raise InputError(f"no dataset {name} in {data_dir}: {data_dir / name / f'gnd_{name}.pkl'} is missing")
-    return read_ground_truth(name, folder / f"gnd_{name}.pkl")
-
-
-def read_ground_truth(name: str, path: Path) -> Dataset:
-    """The dataset that a ground-truth file describes; its images belong in the jpg/ beside the file.
-
-    Raises:
-        InputError: where the file is unsafe, damaged or inconsistent.
-    """
-    content = load_pickle(path)
-    try:
-        names, query_names, entries = (list(content[key]) for key in ("imlist", "qimlist", "gnd"))
-    except (TypeError, KeyError, IndexError):
-        raise InputError(f"{path} is no ground truth: a dict with imlist, qimlist and gnd is expected") from None
-    if len(query_names) != len(entries):
-        raise InputError(f"{path}: {len(query_names)} queries but {len(entries)} entries of ground truth")
-    if not names or not query_names:
-        raise InputError(f"{path}: {len(query_names)} queries, {len(names)} database images; it must have both")
-    jpg, names, query_names = path.parent / "jpg", _names(names, path, "imlist"), _names(query_names, path, "qimlist")
-    boxes = [_box(entry, path, query) for entry, query in zip(entries, query_names, strict=True)]
-    return Dataset(
-        name,
-        path.parent,
-        [ImageFile(_image(jpg, query), box) for query, box in zip(query_names, boxes, strict=True)],
-        [ImageFile(_image(jpg, name)) for name in names],
-        [_ground_truth(entry, len(names), path, q) for entry, q in zip(entries, query_names, strict=True)],
-    )
-
-
-def load_distractor_list(folder: Path) -> tuple[str, ImageList]:
-    """The images of revisitop1m.txt, in its order, and the list's SHA-256.
-
-    The names count from the folder, or from its jpg/. The images themselves are not looked for.
-
-    Raises:
-        InputError: where the list is missing or empty.
-    """
-    path = folder / "revisitop1m.txt"
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; python -m tools.download revisitop1m fetches it") from None
-    names = [line.strip() for line in content.splitlines() if line.strip()]
-    if not names:
-        raise InputError(f"{path} names no image")
-    roots = (folder, folder / "jpg")
-    root = next((root for name in names[:100] for root in roots if (root / os.fsdecode(name)).is_file()), roots[1])
-    return hashlib.sha256(content).hexdigest(), ImageList(root, names)
-
-
-def _names(values: Any, path: Path, key: str) -> list[str]:
-    names = [value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value for value in values]
-    wrong = [name for name in names if not isinstance(name, str) or not name or "\0" in name or len(name) > 1000]
-    if wrong:
-        raise InputError(f"{path}: {key} must hold names of images, but has {_shown(wrong[0])}")
-    return [str(name) for name in names]
-
-
-def _image(jpg: Path, name: str) -> Path:
-    return jpg / (name if name.lower().endswith(".jpg") else f"{name}.jpg")
-
-
-def _box(entry: Any, path: Path, query: str) -> tuple[float, float, float, float]:
-    try:
-        numbers = list(entry["bbx"])
-        if len(numbers) == 4 and all(_is_number(number) for number in numbers):
-            x0, y0, x1, y1 = (float(number) for number in numbers)
-            if all(map(math.isfinite, (x0, y0, x1, y1))):
-                return x0, y0, x1, y1
-    except (TypeError, ValueError, KeyError, IndexError, OverflowError):
-        pass
-    raise InputError(f"{path}: query {query} has no box bbx of four numbers x0, y0, x1, y1")
-
-
-def _ground_truth(entry: Any, n: int, path: Path, query: str) -> GroundTruth:
-    lists = []
-    for kind in ("easy", "hard", "junk"):
-        try:
-            values = list(np.asarray(entry[kind]).reshape(-1)) if _is_array(entry[kind]) else list(entry[kind])
-            if not all(_is_number(value) and value == int(value) for value in values):
-                raise ValueError
-            numbers = np.array([int(value) for value in values], dtype=np.int64)
-        except (TypeError, ValueError, KeyError, IndexError, OverflowError):
-            raise InputError(f"{path}: query {query} has no list of image numbers '{kind}'") from None
-        outside = numbers[(numbers < 0) | (numbers >= n)]
-        if len(outside):
-            raise InputError(
-                f"{path}: query {query} lists image {outside[0]} as {kind}, but imlist has {n} (0 to {n - 1})"
-            )
-        lists.append(numbers)
-    together, counts = np.unique(np.concatenate(lists), return_counts=True)
-    if (counts > 1).any():
-        raise InputError(f"{path}: query {query} lists image {together[counts > 1][0]} more than once")
-    return GroundTruth(*lists)
-
-
-def _is_array(values: Any) -> bool:
-    return isinstance(values, ArrayLike | np.ndarray)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool | np.bool_)
-
-
-def _shown(value: Any) -> str:
-    """A value of a file that is not trusted, for an error: short, whatever it holds."""
-    return repr(value)[:50] if isinstance(value, str | int | float) else f"a {type(value).__name__}"
+    def missing_files(self) -> tuple[list[Path], int]:
+        """The files that are not there, and how many there should be."""
+        paths = {image.path: None for image in self.queries}
+        missing = [path for path in paths if not path.is_file()]
+        others = [image.path for image in self.database if image.path not in paths and not image.path.is_file()]
+        extra = sum(image.path not in paths for image in self.database)
+        return missing + list(dict.fromkeys(others)), len(paths) + extra

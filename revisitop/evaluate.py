@@ -1,4 +1,4 @@
-"""The revisited protocol: metrics of rankings, Easy / Medium / Hard.
+"""Metrics of rankings, by the protocols of a dataset: Easy / Medium / Hard, GLDv2's mAP@100, recall.
 
 Conventions: positions and ranks count from 0. A query's ignored images are taken out of the
 ranking before anything is counted. A query without a positive image has no AP and is left out of
@@ -7,18 +7,17 @@ the means; where no query has one, the mean is NaN.
 Radenović et al., "Revisiting Oxford and Paris: Large-Scale Image Retrieval Benchmarking", CVPR 2018.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from revisitop.dataset import GroundTruth
+from revisitop.measures import CHALLENGE, RECALL_LEVELS, Measure, first_rank, interpolated_precision
+from revisitop.protocols import REVISITED_PROTOCOLS, Protocol
 from revisitop.retrieve import Candidates, Ranking, move
-
-KAPPAS = (1, 5, 10)
-PROTOCOLS = {"E": ("easy",), "M": ("easy", "hard"), "H": ("hard",)}  # what is positive; the other lists are ignored
-RECALL_LEVELS = 101  # 0, 0.01, ... 1
 
 
 @dataclass(frozen=True)
@@ -26,20 +25,26 @@ class Metrics:
     """The metrics of one protocol, each between 0 and 1.
 
     Attributes:
+        protocol: the protocol.
         map: mean average precision.
-        ap: average precision per query; NaN for a query without a positive.
-        mp_at_k: mean precision within the first k, for each k of KAPPAS.
+        ap: average precision per query; NaN for a query without a positive, or of another usage.
+        at_k: the mean of the values at each of the measure's k.
         precision: (101,), mean interpolated precision at the recalls 0, 0.01, ... 1.
+        first: mean and median rank, from 1, of the first positive, where the measure has it.
     """
 
+    protocol: Protocol
     map: float
     ap: np.ndarray
-    mp_at_k: np.ndarray
+    at_k: np.ndarray
     precision: np.ndarray
+    first: dict[str, float] = field(default_factory=dict)
 
 
-def evaluate(ranking: Ranking, ground_truth: Sequence[GroundTruth]) -> dict[str, Metrics]:
-    """Returns the metrics of each protocol.
+def evaluate(
+    ranking: Ranking, ground_truth: Sequence[GroundTruth], protocols: Sequence[Protocol] = REVISITED_PROTOCOLS
+) -> dict[str, Metrics]:
+    """Returns the metrics of each protocol, by its name.
 
     Where a reranker scored candidates beyond those that it sorted, the images that a protocol ignores
     leave the ranking before the first m are taken and sorted, as CVNet-Rerank's published figures have it.
@@ -47,29 +52,41 @@ def evaluate(ranking: Ranking, ground_truth: Sequence[GroundTruth]) -> dict[str,
     Args:
         ranking: with the positions of ``ground_truth[query].listed`` for each query.
         ground_truth: per query.
+        protocols: a dataset's.
     """
     positions = [np.asarray(where) for where in ranking.positions]
     if ranking.candidates is None:
-        return evaluate_positions(positions, ground_truth)
+        return evaluate_positions(positions, ground_truth, protocols)
     return {
-        name: summarise(
-            [_resorted_ranks(ranking.candidates, query, truth, name) for query, truth in enumerate(ground_truth)]
+        each.name: summarise(
+            [_resorted_ranks(ranking.candidates, query, truth, each) for query, truth in enumerate(ground_truth)],
+            ground_truth,
+            each,
         )
-        for name in PROTOCOLS
+        for each in protocols
     }
 
 
-def most_ignored(ground_truth: Sequence[GroundTruth]) -> int:
+def most_ignored(ground_truth: Sequence[GroundTruth], protocols: Sequence[Protocol] = REVISITED_PROTOCOLS) -> int:
     """Returns the most images that a protocol ignores for a query."""
-    return max(len(ignored_images(truth, name)) for truth in ground_truth for name in PROTOCOLS)
+    return max(len(ignored_images(truth, each)) for truth in ground_truth for each in protocols)
 
 
-def ignored_images(truth: GroundTruth, protocol: str) -> np.ndarray:
+def ignored_images(truth: GroundTruth, protocol: Protocol) -> np.ndarray:
     """Returns the database numbers that leave the ranking."""
     return truth.listed[positive_and_ignored(truth, protocol)[1]]
 
 
-def _resorted_ranks(candidates: Candidates, query: int, truth: GroundTruth, protocol: str) -> np.ndarray:
+def query_aps(metrics: dict[str, Metrics]) -> np.ndarray:
+    """The one AP of each query that a page shows: Medium's, or that of the first protocol that has one. (Q,)."""
+    chosen = [metrics["M"]] if "M" in metrics else list(metrics.values())
+    aps = chosen[0].ap
+    for each in chosen[1:]:
+        aps = np.where(np.isnan(aps), each.ap, aps)
+    return aps
+
+
+def _resorted_ranks(candidates: Candidates, query: int, truth: GroundTruth, protocol: Protocol) -> np.ndarray:
     """Ascending ranks of the positives after the ignored images have left and the first m were sorted."""
     kept = ~np.isin(candidates.ids[query].numpy(), ignored_images(truth, protocol))
     order = candidates.scores[query][torch.from_numpy(kept)][: candidates.m].sort(descending=True, stable=True).indices
@@ -78,35 +95,39 @@ def _resorted_ranks(candidates: Candidates, query: int, truth: GroundTruth, prot
 
 
 def evaluate_positions(
-    positions: Sequence[np.ndarray], ground_truth: Sequence[GroundTruth], kappas: Sequence[int] = KAPPAS
+    positions: Sequence[np.ndarray],
+    ground_truth: Sequence[GroundTruth],
+    protocols: Sequence[Protocol] = REVISITED_PROTOCOLS,
 ) -> dict[str, Metrics]:
     """Returns the metrics of each protocol, from where the listed images stand.
 
     Args:
         positions: per query (L,), the 0-based rank, in the ranking of all N images, of each of
-            ``ground_truth[query].listed`` (easy, then hard, then junk).
+            ``ground_truth[query].listed``.
         ground_truth: per query.
-        kappas: the k of mP@k.
+        protocols: a dataset's.
     """
     for where, truth in zip(positions, ground_truth, strict=True):
         if len(where) != len(truth.listed):
             raise ValueError(f"{len(where)} positions for {len(truth.listed)} listed images")
     return {
-        name: summarise(
-            [protocol_ranks(where, truth, name) for where, truth in zip(positions, ground_truth, strict=True)], kappas
+        each.name: summarise(
+            [protocol_ranks(where, truth, each) for where, truth in zip(positions, ground_truth, strict=True)],
+            ground_truth,
+            each,
         )
-        for name in PROTOCOLS
+        for each in protocols
     }
 
 
-def positive_and_ignored(truth: GroundTruth, protocol: str) -> tuple[np.ndarray, np.ndarray]:
+def positive_and_ignored(truth: GroundTruth, protocol: Protocol) -> tuple[np.ndarray, np.ndarray]:
     """Which of truth.listed are positive in a protocol, and which leave the ranking, as masks (L,)."""
-    kinds = np.repeat(["easy", "hard", "junk"], [len(truth.easy), len(truth.hard), len(truth.junk)])
-    positive = np.isin(kinds, PROTOCOLS[protocol])
+    kinds = np.repeat([*truth.kinds], [len(numbers) for numbers in truth.kinds.values()])
+    positive = np.isin(kinds, protocol.positive)
     return positive, ~positive
 
 
-def protocol_ranks(where: np.ndarray, truth: GroundTruth, protocol: str) -> np.ndarray:
+def protocol_ranks(where: np.ndarray, truth: GroundTruth, protocol: Protocol) -> np.ndarray:
     """Ascending ranks of a query's positives after the ignored images have left. (L,) -> (positives,).
 
     Args:
@@ -116,18 +137,29 @@ def protocol_ranks(where: np.ndarray, truth: GroundTruth, protocol: str) -> np.n
     return remove_ignored(np.asarray(where)[positive], np.asarray(where)[ignored])
 
 
-def summarise(ranks: Sequence[np.ndarray], kappas: Sequence[int] = KAPPAS) -> Metrics:
+def summarise(ranks: Sequence[np.ndarray], ground_truth: Sequence[GroundTruth], protocol: Protocol) -> Metrics:
     """Returns the metrics of one protocol, from each query's ascending ranks of its positives, without the ignored."""
-    ap = np.array([average_precision(r) for r in ranks])
-    at_k = np.array([precision_at(r, kappas) for r in ranks])
-    at_recall = np.array([interpolated_precision(r) for r in ranks])
+    nothing = np.empty(0, dtype=np.int64)
+    counted = [
+        own if protocol.usage in (None, truth.usage) else nothing
+        for own, truth in zip(ranks, ground_truth, strict=True)
+    ]
+    measure: Measure = protocol.measure
+    ap = np.array([measure.ap(own) for own in counted])
     if np.isnan(ap).all():
-        return Metrics(float("nan"), ap, np.full(len(kappas), np.nan), np.full(RECALL_LEVELS, np.nan))
-    return Metrics(float(np.nanmean(ap)), ap, np.nanmean(at_k, axis=0), np.nanmean(at_recall, axis=0))
+        empty = np.full(len(measure.kappas), math.nan)
+        return Metrics(protocol, math.nan, ap, empty, np.full(RECALL_LEVELS, math.nan))
+    at_k = np.nanmean([measure.at_k(own, measure.kappas) for own in counted], axis=0)
+    precision = np.nanmean([interpolated_precision(own) for own in counted], axis=0)
+    first = {}
+    if measure is CHALLENGE:
+        places = [first_rank(own) for own in counted if len(own)]
+        first = {"mean": float(np.mean(places)), "median": float(np.median(places))}
+    return Metrics(protocol, float(np.nanmean(ap)), ap, at_k, precision, first)
 
 
 def evaluate_ranks(
-    ranks: np.ndarray, ground_truth: Sequence[GroundTruth], kappas: Sequence[int] = KAPPAS
+    ranks: np.ndarray, ground_truth: Sequence[GroundTruth], protocols: Sequence[Protocol] = REVISITED_PROTOCOLS
 ) -> dict[str, Metrics]:
     """The same from full rankings, as revisitop's own tools hold them: (N, Q), a column per query."""
     positions = []
@@ -135,46 +167,10 @@ def evaluate_ranks(
         where = np.empty(len(ranking), dtype=np.int64)
         where[ranking] = np.arange(len(ranking))
         positions.append(where[truth.listed])
-    return evaluate_positions(positions, ground_truth, kappas)
+    return evaluate_positions(positions, ground_truth, protocols)
 
 
 def remove_ignored(positive: np.ndarray, ignored: np.ndarray) -> np.ndarray:
     """Ascending ranks of the positives in the ranking without the ignored images."""
     positive = np.sort(positive)
     return positive - np.searchsorted(np.sort(ignored), positive)
-
-
-def average_precision(ranks: np.ndarray) -> float:
-    """Trapezoid rule over the ascending 0-based ranks of all positives; NaN where there is none.
-
-    The k-th positive (from 0) at rank r adds (k/r + (k+1)/(r+1)) / 2 / n_pos, where k/r is 1 at r = 0.
-    """
-    if len(ranks) == 0:
-        return float("nan")
-    k = np.arange(len(ranks))
-    before = np.where(ranks == 0, 1.0, k / np.maximum(ranks, 1))
-    return float(np.mean((before + (k + 1) / (ranks + 1)) / 2))
-
-
-def precision_at(ranks: np.ndarray, kappas: Sequence[int]) -> np.ndarray:
-    """Precision within the first min(k, rank of the last positive, from 1), for each k; NaN without positives."""
-    if len(ranks) == 0:
-        return np.full(len(kappas), np.nan)
-    first = np.minimum(kappas, ranks[-1] + 1)
-    return np.searchsorted(ranks, first) / first
-
-
-def interpolated_precision(ranks: np.ndarray) -> np.ndarray:
-    """Interpolated precision at the recalls 0, 0.01, ... 1; NaN where there is no positive. (n_pos,) -> (101,).
-
-    At recall r it is the highest precision that any cut of the ranking with recall r or more has. The
-    k-th positive (from 0) at the ascending 0-based rank r_k gives recall (k+1)/n_pos and precision
-    (k+1)/(r_k+1); as everywhere here, ignored images have left the ranking before.
-    """
-    n = len(ranks)
-    if n == 0:
-        return np.full(RECALL_LEVELS, np.nan)
-    precision = np.arange(1, n + 1) / (ranks + 1)
-    highest = np.maximum.accumulate(precision[::-1])[::-1]
-    needed = -(-np.arange(RECALL_LEVELS) * n // (RECALL_LEVELS - 1))  # positives for each recall, in whole numbers
-    return highest[np.maximum(needed, 1) - 1]

@@ -24,7 +24,7 @@ from model.checkpoint import reranker_state
 from model.cvnet_rerank import CVNetLayers
 from model.errors import InputError
 from model.resnet import ResNet
-from revisitop.dataset import dataset_folder
+from revisitop.layouts import dataset_folder
 from revisitop.safe_pickle import load_pickle
 
 log = logging.getLogger(__name__)

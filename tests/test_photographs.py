@@ -44,8 +44,8 @@ def test_the_set_is_the_same_every_time_and_for_any_other_landmarks(benchmark, i
 
 def test_every_landmark_has_easy_and_hard_views_of_its_own(images):
     assert images.queries.shape == (7, 3, 96, 96)
-    assert [len(truth.easy) for truth in images.ground_truth] == [3] * 7
-    assert [len(truth.hard) for truth in images.ground_truth] == [3] * 7
+    assert [len(truth.kinds["easy"]) for truth in images.ground_truth] == [3] * 7
+    assert [len(truth.kinds["hard"]) for truth in images.ground_truth] == [3] * 7
     listed = np.concatenate([truth.listed for truth in images.ground_truth])
     assert listed.tolist() == list(range(len(images.database)))
 

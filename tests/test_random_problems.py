@@ -8,7 +8,8 @@ from oracles import all_protocols, dense_reranking, full_ranking, mean_average_p
 from modules.reranking import SuperGlobalReranker
 from modules.search import Database
 from revisitop.dataset import GroundTruth
-from revisitop.evaluate import PROTOCOLS, evaluate, most_ignored
+from revisitop.evaluate import evaluate, most_ignored
+from revisitop.protocols import REVISITED_PROTOCOLS
 from revisitop.retrieve import rerank, retrieve
 
 KINDS = ("easy", "hard", "junk")
@@ -37,7 +38,7 @@ def test_retrieval_and_its_metrics_are_the_textbooks():
         parts = [torch.from_numpy(part).to(dtype) for part in np.split(rows, [int(rng.integers(0, n + 1))])]
         database = Database([part for part in parts if len(part)])
         lists = [random_truth(rng, n) for _ in range(q)]
-        truth = [GroundTruth(*(np.array(entry[kind], dtype=np.int64) for kind in KINDS)) for entry in lists]
+        truth = [GroundTruth({kind: np.array(entry[kind], dtype=np.int64) for kind in KINDS}) for entry in lists]
         listed = [torch.from_numpy(entry.listed) for entry in truth]
         found = retrieve(torch.from_numpy(queries), database, m, listed)
         expected = full_ranking(queries, rows)
@@ -60,7 +61,7 @@ def test_reranking_and_its_metrics_are_the_textbooks():
         queries = rng.standard_normal((q, d))
         queries /= np.linalg.norm(queries, axis=1, keepdims=True)
         lists = [random_truth(rng, n) for _ in range(q)]
-        truth = [GroundTruth(*(np.array(entry[kind], dtype=np.int64) for kind in KINDS)) for entry in lists]
+        truth = [GroundTruth({kind: np.array(entry[kind], dtype=np.int64) for kind in KINDS}) for entry in lists]
         listed = [torch.from_numpy(entry.listed) for entry in truth]
         tensors, database = torch.from_numpy(queries), Database(torch.from_numpy(rows))
         found = retrieve(tensors, database, n, listed)
@@ -109,17 +110,17 @@ def test_ignored_images_leave_before_the_first_m_are_sorted_anew():
         n, q, m = int(rng.integers(1, 60)), int(rng.integers(1, 12)), int(rng.integers(1, 70))
         rows, queries = coarse_rows(rng, n), coarse_rows(rng, q)
         lists = [random_truth(rng, n) for _ in range(q)]
-        truth = [GroundTruth(*(np.array(entry[kind], dtype=np.int64) for kind in KINDS)) for entry in lists]
+        truth = [GroundTruth({kind: np.array(entry[kind], dtype=np.int64) for kind in KINDS}) for entry in lists]
         tensors, database = torch.from_numpy(queries), Database(torch.from_numpy(rows))
         table = rng.integers(0, 4, (q, n)).astype(np.float32)
         found = retrieve(tensors, database, n, [torch.from_numpy(entry.listed) for entry in truth])
         scorer = TabledScores(torch.from_numpy(table), m, most_ignored(truth))
         metrics = evaluate(rerank(found, scorer, tensors, database), truth)
-        for name, positive in PROTOCOLS.items():
+        for protocol in REVISITED_PROTOCOLS:
             rankings = []
             for scores, entry, ranking in zip(table, lists, full_ranking(queries, rows), strict=True):
-                ignored = {number for kind in KINDS if kind not in positive for number in entry[kind]}
+                ignored = {number for kind in KINDS if kind not in protocol.positive for number in entry[kind]}
                 kept = [number for number in ranking if number not in ignored]
                 rankings.append(sorted(kept[:m], key=lambda number: -scores[number]) + kept[m:])
-            expected = mean_average_precision(rankings, lists, positive, ())
-            assert 100 * metrics[name].map == pytest.approx(expected, abs=1e-9, nan_ok=True)
+            expected = mean_average_precision(rankings, lists, protocol.positive, ())
+            assert 100 * metrics[protocol.name].map == pytest.approx(expected, abs=1e-9, nan_ok=True)

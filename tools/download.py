@@ -30,8 +30,9 @@ from model.checkpoint import PUBLISHED, find_checkpoint, load_encoder
 from model.errors import InputError, run_command, short_list
 from model.images import ImageError, ImageFile, read_image
 from model.resnet import ResNet
-from revisitop.dataset import dataset_folder, load_distractor_list, read_ground_truth
 from revisitop.descriptors import load_mat
+from revisitop.layout_revisitop import load_distractor_list, read_ground_truth
+from revisitop.layouts import dataset_folder
 from tools.transfer import Fetcher, Source
 
 

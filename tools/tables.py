@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ from assembly import (
     RERANKERS,
     Experiment,
     Output,
+    find_dataset,
     make_output,
     make_recipe,
     make_rerankers,
@@ -43,17 +45,15 @@ from model.resnet import STAGE_DEPTHS
 from modules.reranking import RERANK_BETA, RERANK_K, RERANK_M, Reranker, SuperGlobalReranker
 from report.log import start_log
 from revisitop import toy
-from revisitop.evaluate import PROTOCOLS, Metrics, evaluate
+from revisitop.evaluate import Metrics, evaluate
+from revisitop.protocols import REVISITED_PROTOCOLS, Protocol
 from revisitop.retrieve import rerank, retrieve
 
 log = logging.getLogger(__name__)
 
 MODULES = {"gemp": "GeM+", "rgem": "Regional-GeM", "sgem": "Scale-GeM", "relup": "ReLU+"}
+PUBLISHED = ("M", "H")  # the protocols of which the paper has figures
 SWEEP = {"m": (50, 100, 200, 400, 800, 1600), "k": (1, 3, 5, 9, 15, 25), "beta": (0.0, 0.05, 0.1, 0.15, 0.25, 0.5, 1.0)}
-HEAD = (
-    *("network", "dataset", "setting", "Easy"),
-    *("Medium", "published", "difference", "Hard", "published", "difference", "note"),
-)
 
 
 @dataclass(frozen=True)
@@ -63,17 +63,18 @@ class Row:
     depth: int
     dataset: str
     setting: str
+    protocols: Sequence[Protocol]
     metrics: dict[str, Metrics] | None = None
     published: dict[str, float] | None = None
     note: str = ""
 
     def cells(self) -> list[str]:
         cells = [f"R{self.depth}", self.dataset, self.setting]
-        for protocol in PROTOCOLS:
-            value = 100 * self.metrics[protocol].map if self.metrics else math.nan
+        for protocol in self.protocols:
+            value = 100 * self.metrics[protocol.name].map if self.metrics else math.nan
             cells.append("" if math.isnan(value) else f"{value:.2f}")
-            if protocol != "E":
-                known = (self.published or {}).get(protocol)
+            if protocol.name in PUBLISHED:
+                known = (self.published or {}).get(protocol.name)
                 cells.append("" if known is None else f"{known:.1f}")
                 cells.append("" if known is None or math.isnan(value) else f"{value - known:+.2f}")
         return [*cells, self.note]
@@ -118,15 +119,19 @@ def main(argv: list[str]) -> None:
     for line in sorted(idle):
         log.warning("%s", line)
     device = start_device(cfg, head)
-    lines = [markdown(HEAD), markdown(["---"] * len(HEAD))]
-    print("\n".join(lines), flush=True)
+    lines: list[str] = []
     missing, run = 0, None
-    for part in TABLES[args.task](cfg, args.depth or list(STAGE_DEPTHS)):
-        for dataset in cfg.TEST.DATASET_LIST:
-            for row in rows(part, dataset, output, device):
+
+    def say(line: str) -> None:
+        lines.append(line)
+        print(line, flush=True)
+
+    for protocols, names in by_protocols(cfg).items():  # a table for each kind of dataset
+        say("\n".join([""] * bool(lines) + heading(protocols)))
+        for part in TABLES[args.task](cfg, args.depth or list(STAGE_DEPTHS)):
+            for row in chain.from_iterable(rows(part, name, protocols, output, device) for name in names):
                 missing += row.metrics is None
-                lines.append(markdown(row.cells()))
-                print(lines[-1], flush=True)
+                say(markdown(row.cells()))
                 run = run or output.new_run(f"{args.task}-{'+'.join(cfg.TEST.DATASET_LIST)}")
                 (run / f"{args.task}.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
                 output.publish(run)
@@ -200,7 +205,29 @@ def chosen(experiment: Experiment) -> list[Reranked]:
     return found
 
 
-def rows(part: Part, name: str, output: Output, device: torch.device) -> Iterator[Row]:
+def by_protocols(cfg: CfgNode) -> dict[tuple[Protocol, ...], list[str]]:
+    """The datasets by the protocols that judge them; one that cannot be read is with the revisited ones."""
+    tables: dict[tuple[Protocol, ...], list[str]] = {}
+    for name in cfg.TEST.DATASET_LIST:
+        try:
+            protocols = find_dataset(cfg, name).protocols
+        except InputError:  # its rows will say so
+            protocols = REVISITED_PROTOCOLS
+        tables.setdefault(protocols, []).append(name)
+    return tables
+
+
+def heading(protocols: Sequence[Protocol]) -> list[str]:
+    """The first two lines of a table."""
+    cells = ["network", "dataset", "setting"]
+    for protocol in protocols:
+        usual = protocol in REVISITED_PROTOCOLS
+        cells.append(protocol.title if usual else f"{protocol.measure.title} {protocol.title}")
+        cells += ["published", "difference"] if protocol.name in PUBLISHED else []
+    return [markdown([*cells, "note"]), markdown(["---"] * (len(cells) + 1))]
+
+
+def rows(part: Part, name: str, protocols: Sequence[Protocol], output: Output, device: torch.device) -> Iterator[Row]:
     """A row of retrieval and one per reranker, all from one search; or one that says what is missing."""
     cfg = part.cfg
 
@@ -213,17 +240,17 @@ def rows(part: Part, name: str, output: Output, device: torch.device) -> Iterato
     except InputError as error:
         reranks = cfg.TEST.RERANKER not in ("none", "superglobal") or (cfg.TEST.RERANKER != "none" and cfg.SupG.rerank)
         stages = "retrieval, reranking" if reranks else "retrieval"
-        yield Row(cfg.MODEL.DEPTH, name, setting(stages), note=error.in_options(ADVICE))
+        yield Row(cfg.MODEL.DEPTH, name, setting(stages), protocols, note=error.in_options(ADVICE))
         return
     reranked, truth = part.reranked(experiment), experiment.dataset.ground_truth
     needed = results_needed(each.reranker for each in reranked)
     searched = retrieve(queries, database, needed, experiment.dataset.listed, device)
     known = find_published(cfg, name, "retrieval")
-    yield Row(cfg.MODEL.DEPTH, name, setting("retrieval"), evaluate(searched, truth), known)
+    yield Row(cfg.MODEL.DEPTH, name, setting("retrieval"), protocols, evaluate(searched, truth, protocols), known)
     for stage, words, reranker, method in reranked:
-        metrics = evaluate(rerank(searched, reranker, queries, database, device), truth)
+        metrics = evaluate(rerank(searched, reranker, queries, database, device), truth, protocols)
         known = find_published(cfg, name, "reranking", method)
-        yield Row(cfg.MODEL.DEPTH, name, setting(stage, words), metrics, known)
+        yield Row(cfg.MODEL.DEPTH, name, setting(stage, words), protocols, metrics, known)
 
 
 @cache

@@ -26,8 +26,9 @@ from model.errors import InputError
 from model.images import read_image
 from model.resnet import ResNet
 from model.store import DescriptorStore
-from revisitop.dataset import load_dataset, read_ground_truth
 from revisitop.descriptors import load_descriptors, load_distractors
+from revisitop.layout_revisitop import read_ground_truth
+from revisitop.layouts import load_dataset
 from tools.download import unpack
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", 0.7))

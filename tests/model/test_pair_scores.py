@@ -12,9 +12,9 @@ from model.images import to_network_input
 from model.pair_scores import CVNetReranker, FeatureMaps, PairScores, equal_sizes
 from model.recipe import Recipe
 from modules.search import Database
-from revisitop.dataset import load_dataset
 from revisitop.evaluate import evaluate as metrics_of
 from revisitop.evaluate import most_ignored
+from revisitop.layouts import load_dataset
 from revisitop.retrieve import rerank, retrieve
 
 QUICK = ("TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0)

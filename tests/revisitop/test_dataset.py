@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from model.errors import InputError
-from revisitop.dataset import load_dataset
+from revisitop.layouts import load_dataset
 from revisitop.safe_pickle import load_pickle
 
 
@@ -32,7 +32,7 @@ def test_ground_truth_may_hold_numpy_arrays_of_any_pickle_protocol(layout, proto
         entry["hard"] = [np.int64(number) for number in entry["hard"]]
     layout.ground_truth_file.write_bytes(pickle.dumps(layout.gnd, protocol))
     dataset = load_dataset("roxford5k", layout.data_dir)
-    assert dataset.ground_truth[0].easy.tolist() == layout.gnd["gnd"][0]["easy"].tolist()
+    assert dataset.ground_truth[0].kinds["easy"].tolist() == layout.gnd["gnd"][0]["easy"].tolist()
 
 
 @pytest.mark.parametrize("protocol", range(6))
@@ -41,7 +41,11 @@ def test_a_query_may_have_no_easy_hard_or_junk_image_in_any_pickle_protocol(layo
     layout.gnd["gnd"][0].update(easy=kind([]), hard=kind([3, 4]), junk=kind([]))
     layout.ground_truth_file.write_bytes(pickle.dumps(layout.gnd, protocol))
     truth = load_dataset("roxford5k", layout.data_dir).ground_truth[0]
-    assert (truth.easy.tolist(), truth.hard.tolist(), truth.junk.tolist()) == ([], [3, 4], [])
+    assert (truth.kinds["easy"].tolist(), truth.kinds["hard"].tolist(), truth.kinds["junk"].tolist()) == (
+        [],
+        [3, 4],
+        [],
+    )
 
 
 @pytest.mark.parametrize("core", ["numpy.core", "numpy._core"])

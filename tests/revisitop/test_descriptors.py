@@ -5,8 +5,9 @@ import pytest
 import scipy.io
 
 from model.errors import InputError
-from revisitop.dataset import Dataset, load_dataset
+from revisitop.dataset import Dataset
 from revisitop.descriptors import load_descriptors
+from revisitop.layouts import load_dataset
 
 N = 24  # database images of the layout, and dimensions
 

@@ -3,20 +3,21 @@ import pytest
 from oracles import all_protocols
 
 from revisitop.dataset import GroundTruth
-from revisitop.evaluate import evaluate_positions, evaluate_ranks, interpolated_precision
+from revisitop.evaluate import evaluate_positions, evaluate_ranks
+from revisitop.measures import interpolated_precision
 
 
 def truth(lists: dict) -> GroundTruth:
-    return GroundTruth(*(np.array(lists[kind], dtype=np.int64) for kind in ("easy", "hard", "junk")))
+    return GroundTruth({kind: np.array(lists[kind], dtype=np.int64) for kind in ("easy", "hard", "junk")})
 
 
 def test_figures_are_revisitops(evaluation):
     ground_truth = [truth(lists) for lists in evaluation["gnd"]]
-    figures = evaluate_ranks(np.array(evaluation["ranks"]).T, ground_truth, evaluation["kappas"])
+    figures = evaluate_ranks(np.array(evaluation["ranks"]).T, ground_truth)
     for protocol, expected in evaluation["expected"].items():
         result = figures[protocol]
         assert result.map == pytest.approx(expected["map"], abs=1e-12)
-        np.testing.assert_allclose(result.mp_at_k, expected["mp_at_k"], atol=1e-12)
+        np.testing.assert_allclose(result.at_k, expected["mp_at_k"], atol=1e-12)
         np.testing.assert_allclose(result.ap, np.array(expected["ap"], dtype=float), atol=1e-12)
 
 

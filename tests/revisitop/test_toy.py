@@ -11,8 +11,9 @@ from model.recipe import Recipe
 from model.resnet import ResNet
 from modules.search import Database
 from revisitop import toy
-from revisitop.dataset import load_dataset
-from revisitop.evaluate import PROTOCOLS, evaluate, ignored_images, positive_and_ignored
+from revisitop.evaluate import evaluate, ignored_images, positive_and_ignored
+from revisitop.layouts import load_dataset
+from revisitop.protocols import REVISITED_PROTOCOLS
 from revisitop.retrieve import retrieve
 
 
@@ -31,7 +32,7 @@ def test_has_the_layout_of_roxford(data_dir):
             assert all(200 <= side <= 320 for side in view.size)
     for query, truth in zip(dataset.queries, dataset.ground_truth, strict=True):
         assert query.read().size
-        assert min(len(truth.easy), len(truth.hard), len(truth.junk)) > 0
+        assert min(len(truth.kinds["easy"]), len(truth.kinds["hard"]), len(truth.kinds["junk"])) > 0
         assert len(set(truth.listed)) == len(truth.listed)
 
 
@@ -106,7 +107,7 @@ def test_no_positive_and_negative_of_a_query_nearly_tie(toy_run, data_dir):
     queries, rows = (torch.from_numpy(np.load(folder / f"toy_{kind}.npy")) for kind in ("query", "db"))
     truths = load_dataset("toy", data_dir).ground_truth
     for cosines, truth in zip((queries.double() @ rows.double().T).numpy(), truths, strict=True):
-        for protocol in PROTOCOLS:
+        for protocol in REVISITED_PROTOCOLS:
             positive = truth.listed[positive_and_ignored(truth, protocol)[0]]
             negative = np.setdiff1d(np.arange(len(rows)), [*positive, *ignored_images(truth, protocol)])
             assert np.abs(cosines[positive][:, None] - cosines[negative]).min() >= 1e-6

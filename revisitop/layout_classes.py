@@ -1,0 +1,74 @@
+"""A folder per class: each image is a query against all others; classes of one image are distractors."""
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from model.errors import InputError
+from model.images import ImageFile, image_suffixes
+from revisitop.dataset import Dataset, GroundTruth
+from revisitop.protocols import CLASS_PROTOCOLS
+
+
+def class_folders(folder: Path) -> list[Path]:
+    """Returns the folders of classes, by name; hidden ones are none. Empty if no image is in any.
+
+    A folder jpg/ belongs to another layout, whose ground truth is not there yet.
+    """
+    if not folder.is_dir() or (folder / "jpg").is_dir():
+        return []
+    folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return folders if any(next(_images(path), None) for path in folders) else []
+
+
+def read_classes(name: str, folder: Path) -> Dataset:
+    """Returns the dataset of a folder of class folders.
+
+    Raises:
+        InputError: if a class has no image, an image (a link, say) is in two classes, or no class has two images.
+    """
+    classes = {path.name: sorted(_images(path)) for path in class_folders(folder)}
+    if empty := [name for name, images in classes.items() if not images]:
+        raise InputError(f"{folder / empty[0]} holds no image, and {len(classes)} classes are here; delete the folder")
+    seen: dict[str, Path] = {}
+    for images in classes.values():
+        for path in images:
+            other = seen.setdefault(os.path.realpath(path), path)
+            if other.parent != path.parent and other.relative_to(folder).parts[0] != path.relative_to(folder).parts[0]:
+                raise InputError(f"{path} is the same file as {other}: an image belongs to one class")
+    files = [path for images in classes.values() for path in images]
+    database = [ImageFile(path) for path in files]
+    numbers: dict[str, list[int]] = defaultdict(list)
+    for number, path in enumerate(files):
+        numbers[path.relative_to(folder).parts[0]].append(number)
+    in_database = [number for own in numbers.values() if len(own) > 1 for number in own]
+    if not in_database:
+        raise InputError(f"{folder}: no class has two images, so that no query has anything to find")
+    truth = []
+    for own in numbers.values():
+        for number in own if len(own) > 1 else ():
+            others = np.array([other for other in own if other != number], dtype=np.int64)
+            truth.append(GroundTruth({"same class": others, "itself": np.array([number], dtype=np.int64)}))
+    names = [path.relative_to(folder).as_posix() for path in files]
+    return Dataset(
+        name,
+        folder,
+        [database[number] for number in in_database],
+        database,
+        truth,
+        CLASS_PROTOCOLS,
+        f"{len(classes)} class folders",
+        [names[number] for number in in_database],
+        names,
+        np.array(in_database, dtype=np.int64),
+    )
+
+
+def _images(folder: Path) -> Iterator[Path]:
+    suffixes = image_suffixes()
+    for path in folder.rglob("*"):
+        if path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file():
+            yield path

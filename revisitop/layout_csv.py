@@ -1,0 +1,241 @@
+"""GLDv2's layout: index.csv, queries.csv (or test.csv) and solution.csv; images in index/ and in test/ or queries/.
+
+index.csv has a column id; queries.csv has id and, optionally, x0, y0, x1, y1; solution.csv has id, images (index
+ids separated by spaces, None where the query is ignored) and, optionally, Usage: Public, Private, Ignored or any
+other name. Images are a/b/c/<id>.jpg, with the first three characters of the id, or <id>.<ending> beside each other.
+
+Weyand et al., "Google Landmarks Dataset v2", CVPR 2020.
+"""
+
+import csv
+import io
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from model.errors import InputError, short_list
+from model.images import Box, ImageFile, image_suffixes
+from revisitop.dataset import Dataset, GroundTruth
+from revisitop.protocols import challenge_protocols
+
+SOLUTIONS = ("solution.csv", "retrieval_solution_v2.1.csv")
+_PLACES = ("", "metadata", "ground_truth")
+_CORNERS = ("x0", "y0", "x1", "y1")
+
+
+def solution_file(folder: Path) -> Path | None:
+    """Returns the file that makes a folder a dataset of this layout, if it is there."""
+    return _find(folder, SOLUTIONS)
+
+
+def read_csv_dataset(name: str, folder: Path) -> Dataset:
+    """Returns the dataset of a folder of this layout. Ignored queries are left out.
+
+    Raises:
+        InputError: if a file is missing, has no header, or contradicts another one: an id in the solution that
+            no list has, a query without a line in the solution, an id twice, a box that holds nothing.
+    """
+    solution, index, queries = solution_file(folder), _find(folder, ("index.csv",)), _find(folder, ("queries.csv",))
+    tests = _find(folder, ("test.csv",))
+    if index is None or (queries is None and tests is None):
+        missing = "index.csv" if index is None else "queries.csv (or test.csv)"
+        raise InputError(f"{folder} has {solution.name} and no {missing}")
+    listed = queries or tests
+    places = _numbered(index, _column(index))
+    boxes = dict(_boxes(listed))
+    truth: dict[str, GroundTruth] = {}
+    ignored, unknown, strangers = set(), [], []
+    for query, row in _rows(solution, ("id", "images"), "id"):
+        usage = (row.get("Usage") or "").strip()
+        if query in truth or query in ignored:
+            raise InputError(f"{solution}: query {query} has two lines")
+        if query not in boxes:
+            strangers.append(query)
+        images = row["images"].split()
+        if usage.lower() == "ignored" or images == ["None"]:
+            ignored.add(query)
+            continue
+        unknown += [image for image in images if image not in places]
+        numbers = list(dict.fromkeys(places[image] for image in images if image in places))
+        truth[query] = GroundTruth({"relevant": np.array(numbers, dtype=np.int64)}, usage)
+    if strangers:
+        raise InputError(f"{solution}: {len(strangers)} queries are not in {listed.name} ({short_list(strangers)})")
+    if unknown:
+        raise InputError(f"{solution}: {len(unknown)} images are not in {index.name} ({short_list(unknown)})")
+    if queries and (without := [query for query in boxes if query not in truth and query not in ignored]):
+        raise InputError(f"{solution} has no line for {len(without)} queries of {queries.name} ({short_list(without)})")
+    if not truth:
+        raise InputError(f"{solution}: every query is ignored")
+    usages = {entry.usage for entry in truth.values()}
+    if "" in usages and len(usages) > 1:
+        raise InputError(f"{solution}: Usage is empty in some lines and not in others")
+    order = sorted(usages - {""}, key=lambda usage: (("Public", "Private", usage).index(usage), usage))
+    names = [query for query in boxes if query in truth]
+    roots = [folder / root for root in (("queries", "test") if queries else ("test", "queries"))]
+    root = next((root for root in roots if root.is_dir()), roots[0])
+    return Dataset(
+        name,
+        folder,
+        ImagesById(root, names, [boxes[query] for query in names]),
+        ImagesById(folder / "index", list(places)),
+        [truth[query] for query in names],
+        challenge_protocols(order),
+        f"CSV, {listed.name}, {index.name} and {solution.name}, {len(ignored)} queries ignored",
+        names,
+        list(places),
+    )
+
+
+class ImagesById(Sequence[ImageFile]):
+    """Images below a folder by their ids: a/b/c/<id>.jpg, or <id>.<ending>; no more in memory than the ids.
+
+    Args:
+        root: the folder.
+        ids: the images' ids.
+        boxes: of each image, or None.
+    """
+
+    def __init__(self, root: Path, ids: Sequence[str], boxes: Sequence[Box | None] | None = None):
+        self.root, self.ids, self.boxes = root, ids, boxes
+        self.nested = any((root / _nested(each)).is_file() for each in ids[:100])
+        self.files: dict[str, str] = {}
+        if not self.nested and root.is_dir():
+            suffixes = image_suffixes()
+            for name in sorted(entry.name for entry in os.scandir(root)):
+                stem, suffix = os.path.splitext(name)
+                if suffix.lower() in suffixes:
+                    self.files.setdefault(stem, name)
+                    self.files[name] = name
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, number: int) -> ImageFile:
+        each = self.ids[number]
+        name = _nested(each) if self.nested else self.files.get(each, f"{each}.jpg")
+        return ImageFile(self.root / name, self.boxes[number] if self.boxes is not None else None)
+
+
+def read_predictions(path: Path, dataset: Dataset) -> list[np.ndarray]:
+    """Returns the predictions of a file in the challenge's form, `id,images`: database numbers, best first.
+
+    An image that is not in the database, or that stands in the line before, keeps its rank and is -1. A query
+    without a line has no predictions; lines of queries that the solution ignores are passed over.
+
+    Raises:
+        InputError: if the file has no header `id,images`, a query twice, or one that the dataset does not know.
+    """
+    places = {name: number for number, name in enumerate(dataset.names)}
+    known, found = set(dataset.query_names), {}
+    ignored = _ignored(dataset.folder)
+    for query, row in _rows(path, ("id", "images"), "id"):
+        if query in found:
+            raise InputError(f"{path}: query {query} has two lines")
+        if query not in known and query not in ignored:
+            raise InputError(f"{path}: {query} is no query of {dataset.name}")
+        numbers, seen = [], set()
+        for image in row["images"].split():
+            number = places.get(image, -1)
+            numbers.append(-1 if number in seen else number)
+            seen.add(number)
+        found[query] = np.array(numbers, dtype=np.int64)
+    return [found.get(query, np.empty(0, dtype=np.int64)) for query in dataset.query_names]
+
+
+def write_predictions(path: Path, dataset: Dataset, ids: np.ndarray) -> None:
+    """Writes the first 100 results of each query in the challenge's form. ids (Q, R)."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["id", "images"])
+        for query, row in zip(dataset.query_names, ids, strict=True):
+            writer.writerow([query, " ".join(dataset.names[number] for number in row[:100].tolist())])
+
+
+def _ignored(folder: Path) -> set[str]:
+    rows = _rows(solution_file(folder), ("id", "images"), "id")
+    return {
+        query for query, row in rows
+        if (row.get("Usage") or "").strip().lower() == "ignored" or row["images"].split() == ["None"]
+    }  # fmt: skip
+
+
+def _find(folder: Path, names: Sequence[str]) -> Path | None:
+    files = [folder / place / name for place in _PLACES for name in names]
+    return next((file for file in files if file.is_file()), None)
+
+
+def _nested(image: str) -> str:
+    return f"{image[:1]}/{image[1:2]}/{image[2:3]}/{image}.jpg"
+
+
+def _rows(path: Path, columns: Sequence[str], key: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """The lines of a CSV file by its header, with the value of the key column."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = content.decode("latin-1")
+    lines = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
+    try:
+        header = [name.strip() for name in lines.fieldnames or []]
+        if missing := [name for name in columns if name not in header]:
+            raise InputError(f"{path}: the first line must be a header with {', '.join(columns)}; no {missing[0]}")
+        lines.fieldnames = header
+        for row in lines:
+            if None in row or any(row[name] is None for name in columns):
+                raise InputError(f"{path}, line {lines.line_num}: not as many columns as in the header")
+            if not row[key].strip():
+                raise InputError(f"{path}, line {lines.line_num}: the {key} is empty")
+            yield row[key].strip(), row
+    except csv.Error as error:
+        raise InputError(f"{path}, line {lines.line_num}: {error}") from None
+
+
+def _column(path: Path) -> list[str]:
+    return [each for each, _ in _rows(path, ("id",), "id")]
+
+
+def _numbered(path: Path, ids: list[str]) -> dict[str, int]:
+    """The place of each id. Raises InputError for what is twice in the list, leaves the folder, or holds a space."""
+    places: dict[str, int] = {}
+    for number, each in enumerate(ids):
+        if each in places:
+            raise InputError(f"{path}: {each} is there twice")
+        places[_checked(path, each)] = number
+    if not places:
+        raise InputError(f"{path} lists nothing")
+    return places
+
+
+def _checked(path: Path, image: str, spaced: bool = False) -> str:
+    if "/" in image or "\\" in image or "\0" in image or image in (".", "..") or len(image) > 200:
+        raise InputError(f"{path}: {image[:50]!r} is no id of an image")
+    if not spaced and any(letter.isspace() for letter in image):
+        raise InputError(f"{path}: {image!r} holds a space, which separates the images of a solution")
+    return image
+
+
+def _boxes(path: Path) -> Iterator[tuple[str, Box | None]]:
+    """Each query's id and box."""
+    seen = set()
+    for query, row in _rows(path, ("id",), "id"):
+        if query in seen:
+            raise InputError(f"{path}: {query} is there twice")
+        seen.add(_checked(path, query, spaced=True))
+        cells = [(row.get(corner) or "").strip() for corner in _CORNERS]
+        if not any(cells):
+            yield query, None
+            continue
+        try:
+            box = tuple(float(cell) for cell in cells)
+        except ValueError:
+            raise InputError(f"{path}: query {query} has no box of four numbers x0, y0, x1, y1: {cells}") from None
+        if not all(map(math.isfinite, box)) or box[2] <= box[0] or box[3] <= box[1]:
+            raise InputError(f"{path}: the box of query {query} holds nothing: {', '.join(cells)}")
+        yield query, box

@@ -1,0 +1,107 @@
+"""What is measured of one query: average precision in its three forms, and values at k.
+
+Every function takes the ascending 0-based ranks of all of a query's positives, in the ranking that the
+ignored images have left.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+KAPPAS = (1, 5, 10)
+RECALL_LEVELS = 101  # 0, 0.01, ... 1
+LAST = 100  # results of a query that GLDv2's metric looks at
+
+
+class Measure(NamedTuple):
+    """What a protocol measures.
+
+    Attributes:
+        title: of the mean of the average precisions: mAP.
+        at: of the mean of the values at k: mP@k.
+        kappas: the k.
+        ap: the average precision, from a query's ranks.
+        at_k: the values at each k, from a query's ranks and the k.
+    """
+
+    title: str
+    at: str
+    kappas: tuple[int, ...]
+    ap: Callable[[np.ndarray], float]
+    at_k: Callable[[np.ndarray, Sequence[int]], np.ndarray]
+
+
+def average_precision(ranks: np.ndarray) -> float:
+    """Trapezoid rule over the ascending 0-based ranks of all positives; NaN where there is none.
+
+    The k-th positive (from 0) at rank r adds (k/r + (k+1)/(r+1)) / 2 / n_pos, where k/r is 1 at r = 0.
+
+    Radenović et al., "Revisiting Oxford and Paris: Large-Scale Image Retrieval Benchmarking", CVPR 2018.
+    """
+    if len(ranks) == 0:
+        return float("nan")
+    k = np.arange(len(ranks))
+    before = np.where(ranks == 0, 1.0, k / np.maximum(ranks, 1))
+    return float(np.mean((before + (k + 1) / (ranks + 1)) / 2))
+
+
+def average_precision_at_100(ranks: np.ndarray) -> float:
+    """GLDv2's: sum over the positives within the first 100 of (positives so far) / rank, over min(n_pos, 100).
+
+    Ranks in this formula count from 1. NaN where there is no positive.
+
+    Weyand et al., "Google Landmarks Dataset v2", CVPR 2020, sec. 4.1.
+    """
+    if len(ranks) == 0:
+        return float("nan")
+    within = ranks[ranks < LAST]
+    return float(np.sum(np.arange(1, len(within) + 1) / (within + 1)) / min(len(ranks), LAST))
+
+
+def precision_until_last(ranks: np.ndarray, kappas: Sequence[int]) -> np.ndarray:
+    """Precision within the first min(k, rank of the last positive, from 1), for each k; NaN without positives."""
+    if len(ranks) == 0:
+        return np.full(len(kappas), np.nan)
+    first = np.minimum(kappas, ranks[-1] + 1)
+    return np.searchsorted(ranks, first) / first
+
+
+def precision_at(ranks: np.ndarray, kappas: Sequence[int]) -> np.ndarray:
+    """The share of positives within the first k, for each k; NaN without positives."""
+    if len(ranks) == 0:
+        return np.full(len(kappas), np.nan)
+    return np.searchsorted(ranks, kappas) / np.array(kappas)
+
+
+def recall_at(ranks: np.ndarray, kappas: Sequence[int]) -> np.ndarray:
+    """1 where a positive stands within the first k, else 0, for each k; NaN without positives."""
+    if len(ranks) == 0:
+        return np.full(len(kappas), np.nan)
+    return (ranks[0] < np.array(kappas)).astype(float)
+
+
+def first_rank(ranks: np.ndarray) -> int:
+    """The rank, from 1, of the first positive; 101 where there is none within the first 100."""
+    return int(ranks[0]) + 1 if len(ranks) and ranks[0] < LAST else LAST + 1
+
+
+def interpolated_precision(ranks: np.ndarray) -> np.ndarray:
+    """Interpolated precision at the recalls 0, 0.01, ... 1; NaN where there is no positive. (n_pos,) -> (101,).
+
+    At recall r it is the highest precision that any cut of the ranking with recall r or more has. The
+    k-th positive (from 0) at the ascending 0-based rank r_k gives recall (k+1)/n_pos and precision
+    (k+1)/(r_k+1); as everywhere here, ignored images have left the ranking before.
+    """
+    n = len(ranks)
+    if n == 0:
+        return np.full(RECALL_LEVELS, np.nan)
+    precision = np.arange(1, n + 1) / (ranks + 1)
+    highest = np.maximum.accumulate(precision[::-1])[::-1]
+    needed = -(-np.arange(RECALL_LEVELS) * n // (RECALL_LEVELS - 1))  # positives for each recall, in whole numbers
+    return highest[np.maximum(needed, 1) - 1]
+
+
+REVISITED = Measure("mAP", "mP", KAPPAS, average_precision, precision_until_last)
+RECALL = Measure("mAP", "recall", KAPPAS, average_precision, recall_at)
+CHALLENGE = Measure("mAP@100", "P", (1, 5, 10, 50, 100), average_precision_at_100, precision_at)

@@ -1,5 +1,6 @@
 """From options to objects: what the commands share. Library code knows no option; this module knows them all."""
 
+import difflib
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -37,11 +38,12 @@ from revisitop.descriptors import (
     descriptors_made_from,
     load_descriptors,
     load_distractors,
+    load_ranking,
 )
 from revisitop.evaluate import most_ignored
 from revisitop.layout_revisitop import load_distractor_list
 from revisitop.layouts import dataset_folder, load_dataset
-from revisitop.retrieve import SAVED_RANKS
+from revisitop.retrieve import SAVED_RANKS, Ranking
 
 log = logging.getLogger(__name__)
 
@@ -105,9 +107,9 @@ def find_recipe(cfg: CfgNode, dataset: Dataset | None = None) -> Recipe:
 def find_weights(cfg: CfgNode, dataset: Dataset | None = None) -> Path:
     """Returns the checkpoint. By default it is in ./weights, and toy has random weights of its own."""
     given = cfg.TEST.WEIGHTS != "auto"
-    if dataset is not None and dataset.name == "toy" and not given:
+    if dataset is not None and dataset.name in toy.NAMES and not given:
         with option("TEST.DATA_DIR"):
-            return toy.ensure_weights(dataset.folder, cfg.MODEL.DEPTH)
+            return toy.ensure_weights(dataset.folder.parent / "toy", cfg.MODEL.DEPTH)
     with option("TEST.WEIGHTS"):
         return find_checkpoint(Path(cfg.TEST.WEIGHTS) if given else DEFAULT_WEIGHTS, cfg.MODEL.DEPTH)
 
@@ -115,13 +117,18 @@ def find_weights(cfg: CfgNode, dataset: Dataset | None = None) -> Path:
 def find_dataset(cfg: CfgNode, name: str) -> Dataset:
     """Returns the dataset; toy is drawn if it is not there yet."""
     with option("TEST.DATA_DIR"):
-        if name == "toy":
-            toy.ensure_dataset(Path(cfg.TEST.DATA_DIR), lambda images: tqdm(images, desc="drawing toy", unit="img"))
+        if name in toy.NAMES:
+            draw = toy.ensure_dataset if name == "toy" else toy.ensure_landmarks
+            draw(Path(cfg.TEST.DATA_DIR), lambda images: tqdm(images, desc="drawing toy", unit="img"))
         folder = Path(cfg.TEST.DATA_DIR)
-        if name in DOWNLOADED and dataset_folder(folder, name) is None:
-            raise InputError(
-                f"no dataset {name} in {folder}; python -m tools.download {name} --data-dir {folder} fetches it"
-            )
+        if dataset_folder(folder, name) is None:
+            if name in DOWNLOADED:
+                raise InputError(
+                    f"no dataset {name} in {folder}; python -m tools.download {name} --data-dir {folder} fetches it"
+                )
+            there = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+            if near := difflib.get_close_matches(name, [*DOWNLOADED, *toy.NAMES, *there], 1):
+                raise InputError(f"no dataset {name} in {folder}; did you mean {near[0]}?")
         return load_dataset(name, folder)
 
 
@@ -243,6 +250,17 @@ class Experiment:
             {"dataset": self.dataset.name, **self.recipe.provenance(), "images": self.dataset.fingerprint},
         )
 
+    def saved_ranking(self) -> Ranking | None:
+        """Returns the ranking that TEST.FEATURES holds, if it holds one instead of descriptors."""
+        path = Path(self.cfg.TEST.FEATURES)
+        if self.recipe is not None or path.suffix.lower() != ".pkl":
+            return None
+        with option("TEST.FEATURES"):
+            ranking = load_ranking(path, self.dataset)
+        if self.rerankers:
+            log.warning("%s holds a ranking and no descriptors: it is not reranked", path)
+        return ranking
+
     def descriptors(self) -> tuple[Tensor, Database]:
         """Returns the query descriptors (Q, D) and the database with the distractors, extracting what is missing."""
         if self.recipe is None:
@@ -293,7 +311,7 @@ class Experiment:
             facts["descriptors"] = str(self.folder)
         if self.distractors is not None:
             facts["distractors"] = len(self.distractors.rows)
-        if self.dataset.name == "toy":
+        if self.dataset.name in toy.NAMES:
             own_weights = self.recipe is not None and self.cfg.TEST.WEIGHTS == "auto"
             facts["note"] = toy.DISCLAIMER if own_weights else toy.DRAWN_DISCLAIMER
         return facts

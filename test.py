@@ -40,11 +40,16 @@ def main(argv: list[str]) -> None:
         log.info("%r", dataset)
 
         # Extract, search, rerank, evaluate.
-        queries, database = experiment.descriptors()
-        searched = retrieve(queries, database, results_needed(experiment.rerankers.values()), dataset.listed, device)
-        rankings = {"retrieval": searched}
-        for stage, reranker in experiment.rerankers.items():
-            rankings[stage] = rerank(searched, reranker, queries, database, device)
+        saved = experiment.saved_ranking()
+        if saved is not None:
+            rankings = {"retrieval": saved}
+        else:
+            queries, database = experiment.descriptors()
+            m = results_needed(experiment.rerankers.values())
+            searched = retrieve(queries, database, m, dataset.listed, device)
+            rankings = {"retrieval": searched}
+            for stage, reranker in experiment.rerankers.items():
+                rankings[stage] = rerank(searched, reranker, queries, database, device)
         metrics = {
             stage: evaluate(ranking, dataset.ground_truth, dataset.protocols) for stage, ranking in rankings.items()
         }

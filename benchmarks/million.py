@@ -64,14 +64,13 @@ def problem(path: Path, count: int) -> tuple[np.ndarray, np.ndarray, list[Ground
     """Queries that resemble their listed images more or less: the last of them no more than any distractor."""
     rows = np.load(path, mmap_mode="c")
     rng = np.random.default_rng(1)
-    truths = [
-        GroundTruth(
-            dict(
-                zip(("easy", "hard", "junk"), np.split(rng.choice(5000, LISTED, replace=False), (40, 90)), strict=True)
-            )
-        )
-        for _ in range(count)
-    ]
+    kinds, ends = ("easy", "hard", "junk"), (40, 90)
+
+    def truth() -> GroundTruth:
+        lists = np.split(rng.choice(5000, LISTED, replace=False), ends)
+        return GroundTruth(dict(zip(kinds, lists, strict=True)))
+
+    truths = [truth() for _ in range(count)]
     weights = np.linspace(1, 0, LISTED, dtype=np.float32)
     queries = np.stack([weights @ rows[truth.listed] for truth in truths])
     return queries / np.linalg.norm(queries, axis=1, keepdims=True), rows, truths

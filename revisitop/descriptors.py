@@ -16,6 +16,9 @@ from model.errors import InputError, short_list
 from model.store import provenance_differences, provenance_path, read_provenance
 from modules.search import Database
 from revisitop.dataset import Dataset
+from revisitop.measures import NOT_FOUND
+from revisitop.retrieve import Ranking
+from revisitop.safe_pickle import ArrayLike, load_pickle
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +67,49 @@ def load_descriptors(path: Path, dataset: Dataset) -> tuple[Tensor, Tensor]:
     if queries.shape[1] != database.shape[1]:
         raise InputError(f"{path}: queries have {queries.shape[1]} dimensions, the database {database.shape[1]}")
     return queries, database
+
+
+def load_ranking(path: Path, dataset: Dataset) -> Ranking:
+    """Returns a ranking that somebody saved: similarities and database numbers, as AMES' nn_*.pkl has them.
+
+    Args:
+        path: a .pkl file with a tensor or an array (2, Q, R): for each query the similarities of its first R
+            results, best first, and their numbers; -1 where there are no more. R may be below N: what is not
+            among the results then counts as never found.
+
+    Raises:
+        InputError: if the file is damaged, is not safe to load, or does not fit the dataset.
+    """
+    try:
+        content = load_tensors(path)
+    except InputError:
+        content = load_pickle(path)
+    content = content.numpy() if isinstance(content, ArrayLike) else content
+    saved = _array(content) if isinstance(content, Tensor | np.ndarray) else np.empty(0)
+    if saved.ndim != 3 or len(saved) != 2 or not np.issubdtype(saved.dtype, np.number):
+        raise InputError(
+            f"{path} holds no ranking: a tensor (2, Q, R) of similarities and database numbers is expected"
+        )
+    q, n, r = len(dataset.queries), len(dataset.database), saved.shape[2]
+    if saved.shape[1] != q:
+        raise InputError(f"{path} has {saved.shape[1]} queries, {dataset.name} has {q}")
+    scores, numbers = saved[0].astype(np.float32), saved[1]
+    ids = np.where(np.isfinite(numbers), numbers, -2).astype(np.int64)
+    if (ids != numbers).any() or (ids < -1).any() or (ids >= n).any():
+        raise InputError(f"{path}: the numbers of results must be whole, from 0 to {n - 1}, or -1 for none")
+    for query, row in enumerate(ids):
+        there = row[row >= 0]
+        if len(np.unique(there)) < len(there):
+            raise InputError(f"{path}: query {query} (from 0) has an image twice among its results")
+    if r < n:
+        log.warning("%s has %d results of %d images: what is not among them counts as never found", path, r, n)
+    positions = []
+    for row, listed in zip(ids, dataset.listed, strict=True):
+        place = np.full(n, NOT_FOUND, dtype=np.int64)
+        there = np.flatnonzero(row >= 0)
+        place[row[there]] = there
+        positions.append(torch.from_numpy(place[listed.numpy()]))
+    return Ranking(torch.from_numpy(ids), torch.from_numpy(scores), positions, 0.0)
 
 
 def descriptors_made_from(path: Path, dataset: Dataset) -> dict[str, Any]:

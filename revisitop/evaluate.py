@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from revisitop.dataset import GroundTruth
-from revisitop.measures import CHALLENGE, RECALL_LEVELS, Measure, first_rank, interpolated_precision
+from revisitop.measures import CHALLENGE, NOT_FOUND, RECALL_LEVELS, Measure, first_rank, interpolated_precision
 from revisitop.protocols import REVISITED_PROTOCOLS, Protocol
 from revisitop.retrieve import Candidates, Ranking, move
 
@@ -174,3 +174,20 @@ def remove_ignored(positive: np.ndarray, ignored: np.ndarray) -> np.ndarray:
     """Ascending ranks of the positives in the ranking without the ignored images."""
     positive = np.sort(positive)
     return positive - np.searchsorted(np.sort(ignored), positive)
+
+
+def evaluate_predictions(
+    predictions: Sequence[np.ndarray], ground_truth: Sequence[GroundTruth], protocols: Sequence[Protocol]
+) -> dict[str, Metrics]:
+    """The same from lists of results that may be cut off, empty, or hold -1 for what scores nothing.
+
+    Args:
+        predictions: per query database numbers, best first, each at most once; -1 keeps its rank.
+        ground_truth: per query.
+        protocols: a dataset's.
+    """
+    positions = []
+    for row, truth in zip(predictions, ground_truth, strict=True):
+        place = {int(number): rank for rank, number in enumerate(row) if number >= 0}
+        positions.append(np.array([place.get(int(number), NOT_FOUND) for number in truth.listed], dtype=np.int64))
+    return evaluate_positions(positions, ground_truth, protocols)

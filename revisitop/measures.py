@@ -11,6 +11,7 @@ import numpy as np
 
 KAPPAS = (1, 5, 10)
 RECALL_LEVELS = 101  # 0, 0.01, ... 1
+NOT_FOUND = 1 << 40  # the rank of an image that no list of results has: it adds nothing to any metric
 LAST = 100  # results of a query that GLDv2's metric looks at
 
 

@@ -6,6 +6,7 @@ distances and angles, in other light and weather, and behind occluders; how stro
 decides whether an image is easy, hard or junk. Everything is drawn from seeds.
 """
 
+import csv
 import logging
 import math
 import os
@@ -13,6 +14,7 @@ import pickle
 import shutil
 import zlib
 from collections.abc import Callable, Iterable
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +33,9 @@ log = logging.getLogger(__name__)
 
 DISCLAIMER = "toy: drawn images and random weights; it shows that the code works, not how accurate the method is"
 DRAWN_DISCLAIMER = "toy: drawn images; its metrics show that the code works, not how accurate a method is"
+
+LANDMARKS = "toy_gldv2"
+NAMES = ("toy", LANDMARKS)
 
 _VERSION = 2  # raise it when the drawing changes: older toy folders are then drawn again
 _LANDMARKS = 12
@@ -61,6 +66,52 @@ def ensure_dataset(data_dir: Path, progress: Callable[[Iterable], Iterable] = it
         new.rename(folder)
     except OSError as error:
         raise InputError(f"cannot draw the toy dataset into {folder} ({error.strerror})") from None
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def ensure_landmarks(data_dir: Path, progress: Callable[[Iterable], Iterable] = iter) -> None:
+    """Lays the images of toy out as data_dir/toy_gldv2, in GLDv2's layout, if that is not there yet.
+
+    What is easy or hard in toy is relevant; half of the queries are Public, half Private.
+
+    Raises:
+        InputError: if it cannot be written.
+    """
+    ensure_dataset(data_dir, progress)
+    source, folder, new = data_dir / "toy", data_dir / LANDMARKS, data_dir / f"{LANDMARKS}.{os.getpid()}.new"
+    marker = f"toy {_VERSION}\n"
+    if (folder / "made_from.txt").exists() and (folder / "made_from.txt").read_text() == marker:
+        return
+    content = load_pickle(source / "gnd_toy.pkl")
+    names, queries, truth = content["imlist"], content["qimlist"], content["gnd"]
+    try:
+        for kind, members in (("index", names), ("queries", queries)):
+            (new / kind).mkdir(parents=True)
+            for name in members:
+                shutil.copyfile(source / "jpg" / f"{name}.jpg", new / kind / f"{name}.jpg")
+        tables = {
+            "index.csv": [["id"], *([name] for name in names)],
+            "queries.csv": [
+                ["id", "x0", "y0", "x1", "y1"],
+                *([q, *g["bbx"]] for q, g in zip(queries, truth, strict=True)),
+            ],
+            "solution.csv": [
+                ["id", "images", "Usage"],
+                *(
+                    [query, " ".join(names[number] for number in [*own["easy"], *own["hard"]]), usage]
+                    for query, own, usage in zip(queries, truth, cycle(("Public", "Private")), strict=False)
+                ),
+            ],
+        }
+        for name, rows in tables.items():
+            with (new / name).open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file, lineterminator="\n").writerows(rows)
+        (new / "made_from.txt").write_text(marker)
+        shutil.rmtree(folder, ignore_errors=True)
+        new.rename(folder)
+    except OSError as error:
+        raise InputError(f"cannot write {folder} ({error.strerror})") from None
     finally:
         shutil.rmtree(new, ignore_errors=True)
 

@@ -49,3 +49,27 @@ def all_protocols(rankings: np.ndarray, ground_truth: list[dict]) -> dict[str, f
         "M": mean_average_precision(rankings, ground_truth, ("easy", "hard"), ("junk",)),
         "H": mean_average_precision(rankings, ground_truth, ("hard",), ("junk", "easy")),
     }
+
+
+def challenge_map(predictions: dict[str, list[str]], solution: dict[str, set[str]]) -> float:
+    """GLDv2's mAP@100 in percent, prediction by prediction. A query without predictions counts 0."""
+    total = 0.0
+    for query, positives in solution.items():
+        seen, good, ap = set(), 0, 0.0
+        for place, image in enumerate(predictions.get(query, [])[:100], start=1):
+            if image in positives and image not in seen:
+                good += 1
+                ap += good / place
+            seen.add(image)
+        total += ap / min(len(positives), 100)
+    return 100 * total / len(solution)
+
+
+def recall_at(rankings: np.ndarray, positives: list[set[int]], ignored: list[set[int]], k: int) -> float:
+    """The share, in percent, of the queries with a positive that have one within the first k that are not ignored."""
+    values = []
+    for ranking, good, out in zip(rankings, positives, ignored, strict=True):
+        if good:
+            kept = [number for number in ranking if number not in out]
+            values.append(any(number in good for number in kept[:k]))
+    return 100 * float(np.mean(values))

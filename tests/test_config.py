@@ -80,7 +80,7 @@ def test_a_yaml_file_is_merged_before_the_command_line(tmp_path):
         (["SupG.gemp", "maybe"], "'maybe' has the wrong type"),
         (["SupG.gemp_p", "nan"], "is not above 0"),
         (["SupG.rerank_k", "30", "SupG.rerank_m", "20"], "SupG.rerank_k 30 is above SupG.rerank_m 20"),
-        (["TEST.DATASET_LIST", "['oxford']"], "'oxford', which is not one of roxford5k"),
+        (["TEST.DATASET_LIST", "['../oxford']"], "'../oxford', which is no name of a folder"),
         (["TEST.DATASET_LIST", "[]"], "is empty"),
         (["SupG.rerank_k", "TEST.SCALE_LIST", "1"], "SupG.rerank_k needs a value"),
         (["toy"], "unknown option toy; --help lists all"),

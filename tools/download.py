@@ -8,31 +8,25 @@ resumed, and an archive is deleted once its images are in place.
 """
 
 import argparse
-import gzip
 import os
 import re
-import shutil
 import sys
-import tarfile
 import webbrowser
-import zlib
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
-from tqdm import tqdm
 
 from model.checkpoint import PUBLISHED, find_checkpoint, load_encoder
 from model.errors import InputError, run_command, short_list
-from model.images import ImageError, ImageFile, read_image
 from model.resnet import ResNet
 from revisitop.descriptors import load_mat
 from revisitop.layout_revisitop import load_distractor_list, read_ground_truth
 from revisitop.layouts import dataset_folder
+from tools.archives import find_bad, unpack, unpack_all
+from tools.gldv2 import get_gldv2
 from tools.transfer import Fetcher, Source
 
 
@@ -73,12 +67,14 @@ WEIGHTS = {
     101: Source((), f"{NETWORKS}/{PUBLISHED[101]}"),  # on no host that we know of; a --mirror may have it
 }
 DRIVE = "https://github.com/sungonce/CVNet"  # its README links the web drive that holds both
-ITEMS = (*IMAGES, "features", "weights")
+ITEMS = (*IMAGES, "gldv2", "features", "weights")
 
 HELP = f"""items:
   roxford5k    ground truth and images of ROxford5k: DATA_DIR/roxford5k/
   rparis6k     ground truth and images of RParis6k: DATA_DIR/rparis6k/
   revisitop1m  list and 100 archives of the million distractors: DATA_DIR/revisitop1m/
+  gldv2        Google Landmarks v2: lists, solution, 100 archives of index images (about 85 GB) and 20 of test images
+               (10 GB), of which the 1,129 queries are kept: DATA_DIR/gldv2/
   features     revisitop's example descriptors, for TEST.FEATURES: DATA_DIR/*.mat
   weights      WEIGHTS_DIR/{PUBLISHED[50]}; for {PUBLISHED[101]}, the way to it
 
@@ -99,6 +95,8 @@ def main(argv: list[str]) -> None:
         try:
             if item in IMAGES:
                 missing[item] = get_images(fetcher, item, folder)
+            elif item == "gldv2":
+                missing[item] = get_gldv2(fetcher, folder / "gldv2", args.all_test_images)
             else:
                 missing[item] = {"features": get_features, "weights": get_weights}[item](fetcher, folder)
         except OSError as error:  # the disk's: the network's are InputErrors by now
@@ -125,6 +123,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--weights-dir", type=Path, default=Path("weights"), metavar="DIR", help="folder of the checkpoints [./weights]"
+    )
+    parser.add_argument(
+        "--all-test-images", action="store_true", help="of gldv2, keep all 117,577 test images, not only the queries"
     )
     parser.add_argument("--mirror", type=_http_address, metavar="URL", help="where to look first; see below")
     return parser.parse_args(argv)
@@ -155,47 +156,22 @@ def get_images(fetcher: Fetcher, name: str, data_dir: Path) -> list[str]:
         if not has_ground_truth:
             return find_bad(load_distractor_list(folder)[1], name, decode=False)
         dataset = read_ground_truth(name, folder / wanted.listing.name)
-        return find_bad(dataset.queries + dataset.database, name, decode=True)
+        return find_bad([*dataset.images()], name, decode=True)
 
     marker = folder / "unpacked.txt"
-    unpacked = marker.read_text().split() if marker.exists() else []
-    if not unpacked and not problems and not bad_images():  # they came in another way
+    begun = marker.exists() and bool(marker.read_text().split())
+    if not begun and not problems and not bad_images():  # they came in another way
         return []
-    for archive in wanted.archives:
-        if archive.name in unpacked:
-            continue
-        try:
-            path = get_archive(fetcher, archive, folder, wanted.flat)
-        except InputError as error:
-            problems.append(str(error))
-        else:
-            with marker.open("a") as file:
-                file.write(f"{archive.name}\n")
-            path.unlink()
+    problems += unpack_all(
+        fetcher, wanted.archives, folder, folder / "jpg",
+        lambda source, new: lambda archive: unpack(archive, new, wanted.flat),
+    )  # fmt: skip
     if not problems and (bad := bad_images()):
         problems.append(
             f"{len(bad)} images are missing or damaged ({short_list(bad)}), and all archives are unpacked; "
             f"replace these images, or delete {marker} to have the archives fetched again"
         )
     return problems
-
-
-def get_archive(fetcher: Fetcher, source: Source, folder: Path, flat: bool) -> Path:
-    """Brings the archive's images into jpg/, each whole or not at all. Returns the archive, which is needed no more.
-
-    Raises:
-        InputError: where no address gives a sound archive.
-    """
-    new = folder / "jpg" / ".unpacking"  # in jpg/, which may be a link to another disk
-    try:
-        path = fetcher.fetch(source, folder, lambda archive: unpack(archive, new, flat))
-        for member_file in [file for file in new.rglob("*") if file.is_file()]:
-            target = folder / "jpg" / member_file.relative_to(new)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(member_file, target)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    return path
 
 
 def get_features(fetcher: Fetcher, data_dir: Path) -> list[str]:
@@ -226,65 +202,6 @@ def get_weights(fetcher: Fetcher, folder: Path) -> list[str]:
     if problems and has_display and sys.stdout.isatty():
         webbrowser.open(DRIVE)
     return problems
-
-
-# A member is both a file and a folder: as the folder was empty, the archive is at fault.
-_NAME_CLASHES = (FileExistsError, IsADirectoryError, NotADirectoryError)
-
-
-def unpack(archive: Path, folder: Path, flat: bool) -> None:
-    """Extracts the files of a .tar.gz into an empty folder, beside each other if `flat`, and reads it to its end.
-
-    Raises:
-        InputError: where it is damaged, holds no file, or a member is a link, a device or leaves the folder.
-    """
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        with gzip.open(archive) as file:
-            with tarfile.open(fileobj=file, mode="r|") as tar:
-                for member in tqdm(tar, desc=f"unpacking {archive.stem}", unit="img", dynamic_ncols=True):
-                    _refuse_unsafe(archive, member, folder)
-                    if member.isfile():
-                        name = PurePosixPath(member.name)
-                        path = folder / (name.name if flat else name)
-                        path.parent.mkdir(parents=True, exist_ok=True)
-                        with path.open("wb") as member_file:
-                            shutil.copyfileobj(tar.extractfile(member), member_file)
-            while file.read(1 << 20):  # tar's end comes before gzip's, where the checksum is
-                pass
-    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, *_NAME_CLASHES) as error:
-        raise InputError(f"{archive} is damaged or no .tar.gz ({error})") from None
-    if not any(folder.iterdir()):
-        raise InputError(f"{archive} holds no file")
-
-
-def _refuse_unsafe(archive: Path, member: tarfile.TarInfo, folder: Path) -> None:
-    path = PureWindowsPath(member.name)  # knows both kinds of slashes
-    if path.anchor or ".." in path.parts or "\0" in member.name:
-        raise InputError(f"{archive} refused: its member {member.name!r} would leave the folder")
-    if not member.isfile() and not member.isdir():
-        raise InputError(f"{archive} refused: its member {member.name!r} is a link or device, not a file")
-    if hasattr(tarfile, "data_filter"):  # Python 3.10.12, 3.11.4, 3.12
-        tarfile.data_filter(member, str(folder))
-
-
-def find_bad(images: Sequence[ImageFile], name: str, decode: bool) -> list[str]:
-    """The images that are not there, or cannot be decoded, each with the reason."""
-
-    def problem(image: ImageFile) -> str | None:
-        if not decode:
-            return None if image.path.is_file() else f"{image.path}: no such file"
-        try:
-            read_image(image.path)
-        except ImageError as error:
-            return str(error)
-        return None
-
-    with ThreadPoolExecutor() as pool:
-        found = pool.map(problem, images) if decode else map(problem, images)
-        bar = tqdm(found, desc=f"checking {name}", total=len(images), unit="img", dynamic_ncols=True)
-        return [reason for reason in bar if reason]
 
 
 def check_list(path: Path) -> None:

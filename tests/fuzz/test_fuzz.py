@@ -29,7 +29,7 @@ from model.store import DescriptorStore
 from revisitop.descriptors import load_descriptors, load_distractors
 from revisitop.layout_revisitop import read_ground_truth
 from revisitop.layouts import load_dataset
-from tools.download import unpack
+from tools.archives import unpack
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", 0.7))
 SLOW = 5.0  # seconds for one input

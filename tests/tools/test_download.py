@@ -1,6 +1,7 @@
 """The download command against a local server that stands in, as a proxy, for every host, and misbehaves as told."""
 
 import gzip
+import hashlib
 import io
 import os
 import pickle
@@ -21,7 +22,8 @@ import pytest
 import scipy.io
 from conftest import Layout
 
-from tools import transfer
+from revisitop.layouts import load_dataset
+from tools import gldv2, transfer
 
 VGG, CMP, PTAK = "http://www.robots.ox.ac.uk", "http://cmp.felk.cvut.cz", "http://ptak.felk.cvut.cz"
 OXFORD_TRUTH = "/revisitop/data/datasets/roxford5k/gnd_roxford5k.pkl"
@@ -31,6 +33,7 @@ PARIS_IMAGES = [f"/~vgg/data/parisbuildings/paris_{n}-v1.tgz" for n in (1, 2)]
 FEATURES = [f"/revisitop/data/features/{name}_resnet_rsfm120k_gem.mat" for name in ("roxford5k", "rparis6k")]
 MILLION_LIST = "/revisitop/revisitop1m/revisitop1m.txt"
 MILLION_IMAGES = [f"/revisitop/revisitop1m/jpg/revisitop1m.{n}.tar.gz" for n in range(1, 101)]
+LANDMARKS = "http://mirror.local/files/google-landmark"
 NETWORK = "/personal/sumapave/public/ames/networks/CVPR2022_CVNet_R50.pyth"
 PAGE = b"<!DOCTYPE html><html><body>Please log in</body></html>"
 
@@ -347,13 +350,13 @@ def damaged(body: bytes) -> bytes:
         ("roxford5k", OXFORD_TRUTH, lambda body: pickle.dumps(["a", "b"]), "is no ground truth"),
         ("roxford5k", OXFORD_TRUTH, lambda body: pickle.dumps(Harmful()), "refused: it would call posix.system"),
         ("roxford5k", OXFORD_IMAGES, lambda body: PAGE, "a web page came instead"),
-        ("roxford5k", OXFORD_IMAGES, lambda body: b"", "damaged or no .tar.gz"),
-        ("roxford5k", OXFORD_IMAGES, lambda body: body[:-5000], "damaged or no .tar.gz"),
+        ("roxford5k", OXFORD_IMAGES, lambda body: b"", "damaged or no archive"),
+        ("roxford5k", OXFORD_IMAGES, lambda body: body[:-5000], "damaged or no archive"),
         ("roxford5k", OXFORD_IMAGES, lambda body: body[:-6] + b"\0\0" + body[-4:], "CRC check failed"),
-        ("roxford5k", OXFORD_IMAGES, damaged, "damaged or no .tar.gz"),
-        ("roxford5k", OXFORD_IMAGES, lambda body: gzip.compress(b"no tar" * 1000), "damaged or no .tar.gz"),
+        ("roxford5k", OXFORD_IMAGES, damaged, "damaged or no archive"),
+        ("roxford5k", OXFORD_IMAGES, lambda body: gzip.compress(b"no tar" * 1000), "damaged or no archive"),
         ("roxford5k", OXFORD_IMAGES, lambda body: tgz({}), "holds no file"),
-        ("revisitop1m", MILLION_IMAGES[0], lambda body: tgz({"a": b"file", "a/b.jpg": b""}), "damaged or no .tar.gz"),
+        ("revisitop1m", MILLION_IMAGES[0], lambda body: tgz({"a": b"file", "a/b.jpg": b""}), "damaged or no archive"),
         ("revisitop1m", MILLION_LIST, lambda body: b"1/1.jpg\n1/2.jpg\n1/3.j", "is no list of images"),
         ("revisitop1m", MILLION_LIST, lambda body: b"\n", "is no list of images"),
         ("features", FEATURES[0], lambda body: b"MATLAB" * 100, "damaged or no MATLAB file"),
@@ -625,7 +628,7 @@ def test_a_file_in_place_of_the_folder_is_one_line(download, here, oxford):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["roxford"], "choose from '?roxford5k'?, '?rparis6k'?, '?revisitop1m'?, '?features'?, '?weights'?"),
+        (["roxford"], "choose from '?roxford5k'?, '?rparis6k'?, '?revisitop1m'?, '?gldv2'?, '?features'?, '?weights'?"),
         ([], "required: ITEM"),
         (["features", "--mirror", "my.server"], "'my.server' is no http:// or https:// address"),
     ],
@@ -656,3 +659,68 @@ def test_a_host_that_takes_no_connection_is_tried_for_one_file_alone(download, s
         outcome = download("features", "--mirror", f"http://127.0.0.1:{taken.getsockname()[1]}")
     assert outcome.code == 0, outcome.err
     assert outcome.err.count("no luck with http://127.0.0.1") == 1
+
+
+@pytest.fixture
+def landmarks(site, monkeypatch):
+    """Google Landmarks v2 at a mirror, with three archives of index images and two of test images."""
+    monkeypatch.setattr(gldv2, "ARCHIVES", {"index": 3, "test": 2})
+    mirror = "http://mirror.local/files"
+    index = [f"{number:02x}{'0' * 14}" for number in range(6)]
+    solution = f"id,images,Usage\nt00,{index[0]} {index[5]},Public\nt01,None,Ignored\nt03,{index[2]},Private\n"
+    site.put(f"{LANDMARKS}/metadata/index.csv", "\n".join(["id", *index]).encode())
+    site.put(f"{LANDMARKS}/metadata/test.csv", b"id\nt00\nt01\nt02\nt03\n")
+    site.put(f"{LANDMARKS}/ground_truth/retrieval_solution_v2.1.csv", solution.encode())
+    parts = {"index": [index[:2], index[2:4], index[4:]], "test": [["t00", "t01"], ["t02", "t03"]]}
+    for kind, archives in parts.items():
+        for number, names in enumerate(archives):
+            body = gzip.decompress(tgz({f"{name[0]}/{name[1]}/{name[2]}/{name}.jpg": b"image" * 900 for name in names}))
+            site.put(f"{LANDMARKS}/{kind}/images_{number:03}.tar", body)
+            line = f"{hashlib.md5(body).hexdigest()}  images_{number:03}.tar\n"
+            site.put(f"{LANDMARKS}/md5sum/{kind}/md5.images_{number:03}.txt", line.encode())
+    return ["gldv2", "--mirror", mirror]
+
+
+def test_gldv2_is_fetched_checked_unpacked_and_only_queries_are_kept(download, landmarks, here, site):
+    outcome = download(*landmarks)
+    assert outcome.code == 0, outcome.err
+    dataset = load_dataset("gldv2", here)
+    dataset.check_files()
+    assert (len(dataset.queries), len(dataset.database)) == (2, 6)
+    assert sorted(path.stem for path in (here / "gldv2" / "test").rglob("*.jpg")) == ["t00", "t03"]
+    assert not list((here / "gldv2").rglob("*.tar"))
+    before = len(site.requests)
+    assert "everything was there already" in download(*landmarks).out
+    assert len(site.requests) == before
+
+
+def test_all_test_images_of_gldv2_are_kept_where_asked_for(download, landmarks, here):
+    assert download(*landmarks, "--all-test-images").code == 0
+    assert len(list((here / "gldv2" / "test").rglob("*.jpg"))) == 4
+
+
+@pytest.mark.parametrize("harm", ["md5", "cut", "missing", "no md5"])
+def test_an_archive_of_gldv2_that_is_not_sound_is_never_used(download, landmarks, here, site, harm):
+    name = f"{LANDMARKS}/{'md5sum/index/md5.images_001.txt' if harm == 'no md5' else 'index/images_001.tar'}"
+    whole = site.answers.pop(name)
+    if harm in ("md5", "cut"):
+        site.put(name, whole.body[:-600] if harm == "cut" else whole.body.replace(b"image", b"imagf"))
+    outcome = download(*landmarks)
+    assert outcome.code == 2
+    assert "images_001" in outcome.err
+    assert len(list((here / "gldv2" / "index").rglob("*.jpg"))) == 4  # of the other archives
+    site.answers[name] = whole
+    before = len(site.asked("index/images_000.tar"))
+    assert download(*landmarks).code == 0
+    assert len(site.asked("index/images_000.tar")) == before  # what is unpacked is not fetched again
+    load_dataset("gldv2", here).check_files()
+
+
+def test_a_download_of_gldv2_that_was_interrupted_is_resumed(download, landmarks, here, site):
+    archive = site.answers[f"{LANDMARKS}/index/images_002.tar"]
+    archive.headers["ETag"], archive.cuts = '"1"', [3000, *[0] * 9]
+    assert download(*landmarks).code == 2
+    archive.cuts = []
+    assert download(*landmarks).code == 0
+    assert site.ranges("index/images_002.tar")[-1] == "bytes=3000-"
+    load_dataset("gldv2", here).check_files()

@@ -1,0 +1,64 @@
+"""What a dataset's folder is understood as: its layout, its lists, and which images are missing or damaged.
+
+python -m tools.check NAME TEST.DATA_DIR DIR
+python -m tools.check NAME --decode
+
+A dataset is a folder in TEST.DATA_DIR in one of three layouts: revisitop's (gnd_NAME.pkl, jpg/), GLDv2's
+(index.csv, queries.csv, solution.csv, index/, queries/), or a folder of images per class.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+from tqdm import tqdm
+
+from assembly import find_dataset
+from config import ADVICE, CommandLine
+from model.errors import InputError, printable, run_command, short_list
+from revisitop.dataset import Dataset
+
+
+def main(argv: list[str]) -> None:
+    line = CommandLine(__doc__, ("TEST.DATA_DIR",), "python -m tools.check")
+    line.add("name", metavar="NAME", help="of the dataset's folder")
+    line.add("--decode", action="store_true", help="read every image to its end, which may take long")
+    args, cfg, _ = line.parse(argv)
+    dataset = find_dataset(cfg, args.name)
+    for text in in_words(dataset):
+        print(printable(text))
+    missing, count = dataset.missing_files()
+    if missing:
+        raise InputError(f"{len(missing)} of {count} images are missing ({short_list(missing)})")
+    print(f"images: all {count:,} files are there")
+    if args.decode:
+        images = tqdm(dataset.images(), total=len(dataset.queries) + len(dataset.database), unit="img")
+        if damaged := list(dict.fromkeys(problem for image in images if (problem := image.problem()))):
+            raise InputError(f"{len(damaged)} images cannot be used: {short_list(damaged, 50)}")
+        print("images: all can be read")
+
+
+def in_words(dataset: Dataset) -> Iterator[str]:
+    """What was understood, line by line."""
+    yield f"{dataset!r}"
+    yield f"layout: {dataset.layout}"
+    usages = Counter(truth.usage for truth in dataset.ground_truth)
+    if usages.keys() != {""}:
+        yield f"queries by usage: {', '.join(f'{usage} {count:,}' for usage, count in sorted(usages.items()))}"
+    for kind in dataset.ground_truth[0].kinds:
+        counts = np.array([len(truth.kinds[kind]) for truth in dataset.ground_truth])
+        yield (
+            f"{kind}: {counts.sum():,} in all, {counts.min():,} to {counts.max():,} per query, "
+            f"median {np.median(counts):g}; {(counts == 0).sum():,} queries without"
+        )
+    boxes = sum(image.box is not None for image in dataset.queries)
+    yield f"boxes: {boxes:,} of {len(dataset.queries):,} queries have one"
+    measured = dict.fromkeys(each.measure for each in dataset.protocols)
+    values = [f"{each.title}, {each.at}@{','.join(map(str, each.kappas))}" for each in measured]
+    yield f"metrics: {'; '.join(values)} for {', '.join(each.title for each in dataset.protocols)}"
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")
+    run_command(main, ADVICE)

@@ -125,7 +125,8 @@ OPTIONS = (
         parse=_scales,
     ),
     Option(
-        "TEST.FEATURES", "", "evaluate saved descriptors (.mat, .npy, .npz, .pth, a folder of ours); no network",
+        "TEST.FEATURES", "", 
+        "evaluate saved descriptors (.mat, .npy, .npz, .pth, a folder of ours) or a ranking (.pkl); no network",
         _no_zero_byte,
     ),
     Option("TEST.DEVICE", "auto", "auto (GPU where there is one), cpu, cuda or cuda:N", _device),

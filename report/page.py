@@ -187,6 +187,8 @@ def evaluated_section(evaluated: Evaluated, distractors: Sequence[ImageFile] = (
         labels = {number: label_of(kind) for kind, numbers in kinds.items() for number in numbers.tolist()}
         found = []
         for number, score in zip(ranking.ids[query, :SHOWN].tolist(), ranking.scores[query].tolist(), strict=False):
+            if number < 0:  # a saved ranking may end before
+                continue
             if number < own:
                 image, name = dataset.database[number], dataset.database_name(number)
             else:

@@ -84,8 +84,7 @@ def load_ranking(path: Path, dataset: Dataset) -> Ranking:
         content = load_tensors(path)
     except InputError:
         content = load_pickle(path)
-    content = content.numpy() if isinstance(content, ArrayLike) else content
-    saved = _array(content) if isinstance(content, Tensor | np.ndarray) else np.empty(0)
+    saved = _array(content) if isinstance(content, Tensor | np.ndarray | ArrayLike) else np.empty(0)
     if saved.ndim != 3 or len(saved) != 2 or not np.issubdtype(saved.dtype, np.number):
         raise InputError(
             f"{path} holds no ranking: a tensor (2, Q, R) of similarities and database numbers is expected"

@@ -151,7 +151,7 @@ def write_predictions(path: Path, dataset: Dataset, ids: np.ndarray) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["id", "images"])
         for query, row in zip(dataset.query_names, ids, strict=True):
-            writer.writerow([query, " ".join(dataset.names[number] for number in row[:100].tolist())])
+            writer.writerow([query, " ".join(dataset.names[number] for number in row[:100].tolist() if number >= 0)])
 
 
 def _ignored(folder: Path) -> set[str]:

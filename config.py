@@ -125,7 +125,7 @@ OPTIONS = (
         parse=_scales,
     ),
     Option(
-        "TEST.FEATURES", "", 
+        "TEST.FEATURES", "",
         "evaluate saved descriptors (.mat, .npy, .npz, .pth, a folder of ours) or a ranking (.pkl); no network",
         _no_zero_byte,
     ),

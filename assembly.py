@@ -4,7 +4,7 @@ import difflib
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -21,8 +21,9 @@ from yacs.config import CfgNode
 from model.cache import content_folder, plain_name
 from model.checkpoint import find_checkpoint
 from model.device import choose_device, device_name, prepare_process
+from model.distributed import Processes
 from model.errors import InputError
-from model.extract import ImageSet, extract_sets
+from model.extract import ImageSet, extract_sets, extract_shared
 from model.images import ImageFile, set_pixel_limit
 from model.owner import owned
 from model.pair_scores import CVNetReranker, PairScores
@@ -261,24 +262,39 @@ class Experiment:
             log.warning("%s holds a ranking and no descriptors: it is not reranked", path)
         return ranking
 
-    def descriptors(self) -> tuple[Tensor, Database]:
+    @property
+    def sets(self) -> list[ImageSet]:
+        """The images to be extracted: the queries, if they are no database images, and the database."""
+        name, folder = self.dataset.name, self.dataset.folder  # images of two classes may have one name
+        sets = [ImageSet(self.folder / f"{name}_db.npy", f"{name} database", self.dataset.database, folder)]
+        if self.dataset.in_database is None:
+            queries = self.folder / f"{name}_query.npy"
+            sets.insert(0, ImageSet(queries, f"{name} queries", self.dataset.queries, folder))
+        return sets
+
+    def extract(self, processes: Processes) -> None:
+        """Extracts what is missing, with all processes of a `torchrun`."""
+        if processes.count == 1 or self.recipe is None:
+            return
+        loading = make_loading(self.cfg, self.device)
+        with owned(self.folder) if processes.rank == 0 else nullcontext():
+            for each in self.sets:
+                shared = (each, self.recipe, self.device, processes, loading, self.cfg.TEST.RESUME, "list")
+                if (store := extract_shared(*shared)) is not None and not store.complete:
+                    store.finish()
+
+    def descriptors(self, resume: bool) -> tuple[Tensor, Database]:
         """Returns the query descriptors (Q, D) and the database with the distractors, extracting what is missing."""
         if self.recipe is None:
             with option("TEST.FEATURES"):
                 queries, rows = load_descriptors(Path(self.cfg.TEST.FEATURES), self.dataset)
         else:
-            name, in_database = self.dataset.name, self.dataset.in_database
-            below = self.dataset.folder  # images of two classes may have one name
-            sets = [ImageSet(self.folder / f"{name}_db.npy", f"{name} database", self.dataset.database, below)]
-            if in_database is None:
-                query_file = self.folder / f"{name}_query.npy"
-                sets.insert(0, ImageSet(query_file, f"{name} queries", self.dataset.queries, below))
             log.info("checkpoint: %s, SHA-256 %s", self.recipe.checkpoint, self.recipe.checkpoint_sha256)
             log.info("descriptors: %s", self.folder)
             loading = make_loading(self.cfg, self.device)
             with owned(self.folder):
-                *others, rows = extract_sets(sets, self.recipe, self.device, loading, self.cfg.TEST.RESUME)
-            queries = others[0] if others else rows[torch.from_numpy(in_database)]
+                *others, rows = extract_sets(self.sets, self.recipe, self.device, loading, resume)
+            queries = others[0] if others else rows[torch.from_numpy(self.dataset.in_database)]
         if self.distractors is None:
             return queries, Database(rows)
         return queries, add_distractors(rows, self.distractors.rows)

@@ -2,6 +2,7 @@
 
 python test.py TEST.DATASET_LIST "['toy']"
 python test.py MODEL.DEPTH 50 TEST.WEIGHTS ./weights TEST.DATA_DIR ./revisitop SupG.rerank
+torchrun --nproc-per-node=8 test.py TEST.DATASET_LIST "['gldv2']"
 """
 
 import logging
@@ -18,20 +19,30 @@ def main(argv: list[str]) -> None:
 
     # Imported here, so that --help and a mistyped option are answered at once.
     from assembly import make_output, prepare, results_needed, start_device
+    from model.distributed import Processes
     from report.log import start_log
     from report.page import evaluated_page, write_report
     from report.results import Evaluated, save_results, summary
     from revisitop.evaluate import evaluate
     from revisitop.retrieve import rerank, retrieve
 
-    output = make_output(cfg)
-    head = start_log(Path("log.txt"), plain(cfg))
-    device = start_device(cfg, head)
-    for line in idle_options(cfg):
+    output, processes = make_output(cfg), Processes()
+    first = processes.rank == 0
+    head = start_log(Path("log.txt"), plain(cfg)) if first else {}
+    device = start_device(cfg, head, processes.local)
+    for line in idle_options(cfg) if first else ():
         log.warning("%s", line)
 
-    # Everything that can be missing is looked for before the long work begins.
-    experiments = [prepare(cfg, name, output, device) for name in cfg.TEST.DATASET_LIST]
+    # Everything that can be missing is looked for before the long work begins; toy is drawn by one process.
+    with processes.first_alone():
+        experiments = [prepare(cfg, name, output, device) for name in cfg.TEST.DATASET_LIST]
+
+    # The processes of a torchrun share the extraction; the first one does the rest.
+    for experiment in experiments:
+        experiment.extract(processes)
+    processes.end()
+    if not first:
+        return
 
     results: list[Evaluated] = []
     run = None
@@ -44,7 +55,7 @@ def main(argv: list[str]) -> None:
         if saved is not None:
             rankings = {"retrieval": saved}
         else:
-            queries, database = experiment.descriptors()
+            queries, database = experiment.descriptors(cfg.TEST.RESUME or processes.count > 1)
             m = results_needed(experiment.rerankers.values())
             searched = retrieve(queries, database, m, dataset.listed, device)
             rankings = {"retrieval": searched}

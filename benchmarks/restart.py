@@ -1,4 +1,4 @@
-"""A finished run of as many images as GLDv2 has that starts again: how long it takes to find that nothing is to be done.
+"""A finished run of as many images as GLDv2 has that starts again: how long until it finds that nothing is to be done.
 
     python benchmarks/restart.py --images 761757 --folder /tmp/restart
 

@@ -2,7 +2,8 @@
 
 import datetime
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -36,6 +37,15 @@ class Processes:
         """Until all processes are here."""
         if self.count > 1:
             self._together(dist.barrier)
+
+    @contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """What stands inside is done by the first process, and then by the others."""
+        if self.rank > 0:
+            self.wait()
+        yield
+        if self.rank == 0:
+            self.wait()
 
     def from_first(self, array: np.ndarray) -> np.ndarray:
         """The first process's array, in all; the others give one of the same shape and type."""

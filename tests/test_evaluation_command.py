@@ -375,3 +375,18 @@ def test_as_many_dimensions_as_images_and_descriptors_are_what_has_unit_length(c
     outcome = command("test.py", *words, tmp_path / "long.npz")
     assert outcome.code == 2
     assert "does not tell rows from columns; save them with unit length" in outcome.err
+
+
+def test_the_processes_of_a_torchrun_share_the_extraction(command, layout, checkpoint_50, tmp_path):
+    words = ("TEST.WEIGHTS", checkpoint_50, "TEST.DATA_DIR", layout.data_dir, "TEST.DATASET_LIST", "roxford5k")
+    words = [str(word) for word in (*words, "TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", ROOT / "test.py"]
+    (tmp_path / "shared").mkdir()
+    done = subprocess.run([*launcher, *words], cwd=tmp_path / "shared", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    alone = command("test.py", *words)
+    lines = [[line for line in out.splitlines() if "results: " in line] for out in (done.stdout, alone.out)]
+    assert lines[0] == lines[1]
+    assert "process 2 of 2" in done.stderr
+    rows = [np.load(kept(tmp_path / name / "output", "roxford5k") / "roxford5k_db.npy") for name in ("shared", "work")]
+    np.testing.assert_allclose(*rows, atol=1e-6)  # torchrun gives each process one thread

@@ -236,7 +236,7 @@ def rows(part: Part, name: str, protocols: Sequence[Protocol], output: Output, d
 
     try:
         experiment = prepare(cfg, name, output, device)
-        queries, database = experiment.descriptors()
+        queries, database = experiment.descriptors(cfg.TEST.RESUME)
     except InputError as error:
         reranks = cfg.TEST.RERANKER not in ("none", "superglobal") or (cfg.TEST.RERANKER != "none" and cfg.SupG.rerank)
         stages = "retrieval, reranking" if reranks else "retrieval"

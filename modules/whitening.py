@@ -317,11 +317,11 @@ def discriminative_whitening(moments: ClassMoments, dim: int, shrinkage: float =
     eigenvalues, descending, and
 
         C_S = 1 / (N - C) * sum over matching pairs i < j of (x_i - x_j) (x_i - x_j)^T / n(i)
-        C_D = 1 / N * sum over all pairs i < j of (x_i - x_j) (x_i - x_j)^T
+        C_D = 1 / N^2 * sum over all pairs i < j of (x_i - x_j) (x_i - x_j)^T
 
-    A pair matches if both are of one class; n(i) is the size of that class. The first sum equals the scatter
-    within the classes, and C_D the scatter around the mean, so neither needs pairs. P (x - mean) has unit
-    covariance within the classes. The largest component of each axis is positive.
+    A pair matches if both are of one class; n(i) is the size of that class. C_S equals the scatter within the
+    classes, divided by N - C, and C_D the covariance, divided by N, so that neither needs pairs. P (x - mean) has
+    unit covariance within the classes. The largest component of each axis is positive.
 
     Where the paper has sums over given pairs, labels make a class of n have n (n - 1) / 2 of them. Divided by n
     they count as the class's n descriptors, so that no large class decides alone. C_D is over all pairs, as in
@@ -370,14 +370,10 @@ def discriminative_whitening(moments: ClassMoments, dim: int, shrinkage: float =
     values, axes = torch.linalg.eigh(intraclass)
     rank = _rank(values)
     if rank < width:
-        why = (
-            f"needs {width + classes} descriptors at least"
-            if count - classes < width
-            else "needs descriptors that vary in all dimensions"
-        )
+        few = f" ({width + classes} descriptors are needed, got {count})" if count - classes < width else ""
         raise ValueError(
-            f"matching pairs differ along {rank} of {width} dimensions: whitening of {classes} classes {why}, "
-            f"got {count}; or give a shrinkage above 0, 0.01 say"
+            f"matching pairs of {classes} classes differ along {rank} of {width} dimensions, but must along all{few}; "
+            f"or give a shrinkage above {shrinkage:g}, 0.01 say"
         )
     inverse_root = (axes / values.sqrt()) @ axes.T  # C_S^(-1/2)
     _, axes = torch.linalg.eigh(inverse_root @ (moments.scatter / count) @ inverse_root)

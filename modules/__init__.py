@@ -9,6 +9,7 @@ from .descriptor import multi_scale_descriptor
 from .pooling import GeM, GeMPlus, RegionalGeM, ScaleGeM
 from .reranking import SuperGlobalReranker
 from .search import Database, search
+from .whitening import Whitening
 
 __all__ = [
     "Database",
@@ -18,6 +19,7 @@ __all__ = [
     "RegionalGeM",
     "ScaleGeM",
     "SuperGlobalReranker",
+    "Whitening",
     "attach",
     "multi_scale_descriptor",
     "search",

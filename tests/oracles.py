@@ -73,3 +73,25 @@ def recall_at(rankings: np.ndarray, positives: list[set[int]], ignored: list[set
             kept = [number for number in ranking if number not in out]
             values.append(any(number in good for number in kept[:k]))
     return 100 * float(np.mean(values))
+
+
+def discriminative_projection(rows: np.ndarray, labels: np.ndarray, dim: int, balanced: bool) -> np.ndarray:
+    """(dim, D), up to a factor and signs: eig(C_S^-1/2 C_D C_S^-1/2)^T C_S^-1/2 over explicit pairs. (N, D), (N,).
+
+    The paper's: C_S sums d d^T over matching pairs, C_D over those that do not match. Balanced: a matching pair
+    of a class of n counts 1/n, and C_D sums over all pairs.
+    """
+    rows, width = rows.astype(np.float64), rows.shape[1]
+    intraclass, interclass = np.zeros((width, width)), np.zeros((width, width))
+    for i in range(len(rows)):
+        for j in range(i):
+            outer = np.outer(rows[i] - rows[j], rows[i] - rows[j])
+            matching = labels[i] == labels[j]
+            if matching:
+                intraclass += outer / (labels == labels[i]).sum() if balanced else outer
+            if balanced or not matching:
+                interclass += outer
+    values, axes = np.linalg.eigh(intraclass)
+    root = axes @ np.diag(values**-0.5) @ axes.T
+    values, axes = np.linalg.eigh(root @ interclass @ root)
+    return axes[:, np.argsort(-values)[:dim]].T @ root

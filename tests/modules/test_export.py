@@ -6,7 +6,7 @@ import torch
 import torchvision
 from torch import nn
 
-from modules import GeM, GeMPlus, RegionalGeM, ReLUPlus, ScaleGeM, attach
+from modules import GeM, GeMPlus, RegionalGeM, ReLUPlus, ScaleGeM, Whitening, attach
 
 ANY = torch.export.Dim.DYNAMIC
 SIZES = [(96, 128), (200, 131), (90, 290)]  # the last has maps on which reflection is not defined
@@ -56,3 +56,15 @@ def test_onnx_runtime_agrees_for_images_of_any_size(exported, tmp_path):
         x = torch.rand(1, example.shape[1], *size)
         (out,) = session.run(None, {name: x.numpy()})
         torch.testing.assert_close(torch.from_numpy(out), model(x), atol=1e-4, rtol=0)
+
+
+def test_a_whitening_takes_batches_of_any_size(tmp_path):
+    random = torch.Generator().manual_seed(0)
+    projection = torch.randn(4, 12, generator=random, dtype=torch.float64)
+    whitening, x = Whitening(projection.mean(dim=0), projection), torch.randn(3, 12, generator=random)
+    program = torch.export.export(whitening, (x,), dynamic_shapes=({0: ANY},))
+    torch.onnx.export(program, (), tmp_path / "whitening.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "whitening.onnx", providers=["CPUExecutionProvider"])
+    (out,) = session.run(None, {session.get_inputs()[0].name: x[:2].numpy()})
+    torch.testing.assert_close(program.module()(x[:2]), whitening(x[:2]))
+    torch.testing.assert_close(torch.from_numpy(out), whitening(x[:2]), atol=1e-6, rtol=0)

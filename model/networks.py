@@ -1,0 +1,319 @@
+"""Backbones by name: timm's, torchvision's, and anybody's own function that returns a network.
+
+A backbone is a network that gives a map (N, C, h, w), with what it wants of its images: normalisation, order of
+the channels, sizes. What modules/attach.py can attach to is what can be evaluated.
+"""
+
+import difflib
+import hashlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.checkpoint import load_tensors, sha256
+from model.errors import InputError, short_list
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SMALLEST = 32  # sides of an image in pixels: smaller ones are enlarged, as most networks have strides of 32
+PRETRAINED = "pretrained"
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A trained network, and what it wants of its images. A user's function returns one, or just the network.
+
+    Attributes:
+        network: in evaluation mode.
+        mean, std: of RGB in 0..1, in the order in which the network takes the channels.
+        channels: their order, "RGB" or "BGR".
+        features: names of the methods or submodules that lead to the map, as attach takes them; None finds out.
+        tokens: whether its map is made of a transformer's tokens, which have both signs.
+        smallest: images of a scale with a shorter side are enlarged.
+        multiple: sides of a scale are enlarged to multiples of this many pixels.
+        size: (height, width), where the network takes no other; images are then resized to it.
+        class_token: images -> its class token (N, C), where it has one.
+        projection: the name of a submodule that follows the pooling, or None.
+        provenance: what else the network depends on beside its weights.
+    """
+
+    network: nn.Module
+    mean: Sequence[float] = IMAGENET_MEAN
+    std: Sequence[float] = IMAGENET_STD
+    channels: str = "RGB"
+    features: str | Sequence[str] | None = None
+    tokens: bool = False
+    smallest: int = SMALLEST
+    multiple: int = 1
+    size: tuple[int, int] | None = None
+    class_token: Callable[[Tensor], Tensor] | None = None
+    projection: str | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """(N, H, W, 3), RGB, uint8 or floating in 0..1 -> (N, 3, H, W), of a size that the network takes."""
+        x = pixels.permute(0, 3, 1, 2)
+        x = x.float().div(255) if pixels.dtype == torch.uint8 else x.float()
+        if self.size is not None and self.size != x.shape[2:]:
+            x = F.interpolate(x, self.size, mode="bilinear", align_corners=False, antialias=True).clamp(0, 1)
+        x = x.flip(1) if self.channels == "BGR" else x
+        mean, std = (torch.tensor(values, device=x.device).view(3, 1, 1) for values in (self.mean, self.std))
+        return ((x - mean) / std).contiguous()
+
+    def fitted(self, x: Tensor) -> Tensor:
+        """The images of one scale, enlarged where a side is below `smallest` or no multiple. (N, 3, H, W)."""
+        factor = max(1.0, self.smallest / min(x.shape[2:]))
+        sides = [-(-round(side * factor) // self.multiple) * self.multiple for side in x.shape[2:]]
+        return x if sides == [*x.shape[2:]] else F.interpolate(x, sides, mode="bilinear", align_corners=False)
+
+
+def build_backbone(name: str, weights: str | Path) -> Backbone:
+    """Returns the backbone of a name, with its weights, in evaluation mode.
+
+    Args:
+        name: timm:NAME, torchvision:NAME, or FILE.py:FUNCTION.
+        weights: a file of a state dict; "pretrained" for those that the library fetches; or "untrained" for
+            random ones from a fixed seed.
+
+    Raises:
+        InputError: if the name is unknown (the nearest is suggested), the library is not installed, a function is
+            missing or fails, or weights do not fit or cannot be fetched.
+    """
+    library, _, rest = name.partition(":")
+    makers = {"timm": _timm, "torchvision": _torchvision}
+    if library in makers and rest:
+        backbone = makers[library](rest, str(weights) == PRETRAINED)
+    elif name.rpartition(":")[0].endswith(".py"):
+        backbone = _own(*name.rsplit(":", 1), pretrained=str(weights) == PRETRAINED)
+    else:
+        raise InputError(f"{name!r} is no network: cvnet, timm:NAME, torchvision:NAME and FILE.py:FUNCTION are known")
+    if str(weights) not in (PRETRAINED, "untrained"):
+        _load(backbone.network, Path(weights), name)
+    backbone.network.eval().requires_grad_(False)
+    return backbone
+
+
+def known_network(name: str) -> bool:
+    """Whether the name has the form of a backbone's."""
+    return name.startswith(("timm:", "torchvision:")) or ".py:" in name
+
+
+def weights_digest(network: nn.Module) -> str:
+    """The SHA-256 of the network's weights, by name, wherever they came from."""
+    digest = hashlib.sha256()
+    for key, value in sorted(network.state_dict().items()):
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _timm(name: str, pretrained: bool) -> Backbone:
+    try:
+        import timm
+    except ImportError:
+        raise InputError(f"timm:{name} needs the package timm; pip install timm") from None
+    known = timm.list_models() + timm.list_pretrained()
+    if name not in known:
+        raise InputError(f"timm has no network {name!r}{_nearest(name, known)}")
+    dynamic = {"dynamic_img_size": True, "dynamic_img_pad": True}
+    torch.manual_seed(0)  # random weights are the same each time
+    try:
+        network = timm.create_model(name, pretrained=pretrained, num_classes=0, **dynamic)
+        flexible = True
+    except TypeError:  # most convolutional networks, and transformers of one size
+        network = _fetching(lambda: timm.create_model(name, pretrained=pretrained, num_classes=0), f"timm:{name}")
+        flexible = False
+    except Exception as error:
+        raise _not_fetched(f"timm:{name}", error) from None
+    config = timm.data.resolve_model_data_config(network)
+    facts = {"timm": timm.__version__}
+    common = {"mean": tuple(config["mean"]), "std": tuple(config["std"]), "provenance": facts}
+    if hasattr(network, "patch_embed") and hasattr(network, "num_prefix_tokens") and flexible:
+        patch = network.patch_embed.patch_size[0]
+        has_class = getattr(network, "cls_token", None) is not None
+        class_token = (lambda x: network.forward_features(x)[:, 0]) if has_class else None
+        tokens = _Tokens(network, lambda x: network.patch_embed.dynamic_feat_size(x.shape[2:]))
+        return Backbone(tokens, **common, tokens=True, multiple=patch, class_token=class_token, features=())
+    size = tuple(config["input_size"][1:]) if network.pretrained_cfg.get("fixed_input_size") else None
+    return Backbone(_ChannelsFirst(network), **common, size=size, features=())
+
+
+def _torchvision(name: str, pretrained: bool) -> Backbone:
+    import torchvision
+    from torchvision import models
+
+    if name not in models.list_models(module=models):
+        raise InputError(f"torchvision has no network {name!r}{_nearest(name, models.list_models(module=models))}")
+    weights = models.get_model_weights(name).DEFAULT
+    torch.manual_seed(0)  # random weights are the same each time
+    network = _fetching(lambda: models.get_model(name, weights=weights if pretrained else None), f"torchvision:{name}")
+    transforms = weights.transforms()
+    common = {"mean": tuple(transforms.mean), "std": tuple(transforms.std)}
+    common["provenance"] = {"torchvision": torchvision.__version__}
+    if isinstance(network, models.VisionTransformer):
+        tokens = _TorchvisionTokens(network)
+        return Backbone(
+            tokens, **common, tokens=True, multiple=network.patch_size, class_token=tokens.class_token, features=()
+        )
+    if "swin" in name:
+        return Backbone(network, **common, multiple=32)
+    return Backbone(network, **common)
+
+
+def _own(path: str, function: str, pretrained: bool) -> Backbone:
+    """The backbone that a user's function returns; the file is run, as it is the user's own."""
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"no file {file}")
+    spec = importlib.util.spec_from_file_location(f"_own_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise _failed(file, error) from None
+    maker = getattr(module, function, None)
+    if not callable(maker):
+        there = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        raise InputError(f"{file} has no function {function}{_nearest(function, there)}")
+    torch.manual_seed(0)
+    try:
+        made = maker()
+    except Exception as error:
+        raise _failed(file, error) from None
+    backbone = made if isinstance(made, Backbone) else None
+    if isinstance(made, nn.Module):
+        backbone = Backbone(made)
+    elif isinstance(made, dict) and isinstance(made.get("network"), nn.Module):
+        try:
+            backbone = Backbone(**made)
+        except TypeError as error:
+            raise InputError(f"{file}: {function} returns {error}; see model.networks.Backbone") from None
+    if backbone is None:
+        raise InputError(f"{file}: {function} returns {type(made).__name__}, not a network (nn.Module)")
+    backbone.provenance["function"] = f"{file.name}:{function}"
+    backbone.provenance["file_sha256"] = sha256(file)
+    return backbone
+
+
+class _ChannelsFirst(nn.Module):
+    """timm's forward_features, as (N, C, h, w) where it gives (N, h, w, C)."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.network.forward_features(x)
+        width = getattr(self.network, "num_features", None)
+        if features.ndim == 4 and features.shape[1] != width == features.shape[-1]:
+            features = features.permute(0, 3, 1, 2)
+        return features
+
+
+class _Tokens(nn.Module):
+    """A timm transformer's patch tokens as a map (N, C, h, w); position embeddings follow the image's size."""
+
+    def __init__(self, network: nn.Module, grid: Callable[[Tensor], tuple[int, int]]):
+        super().__init__()
+        self.network, self.grid = network, grid
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.network.forward_features(x)[:, self.network.num_prefix_tokens :]
+        return tokens.mT.unflatten(2, self.grid(x))
+
+
+class _TorchvisionTokens(nn.Module):
+    """torchvision's VisionTransformer at any size: position embeddings are resized (bicubic) to the image's grid."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def _all(self, x: Tensor) -> tuple[Tensor, int, int]:
+        network, patch = self.network, self.network.patch_size
+        height, width = x.shape[2] // patch, x.shape[3] // patch
+        patches = network.conv_proj(x).flatten(2).mT  # (N, h * w, C)
+        tokens = torch.cat([network.class_token.expand(len(x), -1, -1), patches], dim=1)
+        embedding = network.encoder.pos_embedding
+        side = round((embedding.shape[1] - 1) ** 0.5)
+        if (height, width) != (side, side):
+            grid = embedding[:, 1:].mT.unflatten(2, (side, side))
+            grid = F.interpolate(grid, (height, width), mode="bicubic", align_corners=False, antialias=True)
+            embedding = torch.cat([embedding[:, :1], grid.flatten(2).mT], dim=1)
+        encoder = network.encoder
+        return encoder.ln(encoder.layers(encoder.dropout(tokens + embedding))), height, width
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens, height, width = self._all(x)
+        return tokens[:, 1:].mT.unflatten(2, (height, width))
+
+    def class_token(self, x: Tensor) -> Tensor:
+        return self._all(x)[0][:, 0]
+
+
+def _fetching(make: Callable[[], nn.Module], name: str) -> nn.Module:
+    try:
+        return make()
+    except Exception as error:
+        raise _not_fetched(name, error) from None
+
+
+def _not_fetched(name: str, error: Exception) -> InputError:
+    reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+    place = Path(torch.hub.get_dir()) / "checkpoints"
+    return InputError(
+        f"{name}: its pretrained weights cannot be had ({reason}); without a network connection, put the file that the "
+        f"library names into {place} (torchvision) or into the Hugging Face cache (timm), or give a file of weights"
+    )
+
+
+def _failed(file: Path, error: Exception) -> InputError:
+    """A user's function that raises: its own message, and the line."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == file]
+    lines = lines or [getattr(error, "lineno", None)]
+    where = f", line {lines[-1]}" if lines[-1] else ""
+    return InputError(f"{file}{where}: {type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1, 0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _load(network: nn.Module, path: Path, name: str) -> None:
+    """Gives the network a file's weights. Keys of a classifier that it does not use may be there or lack."""
+    content = load_tensors(path)
+    for key in ("state_dict", "model_state", "model"):
+        content = content.get(key, content) if isinstance(content, dict) else content
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is no checkpoint: it holds a {type(content).__name__}, not a dict of tensors")
+    inner = getattr(network, "network", network) if isinstance(network, _WRAPPERS) else network
+    state = {key.removeprefix("module."): value for key, value in content.items() if isinstance(value, Tensor)}
+    expected = inner.state_dict()
+    missing = [key for key in expected if key not in state and not key.startswith(_HEADS)]
+    wrong = [key for key in expected if key in state and state[key].shape != expected[key].shape]
+    unknown = [key for key in state if key not in expected and not key.startswith(_HEADS)]
+    problems = [
+        f"{len(keys)} {what} ({short_list(keys, 3)})"
+        for keys, what in ((missing, "missing"), (unknown, "unknown"), (wrong, "of the wrong shape"))
+        if keys
+    ]
+    if problems:
+        raise InputError(f"{path} does not fit {name}: keys {'; '.join(problems)}")
+    usable = {key: value for key, value in state.items() if key in expected}
+    for key, value in usable.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise InputError(f"{path}: {key} holds numbers that are not finite; fetch the file again")
+    inner.load_state_dict(usable, strict=False)
+
+
+_WRAPPERS = (_ChannelsFirst, _Tokens, _TorchvisionTokens)
+_HEADS = ("fc.", "head.", "heads.", "classifier.")

@@ -1,6 +1,7 @@
 """A labelled dataset: images, and the ground truth of its queries."""
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -97,8 +98,5 @@ class Dataset:
 
     def missing_files(self) -> tuple[list[Path], int]:
         """The files that are not there, and how many there should be."""
-        paths = {image.path: None for image in self.queries}
-        missing = [path for path in paths if not path.is_file()]
-        others = [image.path for image in self.database if image.path not in paths and not image.path.is_file()]
-        extra = sum(image.path not in paths for image in self.database)
-        return missing + list(dict.fromkeys(others)), len(paths) + extra
+        paths = dict.fromkeys(str(image.path) for image in self.images())  # text: a million of them may be here
+        return [Path(path) for path in paths if not os.path.isfile(path)], len(paths)

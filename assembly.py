@@ -25,10 +25,12 @@ from model.distributed import Processes
 from model.errors import InputError
 from model.extract import ImageSet, extract_sets, extract_shared
 from model.images import ImageFile, set_pixel_limit
+from model.network_recipe import NetworkRecipe
 from model.owner import owned
 from model.pair_scores import CVNetReranker, PairScores
 from model.read_ahead import Loading
 from model.recipe import SCALE_SETS, Recipe
+from model.whitened import WhitenedRecipe
 from modules.reranking import Reranker, SuperGlobalReranker
 from modules.search import Database
 from revisitop import toy
@@ -47,6 +49,8 @@ from revisitop.layouts import dataset_folder, load_dataset
 from revisitop.retrieve import SAVED_RANKS, Ranking
 
 log = logging.getLogger(__name__)
+
+AnyRecipe = Recipe | NetworkRecipe | WhitenedRecipe
 
 DEFAULT_WEIGHTS = Path("weights")
 DOWNLOADED = ("roxford5k", "rparis6k", "gldv2")  # what tools.download fetches
@@ -72,21 +76,28 @@ def start_device(cfg: CfgNode, head: dict[str, Any], local_rank: int = 0) -> tor
     return device
 
 
-def make_recipe(cfg: CfgNode, checkpoint: Path) -> Recipe:
+def make_recipe(cfg: CfgNode, weights: Path | str) -> AnyRecipe:
     """Returns the recipe of descriptors that the options ask for."""
     method, scales = cfg.SupG, cfg.TEST.SCALE_LIST
-    return Recipe(
-        checkpoint=checkpoint,
-        depth=cfg.MODEL.DEPTH,
-        dim=cfg.MODEL.HEADS.REDUCTION_DIM,
-        scales=SCALE_SETS[scales] if isinstance(scales, int) else tuple(scales),
-        relup=method.relup_threshold if method.relup else None,
-        gemp=method.gemp_p if method.gemp else None,
-        rgem=method.rgem_p if method.rgem else None,
-        rgem_window=method.rgem_window,
-        sgem=method.sgem_p if method.sgem else None,
-        precision=cfg.TEST.PRECISION,
-    )
+    common = {
+        "scales": SCALE_SETS[scales] if isinstance(scales, int) else tuple(scales),
+        "relup": method.relup_threshold if method.relup else None,
+        "gemp": method.gemp_p if method.gemp else None,
+        "rgem": method.rgem_p if method.rgem else None,
+        "rgem_window": method.rgem_window,
+        "sgem": method.sgem_p if method.sgem else None,
+        "precision": cfg.TEST.PRECISION,
+    }
+    if cfg.MODEL.NAME == "cvnet":
+        recipe: AnyRecipe = Recipe(weights, cfg.MODEL.DEPTH, cfg.MODEL.HEADS.REDUCTION_DIM, **common)
+    else:
+        stages, ends = (
+            None if names == ["auto"] else tuple(names) for names in (method.relup_stages, method.relup_ends)
+        )
+        recipe = NetworkRecipe(
+            cfg.MODEL.NAME, str(weights), **common, relup_stages=stages, relup_ends=ends, pooling=cfg.MODEL.POOLING
+        )
+    return WhitenedRecipe(recipe, Path(cfg.MODEL.WHITENING)) if cfg.MODEL.WHITENING else recipe
 
 
 def make_loading(cfg: CfgNode, device: torch.device) -> Loading:
@@ -94,20 +105,26 @@ def make_loading(cfg: CfgNode, device: torch.device) -> Loading:
     return Loading(cfg.DATA_LOADER.NUM_WORKERS, pin_memory, cfg.TEST.BATCH_SIZE)
 
 
-def find_recipe(cfg: CfgNode, dataset: Dataset | None = None) -> Recipe:
-    """Returns the recipe with the checkpoint that the options name, which fits it.
+def find_recipe(cfg: CfgNode, dataset: Dataset | None = None) -> AnyRecipe:
+    """Returns the recipe with the weights that the options name, which fit it.
 
     Raises:
-        InputError: if there is none, or it does not fit.
+        InputError: if there are none, or they do not fit.
     """
     recipe = make_recipe(cfg, find_weights(cfg, dataset))
     recipe.check()
     return recipe
 
 
-def find_weights(cfg: CfgNode, dataset: Dataset | None = None) -> Path:
-    """Returns the checkpoint. By default it is in ./weights, and toy has random weights of its own."""
+def find_weights(cfg: CfgNode, dataset: Dataset | None = None) -> Path | str:
+    """Returns the checkpoint, or how another network gets its weights.
+
+    By default the checkpoint is in ./weights, and other networks are pretrained; toy has random weights.
+    """
     given = cfg.TEST.WEIGHTS != "auto"
+    if cfg.MODEL.NAME != "cvnet":
+        drawn = dataset is not None and dataset.name in toy.NAMES
+        return cfg.TEST.WEIGHTS if given else "untrained" if drawn else "pretrained"
     if dataset is not None and dataset.name in toy.NAMES and not given:
         with option("TEST.DATA_DIR"):
             return toy.ensure_weights(dataset.folder.parent / "toy", cfg.MODEL.DEPTH)
@@ -185,6 +202,11 @@ def make_output(cfg: CfgNode) -> Output:
     return Output(folder)
 
 
+def network_title(cfg: CfgNode, cvnet: str = "R") -> str:
+    """A short name of the network, for files: R50."""
+    return f"{cvnet}{cfg.MODEL.DEPTH}" if cfg.MODEL.NAME == "cvnet" else plain_name(cfg.MODEL.NAME)
+
+
 @dataclass(frozen=True)
 class Distractors:
     """The descriptors of the million distractors.
@@ -205,7 +227,7 @@ def find_distractors(cfg: CfgNode) -> Distractors:
     if cfg.TEST.DISTRACTORS:
         candidates = [Path(cfg.TEST.DISTRACTORS)]
     else:
-        candidates = [Path(f"feats_1m_RN{cfg.MODEL.DEPTH}{suffix}") for suffix in (".pth", ".npy")]
+        candidates = [Path(f"feats_1m_{network_title(cfg, 'RN')}{suffix}") for suffix in (".pth", ".npy")]
     path = next((path for path in candidates if path.is_file()), None)
     if path is None and cfg.TEST.DISTRACTORS:
         raise InputError(f"TEST.DISTRACTORS: no file {candidates[0]}")
@@ -237,7 +259,7 @@ class Experiment:
 
     cfg: CfgNode
     dataset: Dataset
-    recipe: Recipe | None
+    recipe: AnyRecipe | None
     distractors: Distractors | None
     output: Output
     device: torch.device
@@ -370,7 +392,7 @@ class Subject:
         maps: a folder for feature maps.
     """
 
-    recipe: Recipe | None
+    recipe: AnyRecipe | None
     queries: Sequence[ImageFile]
     database: Sequence[ImageFile]
     spare: int
@@ -400,6 +422,8 @@ def superglobal_rerankers(cfg: CfgNode, subject: Subject, device: torch.device) 
 def cvnet_rerankers(cfg: CfgNode, subject: Subject, device: torch.device) -> dict[str, Reranker]:
     if subject.recipe is None:
         raise InputError("TEST.RERANKER cvnet needs images and weights, which TEST.FEATURES has not")
+    if not isinstance(subject.recipe, Recipe):
+        raise InputError("TEST.RERANKER cvnet needs CVNet's own network, MODEL.NAME cvnet without MODEL.WHITENING")
     if not len(subject.database):
         raise InputError(
             "TEST.RERANKER cvnet needs the distractors' images in the order of their descriptors, as listed in "

@@ -107,15 +107,44 @@ def _counts(value: list) -> str | None:
     return f"has {wrong[0]!r}, which is no number from 1" if wrong else None
 
 
+class _OtherThan:
+    """Equal to every other value: what an option needs that has no effect with this one."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return other != self.value
+
+    def __str__(self) -> str:
+        return f"other than {self.value}"
+
+    __hash__ = None
+
+
+def _network(value: str) -> str | None:
+    if value == "cvnet" or value.startswith(("timm:", "torchvision:")) or re.fullmatch(r".+\.py:\w+", value):
+        return None
+    return "is not cvnet, timm:NAME, torchvision:NAME or FILE.py:FUNCTION"
+
+
+_OTHER, _OWN = {"MODEL.NAME": _OtherThan("cvnet")}, {"MODEL.NAME": "cvnet"}
 _CVNET, _SUPERGLOBAL = {"TEST.RERANKER": "cvnet"}, {"TEST.RERANKER": "superglobal", "SupG.rerank": True}
 
 # The numbers of the method are those of modules/; a test compares them.
 OPTIONS = (
-    Option("MODEL.DEPTH", 50, "layers of the ResNet encoder: 50 or 101", _one_of(50, 101)),
-    Option("MODEL.HEADS.REDUCTION_DIM", 2048, "dimensions of the descriptor, as in the checkpoint", _size),
+    Option("MODEL.NAME", "cvnet", "network: cvnet, timm:NAME, torchvision:NAME or FILE.py:FUNCTION of yours", _network),
+    Option("MODEL.DEPTH", 50, "layers of the ResNet encoder: 50 or 101", _one_of(50, 101), _OWN),
+    Option("MODEL.HEADS.REDUCTION_DIM", 2048, "dimensions of the descriptor, as in the checkpoint", _size, _OWN),
+    Option(
+        "MODEL.POOLING", "gem", "pooling of another network: gem, average, max or class (a transformer's class token)",
+        _one_of("gem", "average", "max", "class"), _OTHER,
+    ),
+    Option("MODEL.WHITENING", "", "whitening of the descriptors, a file of python -m tools.whiten", _no_zero_byte),
     Option(
         "TEST.WEIGHTS", "auto",
-        "checkpoint, or a folder in which exactly one fits the depth; auto: ./weights, and for toy its own", _not_empty,
+        "checkpoint, or a folder in which exactly one fits the depth; auto: ./weights, and for toy its own; "
+        "of another network: a file, pretrained (auto) or untrained", _not_empty,
     ),
     Option("TEST.DATA_DIR", "./revisitop", "folder of the datasets", _not_empty),
     Option("TEST.DATASET_LIST", ["roxford5k", "rparis6k"],
@@ -164,6 +193,14 @@ OPTIONS = (
     Option("SupG.relup", True, "ReLU+; False: plain ReLU everywhere"),
     Option("SupG.relup_threshold", 0.014, "threshold of ReLU+", _between(0, 1e30), {"SupG.relup": True}),
     Option(
+        "SupG.relup_stages", ["auto"], "of another network, modules whose ReLUs become ReLU+; auto: a ResNet's layer1",
+        needs=_OTHER,
+    ),
+    Option(
+        "SupG.relup_ends", ["auto"], "of another network, stages that end in ReLU+; auto: a ResNet's layer2, layer3",
+        needs=_OTHER,
+    ),
+    Option(
         "SupG.rerank", True, "SuperGlobal reranking, if it is the TEST.RERANKER",
         needs={"TEST.RERANKER": "superglobal"},
     ),
@@ -177,7 +214,8 @@ _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 # The options that commands have in common, by what they are for.
 NETWORK = (
-    *("MODEL.DEPTH", "MODEL.HEADS.REDUCTION_DIM", "TEST.WEIGHTS", "TEST.SCALE_LIST", "TEST.PRECISION"),
+    *("MODEL.NAME", "MODEL.DEPTH", "MODEL.HEADS.REDUCTION_DIM", "MODEL.POOLING", "MODEL.WHITENING"),
+    *("TEST.WEIGHTS", "TEST.SCALE_LIST", "TEST.PRECISION", "SupG.relup_stages", "SupG.relup_ends"),
     *("SupG.gemp", "SupG.gemp_p", "SupG.rgem", "SupG.rgem_p", "SupG.rgem_window"),
     *("SupG.sgem", "SupG.sgem_p", "SupG.relup", "SupG.relup_threshold"),
 )
@@ -190,6 +228,8 @@ ADVICE: dict[str, Callable[[Any], str]] = {
     "dim": "MODEL.HEADS.REDUCTION_DIM {}".format,
     "scales": lambda scales: f"TEST.SCALE_LIST {len(scales)}",
     "precision": "TEST.PRECISION {}".format,
+    "pooling": "MODEL.POOLING {}".format,
+    "rgem": lambda rgem: "SupG.rgem False",
     "device": "TEST.DEVICE {}".format,
     "max_pixels": "DATA_LOADER.MAX_PIXELS {}".format,
     "workers": "DATA_LOADER.NUM_WORKERS {}".format,

@@ -2,6 +2,7 @@
 
 python extract_rop1m.py --weight ./weights/CVPR2022_CVNet_R50.pyth --depth 50
 torchrun --nproc-per-node=8 extract_rop1m.py --weight ./weights/CVPR2022_CVNet_R50.pyth --depth 50
+python extract_rop1m.py MODEL.NAME timm:resnet50.a1_in1k
 
 It can be stopped, killed or lose power at any moment: the same command resumes where it ended.
 """
@@ -28,10 +29,8 @@ OPTIONS_HERE |= {"resume": lambda resume: "--no-resume", "on_error": "--on-error
 
 def main(argv: list[str]) -> None:
     args, cfg, _ = parse(argv)
-    out = args.out or Path(f"feats_1m_RN{cfg.MODEL.DEPTH}.pth")
-
     # Imported here, so that --help and a mistyped option are answered at once.
-    from assembly import find_recipe, make_loading, option, start_device
+    from assembly import find_recipe, make_loading, network_title, option, start_device
     from model.distributed import Processes
     from model.extract import ImageSet, extract_shared
     from model.owner import owned
@@ -39,6 +38,7 @@ def main(argv: list[str]) -> None:
     from report.log import start_log
     from revisitop.layout_revisitop import load_distractor_list
 
+    out = args.out or Path(f"feats_1m_{network_title(cfg, 'RN')}.pth")
     processes = Processes()
     first = processes.rank == 0
     head = start_log(Path("log.txt"), plain(cfg)) if first else {}
@@ -93,7 +93,7 @@ def parse(argv: list[str]) -> Parsed:
     )  # fmt: skip
     parsed = line.parse(argv)
     for flag, key in (("--weight FILE", "TEST.WEIGHTS"), ("--depth N", "MODEL.DEPTH")):
-        if key not in parsed.given:
+        if key not in parsed.given and parsed.cfg.MODEL.NAME == "cvnet":
             raise InputError(f"{flag} is missing; --help tells more")
     out = parsed.args.out
     if out is not None and out.suffix not in (".pth", ".npy"):

@@ -18,7 +18,7 @@ def main(argv: list[str]) -> None:
     cfg = parse_config(argv, __doc__)
 
     # Imported here, so that --help and a mistyped option are answered at once.
-    from assembly import make_output, prepare, results_needed, start_device
+    from assembly import make_output, network_title, prepare, results_needed, start_device
     from model.distributed import Processes
     from report.log import start_log
     from report.page import evaluated_page, write_report
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> None:
             log.info("%s", line)
         if "note" in results[-1].facts:
             log.info("%s", results[-1].facts["note"])
-        descriptors = "features" if cfg.TEST.FEATURES else f"R{cfg.MODEL.DEPTH}"
+        descriptors = "features" if cfg.TEST.FEATURES else network_title(cfg)
         run = run or output.new_run(f"{'+'.join(cfg.TEST.DATASET_LIST)}-{descriptors}")
         save_results(run, head, results)
         output.publish(run)

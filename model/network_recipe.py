@@ -95,7 +95,8 @@ class NetworkRecipe:
             with torch.inference_mode():
                 dim = attached(backbone.normalise(torch.full((1, 64, 64, 3), 0.5))).shape[1]
         except (ValueError, RuntimeError, TypeError) as error:
-            raise InputError(f"{self.network}: {' '.join(str(error).split())}") from None
+            text = " ".join(str(error).replace("_Map gives", "it gives").split())
+            raise InputError(f"{self.network}: {text}") from None
         return backbone, digest, dim
 
     def attached(self) -> Attached:

@@ -277,7 +277,11 @@ def _not_fetched(name: str, error: Exception) -> InputError:
 
 def _failed(file: Path, error: Exception) -> InputError:
     """A user's function that raises: its own message, and the line."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == file]
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if Path(frame.filename).resolve() == file.resolve()
+    ]
     lines = lines or [getattr(error, "lineno", None)]
     where = f", line {lines[-1]}" if lines[-1] else ""
     return InputError(f"{file}{where}: {type(error).__name__}: {' '.join(str(error).split())}")

@@ -4,7 +4,7 @@ python -m tools.tables main
 python -m tools.tables ablation MODEL.DEPTH 50
 python -m tools.tables rerank TEST.DATASET_LIST "['roxford5k']" SupG.onemeval
 
-main      ResNet-50 and ResNet-101, with and without reranking, with and without +1M distractors;
+main      ResNet-50 and ResNet-101 (or the network of MODEL.NAME), with and without reranking, with and without +1M distractors;
           with TEST.RERANKER cvnet, reranking by local features, too (hours to days, without +1M)
 ablation  each of the four modules switched off, all of them, and reranking
 rerank    reranking with other M, K and beta, one of them at a time
@@ -35,6 +35,7 @@ from assembly import (
     make_output,
     make_recipe,
     make_rerankers,
+    network_title,
     prepare,
     results_needed,
     start_device,
@@ -60,7 +61,7 @@ SWEEP = {"m": (50, 100, 200, 400, 800, 1600), "k": (1, 3, 5, 9, 15, 25), "beta":
 class Row:
     """A line of a table: metrics by protocol, the published figures in percent, and what is missing."""
 
-    depth: int
+    network: str
     dataset: str
     setting: str
     protocols: Sequence[Protocol]
@@ -69,7 +70,7 @@ class Row:
     note: str = ""
 
     def cells(self) -> list[str]:
-        cells = [f"R{self.depth}", self.dataset, self.setting]
+        cells = [self.network, self.dataset, self.setting]
         for protocol in self.protocols:
             value = 100 * self.metrics[protocol.name].map if self.metrics else math.nan
             cells.append("" if math.isnan(value) else f"{value:.2f}")
@@ -162,7 +163,7 @@ def parse(argv: list[str]) -> Parsed:
 
 def main_table(cfg: CfgNode, depths: Sequence[int]) -> Iterator[Part]:
     rival = cfg.TEST.RERANKER == "cvnet"
-    for depth in depths:
+    for depth in depths if cfg.MODEL.NAME == "cvnet" else [cfg.MODEL.DEPTH]:
         yield Part(varied(cfg, {"MODEL.DEPTH": depth}), "", chosen)
         changes = {"MODEL.DEPTH": depth, "SupG.onemeval": True} | ({"TEST.RERANKER": "superglobal"} if rival else {})
         yield Part(varied(cfg, changes), "", chosen)
@@ -240,17 +241,17 @@ def rows(part: Part, name: str, protocols: Sequence[Protocol], output: Output, d
     except InputError as error:
         reranks = cfg.TEST.RERANKER not in ("none", "superglobal") or (cfg.TEST.RERANKER != "none" and cfg.SupG.rerank)
         stages = "retrieval, reranking" if reranks else "retrieval"
-        yield Row(cfg.MODEL.DEPTH, name, setting(stages), protocols, note=error.in_options(ADVICE))
+        yield Row(network_title(cfg), name, setting(stages), protocols, note=error.in_options(ADVICE))
         return
     reranked, truth = part.reranked(experiment), experiment.dataset.ground_truth
     needed = results_needed(each.reranker for each in reranked)
     searched = retrieve(queries, database, needed, experiment.dataset.listed, device)
     known = find_published(cfg, name, "retrieval")
-    yield Row(cfg.MODEL.DEPTH, name, setting("retrieval"), protocols, evaluate(searched, truth, protocols), known)
+    yield Row(network_title(cfg), name, setting("retrieval"), protocols, evaluate(searched, truth, protocols), known)
     for stage, words, reranker, method in reranked:
         metrics = evaluate(rerank(searched, reranker, queries, database, device), truth, protocols)
         known = find_published(cfg, name, "reranking", method)
-        yield Row(cfg.MODEL.DEPTH, name, setting(stage, words), protocols, metrics, known)
+        yield Row(network_title(cfg), name, setting(stage, words), protocols, metrics, known)
 
 
 @cache

@@ -154,7 +154,7 @@ def test_published_figures_stand_beside_ours_with_the_difference():
         protocol.name: Metrics(protocol, value, np.zeros(0), np.zeros(0), np.zeros(0))
         for protocol, value in zip(REVISITED_PROTOCOLS, (0.9, 0.84, 0.67), strict=True)
     }
-    row = tables.Row(50, "roxford5k", "retrieval", REVISITED_PROTOCOLS, figures, {"M": 83.9, "H": 67.7})
+    row = tables.Row("R50", "roxford5k", "retrieval", REVISITED_PROTOCOLS, figures, {"M": 83.9, "H": 67.7})
     assert row.cells() == [
         "R50",
         "roxford5k",

@@ -244,6 +244,13 @@ def find_distractors(cfg: CfgNode) -> Distractors:
     return Distractors(path, rows, images if len(images) == len(rows) else ())
 
 
+def extract_database(cfg: CfgNode, images: ImageSet, recipe: AnyRecipe, device: torch.device) -> Tensor:
+    """Returns the descriptors of one set of images, (N, D), extracting what is missing."""
+    with owned(images.path.parent):
+        (rows,) = extract_sets([images], recipe, device, make_loading(cfg, device), cfg.TEST.RESUME)
+    return rows
+
+
 @dataclass(frozen=True)
 class Experiment:
     """One dataset with all that its evaluation needs, found before the long work begins.
@@ -321,6 +328,13 @@ class Experiment:
             return queries, Database(rows)
         return queries, add_distractors(rows, self.distractors.rows)
 
+    def whitening_facts(self) -> dict[str, Any]:
+        """What the whitening was learnt from; whether that is this dataset's own database."""
+        learnt = self.recipe.learnt_from
+        own = learnt.get("dataset") == self.dataset.name
+        facts = {"path": str(self.recipe.path), "kind": learnt.get("kind"), "source": learnt.get("source")}
+        return {**facts, "learnt_on_the_test_set": own}
+
     @property
     def subject(self) -> "Subject":
         """What a reranker may need to know of the images."""
@@ -347,6 +361,8 @@ class Experiment:
         else:
             facts["checkpoint"] = {"path": str(self.recipe.checkpoint), "sha256": self.recipe.checkpoint_sha256}
             facts["descriptors"] = str(self.folder)
+            if isinstance(self.recipe, WhitenedRecipe):
+                facts["whitening"] = self.whitening_facts()
         if self.distractors is not None:
             facts["distractors"] = len(self.distractors.rows)
         if self.dataset.name in toy.NAMES:

@@ -68,6 +68,10 @@ def main(argv: list[str]) -> None:
         results.append(Evaluated(dataset, rankings, metrics, experiment.facts()))
         for line in results[-1].lines():
             log.info("%s", line)
+        if results[-1].facts.get("whitening", {}).get("learnt_on_the_test_set"):
+            log.warning(
+                "the whitening was learnt on the database of %s itself: say so beside its figures", dataset.name
+            )
         if "note" in results[-1].facts:
             log.info("%s", results[-1].facts["note"])
         descriptors = "features" if cfg.TEST.FEATURES else network_title(cfg)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from model.checkpoint import load_tensors, sha256
 from model.errors import InputError
 from model.extractor import Extractor, NetworkExtractor
+from model.store import jsonable
 from modules.whitening import Whitening
 
 
@@ -101,7 +102,7 @@ def _as_they_are(pixels: Tensor) -> Tensor:
 
 def save_whitening(path: Path, whitening: Whitening, learnt_from: dict[str, Any]) -> None:
     """Writes a whitening, and what it was learnt from, as a file of tensors."""
-    content = {"mean": whitening.mean, "projection": whitening.projection, "learnt_from": learnt_from}
+    content = {"mean": whitening.mean, "projection": whitening.projection, "learnt_from": jsonable(learnt_from)}
     new = Path(f"{path}.new")
     try:
         torch.save(content, new)

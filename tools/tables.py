@@ -4,7 +4,7 @@ python -m tools.tables main
 python -m tools.tables ablation MODEL.DEPTH 50
 python -m tools.tables rerank TEST.DATASET_LIST "['roxford5k']" SupG.onemeval
 
-main      ResNet-50 and ResNet-101 (or the network of MODEL.NAME), with and without reranking, with and without +1M distractors;
+main      ResNet-50 and ResNet-101, or the network of MODEL.NAME, with and without reranking and +1M distractors;
           with TEST.RERANKER cvnet, reranking by local features, too (hours to days, without +1M)
 ablation  each of the four modules switched off, all of them, and reranking
 rerank    reranking with other M, K and beta, one of them at a time
@@ -247,11 +247,15 @@ def rows(part: Part, name: str, protocols: Sequence[Protocol], output: Output, d
     needed = results_needed(each.reranker for each in reranked)
     searched = retrieve(queries, database, needed, experiment.dataset.listed, device)
     known = find_published(cfg, name, "retrieval")
-    yield Row(network_title(cfg), name, setting("retrieval"), protocols, evaluate(searched, truth, protocols), known)
+    whitening = experiment.facts().get("whitening", {})
+    note = "whitening learnt on this database itself" if whitening.get("learnt_on_the_test_set") else ""
+    yield Row(
+        network_title(cfg), name, setting("retrieval"), protocols, evaluate(searched, truth, protocols), known, note
+    )
     for stage, words, reranker, method in reranked:
         metrics = evaluate(rerank(searched, reranker, queries, database, device), truth, protocols)
         known = find_published(cfg, name, "reranking", method)
-        yield Row(network_title(cfg), name, setting(stage, words), protocols, metrics, known)
+        yield Row(network_title(cfg), name, setting(stage, words), protocols, metrics, known, note)
 
 
 @cache

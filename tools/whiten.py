@@ -1,0 +1,140 @@
+"""Learn a whitening of descriptors, for MODEL.WHITENING: fewer dimensions, each of the same variance.
+
+python -m tools.whiten --from roxford5k --dim 512 --out whitening.pth
+python -m tools.whiten --from holiday/ --dim 512 --out whitening.pth --weights ./weights
+python -m tools.whiten --from rows.npy --dim 512 --out whitening.pth
+
+--from takes a dataset's name (its database; a folder in TEST.DATA_DIR), a folder of images, or a .npy or .pth file of
+descriptors, (N, D). PCA whitening by default. With --labels FILE (a line with a class per row), or with
+--discriminative of a dataset in class folders, directions in which images of one class differ are shortened.
+Memory does not grow with the number of descriptors.
+
+Jégou and Chum, "Negative Evidences and Co-Occurences in Image Retrieval", ECCV 2012; Radenović et al., TPAMI 2018.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from assembly import extract_database, find_dataset, find_recipe, make_output, start_device
+from config import ADVICE, LOADING, NETWORK, CommandLine
+from config import plain as plain_config
+from model.cache import content_folder
+from model.errors import InputError, run_command
+from model.extract import ImageSet
+from model.whitened import save_whitening
+from modules.whitening import ClassMoments, Moments, discriminative_whitening, pca_whitening
+from report.log import start_log
+from revisitop.descriptors import load_distractors
+from tools.search import find_images
+
+log = logging.getLogger(__name__)
+
+_ROWS = 8192
+
+
+def main(argv: list[str]) -> None:
+    line = CommandLine(
+        __doc__, (*NETWORK, *LOADING, "TEST.DATA_DIR", "TEST.OUT_DIR", "TEST.DEVICE", "TEST.RESUME"),
+        "python -m tools.whiten",
+    )  # fmt: skip
+    line.refuse({"MODEL.WHITENING": "a whitening is learnt from descriptors that are not whitened"})
+    line.add("--from", dest="source", required=True, metavar="NAME|FOLDER|FILE", help="where descriptors come from")
+    line.add("--dim", type=positive, required=True, metavar="N", help="dimensions that are left")
+    line.add("--out", type=Path, required=True, metavar="FILE", help="the whitening's file")
+    line.add("--labels", type=Path, metavar="FILE", help="a line per descriptor, its class: discriminative whitening")
+    line.add("--discriminative", action="store_true", help="with the classes of a dataset in class folders")
+    line.add("--shrinkage", type=float, default=0.0, metavar="S", help="0 to 1, for few descriptors per class [0]")
+    line.add_flag("--weights", "TEST.WEIGHTS", metavar="PATH", help="the checkpoint, see TEST.WEIGHTS")
+    args, cfg, _ = line.parse(argv)
+    start_log(Path("log.txt"), plain_config(cfg), screen=sys.stdout)
+    rows, classes, learnt_from = descriptors(args, cfg)
+    if args.labels:
+        classes = read_labels(args.labels, len(rows))
+    if (args.discriminative or args.labels) and classes is None:
+        raise InputError(f"--discriminative needs classes, which {args.source} has not; give --labels FILE")
+    dim = rows.shape[1]
+    try:
+        if classes is not None and (args.discriminative or args.labels):
+            moments = ClassMoments(dim)
+            for start, block in blocks(rows):
+                moments.update(block, classes[start : start + len(block)])
+            whitening = discriminative_whitening(moments, args.dim, args.shrinkage)
+        else:
+            plain = Moments(dim)
+            for _, block in blocks(rows):
+                plain.update(block)
+            whitening = pca_whitening(plain.mean, plain.covariance, args.dim)
+    except ValueError as error:
+        raise InputError(f"--dim {args.dim}: {error}") from None
+    learnt_from["kind"] = "discriminative" if classes is not None and (args.discriminative or args.labels) else "PCA"
+    save_whitening(args.out, whitening, {**learnt_from, "count": len(rows)})
+    log.info("%s: %s whitening, %d to %d dimensions, from %d descriptors of %s",
+             args.out, learnt_from["kind"], dim, args.dim, len(rows), args.source)  # fmt: skip
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 1 << 20:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1")
+    return int(text)
+
+
+def descriptors(args: argparse.Namespace, cfg: Any) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+    """Returns the descriptors (N, D), their classes if the source has some, and what they are."""
+    source = Path(args.source)
+    if source.is_file():
+        return load_distractors(source), None, {"source": str(source)}
+    device = start_device(cfg, {})
+    output = make_output(cfg)
+    if source.is_dir() and "/" in args.source:
+        recipe = find_recipe(cfg)
+        images, place = find_images(source), source.resolve()
+        folder = content_folder(output.descriptors, place.name, {"folder": str(place), **recipe.provenance()})
+        each = ImageSet(folder / "database.npy", "database", images, source)
+        rows = extract_database(cfg, each, recipe, device)
+        return rows, None, {"source": str(place), "descriptors": recipe.provenance()}
+    dataset = find_dataset(cfg, args.source)
+    dataset.check_files()
+    recipe = find_recipe(cfg, dataset)
+    facts = {"dataset": dataset.name, **recipe.provenance(), "images": dataset.fingerprint}
+    folder = content_folder(output.descriptors, dataset.name, facts)
+    each = ImageSet(folder / f"{dataset.name}_db.npy", f"{dataset.name} database", dataset.database, dataset.folder)
+    rows = extract_database(cfg, each, recipe, device)
+    classes = None
+    if dataset.in_database is not None:
+        names = [name.partition("/")[0] for name in dataset.names]
+        classes = torch.from_numpy(np.unique(names, return_inverse=True)[1].astype(np.int64))
+    return rows, classes, {"source": dataset.name, "dataset": dataset.name, "descriptors": recipe.provenance()}
+
+
+def read_labels(path: Path, count: int) -> Tensor:
+    """The class of each descriptor as a number. Raises InputError if their number differs."""
+    try:
+        names = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--labels {path}: {getattr(error, 'strerror', None) or error}") from None
+    if len(names) != count:
+        raise InputError(f"--labels {path} has {len(names)} lines for {count} descriptors")
+    return torch.from_numpy(np.unique(names, return_inverse=True)[1].astype(np.int64))
+
+
+def blocks(rows: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The first number of each block, and its rows."""
+    bar = tqdm(total=len(rows), desc="covariance", unit="row", dynamic_ncols=True)
+    with bar:
+        for start in range(0, len(rows), _ROWS):
+            block = rows[start : start + _ROWS]
+            yield start, block
+            bar.update(len(block))
+
+
+if __name__ == "__main__":
+    run_command(main, ADVICE)

@@ -87,6 +87,7 @@ def make_recipe(cfg: CfgNode, weights: Path | str) -> AnyRecipe:
         "rgem_window": method.rgem_window,
         "sgem": method.sgem_p if method.sgem else None,
         "precision": cfg.TEST.PRECISION,
+        "max_side": cfg.TEST.MAX_SIDE or None,
     }
     if cfg.MODEL.NAME == "cvnet":
         recipe: AnyRecipe = Recipe(weights, cfg.MODEL.DEPTH, cfg.MODEL.HEADS.REDUCTION_DIM, **common)
@@ -378,6 +379,8 @@ def prepare(cfg: CfgNode, name: str, output: Output, device: torch.device) -> Ex
         InputError: if anything is missing or does not fit, before the long work.
     """
     dataset = find_dataset(cfg, name)
+    if cfg.TEST.MAX_SIDE and name in DOWNLOADED:
+        log.warning("TEST.MAX_SIDE %d is not the published protocol of %s", cfg.TEST.MAX_SIDE, name)
     recipe = None
     if not cfg.TEST.FEATURES:
         dataset.check_files()

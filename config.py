@@ -153,6 +153,7 @@ OPTIONS = (
         "TEST.SCALE_LIST", 3, "number of scales, 1, 3 or 5, or their factors, '(0.5, 1, 2.5)'", _known_scales,
         parse=_scales,
     ),
+    Option("TEST.MAX_SIDE", 0, "images with a longer side are made smaller, in pixels; 0: as they are", _count),
     Option(
         "TEST.FEATURES", "",
         "evaluate saved descriptors (.mat, .npy, .npz, .pth, a folder of ours) or a ranking (.pkl); no network",
@@ -215,7 +216,7 @@ _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 # The options that commands have in common, by what they are for.
 NETWORK = (
     *("MODEL.NAME", "MODEL.DEPTH", "MODEL.HEADS.REDUCTION_DIM", "MODEL.POOLING", "MODEL.WHITENING"),
-    *("TEST.WEIGHTS", "TEST.SCALE_LIST", "TEST.PRECISION", "SupG.relup_stages", "SupG.relup_ends"),
+    *("TEST.WEIGHTS", "TEST.SCALE_LIST", "TEST.MAX_SIDE", "TEST.PRECISION", "SupG.relup_stages", "SupG.relup_ends"),
     *("SupG.gemp", "SupG.gemp_p", "SupG.rgem", "SupG.rgem_p", "SupG.rgem_window"),
     *("SupG.sgem", "SupG.sgem_p", "SupG.relup", "SupG.relup_threshold"),
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 try:
     from model.checkpoint import find_checkpoint
     from model.hub import ImageDescriptor
+    from model.network_recipe import NetworkRecipe
     from model.recipe import SCALE_SETS, Recipe
     from modules.reranking import SuperGlobalReranker
 except ModuleNotFoundError as error:
@@ -38,17 +39,35 @@ def superglobal_resnet101(weights: str | Path, **options) -> ImageDescriptor:
     return _superglobal(101, weights, options)
 
 
+def superglobal(network: str, weights: str | Path = "pretrained", **options) -> ImageDescriptor:
+    """SuperGlobal on any network: RGB tensors in 0..1 or PIL images -> unit descriptors (N, D).
+
+    Args:
+        network: timm:NAME, torchvision:NAME or FILE.py:FUNCTION.
+        weights: a file, "pretrained" or "untrained".
+        options: device, and the settings of model.network_recipe.NetworkRecipe, as superglobal_resnet50 takes them.
+    """
+    chosen, device = _settings(options)
+    return ImageDescriptor(NetworkRecipe(network, str(weights), **chosen).extractor(device)).eval()
+
+
 def reranker(m: int = 400, k: int = 9, beta: float = 0.15) -> SuperGlobalReranker:
     """SuperGlobal reranking of each query's first m results: (queries, candidates), or .rerank(queries, ids, fetch)."""
     return SuperGlobalReranker(m, k, beta)
 
 
-def _superglobal(depth: int, weights: str | Path, options: dict) -> ImageDescriptor:
+def _settings(options: dict) -> tuple[dict, str]:
+    """The settings of a recipe, and the device."""
     chosen = {key: None if value is False else value for key, value in options.items() if value is not True}
     device = chosen.pop("device", "cpu")
     if isinstance(chosen.get("scales"), int):
         if chosen["scales"] not in SCALE_SETS:
             raise ValueError(f"scales is one of {', '.join(map(str, SCALE_SETS))}, or factors, got {chosen['scales']}")
         chosen["scales"] = SCALE_SETS[chosen["scales"]]
+    return chosen, device
+
+
+def _superglobal(depth: int, weights: str | Path, options: dict) -> ImageDescriptor:
+    chosen, device = _settings(options)
     recipe = replace(Recipe(find_checkpoint(Path(weights), depth), depth), **chosen)
     return ImageDescriptor(recipe.extractor(device)).eval()

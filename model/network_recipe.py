@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from model.errors import InputError
-from model.extractor import NetworkExtractor
+from model.extractor import NetworkExtractor, limit_side
 from model.networks import Backbone, build_backbone, weights_digest
 from modules.activation import RELUP_THRESHOLD
 from modules.attach import Attached, attach
@@ -36,6 +36,7 @@ class NetworkRecipe:
         gemp: power of GeM+; None for GeM with p = 3.
         rgem, rgem_window, sgem: as in Recipe.
         precision: of the network, fp32, bf16 or fp16; what follows the map is in fp32.
+        max_side: as in Recipe.
     """
 
     network: str
@@ -50,6 +51,7 @@ class NetworkRecipe:
     rgem_window: int = RGEM_WINDOW
     sgem: float | None = SGEM_P
     precision: str = "fp32"
+    max_side: int | None = None
 
     @property
     def checkpoint(self) -> str:
@@ -68,7 +70,7 @@ class NetworkRecipe:
     def settings(self) -> dict[str, Any]:
         """All but the weights, as JSON can hold it."""
         names = ("scales", "relup", "relup_stages", "relup_ends", "pooling", "gemp", "rgem", "rgem_window", "sgem")
-        return {name: getattr(self, name) for name in (*names, "precision")}
+        return {name: getattr(self, name) for name in (*names, "precision", "max_side")}
 
     def provenance(self) -> dict[str, Any]:
         """What descriptors are made from, to be kept with them: settings, weights, and what images become."""
@@ -107,7 +109,7 @@ class NetworkRecipe:
         """Returns the network with its normalisation. (N, H, W, 3) uint8 RGB -> (N, D) unit rows."""
         backbone = build_backbone(self.network, self.weights)
         attached = self._attach(backbone).eval().to(device)
-        return NetworkExtractor(attached, backbone.normalise, self.dim, self.scales).eval()
+        return NetworkExtractor(attached, limit_side(backbone.normalise, self.max_side), self.dim, self.scales).eval()
 
     def _attach(self, backbone: Backbone) -> Attached:
         network = backbone.network

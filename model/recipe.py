@@ -9,7 +9,7 @@ import torch
 
 from model.checkpoint import load_encoder, sha256
 from model.cvnet_rerank import CVNetRerank, load_cvnet_rerank
-from model.extractor import NetworkExtractor
+from model.extractor import NetworkExtractor, limit_side
 from model.folding import FoldedResNet
 from model.images import to_network_input
 from model.resnet import ResNet
@@ -40,6 +40,7 @@ class Recipe:
         rgem_window: side of its window, in positions of the feature map.
         sgem: power of Scale-GeM, infinity for the maximum; None for the mean over the scales.
         precision: of the encoder, fp32, bf16 or fp16; poolings, norms and projection are in fp32.
+        max_side: images with a longer side are made smaller; None, as in the paper, leaves them as they are.
     """
 
     checkpoint: Path
@@ -52,6 +53,7 @@ class Recipe:
     rgem_window: int = RGEM_WINDOW
     sgem: float | None = SGEM_P
     precision: str = "fp32"
+    max_side: int | None = None
 
     @cached_property
     def checkpoint_sha256(self) -> str:
@@ -69,6 +71,7 @@ class Recipe:
             "rgem_window": self.rgem_window,
             "sgem": self.sgem,
             "precision": self.precision,
+            "max_side": self.max_side,
         }
 
     def provenance(self) -> dict[str, Any]:
@@ -106,7 +109,9 @@ class Recipe:
         Raises:
             InputError: if the checkpoint cannot be used.
         """
-        return NetworkExtractor(self.network(device), to_network_input, self.dim, self.scales).eval()
+        return NetworkExtractor(
+            self.network(device), limit_side(to_network_input, self.max_side), self.dim, self.scales
+        ).eval()
 
     def pair_network(self, device: torch.device | str = "cpu") -> CVNetRerank:
         """Returns the network that scores pairs of images by their local features, of the same checkpoint.

@@ -102,3 +102,12 @@ def test_what_is_no_image_is_told(hub_model, image, message):
 def test_missing_weights_are_told():
     with pytest.raises(ValueError, match=r"no file or folder nowhere\.pyth; see weights/README\.md"):
         torch.hub.load(str(ROOT), "superglobal_resnet50", source="local", weights="nowhere.pyth")
+
+
+def test_any_network_has_an_entry_point(reference):
+    model = torch.hub.load(
+        str(ROOT), "superglobal", source="local", network="torchvision:resnet18", weights="untrained", scales=1
+    )
+    rows = model([as_tensor(reference["image_1"][:60, :80]), Image.fromarray(reference["image_0"][:50, :70])])
+    assert rows.shape == (2, 512)
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(2))

@@ -16,6 +16,8 @@ from assembly import make_recipe
 
 # A value other than the default for each option.
 CHANGED = {
+    "MODEL.NAME": "torchvision:resnet18", "MODEL.POOLING": "max", "MODEL.WHITENING": "none.pth", "TEST.MAX_SIDE": 40,
+    "SupG.relup_stages": "layer1", "SupG.relup_ends": "layer2",
     "MODEL.DEPTH": 101, "MODEL.HEADS.REDUCTION_DIM": 512, "TEST.WEIGHTS": "elsewhere", "TEST.DATA_DIR": "elsewhere",
     "TEST.DATASET_LIST": "rparis6k", "TEST.SCALE_LIST": 5, "TEST.FEATURES": "x.mat", "TEST.DEVICE": "cuda:99",
     "TEST.PRECISION": "bf16", "TEST.BATCH_SIZE": 3, "TEST.OUT_DIR": "elsewhere", "TEST.DISTRACTORS": "x.pth",
@@ -105,10 +107,15 @@ def test_an_option_is_used_or_refused(command, runs, monkeypatch, name):
         assert re.match(rf"error: {key} .*(is not an option of|has no effect)", outcome.err), outcome.err
 
 
-@pytest.mark.parametrize("key", [key for key in config.NETWORK if key != "TEST.WEIGHTS"])
+@pytest.mark.parametrize("key", [key for key in config.NETWORK if key not in ("TEST.WEIGHTS", "MODEL.WHITENING")])
 def test_each_option_of_the_network_changes_the_descriptors_provenance(key, checkpoint_50):
-    changed = make_recipe(config.make_config([(key, CHANGED[key])]), checkpoint_50)
-    assert changed.provenance() != make_recipe(config.make_config([]), checkpoint_50).provenance()
+    other = key in ("MODEL.POOLING", "SupG.relup_stages", "SupG.relup_ends")
+    base = [("MODEL.NAME", CHANGED["MODEL.NAME"])] if other else []
+    recipes = [
+        make_recipe(cfg, checkpoint_50 if cfg.MODEL.NAME == "cvnet" else "untrained")
+        for cfg in (config.make_config(base), config.make_config([*base, (key, CHANGED[key])]))
+    ]
+    assert recipes[0].provenance() != recipes[1].provenance()
 
 
 def test_an_option_without_effect_is_told(command, tiny, checkpoint_50):

@@ -14,6 +14,7 @@ from model.errors import InputError
 from model.extract import extract_batch
 from model.network_recipe import NetworkRecipe
 from model.networks import build_backbone
+from model.recipe import Recipe
 from modules import GeMPlus, RegionalGeM, ScaleGeM, attach
 
 MEAN, STD = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1), torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
@@ -118,6 +119,22 @@ def test_descriptors_do_not_depend_on_the_batch_and_small_images_have_one(recipe
         torch.testing.assert_close(descriptors(recipe, [image])[0], row, atol=2e-6, rtol=0)
     tiny = descriptors(recipe, [pixels[:7, :9].contiguous()])
     torch.testing.assert_close(tiny.norm(dim=1), torch.ones(1))
+
+
+@pytest.mark.parametrize("name", ["cvnet", "torchvision:resnet18"])
+def test_a_longest_side_is_that_of_the_image_made_smaller(checkpoint_50, pixels, name):
+    recipes = [
+        Recipe(checkpoint_50, max_side=side) if name == "cvnet" else NetworkRecipe(name, "untrained", max_side=side)
+        for side in (None, 100, 1000)
+    ]
+    smaller = torch.nn.functional.interpolate(
+        pixels.permute(2, 0, 1)[None] / 255, (100, 63), mode="bilinear", antialias=True
+    )
+    with torch.inference_mode():
+        expected = recipes[0].extractor()(smaller.permute(0, 2, 3, 1))
+    torch.testing.assert_close(descriptors(recipes[1], [pixels]), expected, atol=1e-6, rtol=0)
+    assert torch.equal(descriptors(recipes[2], [pixels]), descriptors(recipes[0], [pixels]))
+    assert recipes[1].provenance() != recipes[0].provenance()
 
 
 def test_half_precision_is_close(pixels):

@@ -2,6 +2,7 @@
 
     python benchmarks/extract.py
     python benchmarks/extract.py --device cuda --images 64
+    python benchmarks/extract.py --name timm:resnet50 --scales 1
 
 The baseline is the network as it was trained, float32, an image at a time, and waits for each
 descriptor. Images are in memory, decoding is timed apart. Weights are random: they do not matter
@@ -37,6 +38,7 @@ from model.errors import run_command
 from model.extract import extract_images
 from model.folding import PRECISIONS
 from model.images import read_image, to_network_input
+from model.network_recipe import NetworkRecipe
 from model.recipe import SCALE_SETS, Recipe
 from model.resnet import STAGE_DEPTHS, ResNet
 from model.store import DescriptorStore
@@ -48,6 +50,7 @@ from revisitop.toy import seeded_checkpoint
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    parser.add_argument("--name", help="another network, timm:NAME say, untrained, instead of CVNet's")
     parser.add_argument("--depth", type=positive, default=50, choices=STAGE_DEPTHS, help="layers of the ResNet [50]")
     parser.add_argument("--scales", type=positive, default=3, choices=SCALE_SETS, help="number of scales [3]")
     parser.add_argument("--size", type=sides, default="1024x768", help="WIDTHxHEIGHT of the images [1024x768]")
@@ -62,13 +65,18 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "random.pyth"
         torch.save(seeded_checkpoint(args.depth), checkpoint)
-        recipe = Recipe(checkpoint, args.depth, scales=SCALE_SETS[args.scales])
+        scales = SCALE_SETS[args.scales]
+        recipe: Recipe | NetworkRecipe = Recipe(checkpoint, args.depth, scales=scales)
+        if args.name:
+            recipe = NetworkRecipe(args.name, "untrained", scales)
         contenders = {"baseline": partial(baseline, recipe, device, images)}
         contenders |= {name: partial(ours, replace(recipe, precision=name), device, images) for name in args.precision}
         rates = {name: matrix_rate(device, PRECISIONS[name]) for name in args.precision}
         timings = alternate(contenders, args.repeat)
         flops = network_flops(recipe, width, height)
-    print(f"ResNet-{args.depth}, {args.scales} scales, {width}x{height}, {count} images a run, {machine(device)}")
+    print(
+        f"{args.name or f'ResNet-{args.depth}'}, {args.scales} scales, {width}x{height}, {count} images a run, {machine(device)}"
+    )
     report(timings, "baseline", "img/s", lambda seconds: count / seconds)
     reference = timings["baseline"].value
     for name in args.precision:
@@ -110,7 +118,16 @@ def draw_image(width: int, height: int, seed: int) -> np.ndarray:
     return (smooth + rng.integers(-12, 13, smooth.shape)).clip(0, 255).astype(np.uint8)
 
 
-def baseline(recipe: Recipe, device: torch.device, images: list[InMemory]):
+def baseline(recipe: Recipe | NetworkRecipe, device: torch.device, images: list[InMemory]):
+    if isinstance(recipe, NetworkRecipe):
+        extractor = recipe.extractor(device)
+
+        def one_by_one() -> np.ndarray:
+            with torch.no_grad():
+                pixels = [torch.from_numpy(image.read())[None] for image in images]
+                return torch.cat([extractor(each.to(device)).cpu() for each in pixels]).numpy()
+
+        return one_by_one
     encoder = load_encoder(ResNet(recipe.depth), recipe.checkpoint)
     model = SuperGlobal(encoder, recipe.scales, GeMPlus(), RegionalGeM(), ScaleGeM()).eval().to(device)
     torch.backends.cudnn.allow_tf32 = False
@@ -123,7 +140,7 @@ def baseline(recipe: Recipe, device: torch.device, images: list[InMemory]):
     return run
 
 
-def ours(recipe: Recipe, device: torch.device, images: list[InMemory]):
+def ours(recipe: Recipe | NetworkRecipe, device: torch.device, images: list[InMemory]):
     prepare_process(device)
     extractor = recipe.extractor(device)
 
@@ -137,9 +154,9 @@ def ours(recipe: Recipe, device: torch.device, images: list[InMemory]):
     return run
 
 
-def network_flops(recipe: Recipe, width: int, height: int) -> int:
+def network_flops(recipe: Recipe | NetworkRecipe, width: int, height: int) -> int:
     """Of one image, convolutions and projection, without computing any of them."""
-    model = recipe.network("meta")
+    model = recipe.network("meta") if isinstance(recipe, Recipe) else recipe.attached().to("meta")
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         model(torch.empty(1, 3, height, width, device="meta"))
     return counter.get_total_flops()

@@ -75,7 +75,8 @@ def main(argv: list[str]) -> None:
         timings = alternate(contenders, args.repeat)
         flops = network_flops(recipe, width, height)
     print(
-        f"{args.name or f'ResNet-{args.depth}'}, {args.scales} scales, {width}x{height}, {count} images a run, {machine(device)}"
+        f"{args.name or f'ResNet-{args.depth}'}, {args.scales} scales, {width}x{height}, {count} images a run, "
+        f"{machine(device)}"
     )
     report(timings, "baseline", "img/s", lambda seconds: count / seconds)
     reference = timings["baseline"].value

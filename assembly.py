@@ -31,7 +31,10 @@ from model.pair_scores import CVNetReranker, PairScores
 from model.read_ahead import Loading
 from model.recipe import SCALE_SETS, Recipe
 from model.whitened import WhitenedRecipe
-from modules.reranking import Reranker, SuperGlobalReranker
+from modules.diffusion import DiffusionReranker
+from modules.expansion import QueryExpansion
+from modules.reciprocal import KReciprocalReranker
+from modules.reranking import SuperGlobalReranker
 from modules.search import Database
 from revisitop import toy
 from revisitop.dataset import Dataset
@@ -47,6 +50,7 @@ from revisitop.evaluate import most_ignored
 from revisitop.layout_revisitop import load_distractor_list
 from revisitop.layouts import dataset_folder, load_dataset
 from revisitop.retrieve import SAVED_RANKS, Ranking
+from revisitop.stages import Augmented, Reranked, SearchedAgain, Stage
 
 log = logging.getLogger(__name__)
 
@@ -288,7 +292,7 @@ class Experiment:
             return None
         with option("TEST.FEATURES"):
             ranking = load_ranking(path, self.dataset)
-        if self.rerankers:
+        if self.stages:
             log.warning("%s holds a ranking and no descriptors: it is not reranked", path)
         return ranking
 
@@ -338,19 +342,19 @@ class Experiment:
 
     @property
     def subject(self) -> "Subject":
-        """What a reranker may need to know of the images."""
+        """What a stage may need to know of the images."""
         database: Sequence[ImageFile] = self.dataset.database
         if self.distractors is not None:
             known = len(self.distractors.images)
             database = ConcatDataset([database, self.distractors.images]) if known else ()
         scores = self.folder / f"{self.dataset.name}_cvnet.npy" if self.recipe else None
         ignored = most_ignored(self.dataset.ground_truth, self.dataset.protocols)
-        return Subject(self.recipe, self.dataset.queries, database, ignored, scores, self.output.folder / "cvnet_maps")
+        return Subject(self.recipe, self.dataset.queries, database, ignored, scores, self.output.folder)
 
     @cached_property
-    def rerankers(self) -> dict[str, Reranker]:
-        """What TEST.RERANKER asks for, by the title of its stage."""
-        return make_rerankers(self.cfg, self.subject, self.device)
+    def stages(self) -> dict[str, Stage]:
+        """What TEST.RERANKER asks for, by its title."""
+        return make_stages(self.cfg, self.subject, self.device)
 
     def facts(self) -> dict[str, Any]:
         """What results.json tells of this dataset beside metrics."""
@@ -394,13 +398,13 @@ def prepare(cfg: CfgNode, name: str, output: Output, device: torch.device) -> Ex
             with option("TEST.DISTRACTORS"):
                 check_distractors(distractors.path, recipe.provenance())
     experiment = Experiment(cfg, dataset, recipe, distractors, output, device)
-    _ = experiment.rerankers  # raises for what cannot be had
+    _ = experiment.stages  # raises for what cannot be had
     return experiment
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What a reranker may need to know of the images that it reranks.
+    """What a stage may need to know of the images whose ranking it makes anew.
 
     Attributes:
         recipe: of their descriptors; None for saved ones of unknown origin.
@@ -408,7 +412,7 @@ class Subject:
         database: the images behind the rows; empty if they are not known.
         spare: the most images that a protocol drops from a ranking.
         scores: a file for scores that take long to make; None without a recipe.
-        maps: a folder for feature maps.
+        folder: TEST.OUT_DIR, where there is room for what a stage needs.
     """
 
     recipe: AnyRecipe | None
@@ -416,29 +420,26 @@ class Subject:
     database: Sequence[ImageFile]
     spare: int
     scores: Path | None
-    maps: Path
+    folder: Path
 
 
-def make_rerankers(cfg: CfgNode, subject: Subject, device: torch.device) -> dict[str, Reranker]:
-    """Returns what TEST.RERANKER asks for, by the title of its stage."""
-    if cfg.TEST.RERANKER not in RERANKERS:
-        raise InputError(f"TEST.RERANKER {cfg.TEST.RERANKER!r} is not one of {', '.join(RERANKERS)}")
-    return RERANKERS[cfg.TEST.RERANKER].make(cfg, subject, device)
+def make_stages(cfg: CfgNode, subject: Subject, device: torch.device) -> dict[str, Stage]:
+    """Returns what TEST.RERANKER asks for, by its title: "reranking", or "reranking by aqe" where there are several."""
+    stages: dict[str, Stage] = {}
+    names = [name for name in cfg.TEST.RERANKER if name in STAGES and (cfg.SupG.rerank or name != "superglobal")]
+    for name in names:
+        made = STAGES[name].make(cfg, subject, device)
+        title = f"reranking by {name}" if len(names) > 1 else "reranking"
+        stages |= {f"{title}{words}": stage for words, stage in made.items()}
+    return stages
 
 
-def results_needed(rerankers: Iterable[Reranker]) -> int:
-    """How many results of a search these rerankers and the files of rankings need."""
-    return max([SAVED_RANKS, *(each.m + each.spare for each in rerankers)])
+def results_needed(stages: Iterable[Stage]) -> int:
+    """How many results of a search these stages and the files of rankings need."""
+    return max([SAVED_RANKS, *(each.needed for each in stages)])
 
 
-def superglobal_rerankers(cfg: CfgNode, subject: Subject, device: torch.device) -> dict[str, Reranker]:
-    method = cfg.SupG
-    if not method.rerank:
-        return {}
-    return {"reranking": SuperGlobalReranker(method.rerank_m, method.rerank_k, method.rerank_beta)}
-
-
-def cvnet_rerankers(cfg: CfgNode, subject: Subject, device: torch.device) -> dict[str, Reranker]:
+def cvnet_stages(cfg: CfgNode, subject: Subject, device: torch.device) -> dict[str, Stage]:
     if subject.recipe is None:
         raise InputError("TEST.RERANKER cvnet needs images and weights, which TEST.FEATURES has not")
     if not isinstance(subject.recipe, Recipe):
@@ -455,29 +456,59 @@ def cvnet_rerankers(cfg: CfgNode, subject: Subject, device: torch.device) -> dic
         subject.database,
         subject.scores,
         m=counts[-1] + subject.spare,
-        maps_folder=subject.maps if cfg.TEST.MAPS_GB else None,
+        maps_folder=subject.folder / "cvnet_maps" if cfg.TEST.MAPS_GB else None,
         maps_bytes=int(cfg.TEST.MAPS_GB * 1e9),
         loading=make_loading(cfg, device),
         resume=cfg.TEST.RESUME,
     )
-    title = "reranking of {}" if len(counts) > 1 else "reranking"
-    return {title.format(count): CVNetReranker(pairs, count, subject.spare) for count in counts}
+    words = " of {}" if len(counts) > 1 else ""
+    return {words.format(count): Reranked(CVNetReranker(pairs, count, subject.spare)) for count in counts}
 
 
-class RerankerKind(NamedTuple):
+class StageKind(NamedTuple):
     """A choice of TEST.RERANKER.
 
     Attributes:
         title: for tables.
-        make: gives its rerankers by the title of their stage.
+        make: gives its stages, by what is added to their title.
     """
 
     title: str
-    make: Callable[[CfgNode, Subject, torch.device], dict[str, Reranker]]
+    make: Callable[[CfgNode, Subject, torch.device], dict[str, Stage]]
 
 
-RERANKERS = {
-    "superglobal": RerankerKind("SuperGlobal", superglobal_rerankers),
-    "cvnet": RerankerKind("CVNet-Rerank", cvnet_rerankers),
-    "none": RerankerKind("none", lambda cfg, subject, device: {}),
+def _one(make: Callable[[CfgNode, Subject], Stage]) -> Callable[[CfgNode, Subject, torch.device], dict[str, Stage]]:
+    return lambda cfg, subject, device: {"": make(cfg, subject)}
+
+
+def superglobal_reranker(cfg: CfgNode) -> SuperGlobalReranker:
+    method = cfg.SupG
+    return SuperGlobalReranker(method.rerank_m, method.rerank_k, method.rerank_beta, method.rerank_s2)
+
+
+def query_expansion(cfg: CfgNode, alpha: float) -> QueryExpansion:
+    return QueryExpansion(cfg.RERANK.QE_N, alpha, max(cfg.RERANK.QE_N, cfg.SupG.rerank_m))
+
+
+def reciprocal_reranker(cfg: CfgNode) -> KReciprocalReranker:
+    return KReciprocalReranker(cfg.SupG.rerank_m, cfg.RERANK.K1, cfg.RERANK.K2, cfg.RERANK.LAMBDA)
+
+
+def diffusion_reranker(cfg: CfgNode) -> DiffusionReranker:
+    own = cfg.RERANK
+    return DiffusionReranker(
+        cfg.SupG.rerank_m, own.DIFFUSION_K, own.DIFFUSION_KQ, own.DIFFUSION_GAMMA, own.DIFFUSION_ALPHA
+    )
+
+
+STAGES = {
+    "superglobal": StageKind("SuperGlobal", _one(lambda cfg, subject: Reranked(superglobal_reranker(cfg)))),
+    "aqe": StageKind("AQE", _one(lambda cfg, subject: SearchedAgain(query_expansion(cfg, 0.0)))),
+    "alpha-qe": StageKind(
+        "alpha-QE", _one(lambda cfg, subject: SearchedAgain(query_expansion(cfg, cfg.RERANK.QE_ALPHA)))
+    ),
+    "dba": StageKind("DBA", _one(lambda cfg, subject: Augmented(cfg.RERANK.DBA_K, subject.folder))),
+    "k-reciprocal": StageKind("k-reciprocal", _one(lambda cfg, subject: Reranked(reciprocal_reranker(cfg)))),
+    "diffusion": StageKind("diffusion", _one(lambda cfg, subject: Reranked(diffusion_reranker(cfg)))),
+    "cvnet": StageKind("CVNet-Rerank", cvnet_stages),
 }

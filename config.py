@@ -107,6 +107,38 @@ def _counts(value: list) -> str | None:
     return f"has {wrong[0]!r}, which is no number from 1" if wrong else None
 
 
+# What follows a search; the modules that make them are named in assembly.py.
+RERANKER_NAMES = ("superglobal", "aqe", "alpha-qe", "dba", "k-reciprocal", "diffusion", "cvnet")
+
+
+def _rerankers(value: list) -> str | None:
+    if value == ["none"]:
+        return None
+    if not value:
+        return "is empty; none is the word for no reranker"
+    wrong = [name for name in value if name not in RERANKER_NAMES]
+    if wrong == ["none"]:
+        return "has none beside others"
+    if wrong:
+        return f"has {wrong[0]!r}, which is not one of {', '.join(RERANKER_NAMES)}, none"
+    return "names one twice" if len(set(value)) < len(value) else None
+
+
+class _Having:
+    """Equal to every list with one of these items: what an option of a reranker needs."""
+
+    def __init__(self, *items: str):
+        self.items = items
+
+    def __eq__(self, other: object) -> bool:
+        return any(item in other for item in self.items)
+
+    def __str__(self) -> str:
+        return " or ".join(self.items)
+
+    __hash__ = None
+
+
 class _OtherThan:
     """Equal to every other value: what an option needs that has no effect with this one."""
 
@@ -128,8 +160,15 @@ def _network(value: str) -> str | None:
     return "is not cvnet, timm:NAME, torchvision:NAME or FILE.py:FUNCTION"
 
 
+def _with_reranker(*names: str) -> dict[str, Any]:
+    return {"TEST.RERANKER": _Having(*names)}
+
+
 _OTHER, _OWN = {"MODEL.NAME": _OtherThan("cvnet")}, {"MODEL.NAME": "cvnet"}
-_CVNET, _SUPERGLOBAL = {"TEST.RERANKER": "cvnet"}, {"TEST.RERANKER": "superglobal", "SupG.rerank": True}
+_CVNET, _SUPERGLOBAL = _with_reranker("cvnet"), {**_with_reranker("superglobal"), "SupG.rerank": True}
+_EXPANSION, _DIFFUSION, _RECIPROCAL = (
+    _with_reranker(*names) for names in (("aqe", "alpha-qe"), ("diffusion",), ("k-reciprocal",))
+)
 
 # The numbers of the method are those of modules/; a test compares them.
 OPTIONS = (
@@ -169,7 +208,11 @@ OPTIONS = (
         {"SupG.onemeval": True},
     ),
     Option("TEST.RESUME", True, "resume, and use again, descriptors of the same run in TEST.OUT_DIR"),
-    Option("TEST.RERANKER", "superglobal", "reranker: superglobal, cvnet (local features) or none", _not_empty),
+    Option(
+        "TEST.RERANKER", ["superglobal"],
+        f"rerankers, a ranking for each: {', '.join(RERANKER_NAMES)} (local features); none for no reranking",
+        _rerankers,
+    ),
     Option(
         "TEST.TOPK_LIST", [400], "numbers of candidates that cvnet reranks, a ranking for each", _counts, _CVNET
     ),
@@ -202,12 +245,31 @@ OPTIONS = (
         needs=_OTHER,
     ),
     Option(
-        "SupG.rerank", True, "SuperGlobal reranking, if it is the TEST.RERANKER",
-        needs={"TEST.RERANKER": "superglobal"},
+        "SupG.rerank", True, "SuperGlobal reranking, if it is in TEST.RERANKER", needs=_with_reranker("superglobal")
     ),
-    Option("SupG.rerank_m", 400, "M, candidates that are reranked", _size, _SUPERGLOBAL),
+    Option(
+        "SupG.rerank_m", 400, "M, candidates that superglobal, k-reciprocal and diffusion rerank", _size,
+        _with_reranker("superglobal", "k-reciprocal", "diffusion"),
+    ),
     Option("SupG.rerank_k", 9, "K, neighbours of a candidate", _size, _SUPERGLOBAL),
     Option("SupG.rerank_beta", 0.15, "beta, weight of the neighbours", _between(0, 1e6), _SUPERGLOBAL),
+    Option(
+        "SupG.rerank_s2", "refined",
+        "rows that the expanded query meets: refined (the paper's released code) or original (its text)",
+        _one_of("refined", "original"), _SUPERGLOBAL,
+    ),
+    Option("RERANK.QE_N", 10, "results that expand a query of aqe and alpha-qe", _size, _EXPANSION),
+    Option("RERANK.QE_ALPHA", 3.0, "power of their similarities", _between(0, 1e3), _with_reranker("alpha-qe")),
+    Option("RERANK.DBA_K", 10, "rows that make up a new row of dba, itself among them", _size, _with_reranker("dba")),
+    Option("RERANK.K1", 20, "neighbours whose reciprocity k-reciprocal looks at", _size, _RECIPROCAL),
+    Option("RERANK.K2", 6, "neighbours over which its encodings are averaged", _size, _RECIPROCAL),
+    Option("RERANK.LAMBDA", 0.3, "weight of its cosine distance", _between(0, 1), _RECIPROCAL),
+    Option("RERANK.DIFFUSION_K", 50, "neighbours of a candidate in the graph of diffusion", _size, _DIFFUSION),
+    Option("RERANK.DIFFUSION_KQ", 10, "candidates that diffusion starts from", _size, _DIFFUSION),
+    Option("RERANK.DIFFUSION_GAMMA", 3.0, "power of its similarities", _between(1e-3, 1e3), _DIFFUSION),
+    Option(
+        "RERANK.DIFFUSION_ALPHA", 0.99, "share of a score that comes from neighbours", _between(0, 0.9999), _DIFFUSION
+    ),
     Option("SupG.onemeval", False, "add the 1M distractors, extracted by extract_rop1m.py"),
 )  # fmt: skip
 _BY_KEY = {option.key: option for option in OPTIONS}
@@ -221,7 +283,7 @@ NETWORK = (
     *("SupG.sgem", "SupG.sgem_p", "SupG.relup", "SupG.relup_threshold"),
 )
 LOADING = ("TEST.BATCH_SIZE", "DATA_LOADER.NUM_WORKERS", "DATA_LOADER.MAX_PIXELS", "DATA_LOADER.PIN_MEMORY")
-RERANKING = ("TEST.RERANKER", "SupG.rerank", "SupG.rerank_m", "SupG.rerank_k", "SupG.rerank_beta")
+RERANKING = ("TEST.RERANKER", *(key for key in _BY_KEY if key.startswith(("SupG.rerank", "RERANK."))))
 
 # How a command's user types the arguments that an InputError advises.
 ADVICE: dict[str, Callable[[Any], str]] = {
@@ -375,13 +437,20 @@ def idle_options(cfg: CfgNode) -> list[str]:
     values, lines = option_values(cfg), []
     for option in OPTIONS:
         if values[option.key] != option.default:
-            reasons = [f"{key} {values[key]}" for key, wanted in (option.needs or {}).items() if values[key] != wanted]
+            needs = (option.needs or {}).items()
+            reasons = [f"{key} {_as_typed(values[key])}" for key, wanted in needs if values[key] != wanted]
             names_distractors = option.key == "MODEL.DEPTH" and values["SupG.onemeval"]
             if values["TEST.FEATURES"] and option.key in (*NETWORK, *LOADING) and not names_distractors:
                 reasons.append("TEST.FEATURES")
             if reasons:
-                lines.append(f"{option.key} {values[option.key]} has no effect with {' and '.join(reasons)}")
+                value = _as_typed(values[option.key])
+                lines.append(f"{option.key} {value} has no effect with {' and '.join(reasons)}")
     return lines
+
+
+def _as_typed(value: Any) -> str:
+    """As a user would type it: a list without brackets."""
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def used_options(cfg: CfgNode) -> dict[str, Any]:
@@ -428,7 +497,7 @@ def _refuse_idle(cfg: CfgNode) -> None:
         for needed, wanted in (option.needs or {}).items():
             off = _BY_KEY[needed].default != wanted != reduce(getattr, needed.split("."), cfg)
             if value != option.default and off:
-                raise InputError(f"{key} {value} has no effect without {needed} {wanted}")
+                raise InputError(f"{key} {_as_typed(value)} has no effect without {needed} {wanted}")
 
 
 def _is_key(word: str) -> bool:

@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
     from report.page import evaluated_page, write_report
     from report.results import Evaluated, save_results, summary
     from revisitop.evaluate import evaluate
-    from revisitop.retrieve import rerank, retrieve
+    from revisitop.retrieve import retrieve
 
     output, processes = make_output(cfg), Processes()
     first = processes.rank == 0
@@ -56,11 +56,11 @@ def main(argv: list[str]) -> None:
             rankings = {"retrieval": saved}
         else:
             queries, database = experiment.descriptors(cfg.TEST.RESUME or processes.count > 1)
-            m = results_needed(experiment.rerankers.values())
-            searched = retrieve(queries, database, m, dataset.listed, device)
+            stages, listed = experiment.stages, dataset.listed
+            searched = retrieve(queries, database, results_needed(stages.values()), listed, device)
             rankings = {"retrieval": searched}
-            for stage, reranker in experiment.rerankers.items():
-                rankings[stage] = rerank(searched, reranker, queries, database, device)
+            for title, stage in stages.items():
+                rankings[title] = stage(searched, queries, database, listed, device)
         metrics = {
             stage: evaluate(ranking, dataset.ground_truth, dataset.protocols) for stage, ranking in rankings.items()
         }

@@ -2,6 +2,8 @@
 
 import ctypes
 import platform
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -46,3 +48,44 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"{device} ({torch.get_num_threads()} threads)"
+
+
+class PeakMemory:
+    """Measures by how much the memory in use grew at most while a block ran, in bytes.
+
+    On a GPU that is what PyTorch held there; on Linux without one, what the process held, pages of files
+    that it read among them. Elsewhere it is not known.
+
+    Attributes:
+        bytes: after the block; None where it is not known.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.bytes = device, None
+
+    def __enter__(self) -> "PeakMemory":
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
+        else:
+            if platform.libc_ver()[0] == "glibc":
+                ctypes.CDLL(None).malloc_trim(0)  # memory that was freed, and would be taken again unseen
+            with suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew, see proc(5)
+            self._before = _resident("VmRSS")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self.device) - self._before
+        elif self._before is not None:
+            self.bytes = max(0, _resident("VmHWM") - self._before)
+
+
+def _resident(field: str) -> int | None:
+    """Bytes of a field of /proc/self/status; None where there is no such file."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))

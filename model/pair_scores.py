@@ -7,6 +7,7 @@ Lee et al., "Correlation Verification for Image Retrieval", CVPR 2022.
 
 import hashlib
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -220,6 +222,16 @@ class FeatureMaps:
             with new.open("wb") as file:
                 np.save(file, made.numpy())
             new.replace(self.folder / f"{stamp}.npy")
+
+
+def map_bytes(images: Sequence[ImageFile]) -> int:
+    """Bytes of an image's feature map, (1024, H / 16, W / 16) float32, in the mean over these images."""
+    sizes = []
+    for image in images:
+        with Image.open(image.path) as opened:
+            width, height = opened.size
+        sizes.append(4 * 1024 * math.ceil(height / 16) * math.ceil(width / 16))
+    return round(sum(sizes) / len(sizes))
 
 
 def equal_sizes(

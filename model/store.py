@@ -19,10 +19,11 @@ import logging
 import math
 import os
 import shutil
+import tempfile
 import time
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -33,6 +34,36 @@ log = logging.getLogger(__name__)
 
 FLUSH_ROWS = 256
 FLUSH_SECONDS = 20.0
+
+
+def scratch_rows(rows: int, dim: int, folder: Path | None = None) -> torch.Tensor:
+    """Returns a new (rows, dim) float32 tensor on disk, in a file that is gone when the tensor is.
+
+    Args:
+        folder: where there is room for it; by default where the system keeps temporary files.
+
+    Raises:
+        InputError: if there is none.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            _reserve(file, max(1, 4 * rows * dim))
+            return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=(rows, dim)))
+    except OSError as error:
+        where = folder or tempfile.gettempdir()
+        raise InputError(f"{where} has no room for {rows:,} rows of {dim} ({error.strerror})") from None
+
+
+def _reserve(file: IO[bytes], size: int) -> None:
+    """Makes room for `size` bytes on the disk: a mapped file that turns out to have none would end the process."""
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except AttributeError:  # not on every system
+        file.truncate(size)
+    except OSError as error:  # nor on every file system
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+        file.truncate(size)
 
 
 class DescriptorStore:
@@ -298,15 +329,7 @@ class DescriptorStore:
             header = {"descr": "<f4", "fortran_order": False, "shape": (self.rows, self.dim)}
             np.lib.format.write_array_header_1_0(file, header)
             file.flush()
-            size = self._offset(self.rows)
-            try:
-                os.posix_fallocate(file.fileno(), 0, size)
-            except AttributeError:  # not on every system
-                file.truncate(size)
-            except OSError as error:  # nor on every file system
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                    raise
-                file.truncate(size)
+            _reserve(file, self._offset(self.rows))
             _sync(file)
 
     def _resume(self) -> None:

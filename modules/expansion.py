@@ -128,6 +128,7 @@ def augmented_rows(
     alpha: float | None = None,
     out: Tensor | None = None,
     device: torch.device | str = "cpu",
+    on_rows: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Returns each row replaced by the mean of its neighbourhood: normalise(sum over r of w_r x_r). (N, D) -> (N, D).
 
@@ -146,6 +147,7 @@ def augmented_rows(
         out: (N, D), where the new rows are written, a memory-mapped tensor say; by default a new float32 tensor.
             It must not be the database's own memory.
         device: where the work is done.
+        on_rows: called with the number of new rows as they are made, for a progress bar.
 
     Every row is searched for among all N, a thousand at a time, in N^2 D multiplications altogether; beside
     `out` the memory does not grow with N.
@@ -177,6 +179,8 @@ def augmented_rows(
                 weights = (rows @ rows[:, 0, :, None]).squeeze(-1).clamp(min=0).pow(alpha)
                 total = (weights[:, None] @ rows).squeeze(1)
             out[own.to(out.device)] = F.normalize(total, dim=-1).to(out.device, out.dtype)
+        if on_rows is not None:
+            on_rows(len(numbers))
     return out
 
 

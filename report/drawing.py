@@ -3,10 +3,14 @@
 import base64
 import io
 import math
+from collections.abc import Sequence
 from itertools import cycle
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw
 
 from model.images import Box, ImageFile, read_image
@@ -31,10 +35,8 @@ def draw_curves(metrics: dict[str, dict[str, Metrics]]) -> list[dict[str, str]]:
 
 
 def _draw_curve(title: str, results: dict[str, Metrics], dark: bool) -> str:
-    ink, faint = ("#d5d9de", "#3a4149") if dark else ("#2a2f35", "#dfe3e8")
+    figure, axes, ink = _axes(dark, title)
     colours = ("#8b949e", *(("#5aa7f7", "#f0a35e", "#6cc7a1") if dark else ("#0b62c4", "#b3541e", "#1b7f5c")))
-    figure = Figure(figsize=(4, 3), layout="constrained")
-    axes = figure.subplots()
     for (stage, result), colour in zip(results.items(), cycle(colours), strict=False):
         recall = np.linspace(0, 100, RECALL_LEVELS)
         label = f"{stage}, {result.protocol.measure.title} {100 * result.map:.2f}"
@@ -43,9 +45,74 @@ def _draw_curve(title: str, results: dict[str, Metrics], dark: bool) -> str:
             recall, 100 * result.precision, label=label, color=colour, linestyle=style, linewidth=1.8, clip_on=False
         )
     axes.set(xlim=(0, 100), ylim=(0, 100), xlabel="recall in percent", ylabel="precision in percent")
-    axes.set_title(title, loc="left", color=ink, fontsize=11, fontweight="bold")
     axes.legend(loc="best", frameon=False, labelcolor=ink, fontsize=9)
-    axes.grid(color=faint, linewidth=0.8)
+    axes.grid(color="#3a4149" if dark else "#dfe3e8", linewidth=0.8)
+    return _finished(figure, axes, ink)
+
+
+def draw_heat_map(
+    values: Sequence[Sequence[float]],
+    down: tuple[str, Sequence[Any]],
+    across: tuple[str, Sequence[Any]],
+    chosen: tuple[Any, Any],
+) -> dict[str, str]:
+    """A figure in percent for each pair of values of two options, as a plot like those of draw_curves.
+
+    Args:
+        values: a row per value of `down`; NaN where there is none.
+        down, across: the options and their values.
+        chosen: the pair that is framed.
+    """
+
+    def draw(dark: bool) -> str:
+        figure, axes, ink = _axes(dark, f"{down[0]} and {across[0]}")
+        table = np.array(values, dtype=float)
+        axes.imshow(table, cmap="cividis", aspect="auto")
+        middle = (np.nanmin(table) + np.nanmax(table)) / 2
+        for (row, column), value in np.ndenumerate(table):
+            if not math.isnan(value):
+                colour = "white" if value < middle else "black"
+                axes.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=8, color=colour)
+        place = (across[1].index(chosen[1]) - 0.5, down[1].index(chosen[0]) - 0.5)
+        axes.add_patch(Rectangle(place, 1, 1, fill=False, edgecolor="#e5484d", linewidth=2.5))
+        axes.set(xlabel=across[0], ylabel=down[0])
+        axes.set_xticks(range(len(across[1])), [f"{each}" for each in across[1]])
+        axes.set_yticks(range(len(down[1])), [f"{each}" for each in down[1]])
+        return _finished(figure, axes, ink)
+
+    alt = f"Heat map of {down[0]} and {across[0]}; chosen are {chosen[0]} and {chosen[1]}"
+    return {"alt": alt, "light": draw(False), "dark": draw(True)}
+
+
+def draw_lines(option: str, values: Sequence[Any], figures: Sequence[float], chosen: Any) -> dict[str, str]:
+    """A figure in percent for each value of an option, the chosen one marked, as a plot like those of draw_curves."""
+
+    def draw(dark: bool) -> str:
+        figure, axes, ink = _axes(dark, option)
+        places = range(len(values))
+        axes.plot(places, figures, color="#5aa7f7" if dark else "#0b62c4", marker="o", linewidth=1.8)
+        best = list(values).index(chosen)
+        axes.plot([best], [figures[best]], color="#e5484d", marker="o", markersize=9)
+        axes.set(xlabel=option, ylabel="figure in percent")
+        axes.set_xticks(places, [f"{each}" for each in values])
+        axes.grid(color="#3a4149" if dark else "#dfe3e8", linewidth=0.8)
+        return _finished(figure, axes, ink)
+
+    listed = ", ".join(f"{value}: {figure:.2f}" for value, figure in zip(values, figures, strict=True))
+    return {"alt": f"Figure by {option}: {listed}", "light": draw(False), "dark": draw(True)}
+
+
+def _axes(dark: bool, title: str) -> tuple[Figure, Axes, str]:
+    """A figure of the page's size with its title, and the ink for such a ground."""
+    ink = "#d5d9de" if dark else "#2a2f35"
+    figure = Figure(figsize=(4, 3), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title, loc="left", color=ink, fontsize=11, fontweight="bold")
+    return figure, axes, ink
+
+
+def _finished(figure: Figure, axes: Axes, ink: str) -> str:
+    """The figure as a data URI of SVG, its axes in ink and without a frame."""
     axes.tick_params(colors=ink, labelsize=9, length=0)
     for label in (axes.xaxis.label, axes.yaxis.label):
         label.set(color=ink, fontsize=9)

@@ -21,9 +21,9 @@ from model.errors import InputError, short_list
 from model.images import ImageError, ImageFile
 from report.drawing import draw_curves, jpeg_uri, read_thumbnail
 from report.results import Evaluated
+from revisitop.dataset import Dataset
 from revisitop.evaluate import Metrics, query_aps
 from revisitop.protocols import REVISITED_PROTOCOLS, Protocol
-from revisitop.retrieve import Ranking
 
 log = logging.getLogger(__name__)
 
@@ -42,13 +42,13 @@ class Hit:
     Attributes:
         name: as the page shows it.
         image: the image, or None where there is none; a file that is missing or damaged does no harm.
-        score: what the ranking is ordered by.
+        score: what the ranking is ordered by; None where that is not known.
         label: easy, hard, right, ignored or wrong; None without ground truth.
     """
 
     name: str
     image: ImageFile | None
-    score: float
+    score: float | None
     label: str | None = None
 
 
@@ -86,6 +86,10 @@ class Section:
         metrics: per stage ("retrieval", "reranking") and protocol (E, M, H); empty without ground truth.
         note: a sentence below the heading.
         omitted: queries that are not shown.
+        plots: pictures below the note, each with alt, light and dark, see report/drawing.py.
+        caption: of the plots.
+        tables: below them.
+        headings: of the stages' rankings; by default they tell what orders them.
     """
 
     name: str
@@ -94,6 +98,16 @@ class Section:
     metrics: dict[str, dict[str, Metrics]] = field(default_factory=dict)
     note: str = ""
     omitted: int = 0
+    plots: list[dict[str, str]] = field(default_factory=list)
+    caption: str = ""
+    tables: "list[Table]" = field(default_factory=list)
+    headings: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def labels(self) -> set[str]:
+        """Those of its results."""
+        hits = (hit for query in self.queries for ranking in query.rankings.values() for hit in ranking)
+        return {hit.label for hit in hits if hit.label is not None}
 
     @property
     def protocols(self) -> list[Protocol]:
@@ -109,6 +123,13 @@ class Section:
             losses = [query for query in reversed(compared) if query.changes[stage] < 0]
             changed.append(Changed(stage, gains, losses, len(compared) - len(gains) - len(losses)))
         return changed
+
+
+class Table(NamedTuple):
+    """Cells of text; the first row is the heading."""
+
+    caption: str
+    rows: list[list[str]]
 
 
 class Changed(NamedTuple):
@@ -181,26 +202,13 @@ def evaluated_section(evaluated: Evaluated, distractors: Sequence[ImageFile] = (
         distractors: see evaluated_page.
     """
     dataset, own = evaluated.dataset, len(evaluated.dataset.database)
-
-    def hits(ranking: Ranking, query: int) -> list[Hit]:
-        kinds = dataset.ground_truth[query].kinds
-        labels = {number: label_of(kind) for kind, numbers in kinds.items() for number in numbers.tolist()}
-        found = []
-        for number, score in zip(ranking.ids[query, :SHOWN].tolist(), ranking.scores[query].tolist(), strict=False):
-            if number < 0:  # a saved ranking may end before
-                continue
-            if number < own:
-                image, name = dataset.database[number], dataset.database_name(number)
-            else:
-                image = distractors[number - own] if number - own < len(distractors) else None
-                name = f"distractor {number - own}"
-            found.append(Hit(name, image, score, labels.get(number, "wrong")))
-        return found
-
     queries = []
     all_aps = {stage: query_aps(metrics) for stage, metrics in evaluated.metrics.items()}
     for i, image in enumerate(dataset.queries):
-        rankings = {stage: hits(ranking, i) for stage, ranking in evaluated.rankings.items()}
+        rankings = {
+            stage: labelled_hits(dataset, i, ranking.ids[i].tolist(), ranking.scores[i].tolist(), distractors)
+            for stage, ranking in evaluated.rankings.items()
+        }
         aps = {stage: float(own[i]) for stage, own in all_aps.items()}
         aps = {stage: ap for stage, ap in aps.items() if not math.isnan(ap)}
         queries.append(Query(dataset.query_name(i), image, rankings, aps))
@@ -216,7 +224,38 @@ def evaluated_section(evaluated: Evaluated, distractors: Sequence[ImageFile] = (
         note += f", {evaluated.facts['distractors']:,} distractors"
     if "note" in evaluated.facts:
         note += f". {evaluated.facts['note'].capitalize()}"
-    return Section(dataset.name, queries, order, evaluated.metrics, f"{note}.")
+    plots = draw_curves(evaluated.metrics)
+    caption = "Interpolated precision, the mean over the queries; ignored images have left the rankings."
+    return Section(dataset.name, queries, order, evaluated.metrics, f"{note}.", plots=plots, caption=caption)
+
+
+def labelled_hits(
+    dataset: Dataset,
+    query: int,
+    ids: Sequence[int],
+    scores: Sequence[float] | None = None,
+    distractors: Sequence[ImageFile] = (),
+) -> list[Hit]:
+    """A query's first results, with what the ground truth says of them.
+
+    Args:
+        ids: database numbers, best first, -1 for none; distractors count from the database's end.
+        scores: of them; None where they are not known.
+        distractors: their images, as far as they are known.
+    """
+    own, kinds = len(dataset.database), dataset.ground_truth[query].kinds
+    labels = {number: label_of(kind) for kind, numbers in kinds.items() for number in numbers.tolist()}
+    found = []
+    for number, score in zip(ids[:SHOWN], scores or [None] * len(ids), strict=False):
+        if number < 0:  # a saved ranking may end before
+            continue
+        if number < own:
+            image, name = dataset.database[number], dataset.database_name(number)
+        else:
+            image = distractors[number - own] if number - own < len(distractors) else None
+            name = f"distractor {number - own}"
+        found.append(Hit(name, image, score, labels.get(number, "wrong")))
+    return found
 
 
 def label_of(kind: str) -> str:
@@ -245,13 +284,12 @@ def write_report(page: Page, folder: Path) -> Path:
     )
     environment.filters["signed"] = lambda value: f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")
     template = environment.get_template("page.html")
-    curves = [draw_curves(section.metrics) for section in page.sections]
     originals = _read_images(page.sections)
     for side, quality in _SIZES:
         thumbnails = {
             (image, scale): jpeg_uri(original, scale * side, quality) for (image, scale), original in originals.items()
         }
-        html = template.render(page=page, curves=curves, thumbnails=thumbnails, query_scale=_QUERY_SCALE).encode(
+        html = template.render(page=page, thumbnails=thumbnails, query_scale=_QUERY_SCALE).encode(
             "utf-8", errors="replace"
         )  # a name on the disk need not be UTF-8
         if len(html) < PAGE_BYTES:

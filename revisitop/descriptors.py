@@ -123,28 +123,38 @@ def descriptors_made_from(path: Path, dataset: Dataset) -> dict[str, Any]:
 
 
 def load_distractors(path: Path) -> Tensor:
-    """The distractors' descriptors, (N, D) float32 or float16, memory-mapped.
+    """The distractors' descriptors, (N, D), memory-mapped.
 
     Raises:
-        InputError: where the file is damaged, holds something else, or rows that are no unit vectors
-            (a thousand are looked at; zero rows, of skipped images, are fine).
+        InputError: as load_rows, and where rows are no unit vectors (a thousand are looked at; zero rows,
+            of skipped images, are fine).
     """
-    if path.suffix == ".npy":
-        array = _load_npy(path, mmap_mode="c")
-        rows = torch.from_numpy(array) if array.dtype in (np.float32, np.float16) else None
-    else:
-        rows = load_tensors(path)
-    if isinstance(rows, Tensor):
-        rows = rows.detach()
-    if not isinstance(rows, Tensor) or rows.ndim != 2 or not rows.is_floating_point() or not is_plain(rows):
-        raise InputError(f"{path} holds no (N, D) array of float32 or float16 descriptors; extract_rop1m.py makes it")
-    if not rows.numel():
-        raise InputError(f"{path} holds no descriptors: its shape is {tuple(rows.shape)}; extract_rop1m.py makes it")
+    rows = load_rows(path)
     norms = rows[:: max(1, len(rows) // 1000)].float().norm(dim=1)
     if ((norms > 0) & ((norms - 1).abs() > _UNIT_TOLERANCE)).any():
         raise InputError(
             f"{path}: its rows are not of unit length ({norms.min():.3g} to {norms.max():.3g}); normalise them"
         )
+    return rows
+
+
+def load_rows(path: Path) -> Tensor:
+    """Vectors of any origin, (N, D) float16, float32 or float64, memory-mapped.
+
+    Raises:
+        InputError: where the file is damaged, or holds something else.
+    """
+    if path.suffix == ".npy":
+        array = _load_npy(path, mmap_mode="c")
+        rows = torch.from_numpy(array) if array.dtype in (np.float16, np.float32, np.float64) else None
+    else:
+        rows = load_tensors(path)
+    if isinstance(rows, Tensor):
+        rows = rows.detach()
+    if not isinstance(rows, Tensor) or rows.ndim != 2 or not rows.is_floating_point() or not is_plain(rows):
+        raise InputError(f"{path} holds no array (N, D) of floating numbers, a descriptor per row")
+    if not rows.numel():
+        raise InputError(f"{path} holds no descriptors: its shape is {tuple(rows.shape)}")
     return rows
 
 

@@ -41,6 +41,7 @@ class Ranking:
         scores: (Q, R), what they are ordered by: the cosine; after reranking, its score in the first places.
         positions: per query (L,) int64, the 0-based rank of each listed row among all N.
         seconds: what it took, for all queries.
+        once: what preparing the database for it took, which further queries would not need.
         candidates: None, or what a reranker scored beyond the places that it sorted.
     """
 
@@ -49,6 +50,7 @@ class Ranking:
     positions: list[Tensor]
     seconds: float
     candidates: Candidates | None = None
+    once: float = 0.0
 
 
 def retrieve(

@@ -25,7 +25,7 @@ from assembly import (
     find_recipe,
     make_loading,
     make_output,
-    make_rerankers,
+    make_stages,
     results_needed,
     start_device,
 )
@@ -39,7 +39,7 @@ from model.recipe import Recipe
 from modules.search import Database
 from report.log import start_log
 from report.page import SHOWN, Hit, Page, Query, Section, write_report
-from revisitop.retrieve import SAVED_RANKS, Ranking, rerank, retrieve
+from revisitop.retrieve import SAVED_RANKS, Ranking, retrieve
 
 log = logging.getLogger(__name__)
 
@@ -89,21 +89,20 @@ def main(argv: list[str]) -> None:
     with owned(cache):
         database, queries = extract_folders(sets, recipe, device, cfg)
 
-    subject = Subject(recipe, queries.images, database.images, 0, cache / "cvnet.npy", output.folder / "cvnet_maps")
-    rerankers, rows = make_rerankers(cfg, subject, device), Database(database.descriptors)
-    searched = retrieve(queries.descriptors, rows, results_needed(rerankers.values()), device=device)
+    subject = Subject(recipe, queries.images, database.images, 0, None, output.folder)
+    stages, rows = make_stages(cfg, subject, device), Database(database.descriptors)
+    searched = retrieve(queries.descriptors, rows, results_needed(stages.values()), device=device)
     rankings = {"retrieval": searched}
-    for stage, reranker in rerankers.items():
-        rankings[stage] = rerank(searched, reranker, queries.descriptors, rows, device)
+    for title, stage in stages.items():
+        rankings[title] = stage(searched, queries.descriptors, rows, device=device)
 
-    final = list(rankings.values())[-1]
-    scores = "cosine similarity" if final is searched else "the reranking's own, which depend on the other results"
-    shown = (queries, database, searched, final, args.top)
+    title, final = list(rankings.items())[-1]
+    scores = "cosine similarity" if final is searched else f"of the {title}, which depend on the other results"
     if args.json:
-        print(json.dumps({"scores": scores, **as_dict(*shown)}, indent=1))
+        print(json.dumps({"scores": scores, **as_dict(queries, database, final, args.top)}, indent=1))
     else:
         log.info("scores: %s%s", scores, "" if final is searched else "; then the cosine similarity")
-        for line in in_words(*shown):
+        for line in in_words(queries, database, final, args.top, final is not searched):
             log.info("%s", line)
     if args.report:
         settings = {"database": str(args.database), "queries": str(args.queries), "checkpoint": str(recipe.checkpoint)}
@@ -133,7 +132,7 @@ def parse(argv: list[str]) -> Parsed:
     line.add("--json", action="store_true", help="print JSON, and everything else on stderr")
     line.add("--report", action="store_true", help="write a page of the first 10 for each query")
     parsed = line.parse(argv)
-    if parsed.cfg.TEST.RERANKER == "cvnet":
+    if "cvnet" in parsed.cfg.TEST.RERANKER:
         raise InputError(f"TEST.RERANKER cvnet takes minutes for each query; {truth}")
     return parsed
 
@@ -233,23 +232,24 @@ class Result(NamedTuple):
     cosine: float
 
 
-def results(database: Folder, searched: Ranking, final: Ranking, query: int, count: int) -> Iterator[Result]:
-    cosines = dict(zip(searched.ids[query].tolist(), searched.scores[query].tolist(), strict=True))
-    ranked = zip(final.ids[query, :count].tolist(), final.scores[query, :count].tolist(), strict=True)
-    for rank, (number, score) in enumerate(ranked, start=1):
-        yield Result(rank, database.name(number), score, cosines[number])
+def results(queries: Folder, database: Folder, final: Ranking, query: int, count: int) -> Iterator[Result]:
+    ids = final.ids[query, :count]
+    cosines = (database.descriptors[ids].double() @ queries.descriptors[query].double()).float()
+    ranked = zip(ids.tolist(), final.scores[query, :count].tolist(), cosines.tolist(), strict=True)
+    for rank, (number, score, cosine) in enumerate(ranked, start=1):
+        yield Result(rank, database.name(number), score, cosine)
 
 
-def in_words(queries: Folder, database: Folder, searched: Ranking, final: Ranking, count: int) -> Iterator[str]:
+def in_words(queries: Folder, database: Folder, final: Ranking, count: int, reranked: bool) -> Iterator[str]:
     for query in range(len(queries.images)):
         yield ""
         yield queries.name(query)
-        for rank, file, score, cosine in results(database, searched, final, query, count):
-            scores = f"{score:7.4f}" if final is searched else f"{score:7.4f}  {cosine:7.4f}"
+        for rank, file, score, cosine in results(queries, database, final, query, count):
+            scores = f"{score:7.4f}  {cosine:7.4f}" if reranked else f"{score:7.4f}"
             yield f"{rank:4d}  {scores}  {file}"
 
 
-def as_dict(queries: Folder, database: Folder, searched: Ranking, final: Ranking, count: int) -> dict:
+def as_dict(queries: Folder, database: Folder, final: Ranking, count: int) -> dict:
     return {
         "database": str(database.root),
         "unreadable": {"database": database.unreadable, "queries": queries.unreadable},
@@ -258,7 +258,7 @@ def as_dict(queries: Folder, database: Folder, searched: Ranking, final: Ranking
                 "query": queries.name(query),
                 "results": [
                     {**each._asdict(), "score": round(each.score, 6), "cosine": round(each.cosine, 6)}
-                    for each in results(database, searched, final, query, count)
+                    for each in results(queries, database, final, query, count)
                 ],
             }
             for query in range(len(queries.images))

@@ -3,11 +3,13 @@
 python -m tools.tables main
 python -m tools.tables ablation MODEL.DEPTH 50
 python -m tools.tables rerank TEST.DATASET_LIST "['roxford5k']" SupG.onemeval
+python -m tools.tables rerankers TEST.DATASET_LIST "['roxford5k']"
 
-main      ResNet-50 and ResNet-101, or the network of MODEL.NAME, with and without reranking and +1M distractors;
-          with TEST.RERANKER cvnet, reranking by local features, too (hours to days, without +1M)
-ablation  each of the four modules switched off, all of them, and reranking
-rerank    reranking with other M, K and beta, one of them at a time
+main       ResNet-50 and ResNet-101, or the network of MODEL.NAME, with and without reranking and +1M distractors;
+           with TEST.RERANKER cvnet, reranking by local features, too (hours to days, without +1M)
+ablation   each of the four modules switched off, all of them, and reranking by both readings of S2
+rerank     reranking with other M, K and beta, one of them at a time
+rerankers  SuperGlobal's reranking beside its rivals, or what TEST.RERANKER names: metrics, time, memory, bytes kept
 
 Rows come as they are done, and stand in TEST.OUT_DIR/runs/latest, too. Images are extracted once per
 network and setting, for test.py, too; an interrupted table resumes. What is missing is said in its row.
@@ -28,33 +30,44 @@ import torch
 from yacs.config import CfgNode
 
 from assembly import (
-    RERANKERS,
+    STAGES,
     Experiment,
     Output,
+    Subject,
     find_dataset,
     make_output,
     make_recipe,
-    make_rerankers,
+    make_stages,
     network_title,
     prepare,
     results_needed,
     start_device,
 )
-from config import ADVICE, CommandLine, Parsed, idle_options, make_config, plain, varied
+from config import ADVICE, RERANKER_NAMES, CommandLine, Parsed, idle_options, make_config, plain, varied
+from model.device import PeakMemory
 from model.errors import InputError, run_command
+from model.pair_scores import map_bytes
 from model.resnet import STAGE_DEPTHS
-from modules.reranking import RERANK_BETA, RERANK_K, RERANK_M, Reranker, SuperGlobalReranker
+from modules.reranking import RERANK_BETA, RERANK_K, RERANK_M, SuperGlobalReranker
 from report.log import start_log
 from revisitop import toy
 from revisitop.evaluate import Metrics, evaluate
 from revisitop.protocols import REVISITED_PROTOCOLS, Protocol
-from revisitop.retrieve import rerank, retrieve
+from revisitop.retrieve import Ranking, retrieve
+from revisitop.stages import Reranked, Stage
 
 log = logging.getLogger(__name__)
 
 MODULES = {"gemp": "GeM+", "rgem": "Regional-GeM", "sgem": "Scale-GeM", "relup": "ReLU+"}
+COSTS = ("ms per query", "peak memory, MB", "bytes per image")
 PUBLISHED = ("M", "H")  # the protocols of which the paper has figures
-SWEEP = {"m": (50, 100, 200, 400, 800, 1600), "k": (1, 3, 5, 9, 15, 25), "beta": (0.0, 0.05, 0.1, 0.15, 0.25, 0.5, 1.0)}
+GLOBAL = tuple(name for name in RERANKER_NAMES if name != "cvnet")  # what rerankers compares by default
+SWEEP = {
+    "m": (50, 100, 200, 400, 800, 1600),
+    "k": (1, 3, 5, 9, 15, 25),
+    "beta": (0.0, 0.05, 0.1, 0.15, 0.25, 0.5, 1.0),
+    "s2": ("refined", "original"),
+}
 
 
 @dataclass(frozen=True)
@@ -68,33 +81,38 @@ class Row:
     metrics: dict[str, Metrics] | None = None
     published: dict[str, float] | None = None
     note: str = ""
+    costs: tuple[str, ...] = ()
 
-    def cells(self) -> list[str]:
+    def cells(self, with_costs: bool) -> list[str]:
         cells = [self.network, self.dataset, self.setting]
         for protocol in self.protocols:
             value = 100 * self.metrics[protocol.name].map if self.metrics else math.nan
             cells.append("" if math.isnan(value) else f"{value:.2f}")
-            if protocol.name in PUBLISHED:
+            if protocol.name in PUBLISHED and not with_costs:
                 known = (self.published or {}).get(protocol.name)
                 cells.append("" if known is None else f"{known:.1f}")
                 cells.append("" if known is None or math.isnan(value) else f"{value - known:+.2f}")
+        if with_costs:
+            cells += self.costs or [""] * len(COSTS)
         return [*cells, self.note]
 
 
-class Reranked(NamedTuple):
+class Variant(NamedTuple):
     """A row of reranking.
 
     Attributes:
-        stage: its title.
-        words: what sets the reranker apart from the others of the table.
-        reranker: the reranker.
-        method: M, K and beta of SuperGlobal's reranking; None for another reranker.
+        title: of its stage.
+        words: what sets it apart from the others of the table.
+        stage: what reranks.
+        method: M, K, beta and S2 of SuperGlobal's reranking; None for another reranker.
+        bytes_kept: per image, beside its descriptor.
     """
 
-    stage: str
+    title: str
     words: str
-    reranker: Reranker
-    method: tuple[int, int, float] | None
+    stage: Stage
+    method: tuple[int, int, float, str] | None = None
+    bytes_kept: int = 0
 
 
 class Part(NamedTuple):
@@ -103,21 +121,19 @@ class Part(NamedTuple):
     Attributes:
         cfg: the options of these rows.
         words: what sets the network apart from the others of the table.
-        reranked: the rows of reranking, of an experiment.
+        variants: the rows of reranking, of an experiment.
     """
 
     cfg: CfgNode
     words: str
-    reranked: Callable[[Experiment], list[Reranked]]
+    variants: Callable[[Experiment], list[Variant]]
 
 
 def main(argv: list[str]) -> None:
     args, cfg, _ = parse(argv)
-    output = make_output(cfg)
+    table, output = TABLES[args.task], make_output(cfg)
     head = start_log(Path("log.txt"), plain(cfg), screen=sys.stderr)
-    superglobal = varied(cfg, {"TEST.RERANKER": "superglobal"})  # it has its rows beside a rival's
-    idle = set(idle_options(cfg)) & set(idle_options(superglobal if cfg.TEST.RERANKER != "none" else cfg))
-    for line in sorted(idle):
+    for line in idle_options(cfg):
         log.warning("%s", line)
     device = start_device(cfg, head)
     lines: list[str] = []
@@ -128,15 +144,18 @@ def main(argv: list[str]) -> None:
         print(line, flush=True)
 
     for protocols, names in by_protocols(cfg).items():  # a table for each kind of dataset
-        say("\n".join([""] * bool(lines) + heading(protocols)))
-        for part in TABLES[args.task](cfg, args.depth or list(STAGE_DEPTHS)):
+        say("\n".join([""] * bool(lines) + heading(protocols, table.costs)))
+        for part in table.parts(cfg, args.depth or list(STAGE_DEPTHS)):
             for row in chain.from_iterable(rows(part, name, protocols, output, device) for name in names):
                 missing += row.metrics is None
-                say(markdown(row.cells()))
+                say(markdown(row.cells(table.costs)))
                 run = run or output.new_run(f"{args.task}-{'+'.join(cfg.TEST.DATASET_LIST)}")
                 (run / f"{args.task}.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
                 output.publish(run)
-    print(f"\nPublished: {published()['source']}.")
+    if table.costs:
+        print(f"\n{costs_explained(cfg, device)}")
+    else:
+        print(f"\nPublished: {published()['source']}.")
     if "toy" in cfg.TEST.DATASET_LIST:
         log.info("%s", toy.DISCLAIMER)
     if missing:
@@ -155,17 +174,24 @@ def parse(argv: list[str]) -> Parsed:
         assumed["SupG.onemeval"] = True
     elif args.depth:
         raise InputError(f"--depth is for main; {args.task} takes MODEL.DEPTH {args.depth[0]}")
+    if args.task == "rerankers":
+        assumed["TEST.RERANKER"] = list(GLOBAL)
     parsed = line.config(args, assumed)
-    if args.task == "rerank" and (parsed.cfg.TEST.RERANKER != "superglobal" or not parsed.cfg.SupG.rerank):
+    cfg = parsed.cfg
+    if args.task == "rerank" and (cfg.TEST.RERANKER != ["superglobal"] or not cfg.SupG.rerank):
         raise InputError("rerank sweeps SuperGlobal's reranking: leave TEST.RERANKER and SupG.rerank as they are")
+    if args.task == "rerankers" and "TEST.RERANKER" not in parsed.given:
+        parsed = parsed._replace(cfg=varied(cfg, assumed))
+    elif set(cfg.TEST.RERANKER) - {"none", "superglobal"} and "superglobal" not in cfg.TEST.RERANKER:
+        parsed = parsed._replace(cfg=varied(cfg, {"TEST.RERANKER": ["superglobal", *cfg.TEST.RERANKER]}))
     return parsed
 
 
 def main_table(cfg: CfgNode, depths: Sequence[int]) -> Iterator[Part]:
-    rival = cfg.TEST.RERANKER == "cvnet"
+    fast = [name for name in cfg.TEST.RERANKER if name not in ("cvnet", "dba")]  # what takes days with +1M
     for depth in depths if cfg.MODEL.NAME == "cvnet" else [cfg.MODEL.DEPTH]:
         yield Part(varied(cfg, {"MODEL.DEPTH": depth}), "", chosen)
-        changes = {"MODEL.DEPTH": depth, "SupG.onemeval": True} | ({"TEST.RERANKER": "superglobal"} if rival else {})
+        changes = {"MODEL.DEPTH": depth, "SupG.onemeval": True, "TEST.RERANKER": fast or ["none"]}
         yield Part(varied(cfg, changes), "", chosen)
 
 
@@ -173,37 +199,61 @@ def ablation_table(cfg: CfgNode, depths: Sequence[int]) -> Iterator[Part]:
     variants = {"": (), **{f"without {MODULES[name]}": (name,) for name in MODULES}, "without the four": tuple(MODULES)}
     for words, off in variants.items():
         changed = varied(cfg, {f"SupG.{name}": False for name in off})
-        yield Part(changed, words, chosen)
+        yield Part(changed, words, chosen if off else both_readings)
 
 
 def rerank_table(cfg: CfgNode, depths: Sequence[int]) -> Iterator[Part]:
-    own = {"m": cfg.SupG.rerank_m, "k": cfg.SupG.rerank_k, "beta": cfg.SupG.rerank_beta}
+    own = dict(zip(SWEEP, superglobal_method(cfg), strict=True))
     methods = []
     for name, values in SWEEP.items():
-        for value in sorted({*values, own[name]}):
+        for value in values if own[name] in values else sorted({*values, own[name]}):
             method = tuple({**own, name: value}.values())
             if method[1] <= method[0] and method not in methods:
                 methods.append(method)
     sweep = [
-        Reranked("reranking", f"M = {m}, K = {k}, beta = {beta:g}", SuperGlobalReranker(m, k, beta), (m, k, beta))
-        for m, k, beta in methods
+        Variant("reranking", in_words(*method), Reranked(SuperGlobalReranker(*method)), method) for method in methods
     ]
     yield Part(cfg, "", lambda experiment: sweep)
 
 
-def chosen(experiment: Experiment) -> list[Reranked]:
-    """What TEST.RERANKER names; before a rival of SuperGlobal's reranking, that."""
-    cfg, name, device = experiment.cfg, experiment.cfg.TEST.RERANKER, experiment.device
-    own = varied(cfg, {"TEST.RERANKER": "superglobal"})
-    method = (cfg.SupG.rerank_m, cfg.SupG.rerank_k, cfg.SupG.rerank_beta)
-    found = []
-    if name != "none":
-        usual = make_rerankers(own, experiment.subject, device)
-        found = [Reranked(stage, "", each, method) for stage, each in usual.items()]
-    if name not in ("none", "superglobal"):
-        rivals = experiment.rerankers.items()
-        found += [Reranked(stage, RERANKERS[name].title, each, None) for stage, each in rivals]
-    return found
+def rerankers_table(cfg: CfgNode, depths: Sequence[int]) -> Iterator[Part]:
+    yield Part(cfg, "", both_readings)
+
+
+def superglobal_method(cfg: CfgNode) -> tuple[int, int, float, str]:
+    return cfg.SupG.rerank_m, cfg.SupG.rerank_k, cfg.SupG.rerank_beta, cfg.SupG.rerank_s2
+
+
+def in_words(m: int, k: int, beta: float, s2: str) -> str:
+    return f"M = {m}, K = {k}, beta = {beta:g}{', S2 of the original rows' if s2 == 'original' else ''}"
+
+
+def chosen(experiment: Experiment) -> list[Variant]:
+    """What TEST.RERANKER names, SuperGlobal's reranking by its usual title and the others by their own."""
+    variants = []
+    for name in experiment.cfg.TEST.RERANKER:
+        own = varied(experiment.cfg, {"TEST.RERANKER": [name]})
+        stages = make_stages(own, experiment.subject, experiment.device)
+        if name == "superglobal":
+            variants += [Variant(title, "", stage, superglobal_method(own)) for title, stage in stages.items()]
+        else:
+            kept = map_bytes(experiment.subject.database) if name == "cvnet" else 0
+            words = STAGES[name].title if name in STAGES else ""
+            variants += [Variant(title, words, stage, bytes_kept=kept) for title, stage in stages.items()]
+    return variants
+
+
+def both_readings(experiment: Experiment) -> list[Variant]:
+    """The same, and behind SuperGlobal's reranking that of the paper's text (or of its code, where that was asked)."""
+    variants = []
+    for each in chosen(experiment):
+        variants.append(each)
+        if each.method is not None:
+            *method, s2 = each.method
+            other = (*method, "original" if s2 == "refined" else "refined")
+            words = f"S2 of the {other[-1]} rows"
+            variants.append(Variant(each.title, words, Reranked(SuperGlobalReranker(*other)), other))
+    return variants
 
 
 def by_protocols(cfg: CfgNode) -> dict[tuple[Protocol, ...], list[str]]:
@@ -218,13 +268,14 @@ def by_protocols(cfg: CfgNode) -> dict[tuple[Protocol, ...], list[str]]:
     return tables
 
 
-def heading(protocols: Sequence[Protocol]) -> list[str]:
-    """The first two lines of a table."""
+def heading(protocols: Sequence[Protocol], costs: bool) -> list[str]:
+    """The first two lines of a table, with columns for the costs or for the published figures."""
     cells = ["network", "dataset", "setting"]
     for protocol in protocols:
         usual = protocol in REVISITED_PROTOCOLS
         cells.append(protocol.title if usual else f"{protocol.measure.title} {protocol.title}")
-        cells += ["published", "difference"] if protocol.name in PUBLISHED else []
+        cells += ["published", "difference"] if protocol.name in PUBLISHED and not costs else []
+    cells += COSTS if costs else ()
     return [markdown([*cells, "note"]), markdown(["---"] * (len(cells) + 1))]
 
 
@@ -239,23 +290,52 @@ def rows(part: Part, name: str, protocols: Sequence[Protocol], output: Output, d
         experiment = prepare(cfg, name, output, device)
         queries, database = experiment.descriptors(cfg.TEST.RESUME)
     except InputError as error:
-        reranks = cfg.TEST.RERANKER not in ("none", "superglobal") or (cfg.TEST.RERANKER != "none" and cfg.SupG.rerank)
+        reranks = set(cfg.TEST.RERANKER) - ({"none"} if cfg.SupG.rerank else {"none", "superglobal"})
         stages = "retrieval, reranking" if reranks else "retrieval"
         yield Row(network_title(cfg), name, setting(stages), protocols, note=error.in_options(ADVICE))
         return
-    reranked, truth = part.reranked(experiment), experiment.dataset.ground_truth
-    needed = results_needed(each.reranker for each in reranked)
-    searched = retrieve(queries, database, needed, experiment.dataset.listed, device)
+    variants, truth, listed = part.variants(experiment), experiment.dataset.ground_truth, experiment.dataset.listed
+    needed = results_needed(each.stage for each in variants)
+    with PeakMemory(device) as peak:
+        searched = retrieve(queries, database, needed, listed, device)
     known = find_published(cfg, name, "retrieval")
     whitening = experiment.facts().get("whitening", {})
     note = "whitening learnt on this database itself" if whitening.get("learnt_on_the_test_set") else ""
     yield Row(
-        network_title(cfg), name, setting("retrieval"), protocols, evaluate(searched, truth, protocols), known, note
-    )
-    for stage, words, reranker, method in reranked:
-        metrics = evaluate(rerank(searched, reranker, queries, database, device), truth, protocols)
+        network_title(cfg), name, setting("retrieval"), protocols, evaluate(searched, truth, protocols), known, note,
+        costs_of(searched, peak, 4 * database.dim),
+    )  # fmt: skip
+    for title, words, stage, method, bytes_kept in variants:
+        with PeakMemory(device) as peak:
+            ranking = stage(searched, queries, database, listed, device)
+        metrics = evaluate(ranking, truth, protocols)
         known = find_published(cfg, name, "reranking", method)
-        yield Row(network_title(cfg), name, setting(stage, words), protocols, metrics, known, note)
+        once = f"{ranking.once:.1f} s once for the database" if ranking.once else ""
+        yield Row(
+            network_title(cfg), name, setting(title, words), protocols, metrics, known,
+            ", ".join(filter(None, [note, once])), costs_of(ranking, peak, 4 * database.dim + bytes_kept),
+        )  # fmt: skip
+
+
+def costs_of(ranking: Ranking, peak: PeakMemory, bytes_kept: int) -> tuple[str, ...]:
+    """The cells of COSTS."""
+    memory = "" if peak.bytes is None else f"{peak.bytes / 1e6:.0f}"
+    return f"{1000 * ranking.seconds / len(ranking.ids):.1f}", memory, f"{bytes_kept:,}"
+
+
+def costs_explained(cfg: CfgNode, device: torch.device) -> str:
+    """What each row orders anew, and what the costs are of."""
+    subject = Subject(None, (), (), 0, None, Path())
+    lines = []
+    for name in cfg.TEST.RERANKER:
+        if name in STAGES and name != "cvnet":
+            for stage in make_stages(varied(cfg, {"TEST.RERANKER": [name]}), subject, device).values():
+                lines.append(f"{STAGES[name].title}: {stage.shortlist}.")
+        elif name == "cvnet":
+            lines.append(f"{STAGES[name].title}: the first results that a protocol does not ignore, as published.")
+    lines.append("Times are the stage's alone, after the search; memory is what it needed beyond what was in use.")
+    lines.append("Bytes are of a float32 descriptor and of what else is kept of an image.")
+    return "\n".join(lines)
 
 
 @cache
@@ -265,19 +345,19 @@ def published() -> dict:
 
 
 def find_published(
-    cfg: CfgNode, name: str, stage: str, method: tuple[int, int, float] | None = None
+    cfg: CfgNode, name: str, stage: str, method: tuple[int, int, float, str] | None = None
 ) -> dict[str, float] | None:
     """Returns the paper's figures, for the paper's settings alone (in any precision).
 
     Args:
         stage: retrieval or reranking.
-        method: M, K and beta of a reranking; None for another reranker, which has none.
+        method: M, K, beta and S2 of a reranking; None for another reranker, which has none.
     """
     usual = make_config([("MODEL.DEPTH", cfg.MODEL.DEPTH), ("TEST.PRECISION", cfg.TEST.PRECISION)])
     anywhere = Path()
     if make_recipe(cfg, anywhere) != make_recipe(usual, anywhere):
         return None
-    if stage == "reranking" and method != (RERANK_M, RERANK_K, RERANK_BETA):
+    if stage == "reranking" and method != (RERANK_M, RERANK_K, RERANK_BETA, "refined"):
         return None
     wanted = {"depth": cfg.MODEL.DEPTH, "stage": stage, "distractors": cfg.SupG.onemeval}
     return next((entry.get(name) for entry in published()["figures"] if wanted.items() <= entry.items()), None)
@@ -287,7 +367,24 @@ def markdown(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-TABLES = {"main": main_table, "ablation": ablation_table, "rerank": rerank_table}
+class Table(NamedTuple):
+    """A table by its name.
+
+    Attributes:
+        parts: its rows, of the options and the networks' depths.
+        costs: whether it has columns of time and memory, instead of published figures.
+    """
+
+    parts: Callable[[CfgNode, Sequence[int]], Iterator[Part]]
+    costs: bool = False
+
+
+TABLES = {
+    "main": Table(main_table),
+    "ablation": Table(ablation_table),
+    "rerank": Table(rerank_table),
+    "rerankers": Table(rerankers_table, costs=True),
+}
 
 if __name__ == "__main__":
     run_command(main, ADVICE)

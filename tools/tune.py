@@ -1,0 +1,434 @@
+"""Choose M, K, beta, or any option of descriptors and rerankers, on a validation set; the test set is read afterwards.
+
+python -m tools.tune --on rparis6k --test roxford5k
+python -m tools.tune --on gldv2:Public --test gldv2:Private
+python -m tools.tune --folds 5 --test NAME
+python -m tools.tune --on NAME --test NAME --try SupG.rerank_k 5,9,15 --try SupG.gemp_p 3,4.6,6
+
+Every combination of the values is evaluated on the validation set: another dataset, the queries of one usage, or the
+other folds of the test set's own queries. What is chosen is judged on the test set beside the paper's values, with the
+95 % interval of a paired bootstrap over its queries. Images are extracted once for each setting of the network, and
+kept as those of test.py are; rerankers need no further extraction.
+"""
+
+import argparse
+import itertools
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from yacs.config import CfgNode
+
+from assembly import Experiment, Output, find_dataset, make_output, prepare, results_needed, start_device
+from config import (
+    ADVICE,
+    LOADING,
+    NETWORK,
+    RERANKING,
+    CommandLine,
+    default_config,
+    idle_options,
+    option_values,
+    plain,
+    varied,
+)
+from model.errors import InputError, run_command
+from report.drawing import draw_heat_map, draw_lines
+from report.log import start_log
+from report.page import Page, Section, Table, evaluated_section, write_report
+from report.results import Evaluated, save_results
+from revisitop.bootstrap import CONFIDENCE, Difference, paired_difference
+from revisitop.evaluate import evaluate
+from revisitop.layouts import dataset_folder
+from revisitop.protocols import Protocol
+from revisitop.retrieve import Ranking, retrieve
+from tools.tables import markdown
+
+log = logging.getLogger(__name__)
+
+# What is tried by default, of each reranker.
+GRIDS: dict[str, dict[str, tuple]] = {
+    "superglobal": {
+        "SupG.rerank_m": (100, 200, 400, 800),
+        "SupG.rerank_k": (3, 5, 9, 15, 25),
+        "SupG.rerank_beta": (0.05, 0.1, 0.15, 0.25, 0.5, 1.0),
+    },
+    "aqe": {"RERANK.QE_N": (1, 2, 5, 10, 20, 50)},
+    "alpha-qe": {"RERANK.QE_N": (2, 5, 10, 20, 50), "RERANK.QE_ALPHA": (1.0, 2.0, 3.0, 4.0, 5.0)},
+    "dba": {"RERANK.DBA_K": (2, 3, 5, 10, 20)},
+    "k-reciprocal": {
+        "RERANK.K1": (10, 20, 30, 50), "RERANK.K2": (3, 6, 10), "RERANK.LAMBDA": (0.1, 0.3, 0.5, 0.7),
+    },
+    "diffusion": {
+        "RERANK.DIFFUSION_K": (10, 20, 50, 100), "RERANK.DIFFUSION_KQ": (3, 5, 10, 20),
+        "RERANK.DIFFUSION_GAMMA": (1.0, 2.0, 3.0, 5.0),
+    },
+}  # fmt: skip
+_FIXED = ("TEST.RERANKER", "SupG.rerank", "MODEL.NAME", "TEST.WEIGHTS")
+_SHOWN = 10  # settings in the log
+_ON_PAGE = 200
+PAPER, CHOSEN = "reranking with the paper's values", "reranking with the chosen values"
+
+Setting = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A dataset, or its queries of one usage (NAME:USAGE)."""
+
+    name: str
+    usage: str
+
+    @classmethod
+    def of(cls, text: str) -> "Part":
+        name, _, usage = text.partition(":")
+        return cls(name, usage)
+
+    def protocols(self, experiment: Experiment) -> list[Protocol]:
+        """Those that judge a setting: Medium and Hard of the revisited benchmarks; else all, of the usage.
+
+        Raises:
+            InputError: if there is no such usage.
+        """
+        every = experiment.dataset.protocols
+        if self.usage:
+            chosen = [each for each in every if each.usage == self.usage]
+            if not chosen:
+                usages = ", ".join(each.usage for each in every if each.usage) or "no other"
+                raise InputError(f"{self.name} has no queries of usage {self.usage!r}; it has {usages}")
+            return chosen
+        return [each for each in every if each.name in ("M", "H")] or list(every)
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.usage}" if self.usage else self.name
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What each setting gave on the validation set.
+
+    Attributes:
+        settings: S of them, the paper's first.
+        aps: (S, P, Q), AP by setting, protocol and query; NaN for a query that a protocol has not.
+    """
+
+    settings: list[Setting]
+    aps: np.ndarray
+
+    def figures(self, queries: np.ndarray | None = None) -> np.ndarray:
+        """The figure that is chosen by, (S,): the mean over the protocols of their mAP, of these queries."""
+        aps = self.aps if queries is None else self.aps[:, :, queries]
+        known = ~np.isnan(aps)
+        counts = known.sum(axis=2)
+        sums = np.where(known, aps, 0).sum(axis=2)
+        maps = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
+        return np.nanmean(maps, axis=1)
+
+    def best(self, queries: np.ndarray | None = None) -> int:
+        """The number of the best setting; of equally good ones the first, so that the paper's stays if it can."""
+        return int(np.nanargmax(self.figures(queries)))
+
+
+def main(argv: list[str]) -> None:
+    args, cfg = parse(argv)
+    grid = read_grid(args.tried, cfg)
+    test, validation = Part.of(args.test), None if args.folds else Part.of(args.on)
+    if validation == test:
+        raise InputError(f"--on and --test are both {test}: give another dataset, or --folds")
+    settings = combinations(cfg, grid)
+    output = make_output(cfg)
+    head = start_log(Path("log.txt"), plain(cfg))
+    for line in idle_options(cfg):
+        log.warning("%s", line)
+    device = start_device(cfg, head)
+    for name in {test.name, *([validation.name] if validation else [])}:
+        if dataset_folder(Path(cfg.TEST.DATA_DIR), name) is None:
+            find_dataset(cfg, name)  # draws it, or says that it is missing; what is there is not read yet
+    log.info("%d settings of %s", len(settings), ", ".join(grid))
+
+    bench = Bench(cfg, output, device)
+    curve = bench.curve(validation or test, settings)
+    for line in in_words(curve):
+        log.info("%s", line)
+    chosen = settings[curve.best()]
+    by_fold: list[Setting] = []
+    if validation:
+        method = str(validation)
+        log.info("chosen on %s: %s", method, words(chosen))
+        judged = bench.judge(test, settings[0], chosen)  # only here is the test set read
+    else:
+        method = f"{args.folds} folds of the queries of {test}"
+        judged, by_fold = bench.cross_validate(test, curve, args.folds)
+        log.info("chosen by all queries, for use: %s", words(chosen))
+
+    log.info("on %s, mAP in percent:", test)
+    heading, *rows = judged.rows()
+    for row in (heading, ["---"] * len(heading), *rows):
+        log.info("%s", markdown(row))
+    log.info("%s", judged.verdict())
+
+    run = output.new_run(f"tune-{test.name}")
+    tuning = {"validation": method, "test": str(test), "chosen": chosen, "paper": settings[0], "by fold": by_fold}
+    tuning["settings"] = [
+        {**setting, "figure": 100 * float(figure)} for setting, figure in zip(settings, curve.figures(), strict=True)
+    ]
+    save_results(run, {**head, "tuning": tuning}, [judged.evaluated])
+    output.publish(run)
+    sections = [tuning_section(method, test, grid, curve, judged), evaluated_section(judged.evaluated)]
+    page = Page(f"Tuning for {test}", {"command": head["command"], "date": head["date"]}, sections)
+    log.info("the page is %s", write_report(page, run / "report"))
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, CfgNode]:
+    uses = (*NETWORK, *LOADING, *RERANKING, "TEST.DEVICE", "TEST.OUT_DIR", "TEST.RESUME", "TEST.DATA_DIR")
+    line = CommandLine(
+        __doc__, uses, "python -m tools.tune", {"TEST.DATASET_LIST": "--on and --test name the datasets"}
+    )
+    line.add("--on", metavar="NAME[:USAGE]", help="the validation set")
+    line.add("--folds", type=int, metavar="N", help="instead of --on: cross-validation over the queries of --test")
+    line.add("--test", required=True, metavar="NAME[:USAGE]", help="the test set")
+    line.add(
+        "--try", dest="tried", nargs=2, action="append", metavar=("KEY", "VALUES"),
+        help="an option and its values, 5,9,15 (or split by ;); may be given several times [the reranker's own]",
+    )  # fmt: skip
+    args, cfg, _ = line.parse(argv)
+    if (args.on is None) == (args.folds is None):
+        raise InputError("give either --on, a validation set, or --folds, for the queries of --test themselves")
+    if args.folds is not None and args.folds < 2:
+        raise InputError(f"--folds {args.folds}: at least 2 are needed")
+    if len(cfg.TEST.RERANKER) > 1 or "cvnet" in cfg.TEST.RERANKER:
+        raise InputError(f"TEST.RERANKER: tuning takes one of {', '.join(GRIDS)} or none, cvnet would take days")
+    return args, cfg
+
+
+def read_grid(tried: Sequence[Sequence[str]] | None, cfg: CfgNode) -> dict[str, tuple]:
+    """The values of each option that are tried; by default those of the reranker.
+
+    Raises:
+        InputError: for options that cannot be tried, or values that they do not take.
+    """
+    reranker = cfg.TEST.RERANKER[0] if cfg.SupG.rerank or cfg.TEST.RERANKER != ["superglobal"] else "none"
+    if not tried:
+        if reranker == "none":
+            raise InputError("without a reranker there is nothing to tune by default: give --try KEY VALUES")
+        return GRIDS[reranker]
+    allowed = [key for key in (*NETWORK, *RERANKING) if key not in _FIXED]
+    grid: dict[str, tuple] = {}
+    for key, text in tried:
+        if key not in allowed:
+            raise InputError(f"--try {key}: it cannot be tried; {', '.join(allowed)} can")
+        values = [word.strip() for word in text.split(";" if ";" in text else ",") if word.strip()]
+        grid[key] = tuple(dict.fromkeys(option_values(varied(cfg, {key: word}))[key] for word in values))
+        if not grid[key]:
+            raise InputError(f"--try {key} names no value")
+        if idle := [line for line in idle_options(varied(cfg, {key: grid[key][-1]})) if line.startswith(f"{key} ")]:
+            raise InputError(f"--try {idle[0]}")
+    return grid
+
+
+def combinations(cfg: CfgNode, grid: Mapping[str, tuple]) -> list[Setting]:
+    """Every combination that is possible (K <= M); the paper's values first."""
+    defaults = option_values(default_config())
+    paper = {key: defaults[key] for key in grid}
+    settings = [paper]
+    for values in itertools.product(*grid.values()):
+        setting = dict(zip(grid, values, strict=True))
+        if setting == paper:
+            continue
+        try:
+            varied(cfg, setting)
+        except InputError:  # K above M
+            continue
+        settings.append(setting)
+    varied(cfg, paper)
+    return settings
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The test set with the paper's values and with the chosen ones.
+
+    Attributes:
+        evaluated: its rankings and metrics.
+        protocols: P of them.
+        paper, chosen: (Q,) AP for each protocol.
+    """
+
+    evaluated: Evaluated
+    protocols: list[Protocol]
+    paper: list[np.ndarray]
+    chosen: list[np.ndarray]
+
+    def differences(self) -> list[Difference]:
+        return [paired_difference(a, b) for a, b in zip(self.paper, self.chosen, strict=True)]
+
+    def rows(self) -> list[list[str]]:
+        """A table of cells, its heading first."""
+        rows = [["protocol", "paper's", "chosen", "difference", f"{CONFIDENCE:.0%} interval", ""]]
+        for protocol, a, b, by in zip(self.protocols, self.paper, self.chosen, self.differences(), strict=True):
+            means = [f"{100 * np.nanmean(each):.2f}" if by.queries else "" for each in (a, b)]
+            interval = f"{100 * by.low:+.2f} to {100 * by.high:+.2f}"
+            words = "may be chance" if by.is_within_chance else ""
+            rows.append([protocol.title, *means, f"{100 * by.mean:+.2f}", interval, words])
+        return rows
+
+    def verdict(self) -> str:
+        """What the differences say, a sentence."""
+        pairs = zip(self.protocols, self.differences(), strict=True)
+        beyond = [protocol.title for protocol, difference in pairs if not difference.is_within_chance]
+        if all(np.array_equal(a, b, equal_nan=True) for a, b in zip(self.paper, self.chosen, strict=True)):
+            return "The chosen values rank the test set as the paper's do."
+        if beyond:
+            return f"The {CONFIDENCE:.0%} interval of the difference does not hold 0 for {', '.join(beyond)}."
+        return (
+            f"The gain may be chance, each {CONFIDENCE:.0%} interval holds 0: "
+            "on other queries of this kind the paper's values may be as good."
+        )
+
+
+class Bench:
+    """Evaluates settings; experiments that share the network's options share their descriptors."""
+
+    def __init__(self, cfg: CfgNode, output: Output, device: torch.device):
+        self.cfg, self.output, self.device = cfg, output, device
+
+    def by_network(self, settings: Sequence[Setting]) -> dict[tuple, list[int]]:
+        """The numbers of the settings that share a network's options."""
+        groups: dict[tuple, list[int]] = {}
+        for number, setting in enumerate(settings):
+            shared = tuple((key, str(value)) for key, value in setting.items() if key in NETWORK)
+            groups.setdefault(shared, []).append(number)
+        return groups
+
+    def rankings(self, name: str, settings: Sequence[Setting]) -> Iterator[tuple[int, Experiment, Ranking, Ranking]]:
+        """The number of each setting, its experiment, its search, and its last ranking; from one search per network."""
+        for numbers in self.by_network(settings).values():
+            first = prepare(varied(self.cfg, settings[numbers[0]]), name, self.output, self.device)
+            experiments = [replace(first, cfg=varied(self.cfg, settings[number])) for number in numbers]
+            queries, database = experiments[0].descriptors(self.cfg.TEST.RESUME)
+            stages = [list(each.stages.values()) for each in experiments]
+            needed = results_needed(itertools.chain.from_iterable(stages))
+            listed = experiments[0].dataset.listed
+            searched = retrieve(queries, database, needed, listed, self.device)
+            for number, experiment, own in zip(numbers, experiments, stages, strict=True):
+                ranking = searched
+                for stage in own:
+                    ranking = stage(searched, queries, database, listed, self.device)
+                yield number, experiment, searched, ranking
+
+    def curve(self, part: Part, settings: list[Setting]) -> Curve:
+        """The AP of every setting on a dataset."""
+        aps: list[np.ndarray | None] = [None] * len(settings)
+        bar = tqdm(total=len(settings), desc=f"settings on {part}", dynamic_ncols=True)
+        with bar:
+            for number, experiment, _, ranking in self.rankings(part.name, settings):
+                metrics = evaluate(ranking, experiment.dataset.ground_truth, part.protocols(experiment))
+                aps[number] = np.stack([each.ap for each in metrics.values()])
+                bar.update()
+        curve = Curve(settings, np.stack(aps))
+        if np.isnan(curve.aps).all():
+            raise InputError(f"{part} has no query with a positive image")
+        return curve
+
+    def judge(self, test: Part, paper: Setting, chosen: Setting) -> Judged:
+        """The test set with the paper's values and with the chosen ones."""
+        done = {number: rest for number, *rest in self.rankings(test.name, [paper, chosen])}
+        experiment, searched, first = done[0]
+        return judged_of(test, experiment, {"retrieval": searched, PAPER: first, CHOSEN: done[1][2]})
+
+    def cross_validate(self, test: Part, curve: Curve, folds: int) -> tuple[Judged, list[Setting]]:
+        """The test set where each query has what was best for the other folds' queries; and what that was."""
+        judged = np.flatnonzero(~np.isnan(curve.aps[0]).all(axis=0))
+        if len(judged) < folds:
+            raise InputError(f"--folds {folds}: {test} has {len(judged)} queries with positive images; give fewer")
+        order, choices = np.random.default_rng(0).permutation(judged), []
+        of_query = np.zeros(curve.aps.shape[2], dtype=np.int64)
+        for fold in range(folds):
+            own = order[fold::folds]
+            choices.append(curve.best(np.setdiff1d(judged, own)))
+            of_query[own] = choices[-1]
+            text = words(curve.settings[choices[-1]])
+            log.info("fold %d, %d queries, chosen by the others: %s", fold + 1, len(own), text)
+        used = sorted({0, *choices})
+        done = {number: rest for number, *rest in self.rankings(test.name, [curve.settings[each] for each in used])}
+        experiment, searched, paper = done[0]
+        mixed = paper
+        for place, number in enumerate(used):
+            mixed = taken(mixed, done[place][2], of_query == number)
+        rankings = {"retrieval": searched, PAPER: paper, CHOSEN: mixed}
+        return judged_of(test, experiment, rankings), [curve.settings[each] for each in choices]
+
+
+def judged_of(test: Part, experiment: Experiment, rankings: dict[str, Ranking]) -> Judged:
+    dataset = experiment.dataset
+    metrics = {stage: evaluate(ranking, dataset.ground_truth, dataset.protocols) for stage, ranking in rankings.items()}
+    protocols = test.protocols(experiment) if test.usage else list(dataset.protocols)
+    paper, chosen = ([metrics[stage][each.name].ap for each in protocols] for stage in (PAPER, CHOSEN))
+    return Judged(Evaluated(dataset, rankings, metrics, experiment.facts()), protocols, paper, chosen)
+
+
+def taken(first: Ranking, second: Ranking, chosen: np.ndarray) -> Ranking:
+    """The first ranking, with these queries' results (Q,) of the second."""
+    rows = torch.from_numpy(chosen)
+    positions = [b if take else a for a, b, take in zip(first.positions, second.positions, chosen, strict=True)]
+    ids, scores = (
+        torch.where(rows[:, None], b, a) for a, b in ((first.ids, second.ids), (first.scores, second.scores))
+    )
+    return Ranking(ids, scores, positions, first.seconds)
+
+
+def words(setting: Setting) -> str:
+    return ", ".join(f"{key} {value}" for key, value in setting.items())
+
+
+def in_words(curve: Curve) -> Iterator[str]:
+    """The best settings and the paper's, with their figures in percent."""
+    figures = curve.figures()
+    order = np.argsort(-np.nan_to_num(figures, nan=-1), kind="stable")
+    for place, number in enumerate(order, start=1):
+        if place <= _SHOWN or number == 0:
+            mark = "  (the paper's)" if number == 0 else ""
+            yield f"{place:5d}  {100 * figures[number]:6.2f}  {words(curve.settings[number])}{mark}"
+
+
+def tuning_section(method: str, test: Part, grid: Mapping[str, tuple], curve: Curve, judged: Judged) -> Section:
+    """The page's part on the validation set: heat maps of pairs of options, curves of each, and all settings."""
+    figures, best = curve.figures(), curve.settings[curve.best()]
+
+    def best_with(**wanted: Any) -> float:
+        own = [f for s, f in zip(curve.settings, figures, strict=True) if wanted.items() <= s.items()]
+        return 100 * max(own, default=np.nan)
+
+    several = {key: values for key, values in grid.items() if len(values) > 1}
+    plots = []
+    for down, across in itertools.combinations(several, 2):
+        values = [[best_with(**{down: d, across: a}) for a in several[across]] for d in several[down]]
+        chosen = best[down], best[across]
+        plots.append(draw_heat_map(values, (down, several[down]), (across, several[across]), chosen))
+    for key, values in several.items():
+        plots.append(draw_lines(key, values, [best_with(**{key: each}) for each in values], best[key]))
+    listed = [
+        [*(str(curve.settings[i][key]) for key in grid), f"{100 * figures[i]:.2f}", "" if i else "the paper's"]
+        for i in np.argsort(-np.nan_to_num(figures, nan=-1), kind="stable")[:_ON_PAGE]
+    ]
+    tables = [
+        Table(f"On {test}, mAP in percent", judged.rows()),
+        Table(f"The best settings on {method}", [[*grid, "figure", ""], *listed]),
+    ]
+    note = f"Chosen on {method}: {words(best)}. {judged.verdict()}"
+    caption = (
+        "The figure is the mean mAP of the protocols, on the validation set, in percent; where other options were "
+        "tried, too, it is that with the best of them. Red marks what was chosen."
+    )
+    return Section("Validation", [], note=note, plots=plots, caption=caption, tables=tables)
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")
+    run_command(main, ADVICE)

@@ -5,11 +5,15 @@ import pytest
 import torch
 from conftest import ROOT
 
-from assembly import Subject, make_recipe, make_rerankers
-from config import OPTIONS, make_config, pair_options, parse_config
+from assembly import STAGES, Subject, make_recipe, make_stages
+from config import OPTIONS, RERANKER_NAMES, make_config, pair_options, parse_config
 from model.errors import InputError
 from model.recipe import Recipe
-from modules.reranking import RERANK_BETA, RERANK_K, RERANK_M
+from modules.diffusion import DiffusionReranker
+from modules.expansion import QueryExpansion
+from modules.reciprocal import KReciprocalReranker
+from modules.reranking import SuperGlobalReranker
+from revisitop.stages import Augmented
 
 
 def test_the_documented_commands_parse():
@@ -128,8 +132,37 @@ def test_modules_that_are_off_are_left_out_of_the_model():
 
 def test_the_default_options_are_the_defaults_of_the_library():
     assert make_recipe(make_config([]), Path("x.pyth")) == Recipe(Path("x.pyth"))
-    (reranker,) = make_rerankers(make_config([]), Subject(None, (), (), 0, None, Path()), torch.device("cpu")).values()
-    assert (reranker.m, reranker.k, reranker.beta) == (RERANK_M, RERANK_K, RERANK_BETA)
+    assert tuple(STAGES) == RERANKER_NAMES
+    defaults = {
+        "superglobal": SuperGlobalReranker(), "alpha-qe": QueryExpansion(), "aqe": QueryExpansion(alpha=0),
+        "k-reciprocal": KReciprocalReranker(), "diffusion": DiffusionReranker(),
+    }  # fmt: skip
+    subject = Subject(None, (), (), 0, None, None)
+    for name, module in defaults.items():
+        (stage,) = make_stages(make_config([("TEST.RERANKER", name)]), subject, torch.device("cpu")).values()
+        assert repr(getattr(stage, "reranker", None) or stage.expansion) == repr(module)
+    (stage,) = make_stages(make_config([("TEST.RERANKER", "dba")]), subject, torch.device("cpu")).values()
+    assert stage == Augmented()
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ("colbert", "which is not one of superglobal"),
+        ("superglobal,none", "has none beside others"),
+        ("[]", "none is the word for no reranker"),
+        ("aqe,aqe", "names one twice"),
+    ],
+)
+def test_rerankers_are_a_list_of_known_names(value, problem):
+    with pytest.raises(InputError, match=problem):
+        make_config([("TEST.RERANKER", value)])
+
+
+def test_an_option_of_a_reranker_needs_it():
+    assert parse_config(["TEST.RERANKER", "aqe,diffusion", "RERANK.DIFFUSION_K", "30"], "").RERANK.DIFFUSION_K == 30
+    with pytest.raises(InputError, match=r"RERANK\.QE_N 5 has no effect without TEST.RERANKER aqe or alpha-qe"):
+        parse_config(["TEST.RERANKER", "diffusion", "RERANK.QE_N", "5"], "")
 
 
 def test_the_readme_explains_every_option():

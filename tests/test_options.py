@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,9 @@ CHANGED = {
     "DATA_LOADER.PIN_MEMORY": False, "SupG.gemp": False, "SupG.gemp_p": 3,
     "SupG.rgem": False, "SupG.rgem_p": 3, "SupG.rgem_window": 3, "SupG.sgem": False, "SupG.sgem_p": 3,
     "SupG.relup": False, "SupG.relup_threshold": 0.1, "SupG.rerank": False, "SupG.rerank_m": 20, "SupG.rerank_k": 5,
-    "SupG.rerank_beta": 0.5, "SupG.onemeval": True,
+    "SupG.rerank_beta": 0.5, "SupG.onemeval": True, "SupG.rerank_s2": "original",
+    "RERANK.QE_N": 5, "RERANK.QE_ALPHA": 2, "RERANK.DBA_K": 5, "RERANK.K1": 10, "RERANK.K2": 3, "RERANK.LAMBDA": 0.5,
+    "RERANK.DIFFUSION_K": 20, "RERANK.DIFFUSION_KQ": 5, "RERANK.DIFFUSION_GAMMA": 2, "RERANK.DIFFUSION_ALPHA": 0.9,
 }  # fmt: skip
 
 
@@ -65,14 +68,26 @@ def runs(tiny, checkpoint_50, tmp_path) -> dict[str, list[tuple]]:
     quick = ("TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0)
     data = ("TEST.DATA_DIR", tiny.data_dir, "TEST.DATASET_LIST", "roxford5k", "TEST.WEIGHTS", checkpoint_50, *quick)
     far = ("SupG.onemeval", "TEST.DISTRACTORS", tmp_path / "far.pth")
-    folder = tiny.folder / "jpg"
+    folder, vectors, rivals = tiny.folder / "jpg", tmp_path / "far.npy", "aqe,alpha-qe,dba,k-reciprocal,diffusion"
+    np.save(vectors, torch.load(tmp_path / "far.pth").numpy())
+    shutil.copytree(tiny.folder, tiny.data_dir / "mine")
+    (tiny.data_dir / "mine" / "gnd_roxford5k.pkl").rename(tiny.data_dir / "mine" / "gnd_mine.pkl")
     return {
-        "test.py": [(*data, *far, "TEST.REPORT"), (*data, "TEST.RERANKER", "cvnet")],
+        "test.py": [(*data, *far, "TEST.REPORT"), (*data, "TEST.RERANKER", "cvnet"), (*data, "TEST.RERANKER", rivals)],
         "extract_rop1m.py": [("--weight", checkpoint_50, "--depth", 50, "--data-dir", million, *quick)],
-        "tools/search.py": [("--database", folder, "--queries", folder, "--weights", checkpoint_50, *quick)],
+        "tools/search.py": [
+            ("--database", folder, "--queries", folder, "--weights", checkpoint_50, *quick, *more)
+            for more in ((), ("TEST.RERANKER", rivals))
+        ],
         "tools/tables.py main": [(*data, "--depth", 50), (*data, "--depth", 50, "TEST.RERANKER", "cvnet")],
         "tools/tables.py ablation": [(*data, *far), (*data, "TEST.RERANKER", "cvnet")],
         "tools/tables.py rerank": [(*data, *far)],
+        "tools/tables.py rerankers": [(*data, *far)],
+        "tools/tune.py": [("--on", "roxford5k", "--test", "mine", *data[:2], *data[4:])],
+        "tools/rerank.py": [
+            ("--queries", vectors, "--database", vectors, "--out", tmp_path / "out.npy", "--reranker", name)
+            for name in ("superglobal", *rivals.split(","))
+        ],
     }
 
 
@@ -85,8 +100,8 @@ def test_the_matrix_has_every_option():
     [
         "test.py",
         "extract_rop1m.py",
-        "tools/search.py",
-        *(f"tools/tables.py {t}" for t in ("main", "ablation", "rerank")),
+        *(f"tools/{tool}.py" for tool in ("search", "rerank", "tune")),
+        *(f"tools/tables.py {t}" for t in ("main", "ablation", "rerank", "rerankers")),
     ],
 )
 def test_an_option_is_used_or_refused(command, runs, monkeypatch, name):

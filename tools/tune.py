@@ -72,7 +72,7 @@ GRIDS: dict[str, dict[str, tuple]] = {
 }  # fmt: skip
 _FIXED = ("TEST.RERANKER", "SupG.rerank", "MODEL.NAME", "TEST.WEIGHTS")
 _SHOWN = 10  # settings in the log
-_ON_PAGE = 200
+_ON_PAGE = 30
 PAPER, CHOSEN = "reranking with the paper's values", "reranking with the chosen values"
 
 Setting = dict[str, Any]

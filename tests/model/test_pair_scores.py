@@ -177,7 +177,7 @@ def test_batches_are_of_equal_sizes_and_hold_every_map():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("TEST.RERANKER", "colbert"), "is not one of superglobal, cvnet, none"),
+        (("TEST.RERANKER", "colbert"), "has 'colbert', which is not one of superglobal"),
         (("TEST.RERANKER", "cvnet", "TEST.TOPK_LIST", "[0]"), "has '0', which is no number from 1"),
         (
             ("TEST.RERANKER", "cvnet", "TEST.FEATURES", "x.mat"),

@@ -15,10 +15,10 @@ from tools import tables
 QUICK = ("TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0)
 
 
-def rows_of(text: str) -> dict[tuple, list[str]]:
+def rows_of(text: str, costs: bool = False) -> dict[tuple, list[str]]:
     """The cells of the Markdown table's rows, by network, dataset and setting."""
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
-    assert {len(line) for line in lines} == {tables.heading(REVISITED_PROTOCOLS)[0].count(" | ") + 1}
+    assert {len(line) for line in lines} == {tables.heading(REVISITED_PROTOCOLS, costs)[0].count(" | ") + 1}
     return {tuple(line[:3]): line[3:] for line in lines[2:]}
 
 
@@ -91,13 +91,39 @@ def test_images_are_extracted_once_and_figures_are_those_of_test_py(table, comma
         assert (figures[0], figures[1], figures[4]) == tuple(f"{entry[name]['mAP']:.2f}" for name in "EMH")
 
 
-def test_ablation_switches_each_module(table):
-    outcome = table("ablation")
+def test_ablation_switches_each_module_and_has_both_readings_of_s2_and_the_rivals(table, layout):
+    keep_few(layout)
+    outcome = table("ablation", "TEST.RERANKER", "cvnet", "TEST.TOPK_LIST", "[3]")
     rows = rows_of(outcome.out)
-    settings = [key[2] for key in rows if key[1] == "roxford5k" and key[2].startswith("retrieval")]
+    settings = [key[2] for key in rows if key[1] == "roxford5k"]
     names = ["GeM+", "Regional-GeM", "Scale-GeM", "ReLU+"]
-    assert settings == ["retrieval", *(f"retrieval, without {name}" for name in names), "retrieval, without the four"]
-    assert outcome.err.count("roxford5k database: 24 images extracted") == 6
+    assert settings == [
+        *("retrieval", "reranking", "reranking, S2 of the original rows", "reranking, CVNet-Rerank"),
+        *(f"{stage}, without {name}{words}" for name in [*names, "the four"]
+          for stage, words in (("retrieval", ""), ("reranking", ""), ("reranking", ", CVNet-Rerank"))),
+    ]  # fmt: skip
+    assert outcome.err.count("roxford5k database: 3 images extracted") == 6
+
+
+def test_rerankers_are_compared_from_one_search_with_their_costs(table):
+    outcome = table("rerankers")
+    assert outcome.code == 0, outcome.err
+    rows = {key[2]: cells for key, cells in rows_of(outcome.out, costs=True).items() if key[1] == "roxford5k"}
+    names = ("AQE", "alpha-QE", "DBA", "k-reciprocal", "diffusion")
+    assert list(rows) == [
+        *("retrieval", "reranking", "reranking, S2 of the original rows"), *(f"reranking, {name}" for name in names)
+    ]  # fmt: skip
+    assert len({tuple(cells[:3]) for cells in rows.values()}) > 5
+    for cells in rows.values():
+        assert float(cells[3]) > 0
+        assert cells[5] == "8,192"
+    assert "s once for the database" in rows["reranking, DBA"][-1]
+    assert "the first 400 results, ignored images among them" in outcome.out
+    few = rows_of(table("rerankers", "TEST.RERANKER", "diffusion", "RERANK.DIFFUSION_K", 5).out, costs=True)
+    assert [key[2] for key in few if key[1] == "roxford5k"] == [
+        *("retrieval", "reranking", "reranking, S2 of the original rows", "reranking, diffusion")
+    ]
+    assert few["R50", "roxford5k", "reranking, diffusion"][:3] != rows["reranking, diffusion"][:3]
 
 
 def test_the_rival_is_listed_where_it_is_asked_for(table):
@@ -115,7 +141,6 @@ def test_the_rival_is_listed_where_it_is_asked_for(table):
     [
         (("main", "--depth", 50), ("SupG.rerank", "False")),
         (("main", "--depth", 50), ("TEST.RERANKER", "none")),
-        (("ablation",), ("TEST.RERANKER", "none")),
     ],
 )
 def test_without_reranking_there_are_rows_of_retrieval_alone(table, layout, task, off):
@@ -125,14 +150,6 @@ def test_without_reranking_there_are_rows_of_retrieval_alone(table, layout, task
     settings = [key[2] for key in rows_of(outcome.out) if key[1] == "roxford5k"]
     assert "retrieval" in settings
     assert not [setting for setting in settings if setting.startswith("reranking")]
-
-
-def test_the_rival_is_listed_for_each_variant_of_an_ablation(table, layout):
-    keep_few(layout)
-    outcome = table("ablation", "TEST.RERANKER", "cvnet", "TEST.TOPK_LIST", "[3]", "SupG.rerank", "False")
-    settings = [key[2] for key in rows_of(outcome.out) if key[1] == "roxford5k"]
-    assert settings[:2] == ["retrieval", "reranking, CVNet-Rerank"]
-    assert settings[2:4] == ["retrieval, without GeM+", "reranking, without GeM+, CVNet-Rerank"]
 
 
 @pytest.mark.parametrize("other", [("TEST.RERANKER", "none"), ("TEST.RERANKER", "cvnet"), ("SupG.rerank", "False")])

@@ -21,37 +21,37 @@ TOLERANCE = 1e-6
 ITERATIONS = 500  # alpha = 0.99 needs at most about 150
 
 
-def mutual_affinities(gram: Tensor, k: int, gamma: float, mask: Tensor | None = None) -> Tensor:
+def mutual_affinities(gram: Tensor, k: int, gamma: float) -> Tensor:
     """A_ij = max(x_i . x_j, 0)^gamma where i and j are each other's k nearest, else 0. (Q, M, M) -> (Q, M, M).
 
-    No candidate is its own neighbour, so that the diagonal is zero; nor are those where the mask (Q, M) is False.
+    No candidate is its own neighbour, so that the diagonal is zero. Candidates that are not there have rows of
+    zeros: they take no place from a neighbour whose affinity is above 0.
     """
     itself = torch.eye(gram.shape[1], dtype=torch.bool, device=gram.device)
-    nobody = itself if mask is None else itself | ~(mask[:, None] & mask[:, :, None])
-    (near,) = nearest(gram.masked_fill(nobody, -torch.inf), k)
-    return gram.clamp(min=0).pow(gamma).masked_fill(~(near & near.transpose(1, 2)), 0)
+    (near,) = nearest(gram.masked_fill(itself, -torch.inf), k)
+    return gram.relu().pow(gamma).masked_fill(~(near & near.transpose(1, 2)), 0)
 
 
 def normalized_affinities(affinities: Tensor) -> Tensor:
     """S = D^(-1/2) A D^(-1/2), D the row sums of A; rows that are zero stay zero. (Q, M, M) -> (Q, M, M)."""
     degree = affinities.sum(dim=2)
-    alone = degree == 0
-    scale = degree.masked_fill(alone, 1).rsqrt().masked_fill(alone, 0)
+    scale = degree.rsqrt().masked_fill(degree == 0, 0)
     return affinities * scale[:, :, None] * scale[:, None]
 
 
 def diffused(s: Tensor, y: Tensor, alpha: float, tolerance: float, iterations: int) -> Tensor:
     """The solution f of (I - alpha S) f = y by conjugate gradients from f = 0. (Q, M, M), (Q, M) -> (Q, M).
 
-    A query is done when the norm of its residual is at most `tolerance` times that of y; what the other
-    queries still need does not change its f. After `iterations` steps f is returned as it is.
+    A query is done when the norm of its residual is at most `tolerance` times that of y, or the machine
+    epsilon of their type times it; what the other queries still need does not change its f. After
+    `iterations` steps f is returned as it is.
     """
     size = y.amax(dim=1, keepdim=True)
     size = size.masked_fill(size == 0, 1)  # tiny y would have squares of 0
     r = p = y / size
     f = torch.zeros_like(y)
     rr = (r * r).sum(dim=1, keepdim=True)
-    enough = tolerance**2 * rr
+    enough = max(tolerance, torch.finfo(y.dtype).eps) ** 2 * rr
     for _ in range(iterations):
         done = rr <= enough
         if values_can_be_seen(done) and done.all():
@@ -87,7 +87,7 @@ class DiffusionReranker(CandidateReranker):
         kq: candidates, from the first, that the similarity to the query starts from.
         gamma: exponent of the similarities, above 0.
         alpha: share of a score that comes from neighbours, from 0 to below 1.
-        tolerance: the residual at which the solver stops, relative to y.
+        tolerance: the residual at which the solver stops, relative to y; at least the machine epsilon is used.
         iterations: steps after which the solver stops in any case.
 
     Shape:
@@ -130,8 +130,8 @@ class DiffusionReranker(CandidateReranker):
         check_finite(similarity, q, x)
         there = torch.ones_like(similarity, dtype=torch.bool) if mask is None else mask
         first = there & (there.cumsum(dim=1) <= self.kq)
-        y = similarity.clamp(min=0).pow(self.gamma).masked_fill(~first, 0)
-        s = normalized_affinities(mutual_affinities(gram_matrices(x), self.k, self.gamma, mask))
+        y = similarity.relu().pow(self.gamma).masked_fill(~first, 0)
+        s = normalized_affinities(mutual_affinities(gram_matrices(x), self.k, self.gamma))
         return diffused(s, y, self.alpha, self.tolerance, self.iterations)
 
     def extra_repr(self) -> str:

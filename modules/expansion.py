@@ -33,7 +33,7 @@ def expanded_queries(queries: Tensor, rows: Tensor, alpha: float = QE_ALPHA) -> 
     weight 1, whatever its similarity (average query expansion).
     """
     similarity = (rows @ queries[..., None]).squeeze(-1)
-    weights = similarity.clamp(min=0).pow(alpha)
+    weights = similarity.relu().pow(alpha)  # relu: at 0 its gradient is 0 in every version of PyTorch
     return F.normalize(queries + (weights[:, None] @ rows).squeeze(1), dim=-1)
 
 

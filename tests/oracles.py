@@ -10,7 +10,14 @@ def full_ranking(queries: np.ndarray, database: np.ndarray) -> np.ndarray:
 
 
 def dense_reranking(query: np.ndarray, candidates: np.ndarray, k: int, beta: float, s2: str = "refined") -> np.ndarray:
-    """The new order of the candidates, with all refined rows and their neighbours built. (D,), (M, D) -> (M,)."""
+    """SuperGlobal's new order of the candidates. (D,), (M, D) -> (M,)."""
+    return np.argsort(-superglobal_scores(query, candidates, k, beta, s2), kind="stable")
+
+
+def superglobal_scores(
+    query: np.ndarray, candidates: np.ndarray, k: int, beta: float, s2: str = "refined"
+) -> np.ndarray:
+    """(S1 + S2) / 2 of the candidates, with all refined rows and their neighbours built. (D,), (M, D) -> (M,)."""
     gram = candidates @ candidates.T
     itself_first = np.where(np.eye(len(gram)), np.inf, gram)
     near = np.argsort(-itself_first, axis=1, kind="stable")[:, : k + 1]
@@ -20,7 +27,90 @@ def dense_reranking(query: np.ndarray, candidates: np.ndarray, k: int, beta: flo
     s1 = refined @ query
     expanded = refined[np.argsort(-s1, kind="stable")[: k + 1]].max(axis=0)
     compared = refined if s2 == "refined" else candidates
-    return np.argsort(-(s1 + compared @ expanded) / 2, kind="stable")
+    return (s1 + compared @ expanded) / 2
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    """The vector at length 1; a zero vector stays zero."""
+    length = np.sqrt((x * x).sum())
+    return x / length if length > 0 else x
+
+
+def query_expansion(query: np.ndarray, candidates: np.ndarray, n: int, alpha: float) -> np.ndarray:
+    """alpha-QE's query, from its first n candidates; AQE's with alpha = 0. (D,), (M, D) -> (D,)."""
+    total = query.copy()
+    for x in candidates[:n]:
+        total += max(query @ x, 0.0) ** alpha * x
+    return unit(total)
+
+
+def query_expansion_scores(query: np.ndarray, candidates: np.ndarray, n: int, alpha: float) -> np.ndarray:
+    """Similarities of the candidates to the expanded query. (D,), (M, D) -> (M,)."""
+    return candidates @ query_expansion(query, candidates, n, alpha)
+
+
+def database_augmentation(rows: np.ndarray, k: int, alpha: float | None = None) -> np.ndarray:
+    """DBA: each row as the weighted sum of itself and its k - 1 nearest others. float64 (N, D) -> (N, D)."""
+    augmented = []
+    for number, (row, ranking) in enumerate(zip(rows, full_ranking(rows, rows), strict=True)):
+        near = [number, *(other for other in ranking if other != number)][:k]
+        total = np.zeros(rows.shape[1])
+        for r, other in enumerate(near):
+            weight = (k - r) / k if alpha is None else max(row @ rows[other], 0.0) ** alpha
+            total += weight * rows[other]
+        augmented.append(unit(total))
+    return np.array(augmented)
+
+
+def nearest_others(gram: np.ndarray) -> list[list[int]]:
+    """For each node all others, the most similar first, equally similar ones by their numbers."""
+    return [sorted(set(range(len(gram))) - {i}, key=lambda j, i=i: (-gram[i, j], j)) for i in range(len(gram))]
+
+
+def k_reciprocal_scores(query: np.ndarray, candidates: np.ndarray, k1: int, k2: int, lambda_value: float) -> np.ndarray:
+    """-((1 - lambda) Jaccard distance + lambda (1 - q . x)) of the candidates. (D,), (M, D) -> (M,)."""
+    nodes = np.vstack([query, candidates])
+    gram = nodes @ nodes.T
+    others = nearest_others(gram)
+    n = len(nodes)
+
+    def reciprocal(k: int) -> list[set[int]]:
+        near = [{i, *others[i][:k]} for i in range(n)]
+        return [{j for j in near[i] if i in near[j]} for i in range(n)]
+
+    whole, half = reciprocal(k1), reciprocal(round(k1 / 2))
+    encodings = np.zeros((n, n))
+    for i in range(n):
+        members = set(whole[i])
+        for j in whole[i]:
+            if 3 * len(half[j] & whole[i]) >= 2 * len(half[j]):
+                members |= half[j]
+        for j in members:
+            encodings[i, j] = np.exp(-(1 - gram[i, j]))
+    encodings = np.array([np.mean(encodings[[i, *others[i][: k2 - 1]]], axis=0) for i in range(n)])
+    scores = []
+    for i in range(1, n):
+        jaccard = 1 - np.minimum(encodings[0], encodings[i]).sum() / np.maximum(encodings[0], encodings[i]).sum()
+        scores.append(-((1 - lambda_value) * jaccard + lambda_value * (1 - gram[0, i])))
+    return np.array(scores)
+
+
+def diffusion_scores(
+    query: np.ndarray, candidates: np.ndarray, k: int, kq: int, gamma: float, alpha: float
+) -> np.ndarray:
+    """f of (I - alpha D^(-1/2) A D^(-1/2)) f = y, on the graph of the candidates. (D,), (M, D) -> (M,)."""
+    m = len(candidates)
+    gram = candidates @ candidates.T
+    near = [set(others[:k]) for others in nearest_others(gram)]
+    affinities = np.zeros((m, m))
+    for i in range(m):
+        for j in near[i]:
+            if i in near[j]:
+                affinities[i, j] = max(gram[i, j], 0.0) ** gamma
+    degrees = affinities.sum(axis=1)
+    scale = np.diag([1 / np.sqrt(degree) if degree > 0 else 0.0 for degree in degrees])
+    y = np.array([max(query @ x, 0.0) ** gamma if place < kq else 0.0 for place, x in enumerate(candidates)])
+    return np.linalg.solve(np.eye(m) - alpha * scale @ affinities @ scale, y)
 
 
 def mean_average_precision(rankings: np.ndarray, ground_truth: list[dict], positive: tuple, ignored: tuple) -> float:

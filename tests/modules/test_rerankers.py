@@ -1,0 +1,257 @@
+"""Every reranker of modules/ against its textbook formulation, and what all of them promise."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import (
+    database_augmentation,
+    diffusion_scores,
+    k_reciprocal_scores,
+    query_expansion,
+    query_expansion_scores,
+    superglobal_scores,
+)
+from torch import Tensor
+
+from modules import (
+    Database,
+    DiffusionReranker,
+    KReciprocalReranker,
+    QueryExpansion,
+    SuperGlobalReranker,
+    augmented_rows,
+    candidates,
+    expansion,
+)
+
+M = 120  # above and below the numbers of candidates
+
+# The solver's own tolerance is left out of the comparison with a direct solution.
+exact_diffusion = partial(DiffusionReranker, tolerance=1e-13)
+
+# Per setting: the reranker, its textbook formulation, and the settings of both.
+SETTINGS = {
+    "AQE": (QueryExpansion, query_expansion_scores, {"n": 5, "alpha": 0}),
+    "alpha-QE": (QueryExpansion, query_expansion_scores, {"n": 10, "alpha": 3}),
+    "alpha-QE, all candidates": (QueryExpansion, query_expansion_scores, {"n": M, "alpha": 0.5}),
+    "k-reciprocal": (KReciprocalReranker, k_reciprocal_scores, {"k1": 9, "k2": 4, "lambda_value": 0.3}),
+    "k-reciprocal, no means": (KReciprocalReranker, k_reciprocal_scores, {"k1": 5, "k2": 1, "lambda_value": 0}),
+    "k-reciprocal, K > M": (KReciprocalReranker, k_reciprocal_scores, {"k1": 300, "k2": 200, "lambda_value": 0.5}),
+    "diffusion": (exact_diffusion, diffusion_scores, {"k": 7, "kq": 5, "gamma": 3, "alpha": 0.99}),
+    "diffusion, K > M": (exact_diffusion, diffusion_scores, {"k": 300, "kq": 300, "gamma": 0.5, "alpha": 0.9}),
+    "SuperGlobal": (SuperGlobalReranker, superglobal_scores, {"k": 9, "beta": 0.15}),
+    "SuperGlobal, original": (SuperGlobalReranker, superglobal_scores, {"k": 9, "beta": 0.15, "s2": "original"}),
+    "SuperGlobal, K > M": (SuperGlobalReranker, superglobal_scores, {"k": M, "beta": 0.05}),
+}
+DEFAULTS = [
+    QueryExpansion(),
+    KReciprocalReranker(),
+    DiffusionReranker(),
+    SuperGlobalReranker(),
+    SuperGlobalReranker(s2="original"),
+]
+
+
+def problem(kind: str, count: int, queries: int = 3) -> tuple[Tensor, Tensor]:
+    """Unit queries (Q, D) and candidates (Q, M, D) in float64, whose values float32 holds too."""
+    random = torch.Generator().manual_seed(count)
+    shape = (queries, count, 64)
+    centres = torch.randn(6, 64, generator=random)
+    q = torch.randn(queries, 64, generator=random) + centres[:1]
+    x = torch.randn(shape, generator=random) + (kind != "random") * centres[torch.arange(count) % 6]
+    if kind == "ties":  # products of signs are exact, so that many are equal
+        q, x = q.sign() * 8, x.sign() * 8
+    q, x = F.normalize(q, dim=-1), F.normalize(x, dim=-1)
+    if kind in ("ties", "duplicates"):
+        x[:, 1::3] = x[:, :-1:3]
+        x[:, 2::11] = 0
+    return q.double(), x.double()
+
+
+def assert_ranked(order: Tensor, scores: Tensor, expected: np.ndarray, tolerance: float) -> None:
+    """The scores are the expected ones, and so is the order, but for places whose scores are that close.
+
+    The tolerance is relative to the largest score.
+    """
+    tolerance *= np.abs(expected).max(initial=0)
+    assert sorted(order.tolist()) == list(range(len(expected)))
+    np.testing.assert_allclose(scores, expected[order], atol=tolerance, rtol=0)
+    np.testing.assert_allclose(expected[order], -np.sort(-expected), atol=tolerance, rtol=0)
+    if np.diff(np.sort(expected)).min(initial=np.inf) > 2 * tolerance:
+        assert order.tolist() == np.argsort(-expected, kind="stable").tolist()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("kind", ["random", "clustered", "equal"])
+@pytest.mark.parametrize("count", [1, 40, 150])
+def test_every_reranker_is_its_textbook_formulation(name, kind, count):
+    make, textbook, settings = SETTINGS[name]
+    if kind == "equal":  # SuperGlobal leaves open which of different rows that are equally near is the neighbour
+        kind = "duplicates" if make is SuperGlobalReranker else "ties"
+    q, x = problem(kind, count)
+    for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-5)):
+        found = make(m=M, **settings)(q.to(dtype), x.to(dtype))
+        for order, scores, query, rows in zip(*found, q.numpy(), x[:, :M].numpy(), strict=True):
+            assert_ranked(order, scores, textbook(query, rows, **settings), tolerance)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_lists_of_any_length_are_reranked_from_ids_as_from_rows(name):
+    make, textbook, settings = SETTINGS[name]
+    reranker = make(m=M, **settings)
+    q, x = problem("clustered", 200)
+    rows = x[0]
+    mask = torch.rand(3, 150, generator=torch.Generator().manual_seed(0)) < torch.tensor([[1.0], [0.5], [0.02]])
+    ids = torch.stack([torch.randperm(200, generator=torch.Generator().manual_seed(query)) for query in range(3)])
+    ids = ids[:, :150].masked_fill(~mask, -1)
+    direct = reranker(q, rows[ids].masked_fill(~mask[..., None], torch.nan), mask)
+    lists = [[f"image {number}" for number in row if number >= 0] for row in ids[:, :M].tolist()]
+    names = reranker.rerank(q, lists, lambda wanted: rows[[int(each.split()[1]) for each in wanted]])
+    fetched = reranker.rerank(q, ids, rows.__getitem__)
+    assert torch.equal(fetched.order, direct.order)
+    for query in range(3):
+        there = mask[query, :M].nonzero().squeeze(1)
+        count, own = len(there), rows[ids[query, there]]
+        expected = textbook(q[query].numpy(), own.numpy(), **settings)
+        places = torch.searchsorted(there, direct.order[query, :count])
+        assert_ranked(places, direct.scores[query, :count], expected, 1e-11)
+        assert_ranked(names.order[query, :count], names.scores[query, :count], expected, 1e-11)
+        assert (direct.scores[query, count:] == -torch.inf).all()
+        torch.testing.assert_close(fetched.scores[query], direct.scores[query], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("reranker", [*DEFAULTS, DiffusionReranker(tolerance=0.1)], ids=repr)
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_queries_of_a_block_do_not_depend_on_each_other(reranker, size, monkeypatch):
+    q, x = problem("clustered", 90, queries=5)
+    q[1:3], x[3] = -q[1:3], problem("random", 90)[1][0]
+    together = reranker(q, x)
+    monkeypatch.setattr(candidates, "_CPU_BYTES", size * 4 * 90 * 90)
+    blocks = []
+
+    def fetch(wanted: Tensor) -> Tensor:
+        blocks.append(len(wanted) // 90)
+        return x.flatten(0, 1)[wanted]
+
+    found = reranker.rerank(q, torch.arange(450).view(5, 90), fetch)
+    assert blocks[0] == size
+    assert torch.equal(found.order, together.order)
+    torch.testing.assert_close(found.scores, together.scores, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "reranker",
+    [
+        QueryExpansion(n=3, alpha=0),
+        QueryExpansion(n=3, alpha=0.5),
+        QueryExpansion(n=3),
+        KReciprocalReranker(k1=4, k2=2),
+        DiffusionReranker(k=4, kq=3, tolerance=1e-14),
+        DiffusionReranker(k=4, kq=3, gamma=0.5, alpha=0.5, tolerance=1e-14),
+        SuperGlobalReranker(m=12, k=3),
+        SuperGlobalReranker(m=12, k=3, s2="original"),
+    ],
+    ids=repr,
+)
+def test_scores_have_the_right_gradients(reranker):
+    random = torch.Generator().manual_seed(0)
+    q, x = (F.normalize(torch.randn(2, *size, 6, generator=random).double(), dim=-1) for size in ((), (12,)))
+    x[:, 4] = -q  # a similarity below 0 at the first of the places that are not there
+    mask = torch.arange(12) < torch.tensor([[12], [9]])
+    for there in (None, mask):
+
+        def scores(q: Tensor, x: Tensor, there: Tensor | None = there) -> Tensor:
+            return reranker(q, x, there).scores[:, :9]
+
+        inputs = (q.clone().requires_grad_(), x.clone().requires_grad_())
+        assert torch.autograd.gradcheck(scores, inputs, eps=1e-7, atol=1e-5, fast_mode=True)
+    x[:, :3] = 0
+    inputs = (q.requires_grad_(), x.requires_grad_())
+    for gradient in torch.autograd.grad(reranker(*inputs, mask).scores[:, :9].square().sum(), inputs):
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (partial(QueryExpansion, n=0), "n must be at least 1, got 0"),
+        (partial(QueryExpansion, n=401), "query expansion needs n <= m, got n = 401, m = 400"),
+        (partial(QueryExpansion, alpha=-1), "alpha must be finite and at least 0, got -1"),
+        (partial(QueryExpansion, m=1.5), "m must be a whole number, got 1.5"),
+        (partial(KReciprocalReranker, k1=0), "k1 must be at least 1, got 0"),
+        (partial(KReciprocalReranker, k2=0), "k2 must be at least 1, got 0"),
+        (partial(KReciprocalReranker, lambda_value=1.1), "lambda_value must be finite and between 0 and 1, got 1.1"),
+        (partial(DiffusionReranker, k=0), "k must be at least 1, got 0"),
+        (partial(DiffusionReranker, kq="x"), "kq must be a whole number, got 'x'"),
+        (partial(DiffusionReranker, alpha=1), "alpha must be below 1, got 1"),
+        (partial(DiffusionReranker, gamma=0), "gamma must be above 0, got 0"),
+        (partial(DiffusionReranker, tolerance=np.nan), "tolerance must be finite and at least 0, got nan"),
+        (partial(augmented_rows, torch.eye(3), k=0), "k must be at least 1, got 0"),
+        (partial(augmented_rows, torch.eye(3), alpha=None, k=None), "k must be a whole number, got None"),
+        (partial(augmented_rows, torch.eye(3), out=torch.eye(2)), "out must be a floating tensor of shape (3, 3)"),
+        (partial(augmented_rows, torch.eye(3) / 0), "query 0 and database row 0 have a score that is not finite"),
+    ],
+)
+def test_invalid_settings_are_refused_in_one_line(make, message):
+    with pytest.raises(ValueError) as refused:  # noqa: PT011 - compared below
+        make()
+    assert str(refused.value).startswith(message)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("reranker", DEFAULTS, ids=repr)
+def test_the_row_that_is_not_finite_is_named(reranker):
+    q, x = problem("random", 20)
+    x[1, 17, 3] = torch.nan
+    with pytest.raises(ValueError, match=r"^candidate 17 of query 1 has NaN or infinity, got"):
+        reranker(q, x)
+    with pytest.raises(ValueError, match=r"^the row with id 37, a candidate of query 1 has NaN or infinity, got"):
+        reranker.rerank(q, torch.arange(60).view(3, 20), x.flatten(0, 1).__getitem__)
+    q[2] = torch.nan
+    with pytest.raises(ValueError, match=r"^query 2 has NaN or infinity, got"):
+        reranker(q, x.nan_to_num())
+
+
+@pytest.mark.parametrize("tolerance", [0, 1e-30, 1e-22, 1e-18])
+def test_the_solver_stops_at_the_precision_of_its_type(tolerance):
+    random = torch.Generator().manual_seed(0)
+    q, x = (F.normalize(torch.randn(100, *size, 8, generator=random), dim=-1) for size in ((), (20,)))
+    expected = DiffusionReranker(k=5, kq=3)(q, x).scores
+    found = DiffusionReranker(k=5, kq=3, tolerance=tolerance)(q, x).scores
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+
+
+def test_expanded_queries_are_the_textbooks():
+    q, x = problem("clustered", 30)
+    ids = torch.arange(90).view(3, 30)
+    ids[0, 0::2], ids[1] = -1, -1
+    found = QueryExpansion(n=5, alpha=2).expand(q.numpy(), ids.numpy(), x.flatten(0, 1).numpy().__getitem__)
+    for query, vector, row in zip(q.numpy(), found, ids, strict=True):
+        own = x.flatten(0, 1)[row[row >= 0]].numpy()
+        np.testing.assert_allclose(vector, query_expansion(query, own, 5, 2), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["random", "clustered", "ties"])
+@pytest.mark.parametrize(("k", "alpha"), [(1, None), (10, None), (10, 3), (4, 0), (500, None), (500, 1)])
+def test_augmented_rows_are_the_textbooks(kind, k, alpha, monkeypatch, tmp_path):
+    monkeypatch.setattr(expansion, "_ROWS", 32)
+    monkeypatch.setattr(expansion, "_GATHER_BYTES", 4 * 64 * 11 * 7)
+    rows = problem(kind, 80, queries=1)[1][0]
+    expected = database_augmentation(rows.numpy(), k, alpha)
+    database = Database(list(rows.float().split([30, 1, 49])))
+    np.testing.assert_allclose(augmented_rows(rows, k, alpha), expected, atol=1e-6, rtol=0)
+    file = np.lib.format.open_memmap(tmp_path / "rows.npy", "w+", np.float32, (80, 64))
+    out = torch.from_numpy(file)
+    assert augmented_rows(database, k, alpha, out=out) is out
+    file.flush()
+    np.testing.assert_allclose(np.load(tmp_path / "rows.npy"), expected, atol=1e-6, rtol=0)
+
+
+def test_the_databases_own_memory_is_not_written():
+    rows = torch.eye(6)
+    with pytest.raises(ValueError, match="is the database's own memory"):
+        augmented_rows(Database([rows[:2], rows[2:]]), out=rows)
+    assert torch.equal(rows, torch.eye(6))

@@ -8,7 +8,8 @@ python -m tools.tune --on NAME --test NAME --try SupG.rerank_k 5,9,15 --try SupG
 Every combination of the values is evaluated on the validation set: another dataset, the queries of one usage, or the
 other folds of the test set's own queries. What is chosen is judged on the test set beside the paper's values, with the
 95 % interval of a paired bootstrap over its queries. Images are extracted once for each setting of the network, and
-kept as those of test.py are; rerankers need no further extraction.
+kept as those of test.py are; rerankers need no further extraction. TEST.FEATURES takes a folder with the saved
+descriptors of both sets instead.
 """
 
 import argparse
@@ -186,7 +187,8 @@ def main(argv: list[str]) -> None:
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, CfgNode]:
-    uses = (*NETWORK, *LOADING, *RERANKING, "TEST.DEVICE", "TEST.OUT_DIR", "TEST.RESUME", "TEST.DATA_DIR")
+    own = ("TEST.DEVICE", "TEST.OUT_DIR", "TEST.RESUME", "TEST.DATA_DIR", "TEST.FEATURES")
+    uses = (*NETWORK, *LOADING, *RERANKING, *own)
     line = CommandLine(
         __doc__, uses, "python -m tools.tune", {"TEST.DATASET_LIST": "--on and --test name the datasets"}
     )
@@ -208,7 +210,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, CfgNode]:
 
 
 def read_grid(tried: Sequence[Sequence[str]] | None, cfg: CfgNode) -> dict[str, tuple]:
-    """The values of each option that are tried; by default those of the reranker.
+    """The values of each option that are tried, the paper's among them; by default those of the reranker.
 
     Raises:
         InputError: for options that cannot be tried, or values that they do not take.
@@ -224,10 +226,16 @@ def read_grid(tried: Sequence[Sequence[str]] | None, cfg: CfgNode) -> dict[str, 
         if key not in allowed:
             raise InputError(f"--try {key}: it cannot be tried; {', '.join(allowed)} can")
         values = [word.strip() for word in text.split(";" if ";" in text else ",") if word.strip()]
-        grid[key] = tuple(dict.fromkeys(option_values(varied(cfg, {key: word}))[key] for word in values))
-        if not grid[key]:
+        if not values:
             raise InputError(f"--try {key} names no value")
-        if idle := [line for line in idle_options(varied(cfg, {key: grid[key][-1]})) if line.startswith(f"{key} ")]:
+        typed = [option_values(varied(cfg, {key: word}))[key] for word in values]
+        if (paper := option_values(default_config())[key]) not in typed:
+            typed.append(paper)
+        if all(isinstance(value, int | float) for value in typed):
+            typed.sort()
+        grid[key] = tuple(value for place, value in enumerate(typed) if value not in typed[:place])
+        other = next((value for value in grid[key] if value != paper), paper)
+        if idle := [line for line in idle_options(varied(cfg, {key: other})) if line.startswith(f"{key} ")]:
             raise InputError(f"--try {idle[0]}")
     return grid
 
@@ -274,7 +282,7 @@ class Judged:
         for protocol, a, b, by in zip(self.protocols, self.paper, self.chosen, self.differences(), strict=True):
             means = [f"{100 * np.nanmean(each):.2f}" if by.queries else "" for each in (a, b)]
             interval = f"{100 * by.low:+.2f} to {100 * by.high:+.2f}"
-            words = "may be chance" if by.is_within_chance else ""
+            words = "same" if by.low == by.high == 0 else "may be chance" if by.is_within_chance else ""
             rows.append([protocol.title, *means, f"{100 * by.mean:+.2f}", interval, words])
         return rows
 

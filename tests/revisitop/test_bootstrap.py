@@ -1,0 +1,29 @@
+import numpy as np
+import pytest
+
+from revisitop.bootstrap import paired_difference
+
+
+def test_the_interval_covers_the_true_difference_about_as_often_as_it_says():
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(100):
+        a = rng.random(40)
+        difference = paired_difference(a, a + 0.05 + 0.1 * rng.standard_normal(40))
+        covered += difference.low <= 0.05 <= difference.high
+    assert 88 <= covered <= 99
+
+
+def test_it_is_paired_antisymmetric_and_the_same_each_time():
+    rng = np.random.default_rng(1)
+    a = rng.random(70)
+    b = a + 0.01 + 0.001 * rng.standard_normal(70)  # tiny, but nearly the same for each query
+    there, back = paired_difference(a, b), paired_difference(b, a)
+    assert not there.is_within_chance
+    assert there == paired_difference(a, b)
+    assert (there.mean, there.low, there.high) == pytest.approx((-back.mean, -back.high, -back.low))
+
+
+def test_queries_without_a_value_in_both_are_left_out():
+    a, b = np.array([0.1, np.nan, 0.3, 0.9]), np.array([0.2, 0.9, np.nan, 0.9])
+    assert paired_difference(a, b) == paired_difference(a[[0, 3]], b[[0, 3]])
+    assert paired_difference(a[1:2], b[1:2]).queries == 0

@@ -1,0 +1,96 @@
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from conftest import latest
+from described import describe
+
+
+@pytest.fixture
+def evaluate(command, tmp_path):
+    """Evaluates saved descriptors of a dataset and returns the run's folder."""
+    where = (tmp_path / "data", tmp_path / "features")
+    describe(*where, "new", 0)
+    describe(*where, "other", 1)
+
+    def run(*arguments, name="new"):
+        words = ("TEST.DATASET_LIST", name, "TEST.DATA_DIR", where[0], "TEST.FEATURES", where[1])
+        outcome = command("test.py", *words, *arguments)
+        assert outcome.code == 0, outcome.err
+        return latest(tmp_path / "work" / "output").resolve()
+
+    return run
+
+
+def aps(run, stage: str) -> dict[str, dict[str, float]]:
+    entry = json.loads((run / "results.json").read_text())["datasets"]["new"][stage]
+    return {name: entry[name]["AP"] for name in "EMH"}
+
+
+def test_differences_are_those_of_the_queries(command, evaluate):
+    a, b = evaluate(), evaluate("SupG.rerank_beta", 2, "SupG.rerank_k", 3)
+    outcome = command("tools/compare.py", a, b)
+    assert outcome.code == 0, outcome.err
+    assert "SupG.rerank_k: A 9, B 3" in outcome.out
+    for name in "EMH":
+        before, after = (np.array(list(aps(run, "reranking")[name].values())) for run in (a, b))
+        (cells,) = re.findall(rf"\| new \| {name} \| (.*) \|", outcome.out)
+        cells = cells.split(" | ")
+        assert cells[:3] == [f"{before.mean():.2f}", f"{after.mean():.2f}", f"{(after - before).mean():+.2f}"]
+        assert list(map(int, cells[4:7])) == [(after > before).sum(), (after < before).sum(), (after == before).sum()]
+        low, high = map(float, cells[3].split(" to "))
+        assert low < (after - before).mean() < high
+        assert ("may be chance" in cells[7]) == (low <= 0 <= high)
+    gain = max(
+        aps(b, "reranking")["M"], key=lambda query: aps(b, "reranking")["M"][query] - aps(a, "reranking")["M"][query]
+    )
+    assert f"new, M, better most: {gain} " in outcome.out
+
+
+def test_stages_of_one_run_are_compared_and_the_page_has_both_rankings(command, evaluate, tmp_path):
+    run = evaluate()
+    newest = latest(tmp_path / "work" / "output")
+    outcome = command("tools/compare.py", f"{run}:retrieval", newest)
+    assert outcome.code == 0, outcome.err
+    page = re.search(r"the page is (\S+)", outcome.out)[1]
+    text = (tmp_path / "work" / page).read_text()
+    assert f"A: retrieval of {run.name}" in text
+    assert f"B: reranking of {run.name}" in text
+    first = np.load(run / "new_retrieval_ranks.npy")[:, 0]
+    assert all(f"new_{number}" in text for number in first)
+    assert newest.resolve() == run  # comparing is no run
+
+
+def test_what_cannot_be_compared_is_told(command, evaluate, tmp_path):
+    run, other = evaluate(), evaluate(name="other")
+
+    def refused(*arguments):
+        outcome = command("tools/compare.py", *arguments)
+        assert outcome.code == 2
+        assert outcome.err.startswith("error: ")
+        return outcome.err
+
+    assert "no dataset is in both" in refused(run, other)
+    assert "new has no diffusion, it has retrieval, reranking" in refused(run, f"{run}:diffusion")
+    assert "it has no results.json" in refused(run, tmp_path)
+    shutil.copytree(run, tmp_path / "changed")
+    path = tmp_path / "changed" / "results.json"
+    content = json.loads(path.read_text())
+    for entry in content["datasets"]["new"]["reranking"].values():
+        if isinstance(entry, dict):
+            entry["AP"]["another"] = entry["AP"].pop("new_query_0")
+    path.write_text(json.dumps(content))
+    assert "the queries of new differ" in refused(run, tmp_path / "changed")
+    path.write_text("{")
+    assert "is damaged" in refused(run, tmp_path / "changed")
+
+
+def test_without_the_dataset_there_is_a_table_and_no_page(command, evaluate, tmp_path):
+    run = evaluate()
+    shutil.rmtree(tmp_path / "data" / "new")
+    outcome = command("tools/compare.py", f"{run}:retrieval", run)
+    assert outcome.code == 0, outcome.err
+    assert "| new | M |" in outcome.out
+    assert "new is not on the page" in outcome.out

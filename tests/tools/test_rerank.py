@@ -1,0 +1,114 @@
+import numpy as np
+import pytest
+import torch
+from conftest import latest
+from described import describe
+
+
+@pytest.fixture
+def vectors(tmp_path):
+    """Queries (12, 32) and a database (120, 32)."""
+    describe(tmp_path / "data", tmp_path / "features", "new", 0)
+    return [tmp_path / "features" / f"new_{kind}.npy" for kind in ("query", "db")]
+
+
+@pytest.fixture
+def rerank(command, vectors, tmp_path):
+    def run(*arguments, queries=vectors[0], database=vectors[1]):
+        out = tmp_path / "ranks.npy"
+        return command("tools/rerank.py", "--queries", queries, "--database", database, "--out", out, *arguments)
+
+    return run
+
+
+def order(tmp_path) -> np.ndarray:
+    return np.load(tmp_path / "ranks.npy")
+
+
+@pytest.mark.parametrize("name", ["superglobal", "aqe", "alpha-qe", "dba", "k-reciprocal", "diffusion", "none"])
+def test_the_order_is_that_of_test_py(rerank, command, tmp_path, name):
+    outcome = rerank("--reranker", name)
+    assert outcome.code == 0, outcome.err
+    features = ("TEST.FEATURES", tmp_path / "features", "TEST.DATA_DIR", tmp_path / "data", "TEST.DATASET_LIST", "new")
+    assert command("test.py", *features, "TEST.RERANKER", name).code == 0
+    stage = "retrieval" if name == "none" else "reranking"
+    expected = np.load(latest(tmp_path / "work" / "output") / f"new_{stage}_ranks.npy")
+    ours = order(tmp_path)
+    assert ours.dtype == np.int64
+    assert ours.shape == (12, 120)
+    assert (ours == expected).all()
+
+
+def test_a_large_database_gives_the_first_400(rerank, tmp_path):
+    rows = np.random.default_rng(0).standard_normal((1000, 8))
+    np.save(tmp_path / "rows.npy", rows / np.linalg.norm(rows, axis=1, keepdims=True))
+    torch.save(torch.from_numpy(np.load(tmp_path / "rows.npy")[:5]), tmp_path / "queries.pth")
+    outcome = rerank("SupG.rerank_m", 50, queries=tmp_path / "queries.pth", database=tmp_path / "rows.npy")
+    assert outcome.code == 0, outcome.err
+    ours, cosine = order(tmp_path), rows[:5] @ rows.T
+    cosine /= np.linalg.norm(rows, axis=1)
+    assert ours.shape == (5, 400)
+    assert (ours[:, 50:] == np.argsort(-cosine, axis=1)[:, 50:400]).all()
+
+
+@pytest.mark.parametrize("name", ["superglobal", "alpha-qe", "diffusion"])
+def test_candidates_of_ones_own_index_are_reranked_and_nothing_else(rerank, vectors, tmp_path, name):
+    queries, rows = map(np.load, vectors)
+    assert rerank("--reranker", name, "SupG.rerank_m", 30, "SupG.rerank_k", 5).code == 0
+    whole = order(tmp_path)
+    ids = np.argsort(-(queries @ rows.T), axis=1)[:, :30]
+    ids[3, 20:] = -1  # an index may find fewer
+    np.save(tmp_path / "ids.npy", ids)
+    outcome = rerank("--reranker", name, "SupG.rerank_m", 30, "SupG.rerank_k", 5, "--ids", tmp_path / "ids.npy")
+    assert outcome.code == 0, outcome.err
+    ours = order(tmp_path)
+    assert ours.shape == (12, 30)
+    for query, row in enumerate(ours):
+        assert sorted(row.tolist()) == sorted(ids[query].tolist())
+        if query != 3 and name != "alpha-qe":
+            assert (row == whole[query, :30]).all()
+    assert (ours[3, 20:] == -1).all()
+
+
+def test_rows_of_another_length_are_refused_and_the_advice_works(rerank, vectors, tmp_path):
+    assert rerank().code == 0
+    expected = order(tmp_path)
+    long = [tmp_path / path.name for path in vectors]
+    for path, copy in zip(vectors, long, strict=True):
+        rows = np.load(path)
+        np.save(copy, rows * np.linspace(0.5, 20, len(rows))[:, None])
+    outcome = rerank(queries=long[0], database=long[1])
+    assert outcome.code == 2
+    assert "row 0 (from 0) has length 0.5, not 1; give --normalize" in outcome.err
+    assert rerank("--normalize", queries=long[0], database=long[1]).code == 0
+    assert (order(tmp_path) == expected).all()
+
+
+def test_bad_vectors_are_told_and_an_older_order_stays(rerank, vectors, tmp_path):
+    assert rerank().code == 0
+    before = order(tmp_path)
+    rows = np.load(vectors[1])
+    rows[7, 3] = np.nan
+    np.save(tmp_path / "nan.npy", rows)
+    np.save(tmp_path / "wide.npy", np.eye(40, dtype=np.float32))
+    np.save(tmp_path / "whole.npy", np.zeros((3, 32), dtype=int))
+    twice, far = np.zeros((12, 2), dtype=int), np.full((12, 1), 120)
+    np.save(tmp_path / "twice.npy", twice)
+    np.save(tmp_path / "far.npy", far)
+    np.save(tmp_path / "one.npy", twice[:, :1])
+    for arguments, how, message in (
+        ((), {"database": tmp_path / "nan.npy"}, "row 7 (from 0) has NaN"),
+        ((), {"database": tmp_path / "wide.npy"}, "has 32 dimensions"),
+        ((), {"database": tmp_path / "whole.npy"}, "holds no array (N, D) of floating numbers"),
+        ((), {"database": tmp_path / "absent.npy"}, "absent.npy: No such file"),
+        (("--ids", tmp_path / "twice.npy"), {}, "query 0 (from 0) has a row twice"),
+        (("--ids", tmp_path / "far.npy"), {}, "from 0 to 119"),
+        (("--ids", vectors[0]), {}, "whole numbers (12, R) are expected"),
+        (("--reranker", "dba", "--ids", tmp_path / "one.npy"), {}, "leave --ids out"),
+        (("--reranker", "cvnet"), {}, "cvnet needs images"),
+    ):
+        outcome = rerank(*arguments, **how)
+        assert outcome.code == 2, message
+        assert message in outcome.err
+        assert outcome.err.count("error: ") == 1
+    assert (order(tmp_path) == before).all()

@@ -1,0 +1,157 @@
+import itertools
+import json
+import re
+
+import numpy as np
+import pytest
+from conftest import latest
+from described import describe
+from oracles import all_protocols, dense_reranking, full_ranking
+
+GRID = ("--try", "SupG.rerank_k", "2,5,9", "--try", "SupG.rerank_beta", "0.15,2")
+
+
+@pytest.fixture
+def sets(tmp_path):
+    """Two datasets with saved descriptors."""
+    where = tmp_path / "data", tmp_path / "features"
+    return {name: describe(*where, name, seed) for seed, name in enumerate(("val", "new"))}
+
+
+@pytest.fixture
+def tune(command, sets, tmp_path):
+    def run(*arguments):
+        features = () if "TEST.FEATURES" in arguments else ("TEST.FEATURES", tmp_path / "features")
+        return command("tools/tune.py", *arguments, "TEST.DATA_DIR", tmp_path / "data", *features)
+
+    return run
+
+
+def results(tmp_path) -> dict:
+    return json.loads((latest(tmp_path / "work" / "output") / "results.json").read_text())
+
+
+def by_the_book(tmp_path, name: str, truth: dict, k: int, beta: float, query: int | None = None) -> dict[str, float]:
+    """mAP in percent of the reranked rankings, or one query's AP."""
+    queries, rows = (np.load(tmp_path / "features" / f"{name}_{kind}.npy") for kind in ("query", "db"))
+    rankings = [
+        ranking[dense_reranking(query.astype(float), rows[ranking].astype(float), k, beta)]
+        for query, ranking in zip(queries, full_ranking(queries, rows), strict=True)
+    ]
+    chosen = slice(None) if query is None else slice(query, query + 1)
+    return all_protocols(np.array(rankings)[chosen], truth["gnd"][chosen])
+
+
+def test_the_best_of_the_validation_set_is_chosen_and_judged_beside_the_papers_values(tune, sets, tmp_path):
+    outcome = tune("--on", "val", "--test", "new", *GRID)
+    assert outcome.code == 0, outcome.err
+    pairs = list(itertools.product((2, 5, 9), (0.15, 2.0)))
+    expected = {pair: by_the_book(tmp_path, "val", sets["val"], *pair) for pair in pairs}
+    figures = {pair: (each["M"] + each["H"]) / 2 for pair, each in expected.items()}
+    content = results(tmp_path)
+    tuning = content["tuning"]
+    listed = {(each["SupG.rerank_k"], each["SupG.rerank_beta"]): each["figure"] for each in tuning["settings"]}
+    assert listed == pytest.approx(figures, abs=1e-6)
+    best = max(figures, key=figures.get)
+    assert tuning["chosen"] == dict(zip(("SupG.rerank_k", "SupG.rerank_beta"), best, strict=True))
+    for stage, pair in (("paper's", (9, 0.15)), ("chosen", best)):
+        entry = content["datasets"]["new"][f"reranking with the {stage} values"]
+        for name, value in by_the_book(tmp_path, "new", sets["new"], *pair).items():
+            assert entry[name]["mAP"] == pytest.approx(value, abs=1e-6)
+    assert re.search(r"\| Medium \| [\d.]+ \| [\d.]+ \| [+-][\d.]+ \| [+-][\d.]+ to [+-][\d.]+ \|", outcome.out)
+    page = (latest(tmp_path / "work" / "output") / "report" / "index.html").read_text()
+    assert "Heat map of SupG.rerank_k and SupG.rerank_beta" in page
+
+
+def test_the_test_set_is_read_only_after_the_choice(tune, tmp_path):
+    path = tmp_path / "data" / "new" / "gnd_new.pkl"
+    path.write_bytes(b"raises when it is read")
+    outcome = tune("--on", "val", "--test", "new", *GRID)
+    assert outcome.code == 2
+    assert "chosen on val: " in outcome.out
+    assert str(path) in outcome.err
+
+
+def test_a_missing_test_set_is_told_before_the_work(tune):
+    outcome = tune("--on", "val", "--test", "newer", *GRID)
+    assert outcome.code == 2
+    assert "did you mean new?" in outcome.err
+    assert "chosen on" not in outcome.out
+
+
+def test_with_folds_each_query_has_what_was_best_for_the_others(tune, sets, tmp_path):
+    assert tune("--folds", 12, "--test", "new", *GRID).code == 0  # a fold for each query
+    pairs = [(9, 0.15), *(pair for pair in itertools.product((2, 5, 9), (0.15, 2.0)) if pair != (9, 0.15))]
+    aps = np.array(  # (pairs, queries, E M H)
+        [[list(by_the_book(tmp_path, "new", sets["new"], *pair, q).values()) for q in range(12)] for pair in pairs]
+    )
+    content = results(tmp_path)
+    chosen = content["datasets"]["new"]["reranking with the chosen values"]
+    for query in range(12):
+        others = np.delete(aps[:, :, 1:], query, axis=1).mean(axis=(1, 2))
+        for place, name in enumerate("EMH"):
+            ap = chosen[name]["AP"][f"new_query_{query}"]
+            assert ap == pytest.approx(aps[others.argmax(), query, place], abs=1e-6)
+    assert len({tuple(each.values()) for each in content["tuning"]["by fold"]}) > 1  # else the test shows nothing
+
+
+def test_a_gain_within_the_interval_is_called_chance(tune, tmp_path):
+    outcome = tune("--on", "val", "--test", "new", "--try", "SupG.rerank_k", "9,8")
+    assert outcome.code == 0, outcome.err
+    content = results(tmp_path)
+    assert ("may be chance" in outcome.out) == (content["tuning"]["chosen"] != content["tuning"]["paper"])
+    assert ("rank the test set as the paper's do" in outcome.out) != ("may be chance" in outcome.out)
+
+
+def test_queries_of_one_usage_choose_for_those_of_the_other(command, tmp_path):
+    content = describe(tmp_path / "plain", tmp_path / "features", "lm", 0)
+    folder = tmp_path / "data" / "lm"
+    folder.mkdir(parents=True)
+    for name, ids in (("queries", content["qimlist"]), ("index", content["imlist"])):
+        (folder / f"{name}.csv").write_text("\n".join(["id", *ids, ""]))
+    lines = ["id,images,Usage"]
+    for number, (query, truth) in enumerate(zip(content["qimlist"], content["gnd"], strict=True)):
+        found = " ".join(content["imlist"][i] for i in truth["easy"])
+        lines.append(f"{query},{found},{'Private' if number % 2 else 'Public'}")
+    (folder / "solution.csv").write_text("\n".join([*lines, ""]))
+    where = ("TEST.DATA_DIR", tmp_path / "data", "TEST.FEATURES", tmp_path / "features")
+    outcome = command("tools/tune.py", "--on", "lm:Public", "--test", "lm:Private", *GRID, *where)
+    assert outcome.code == 0, outcome.err
+    assert "| Private | " in outcome.out
+    assert "| Public | " not in outcome.out
+    outcome = command("tools/tune.py", "--on", "lm:Secret", "--test", "lm:Private", *GRID, *where)
+    assert outcome.code == 2
+    assert "has no queries of usage 'Secret'; it has Public, Private" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--on", "new", "--test", "new"), "both new"),
+        (("--test", "new"), "give either --on"),
+        (("--folds", 13, "--test", "new"), "has 12 queries with positive images"),
+        (("--on", "val", "--test", "new", "--try", "SupG.onemeval", "True"), "it cannot be tried"),
+        (("--on", "val", "--test", "new", "--try", "SupG.rerank_k", "2,x"), "SupG.rerank_k takes a whole number"),
+        (("--on", "val", "--test", "new", "--try", "RERANK.K1", "5,9"), "no effect with TEST.RERANKER superglobal"),
+        (("--on", "val", "--test", "new", "--try", "SupG.gemp_p", "2,3"), "no effect with TEST.FEATURES"),
+        (("--on", "val", "--test", "new", "TEST.RERANKER", "cvnet"), "would take days"),
+        (("--on", "val", "--test", "new", "TEST.RERANKER", "none"), "give --try"),
+    ],
+)
+def test_what_cannot_be_tuned_is_told(tune, arguments, message):
+    outcome = tune(*arguments)
+    assert outcome.code == 2
+    assert message in outcome.err
+
+
+def test_another_reranker_and_options_of_the_network_are_tuned(command, layout, checkpoint_50, tmp_path):
+    words = ("TEST.WEIGHTS", checkpoint_50, "TEST.DATA_DIR", layout.data_dir, "TEST.SCALE_LIST", 1)
+    outcome = command(
+        "tools/tune.py", "--folds", 2, "--test", "roxford5k", "--try", "SupG.gemp_p", "4.6,3", "TEST.RERANKER", "aqe",
+        "--try", "RERANK.QE_N", "2,5", *words, "DATA_LOADER.NUM_WORKERS", 0,
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    assert outcome.err.count("roxford5k database: 24 images extracted") == 2 or (
+        outcome.out.count("roxford5k database: 24 images extracted") == 2
+    )
+    assert len(results(tmp_path)["tuning"]["settings"]) == 6  # the paper's 10 results, too

@@ -26,6 +26,7 @@ from model.errors import InputError
 from model.extract import ImageSet, extract_sets, extract_shared
 from model.images import ImageFile, set_pixel_limit
 from model.network_recipe import NetworkRecipe
+from model.networks import short_name
 from model.owner import owned
 from model.pair_scores import CVNetReranker, PairScores
 from model.read_ahead import Loading
@@ -209,7 +210,7 @@ def make_output(cfg: CfgNode) -> Output:
 
 def network_title(cfg: CfgNode, cvnet: str = "R") -> str:
     """A short name of the network, for files: R50."""
-    return f"{cvnet}{cfg.MODEL.DEPTH}" if cfg.MODEL.NAME == "cvnet" else plain_name(cfg.MODEL.NAME)
+    return f"{cvnet}{cfg.MODEL.DEPTH}" if cfg.MODEL.NAME == "cvnet" else plain_name(short_name(cfg.MODEL.NAME))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from model.errors import InputError
 from model.extractor import NetworkExtractor, limit_side
-from model.networks import Backbone, build_backbone, weights_digest
+from model.networks import Backbone, build_backbone, short_name, weights_digest
 from modules.activation import RELUP_THRESHOLD
 from modules.attach import Attached, attach
 from modules.descriptor import SCALES
@@ -76,7 +76,7 @@ class NetworkRecipe:
         """What descriptors are made from, to be kept with them: settings, weights, and what images become."""
         backbone = self._first[0]
         return {
-            "network": self.network,
+            "network": short_name(self.network),
             "checkpoint_sha256": self.checkpoint_sha256,
             **self.settings(),
             **{name: getattr(backbone, name) for name in ("mean", "std", "channels", "smallest", "multiple", "size")},

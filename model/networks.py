@@ -100,9 +100,9 @@ def build_backbone(name: str, weights: str | Path) -> Backbone:
     return backbone
 
 
-def known_network(name: str) -> bool:
-    """Whether the name has the form of a backbone's."""
-    return name.startswith(("timm:", "torchvision:")) or ".py:" in name
+def short_name(name: str) -> str:
+    """The name without the folders of a user's file: mine.py:build."""
+    return Path(name).name if name.rpartition(":")[0].endswith(".py") else name
 
 
 def weights_digest(network: nn.Module) -> str:
@@ -198,7 +198,6 @@ def _own(path: str, function: str, pretrained: bool) -> Backbone:
             raise InputError(f"{file}: {function} returns {error}; see model.networks.Backbone") from None
     if backbone is None:
         raise InputError(f"{file}: {function} returns {type(made).__name__}, not a network (nn.Module)")
-    backbone.provenance["function"] = f"{file.name}:{function}"
     backbone.provenance["file_sha256"] = sha256(file)
     return backbone
 

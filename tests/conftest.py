@@ -1,5 +1,6 @@
 import json
 import logging
+import os
 import pickle
 import runpy
 import shutil
@@ -18,6 +19,21 @@ from revisitop.toy import seeded_checkpoint
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parent / "data"
+
+
+def pytest_configure() -> None:
+    """Processes of pytest-xdist keep to a core each, as do the commands that they start."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long to make is made by one process, which runs all that use it."""
+    for item in items:
+        if {"toy_data", "toy_run"} & set(item.fixturenames):
+            item.add_marker(pytest.mark.xdist_group("toy"))
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,58 @@
+"""Text queries on images, in the common space of CLIP or SigLIP: vectors in, order out, before and after reranking.
+
+python examples/text_queries.py
+
+With a real model the vectors come from it, open_clip's say (the project itself needs no such package):
+
+    texts = model.encode_text(tokenizer(["a red bridge", "a church at night"]))
+    images = torch.cat([model.encode_image(batch) for batch in loader])
+
+Here they are drawn: 50 subjects with 20 images each and a text for each subject; texts lie apart from images, as
+they do in CLIP's space, and are of no fixed length. The figures are for drawn data and say nothing of a real model.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+SUBJECTS, IMAGES, D = 50, 20, 64
+CHECKOUT = Path(__file__).parents[1]
+
+
+def main() -> None:
+    texts, images = draw_vectors()
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(f"{folder}/texts.npy", texts)
+        np.save(f"{folder}/images.npy", images)
+        for name in ("none", "superglobal"):
+            files = ["--queries", f"{folder}/texts.npy", "--database", f"{folder}/images.npy", "--out"]
+            command = [sys.executable, "-m", "tools.rerank", *files, f"{folder}/{name}.npy", "--normalize"]
+            environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+            subprocess.run([*command, "--reranker", name], check=True, capture_output=True, cwd=folder, env=environment)
+            print(f"mAP, {name + ':':<12} {100 * mean_average_precision(np.load(f'{folder}/{name}.npy')):.1f}")
+
+
+def draw_vectors() -> tuple[np.ndarray, np.ndarray]:
+    """Texts (SUBJECTS, D) and images (SUBJECTS * IMAGES, D), float32, of several lengths."""
+    rng = np.random.default_rng(0)
+    subjects, gap = rng.standard_normal((SUBJECTS, 1, D)), 2 * rng.standard_normal(D)
+    images = subjects + 1.5 * rng.standard_normal((SUBJECTS, IMAGES, D)) + gap
+    texts = subjects[:, 0] + 1.5 * rng.standard_normal((SUBJECTS, D)) - gap
+    return (5 * texts).astype(np.float32), (9 * images).reshape(-1, D).astype(np.float32)
+
+
+def mean_average_precision(order: np.ndarray) -> float:
+    """Of the first 400 results; query i's images are rows IMAGES * i to IMAGES * (i + 1)."""
+    values = []
+    for subject, row in enumerate(order):
+        ranks = np.flatnonzero(row // IMAGES == subject)
+        values.append((np.arange(1, len(ranks) + 1) / (ranks + 1)).sum() / IMAGES)
+    return float(np.mean(values))
+
+
+if __name__ == "__main__":
+    main()

@@ -330,9 +330,8 @@ class Experiment:
             with owned(self.folder):
                 *others, rows = extract_sets(self.sets, self.recipe, self.device, loading, resume)
             queries = others[0] if others else rows[torch.from_numpy(self.dataset.in_database)]
-        if self.distractors is None:
-            return queries, Database(rows)
-        return queries, add_distractors(rows, self.distractors.rows)
+        database = Database(rows) if self.distractors is None else add_distractors(rows, self.distractors.rows)
+        return queries, database.fitted(self.device)
 
     def whitening_facts(self) -> dict[str, Any]:
         """What the whitening was learnt from; whether that is this dataset's own database."""

@@ -4,16 +4,21 @@ Same result within rounding, fewer passes over memory:
 
 - a convolution and its batch norm become one convolution (folded in float64);
 - shortcut and rectifier follow it in the same pass where the device has such a kernel (oneDNN on
-  CPUs), and in place elsewhere;
+  CPUs, cuDNN on GPUs), and in place elsewhere;
 - oneDNN's kernel with a shortcut knows only max(x, 0). The end of a block with ReLU+, max(x, t), is
   kept as z = max(x - t, 0) = max(x, t) - t; the biases of the 1x1 convolutions that read it make up for t.
 """
+
+import logging
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.batching import is_out_of_memory
 from model.resnet import Block, ResNet
+
+log = logging.getLogger(__name__)
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -27,6 +32,12 @@ def has_fused_kernels(dtype: torch.dtype) -> bool:
     if dtype == torch.float16:
         return torch.ops.mkldnn._is_mkldnn_fp16_supported()
     return True
+
+
+def has_fused_gpu_kernels() -> bool:
+    """Whether this PyTorch has cuDNN's convolutions with bias, shortcut and ReLU in one pass."""
+    names = ("cudnn_convolution_relu", "cudnn_convolution_add_relu")
+    return torch.version.cuda is not None and all(hasattr(torch, name) for name in names)
 
 
 class FoldedConv(nn.Module):
@@ -61,11 +72,20 @@ class FoldedConv(nn.Module):
             floor, ("hardtanh", [floor, torch.finfo(torch.float32).max])
         )
         self.fused = has_fused_kernels(dtype)
+        self.fused_on_gpu = floor == 0 and has_fused_gpu_kernels()
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
         """The shortcut, if there is one, is overwritten."""
         if self.fused and x.device.type == "cpu" and (shortcut is None or self.floor in (None, 0)):
             return self._fused(x, shortcut)
+        if self.fused_on_gpu and x.device.type == "cuda":
+            try:
+                return self._fused_by_cudnn(x, shortcut)
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
+                log.debug("%r: not in one kernel here (%s)", self, error)
+                self.fused_on_gpu = False  # no such kernel for this type on this GPU
         x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
         if shortcut is not None:
             x += shortcut
@@ -78,6 +98,12 @@ class FoldedConv(nn.Module):
         add = torch.ops.mkldnn._convolution_pointwise_.binary
         rectifier = None if self.floor is None else "relu"
         return add(shortcut, x, self.weight, self.bias, *geometry, "add", 1.0, rectifier, [], None)
+
+    def _fused_by_cudnn(self, x: Tensor, shortcut: Tensor | None) -> Tensor:
+        geometry = (self.stride, self.padding, (1, 1), 1)  # dilation 1, one group
+        if shortcut is None:
+            return torch.cudnn_convolution_relu(x, self.weight, self.bias, *geometry)
+        return torch.cudnn_convolution_add_relu(x, self.weight, shortcut, 1.0, self.bias, *geometry)
 
     def extra_repr(self) -> str:
         out_channels, in_channels, side, _ = self.weight.shape

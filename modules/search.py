@@ -15,6 +15,8 @@ _INDEX_BITS = 32
 _INDEX_MASK = (1 << _INDEX_BITS) - 1
 _PRODUCT_BYTES = 4 << 20
 _BLOCK = 2048  # pairs or rows whose float64 products are made at a time
+_GPU_ROWS = 1 << 16  # of a chunk on a GPU: few launches, and products of some tens of MB
+_SPARE = 256  # results beyond m that a GPU keeps, so that none is missed whose float32 product erred
 
 
 class NotFiniteError(ValueError):
@@ -61,26 +63,46 @@ class Database:
     def __repr__(self) -> str:
         return f"Database({' + '.join(str(len(part)) for part in self.parts)} rows of {self.dim})"
 
+    @property
+    def device(self) -> torch.device:
+        """Where all parts are; the CPU if they are in several places."""
+        devices = {part.device for part in self.parts}
+        return devices.pop() if len(devices) == 1 else torch.device("cpu")
+
+    def fitted(self, device: torch.device | str, share: float = 0.5) -> "Database":
+        """Returns the database on a GPU, if its rows take at most this share of the free memory there; else itself."""
+        device = torch.device(device)
+        if device.type != "cuda":
+            return self
+        free, _ = torch.cuda.mem_get_info(device)
+        taken = sum(part.numel() * min(part.element_size(), 4) for part in self.parts if part.device != device)
+        if taken > share * free:
+            return self
+        parts = (part.float() if part.dtype == torch.float64 else part for part in self.parts)
+        return Database([part.to(device) for part in parts])
+
     def rows(self, ids: Array) -> Array:
-        """The rows with these numbers, as float32 on the CPU, of the numbers' kind. (...) -> (..., D).
+        """The rows with these numbers, as float32, on the rows' own device, see `device`. (...) -> (..., D).
+
+        Where the numbers are an array, so are the rows.
 
         Raises:
             ValueError: where there is no such row.
         """
         if not isinstance(ids, Tensor):
-            return self.rows(as_tensor(ids, "ids")).numpy()
+            return self.rows(as_tensor(ids, "ids")).cpu().numpy()
         flat = ids.flatten().cpu()
         wrong = flat[(flat < 0) | (flat >= len(self))]
         if len(wrong):
             raise ValueError(f"there is no row {int(wrong[0])} among the {len(self)} of the database")
-        out = torch.empty(len(flat), self.dim)
+        out = torch.empty(len(flat), self.dim, device=self.device)
         start = 0
         for part in self.parts:
             here = ((flat >= start) & (flat < start + len(part))).nonzero().squeeze(1)
-            rows = part.index_select(0, (flat[here] - start).to(part.device)).to("cpu", torch.float32)
+            rows = part.index_select(0, (flat[here] - start).to(part.device)).to(out.device, torch.float32)
             if len(here) == len(flat):  # nothing to put together
                 return rows.view(*ids.shape, self.dim)
-            out[here] = rows
+            out[here.to(out.device)] = rows
             start += len(part)
         return out.view(*ids.shape, self.dim)
 
@@ -122,8 +144,9 @@ def search(
         database: N rows of D.
         m: results per query; all where the database is smaller.
         listed: per query the row numbers (L,) int64 whose rank is wanted; none by default.
-        chunk_size: rows read at a time; by default what keeps the products near 4 MB.
-        device: where the products are computed.
+        chunk_size: rows read at a time; by default what keeps the products near 4 MB, on a GPU 65,536.
+        device: where the products are computed. Rows that are not there yet go there chunk by chunk;
+            ``database.fitted(device)`` sends them all, once.
         on_chunk: called with the number of rows after each chunk, for a progress bar.
 
     Raises:
@@ -142,10 +165,14 @@ def search(
     listed = [torch.empty(0, dtype=torch.int64)] * len(queries) if listed is None else listed
     if len(listed) != len(queries):
         raise ValueError(f"{len(queries)} queries need {len(queries)} lists of rows, got {len(listed)}")
+    queries = queries.to(device).to(torch.float64)
+    if queries.device.type == "cuda":
+        found = _search_without_waiting(queries, database, m, listed, chunk_size or _GPU_ROWS, on_chunk)
+        if found is not None:
+            return found
+        on_chunk = None  # what follows is a second pass
     if chunk_size is None:
         chunk_size = max(1024, min(8192, _PRODUCT_BYTES // (4 * max(len(queries), 1))))
-
-    queries = queries.to(device, torch.float64)
     ranks = _ListedRanks(queries, database, listed)
     best = _Best(queries, database, m)
     for start, chunk in database.chunks(chunk_size):
@@ -159,16 +186,79 @@ def search(
     return SearchResult(best.ids.cpu(), best.scores.cpu(), ranks.positions())
 
 
+def _search_without_waiting(
+    queries: Tensor,
+    database: Database,
+    m: int,
+    listed: Sequence[Tensor],
+    chunk_size: int,
+    on_chunk: Callable[[int], None] | None,
+) -> SearchResult | None:
+    """As search, in an order of work that lets the host run ahead of a GPU; the result is the same to the bit.
+
+    For each chunk the host waits for the device once, where ranks are counted, and else never: a fixed number
+    of results is kept, and whether that was enough, and all scores finite, is looked at in the end.
+
+    Returns:
+        None where it was not, so that the usual way has to be gone.
+    """
+    ranks, best = _ListedRanks(queries, database, listed), _BestOfEachChunk(queries, database, m)
+    finite = torch.ones((), dtype=torch.bool, device=queries.device)
+    for start, chunk in _on_device(database, chunk_size, queries.device):
+        scores = (queries.to(_work_type()) @ chunk.to(_work_type()).T).to(torch.float32)
+        finite &= scores.sum().isfinite()
+        best.take(scores, start)
+        ranks.count_later(scores, start)
+        if on_chunk is not None:
+            on_chunk(len(chunk))
+    if not finite or not best.is_enough():
+        return None
+    best.settle()
+    ranks.settle()
+    return SearchResult(best.ids.cpu(), best.scores.cpu(), ranks.positions())
+
+
+def _on_device(database: Database, size: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+    """The chunks on the device: those on the host go there through two pinned buffers, one ahead of the work."""
+    if device.type != "cuda" or database.device == device:
+        yield from ((start, chunk.to(device)) for start, chunk in database.chunks(size))
+        return
+    work, copies = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    buffers: list[Tensor | None] = [None, None]
+    sent: list[torch.cuda.Event | None] = [None, None]
+    ahead = None
+    for number, (start, rows) in enumerate(database.chunks(size)):
+        slot = number % 2
+        if sent[slot] is not None:
+            sent[slot].synchronize()  # the buffer may be written to again
+        if buffers[slot] is None or buffers[slot].dtype != rows.dtype:
+            buffers[slot] = torch.empty(size, database.dim, dtype=rows.dtype, pin_memory=True)
+        with torch.cuda.stream(copies):
+            there = buffers[slot][: len(rows)].copy_(rows).to(device, non_blocking=True)
+            sent[slot] = copies.record_event()
+        there.record_stream(work)
+        if ahead is not None:
+            yield ahead[:2]
+        ahead = (start, there)
+        work.wait_event(sent[slot])
+    if ahead is not None:
+        yield ahead
+
+
 def _products(queries: Tensor, chunk: Tensor, start: int) -> Tensor:
     """The scores of a chunk as fast as float32 allows, (Q, C)."""
-    # Reduced precision (TF32, say), where somebody chose it, has no useful bound.
-    work = torch.float32 if torch.get_float32_matmul_precision() == "highest" else torch.float64
+    work = _work_type()
     scores = (queries.to(work) @ chunk.to(work).T).to(torch.float32)
     if not torch.isfinite(scores.sum()):
         bad = (~torch.isfinite(scores)).nonzero()
         if len(bad):
             raise NotFiniteError(int(bad[0, 0]), start + int(bad[0, 1]))
     return scores
+
+
+def _work_type() -> torch.dtype:
+    """Of the products. Reduced precision (TF32, say), where somebody chose it, has no useful bound."""
+    return torch.float32 if torch.get_float32_matmul_precision() == "highest" else torch.float64
 
 
 def _error(scores: Tensor, dim: int) -> Tensor:
@@ -226,6 +316,40 @@ class _Best:
         self.ids, self.scores = _from_order_keys(keys.topk(min(self.m, keys.shape[1]), dim=1).values)
 
 
+class _BestOfEachChunk(_Best):
+    """The same, with a fixed number of rows that are kept: nothing of a chunk has to be known on the host."""
+
+    def __init__(self, queries: Tensor, database: Database, m: int):
+        super().__init__(queries, database, m)
+        self.kept, self.seen = min(self.m + _SPARE, len(database)), 0
+
+    def take(self, scores: Tensor, start: int) -> None:
+        values, places = scores.topk(min(self.kept, scores.shape[1]), dim=1)
+        self.scores, self.ids = torch.cat([self.scores, values], 1), torch.cat([self.ids, places + start], 1)
+        self.seen += scores.shape[1]
+        if self.scores.shape[1] > self.kept:
+            self.scores, places = self.scores.topk(self.kept, dim=1)
+            self.ids = self.ids.gather(1, places)
+
+    def is_enough(self) -> bool:
+        """Whether no row was dropped that may yet be among the best M."""
+        if self.seen == self.kept:
+            return True
+        return bool((self.scores.amin(dim=1) < self._lowest()).all())
+
+    def settle(self) -> None:
+        """Cuts to the best M by exact scores, in order."""
+        keep = int((self.scores >= self._lowest()[:, None]).sum(dim=1).max())
+        self.scores, places = self.scores.topk(keep, dim=1)
+        self.ids = self.ids.gather(1, places)
+        super().settle()
+
+    def _lowest(self) -> Tensor:
+        """The least score with which a row may be among the best M. (Q,)."""
+        lowest = self.scores.topk(self.m, dim=1).values[:, -1]
+        return lowest - 2 * _error(lowest, self.queries.shape[1])
+
+
 class _ListedRanks:
     """Counts, chunk by chunk, how many rows stand before each listed row of each query.
 
@@ -234,7 +358,7 @@ class _ListedRanks:
     """
 
     def __init__(self, queries: Tensor, database: Database, listed: Sequence[Tensor]):
-        self.queries, device, n = queries, queries.device, len(database)
+        self.queries, self.database, device, n = queries, database, queries.device, len(database)
         self.lengths = [len(ids) for ids in listed]
         self.width = max(self.lengths, default=0)
         keys = torch.full((len(listed), self.width + 1), torch.iinfo(torch.int64).max, device=device)  # the last pads
@@ -252,6 +376,7 @@ class _ListedRanks:
         # The same list for all queries in one, ascending, searched in one call.
         self.flat = _flat_keys(torch.arange(len(listed), device=device)[:, None], self.scores).flatten()
         self.table = self._table(max(256, min(32768, 2**22 // max(len(listed), 1))))
+        self.later: list[tuple[Tensor, ...]] = []
 
     def _table(self, bins: int) -> Tensor:
         """(Q, bins) over [-1, 1]: how many listed scores lie below the bin; width + 1 where one may lie in it."""
@@ -267,6 +392,34 @@ class _ListedRanks:
     def count(self, scores: Tensor, chunk: Tensor, start: int) -> None:
         if not self.width:
             return
+        query, column, above, near = self._count_clear(scores)
+        near = near.nonzero().squeeze(1)
+        above[near] = self._exactly_above(query[near], column[near], start, chunk.__getitem__)
+        self._add(above, query)
+
+    def count_later(self, scores: Tensor, start: int) -> None:
+        """As count; rows that are near a listed one are looked at by settle."""
+        if self.width:
+            query, column, above, near = self._count_clear(scores)
+            self._add(above.masked_fill(near, self.width + 1), query)
+            self.later.append((query, column + start, near))
+
+    def settle(self) -> None:
+        """Counts what count_later left."""
+        if self.later:
+            query, row, near = (torch.cat(parts) for parts in zip(*self.later, strict=True))
+            near = near.nonzero().squeeze(1)
+            self._add(self._exactly_above(query[near], row[near], 0, self.database.rows), query[near])
+            self.later = []
+
+    def _count_clear(self, scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Counts the rows whose bin holds no listed score; of the others (P pairs) tells more.
+
+        Returns:
+            query, column: (P,).
+            above: (P,), listed rows before which each stands by its float32 score.
+            near: (P,), whether that is in doubt.
+        """
         half = self.table.shape[1] / 2
         places = self.table.gather(1, (scores * half).add_(half).clamp_(0, 2 * half - 1).long())
         self._add(places, torch.arange(len(scores), device=places.device)[:, None])
@@ -275,20 +428,27 @@ class _ListedRanks:
         above = torch.searchsorted(self.flat, _flat_keys(query, values)).clamp_(max=len(self.flat) - 1)
         listed = self.scores.flatten()
         distance = torch.minimum((listed[above] - values).abs(), (listed[(above - 1).clamp(min=0)] - values).abs())
-        near = (distance <= _error(values, self.queries.shape[1])).nonzero().squeeze(1)
-        above -= query * (self.width + 1)
-        if len(near):
-            unique, inverse = column[near].unique(return_inverse=True)
-            exact = _exact(self.queries, chunk.__getitem__, unique)[query[near], inverse]
-            keys = _order_keys(exact, column[near] + start)
-            for part in torch.arange(len(near), device=near.device).split(_BLOCK):
-                own = self.keys[query[near[part]]]
-                above[near[part]] = torch.searchsorted(own, keys[part, None]).squeeze(1)
-        self._add(above, query)
+        near = distance <= _error(values, self.queries.shape[1])
+        return query, column, above - query * (self.width + 1), near
+
+    def _exactly_above(self, query: Tensor, column: Tensor, start: int, rows: Callable[[Tensor], Tensor]) -> Tensor:
+        """Listed rows before which each pair's row stands by its exact score. (P,), (P,) -> (P,)."""
+        above = torch.empty_like(query)
+        if len(query):
+            unique, inverse = column.unique(return_inverse=True)
+            exact = _exact(self.queries, rows, unique)[query, inverse]
+            keys = _order_keys(exact, column + start)
+            for part in torch.arange(len(query), device=query.device).split(_BLOCK):
+                above[part] = torch.searchsorted(self.keys[query[part]], keys[part, None]).squeeze(1)
+        return above
 
     def _add(self, places: Tensor, query: Tensor) -> None:
-        bins = (places + query * (self.width + 2)).flatten()
-        counts = torch.bincount(bins, minlength=len(self.passed) * (self.width + 2))
+        bins, size = (places + query * (self.width + 2)).flatten(), len(self.passed) * (self.width + 2)
+        if bins.device.type == "cuda":  # bincount would wait, to find the largest
+            counts = torch.zeros(size, dtype=torch.int64, device=bins.device)
+            counts.scatter_add_(0, bins, torch.ones((), dtype=torch.int64, device=bins.device).expand_as(bins))
+        else:
+            counts = torch.bincount(bins, minlength=size)
         self.passed += counts.view(len(self.passed), -1)[:, : self.width + 1]  # without those in doubt
 
     def positions(self) -> list[Tensor]:

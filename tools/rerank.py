@@ -65,7 +65,8 @@ def main(argv: list[str]) -> None:
         rows = unit_rows(rows, args.database, args.normalize)
     elif args.normalize:
         raise InputError("--normalize reads the whole database, which --ids is to save: give rows of unit length")
-    order = reranked(cfg, queries, Database(rows), ids, device)
+    database = Database(rows) if args.ids else Database(rows).fitted(device)
+    order = reranked(cfg, queries, database, ids, device)
     write_array(args.out, order.numpy())
     log.info("%s: %d queries, the first %d of %d rows each", args.out, *order.shape, len(rows))
 

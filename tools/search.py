@@ -90,7 +90,7 @@ def main(argv: list[str]) -> None:
         database, queries = extract_folders(sets, recipe, device, cfg)
 
     subject = Subject(recipe, queries.images, database.images, 0, None, output.folder)
-    stages, rows = make_stages(cfg, subject, device), Database(database.descriptors)
+    stages, rows = make_stages(cfg, subject, device), Database(database.descriptors).fitted(device)
     searched = retrieve(queries.descriptors, rows, results_needed(stages.values()), device=device)
     rankings = {"retrieval": searched}
     for title, stage in stages.items():

@@ -37,12 +37,9 @@ def main(argv: list[str]) -> None:
     with processes.first_alone():
         experiments = [prepare(cfg, name, output, device) for name in cfg.TEST.DATASET_LIST]
 
-    # The processes of a torchrun share the extraction; the first one does the rest.
+    # The processes of a torchrun share the extraction and the search; the first one does the rest.
     for experiment in experiments:
         experiment.extract(processes)
-    processes.end()
-    if not first:
-        return
 
     results: list[Evaluated] = []
     run = None
@@ -51,16 +48,16 @@ def main(argv: list[str]) -> None:
         log.info("%r", dataset)
 
         # Extract, search, rerank, evaluate.
-        saved = experiment.saved_ranking()
-        if saved is not None:
-            rankings = {"retrieval": saved}
-        else:
+        searched, stages, listed = experiment.saved_ranking(), {}, dataset.listed
+        if searched is None:
             queries, database = experiment.descriptors(cfg.TEST.RESUME or processes.count > 1)
-            stages, listed = experiment.stages, dataset.listed
-            searched = retrieve(queries, database, results_needed(stages.values()), listed, device)
-            rankings = {"retrieval": searched}
-            for title, stage in stages.items():
-                rankings[title] = stage(searched, queries, database, listed, device)
+            stages = experiment.stages
+            searched = retrieve(queries, database, results_needed(stages.values()), listed, device, processes)
+        if not first:
+            continue
+        rankings = {"retrieval": searched}
+        for title, stage in stages.items():
+            rankings[title] = stage(searched, queries, database, listed, device)
         metrics = {
             stage: evaluate(ranking, dataset.ground_truth, dataset.protocols) for stage, ranking in rankings.items()
         }
@@ -79,6 +76,9 @@ def main(argv: list[str]) -> None:
         save_results(run, head, results)
         output.publish(run)
 
+    processes.end()
+    if not first:
+        return
     for line in summary(results):
         log.info("%s", line)
     if cfg.TEST.REPORT:

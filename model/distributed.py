@@ -4,6 +4,7 @@ import datetime
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,6 +54,13 @@ class Processes:
             message = torch.from_numpy(array.view(np.uint8))
             self._together(lambda: dist.broadcast(message, src=0))
         return array
+
+    def gathered(self, own: Any) -> list[Any]:
+        """What each process gives here, in all of them, in the order of ranks. Tensors and tuples or lists of them."""
+        every = [own] * self.count
+        if self.count > 1:
+            self._together(lambda: dist.all_gather_object(every, own))
+        return every
 
     def _together(self, step: Callable[[], object]) -> None:
         try:

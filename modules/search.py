@@ -106,13 +106,16 @@ class Database:
             start += len(part)
         return out.view(*ids.shape, self.dim)
 
-    def chunks(self, size: int) -> Iterator[tuple[int, Tensor]]:
-        """(number of the first row, rows), at most `size` rows at a time, never across parts; float64 as float32."""
-        start = 0
+    def chunks(self, size: int, first: int = 0, stop: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        """(number of the first row, rows) of the rows from `first` to before `stop`, at most `size` at a time.
+
+        A chunk never goes across parts; float64 comes as float32.
+        """
+        stop, start = len(self) if stop is None else stop, 0
         for part in self.parts:
-            for first in range(0, len(part), size):
-                rows = part[first : first + size]
-                yield start + first, rows.float() if rows.dtype == torch.float64 else rows
+            for here in range(max(first - start, 0), min(stop - start, len(part)), size):
+                rows = part[here : min(here + size, stop - start)]
+                yield start + here, rows.float() if rows.dtype == torch.float64 else rows
             start += len(part)
 
 
@@ -120,6 +123,18 @@ class SearchResult(NamedTuple):
     ids: Tensor  # (Q, M) int64, best first
     scores: Tensor  # (Q, M) float32
     positions: list[Tensor]  # per query (L,) int64: 0-based rank of each listed row among all N
+
+
+def merged(results: Sequence[SearchResult], m: int) -> SearchResult:
+    """Returns what one search of all rows gives, from searches of parts of them (`rows` of search); to the bit.
+
+    Args:
+        results: of the same queries and listed rows, of parts that are disjoint and together all rows.
+        m: results per query.
+    """
+    keys = torch.cat([_order_keys(each.scores, each.ids) for each in results], dim=1)
+    ids, scores = _from_order_keys(keys.topk(min(m, keys.shape[1]), dim=1).values)
+    return SearchResult(ids, scores, [sum(parts) for parts in zip(*(each.positions for each in results), strict=True)])
 
 
 def search(
@@ -130,6 +145,7 @@ def search(
     chunk_size: int | None = None,
     device: torch.device | str = "cpu",
     on_chunk: Callable[[int], None] | None = None,
+    rows: tuple[int, int] | None = None,
 ) -> SearchResult:
     """The M best rows per query, and the rank of the listed rows, in one pass over the database.
 
@@ -148,6 +164,8 @@ def search(
         device: where the products are computed. Rows that are not there yet go there chunk by chunk;
             ``database.fitted(device)`` sends them all, once.
         on_chunk: called with the number of rows after each chunk, for a progress bar.
+        rows: search the rows from the first number to before the second alone, as if there were no others;
+            `ids` still count all rows, and `listed` may name any. :func:`merged` puts the parts together.
 
     Raises:
         ValueError: on shapes that do not fit, m < 1, a listed number outside the database, or a
@@ -165,9 +183,14 @@ def search(
     listed = [torch.empty(0, dtype=torch.int64)] * len(queries) if listed is None else listed
     if len(listed) != len(queries):
         raise ValueError(f"{len(queries)} queries need {len(queries)} lists of rows, got {len(listed)}")
+    rows = (0, len(database)) if rows is None else rows
+    if not 0 <= rows[0] <= rows[1] <= len(database):
+        raise ValueError(f"rows are from 0 to {len(database)}, ascending, got {rows}")
+    m = min(m, rows[1] - rows[0])
+
     queries = queries.to(device).to(torch.float64)
-    if queries.device.type == "cuda":
-        found = _search_without_waiting(queries, database, m, listed, chunk_size or _GPU_ROWS, on_chunk)
+    if queries.device.type == "cuda" and m:
+        found = _search_without_waiting(queries, database, m, listed, chunk_size or _GPU_ROWS, on_chunk, rows)
         if found is not None:
             return found
         on_chunk = None  # what follows is a second pass
@@ -175,7 +198,7 @@ def search(
         chunk_size = max(1024, min(8192, _PRODUCT_BYTES // (4 * max(len(queries), 1))))
     ranks = _ListedRanks(queries, database, listed)
     best = _Best(queries, database, m)
-    for start, chunk in database.chunks(chunk_size):
+    for start, chunk in database.chunks(chunk_size, *rows):
         chunk = chunk.to(device)
         scores = _products(queries, chunk, start)
         best.take(scores, start)
@@ -193,6 +216,7 @@ def _search_without_waiting(
     listed: Sequence[Tensor],
     chunk_size: int,
     on_chunk: Callable[[int], None] | None,
+    rows: tuple[int, int],
 ) -> SearchResult | None:
     """As search, in an order of work that lets the host run ahead of a GPU; the result is the same to the bit.
 
@@ -204,7 +228,7 @@ def _search_without_waiting(
     """
     ranks, best = _ListedRanks(queries, database, listed), _BestOfEachChunk(queries, database, m)
     finite = torch.ones((), dtype=torch.bool, device=queries.device)
-    for start, chunk in _on_device(database, chunk_size, queries.device):
+    for start, chunk in _on_device(database, chunk_size, queries.device, rows):
         scores = (queries.to(_work_type()) @ chunk.to(_work_type()).T).to(torch.float32)
         finite &= scores.sum().isfinite()
         best.take(scores, start)
@@ -218,23 +242,25 @@ def _search_without_waiting(
     return SearchResult(best.ids.cpu(), best.scores.cpu(), ranks.positions())
 
 
-def _on_device(database: Database, size: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+def _on_device(
+    database: Database, size: int, device: torch.device, rows: tuple[int, int]
+) -> Iterator[tuple[int, Tensor]]:
     """The chunks on the device: those on the host go there through two pinned buffers, one ahead of the work."""
     if device.type != "cuda" or database.device == device:
-        yield from ((start, chunk.to(device)) for start, chunk in database.chunks(size))
+        yield from ((start, chunk.to(device)) for start, chunk in database.chunks(size, *rows))
         return
     work, copies = torch.cuda.current_stream(device), torch.cuda.Stream(device)
     buffers: list[Tensor | None] = [None, None]
     sent: list[torch.cuda.Event | None] = [None, None]
     ahead = None
-    for number, (start, rows) in enumerate(database.chunks(size)):
+    for number, (start, chunk) in enumerate(database.chunks(size, *rows)):
         slot = number % 2
         if sent[slot] is not None:
             sent[slot].synchronize()  # the buffer may be written to again
-        if buffers[slot] is None or buffers[slot].dtype != rows.dtype:
-            buffers[slot] = torch.empty(size, database.dim, dtype=rows.dtype, pin_memory=True)
+        if buffers[slot] is None or buffers[slot].dtype != chunk.dtype:
+            buffers[slot] = torch.empty(size, database.dim, dtype=chunk.dtype, pin_memory=True)
         with torch.cuda.stream(copies):
-            there = buffers[slot][: len(rows)].copy_(rows).to(device, non_blocking=True)
+            there = buffers[slot][: len(chunk)].copy_(chunk).to(device, non_blocking=True)
             sent[slot] = copies.record_event()
         there.record_stream(work)
         if ahead is not None:
@@ -280,7 +306,7 @@ class _Best:
     """The best M rows of each query so far, and those that may yet prove to be."""
 
     def __init__(self, queries: Tensor, database: Database, m: int):
-        self.queries, self.database, self.m = queries, database, min(m, len(database))
+        self.queries, self.database, self.m = queries, database, m
         self.ids = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
         self.scores = torch.empty(len(queries), 0, device=queries.device)
         self.bar = torch.full((len(queries), 1), -torch.inf, device=queries.device)
@@ -321,7 +347,7 @@ class _BestOfEachChunk(_Best):
 
     def __init__(self, queries: Tensor, database: Database, m: int):
         super().__init__(queries, database, m)
-        self.kept, self.seen = min(self.m + _SPARE, len(database)), 0
+        self.kept, self.seen = self.m + _SPARE, 0
 
     def take(self, scores: Tensor, start: int) -> None:
         values, places = scores.topk(min(self.kept, scores.shape[1]), dim=1)
@@ -333,7 +359,7 @@ class _BestOfEachChunk(_Best):
 
     def is_enough(self) -> bool:
         """Whether no row was dropped that may yet be among the best M."""
-        if self.seen == self.kept:
+        if self.seen <= self.kept:
             return True
         return bool((self.scores.amin(dim=1) < self._lowest()).all())
 

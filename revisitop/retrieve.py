@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from model.distributed import Processes
 from model.errors import InputError
 from modules.reranking import Reranker
-from modules.search import Database, NotFiniteError, search
+from modules.search import Database, NotFiniteError, merged, search
 
 SAVED_RANKS = 400
 
@@ -59,28 +60,37 @@ def retrieve(
     m: int = SAVED_RANKS,
     listed: Sequence[Tensor] | None = None,
     device: torch.device | str = "cpu",
+    processes: Processes | None = None,
 ) -> Ranking:
     """Returns the ranking by cosine similarity, see modules.search.search.
+
+    The processes of a `torchrun` each search a part of the rows, and all get the whole ranking; it is the same to
+    the bit as one process's.
 
     Args:
         queries: (Q, D), unit rows.
         m: results that are kept, R: at least what the rerankers to come look at.
         listed: per query the row numbers (L,) int64 whose rank is wanted; none by default.
         device: where the products are computed.
+        processes: those that search together, with the same arguments; by default this one alone.
 
     Raises:
         InputError: if a descriptor has NaN; it is named.
     """
     start = time.perf_counter()
-    with tqdm(total=len(database), desc="search", unit="img", dynamic_ncols=True) as bar:
+    rank, count = (processes.rank, processes.count) if processes else (0, 1)
+    part = tuple(len(database) * each // count for each in (rank, rank + 1))
+    with tqdm(total=part[1] - part[0], desc="search", unit="img", dynamic_ncols=True, disable=rank > 0) as bar:
         try:
-            found = search(queries, database, m, listed, device=device, on_chunk=bar.update)
+            found = search(queries, database, m, listed, device=device, on_chunk=bar.update, rows=part)
         except NotFiniteError as error:
             own = len(database.parts[0])
             where = f"database row {error.row}" if error.row < own else f"distractor {error.row - own}"
             raise InputError(
                 f"the descriptor of {where} (from 0) or of query {error.query} has NaN; make it again"
             ) from None
+    if count > 1:
+        found = merged(processes.gathered(found), min(m, len(database)))
     return Ranking(*found, time.perf_counter() - start)
 
 

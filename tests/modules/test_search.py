@@ -3,7 +3,7 @@ import pytest
 import torch
 from oracles import full_ranking
 
-from modules.search import Database, search
+from modules.search import Database, _search_without_waiting, merged, search
 
 
 def unit(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -31,6 +31,50 @@ def test_results_do_not_depend_on_the_chunk_size(chunk_size):
     places = ranking.argsort(dim=1)
     for row, numbers, positions in zip(places, listed, found.positions, strict=False):
         assert torch.equal(positions, row[numbers])
+
+
+def random_problem(seed: int) -> tuple[torch.Tensor, Database, int, list[torch.Tensor]]:
+    """Queries, a database of two parts, with ties in every third, a number of results, and listed rows."""
+    random = torch.Generator().manual_seed(seed)
+    n, d, q, m = (int(torch.randint(*span, (1,), generator=random)) for span in ((1, 900), (2, 64), (1, 9), (1, 600)))
+    rows = unit(n, d, seed=seed + 1)
+    rows = rows[torch.randint(0, max(1, n // 5), (n,), generator=random)] if seed % 3 == 0 else rows
+    rows = rows.half() if seed % 4 == 0 else rows
+    listed = [torch.randperm(n, generator=random)[: seed % 40] for _ in range(q)]
+    return unit(q, d, seed=seed), Database([rows[: n // 2], rows[n // 2 :]]), m, listed
+
+
+def assert_equal(found, expected) -> None:
+    assert torch.equal(found.ids, expected.ids)
+    assert torch.equal(found.scores, expected.scores)
+    assert all(torch.equal(*pair) for pair in zip(found.positions, expected.positions, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_parts_of_the_rows_make_up_the_search_of_all(seed):
+    queries, database, m, listed = random_problem(seed)
+    n, count = len(database), 1 + seed % 7
+    parts = [(n * i // count, n * (i + 1) // count) for i in range(count)]
+    found = [search(queries, database, m, listed, chunk_size=50, rows=part) for part in parts]
+    assert_equal(merged(found, m), search(queries, database, m, listed))
+
+
+def test_rows_that_are_no_part_are_told():
+    with pytest.raises(ValueError, match="rows are from 0 to 10, ascending"):
+        search(unit(1, 4), unit(10, 4), m=3, rows=(4, 11))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_gpus_order_of_work_gives_the_same_to_the_bit(seed):
+    queries, database, m, listed = random_problem(seed)
+    n = len(database)
+    found = _search_without_waiting(queries.double(), database, min(m, n), listed, 200, None, (0, n))
+    assert_equal(found, search(queries, database, m, listed))
+
+
+def test_more_near_ties_than_a_gpu_keeps_are_noticed():
+    queries, database = unit(1, 32), Database(unit(1, 32, seed=1).repeat(3000, 1))
+    assert _search_without_waiting(queries.double(), database, 20, [torch.arange(0)], 1000, None, (0, 3000)) is None
 
 
 def test_equal_rows_keep_the_lower_number_first():

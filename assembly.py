@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
 from itertools import count
@@ -22,7 +22,7 @@ from model.cache import content_folder, plain_name
 from model.checkpoint import find_checkpoint
 from model.device import choose_device, device_name, prepare_process
 from model.distributed import Processes
-from model.errors import InputError
+from model.errors import InputError, short_list
 from model.extract import ImageSet, extract_sets, extract_shared
 from model.images import ImageFile, set_pixel_limit
 from model.network_recipe import NetworkRecipe
@@ -31,6 +31,7 @@ from model.owner import owned
 from model.pair_scores import CVNetReranker, PairScores
 from model.read_ahead import Loading
 from model.recipe import SCALE_SETS, Recipe
+from model.shards import check_shards, find_shards, is_shard
 from model.whitened import WhitenedRecipe
 from modules.diffusion import DiffusionReranker
 from modules.expansion import QueryExpansion
@@ -218,14 +219,17 @@ class Distractors:
     """The descriptors of the million distractors.
 
     Attributes:
-        path: the file.
-        rows: (N, D), memory-mapped.
+        path: the file, or the first of its shards.
+        parts: (N_i, D) each, memory-mapped: one, or one per shard.
         images: theirs, in the same order; empty if their list is not here, or is of another length.
     """
 
     path: Path
-    rows: Tensor
+    parts: list[Tensor]
     images: Sequence[ImageFile]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
 
 
 def find_distractors(cfg: CfgNode) -> Distractors:
@@ -234,20 +238,27 @@ def find_distractors(cfg: CfgNode) -> Distractors:
         candidates = [Path(cfg.TEST.DISTRACTORS)]
     else:
         candidates = [Path(f"feats_1m_{network_title(cfg, 'RN')}{suffix}") for suffix in (".pth", ".npy")]
-    path = next((path for path in candidates if path.is_file()), None)
-    if path is None and cfg.TEST.DISTRACTORS:
+    with option("TEST.DISTRACTORS"):
+        found = ([path] if path.is_file() and not is_shard(path) else find_shards(path) for path in candidates)
+        paths = next(filter(None, found), None)
+    if paths is None and cfg.TEST.DISTRACTORS:
         raise InputError(f"TEST.DISTRACTORS: no file {candidates[0]}")
-    if path is None:
+    if paths is None:
         raise InputError(
             f"SupG.onemeval: no {candidates[0]} here; extract_rop1m.py makes it, TEST.DISTRACTORS names another"
         )
     with option("TEST.DISTRACTORS"):
-        rows = load_distractors(path)
+        if len(paths) > 1 or is_shard(paths[0]):
+            check_shards(paths)
+        parts = [load_distractors(path) for path in paths]
+        if len(widths := {part.shape[1] for part in parts}) > 1:
+            raise InputError(f"{paths[0]} and its other shards have {short_list(sorted(widths))} dimensions")
     try:
         images: Sequence[ImageFile] = load_distractor_list(Path(cfg.TEST.DATA_DIR) / "revisitop1m")[1]
     except InputError:
         images = ()
-    return Distractors(path, rows, images if len(images) == len(rows) else ())
+    found = Distractors(paths[0], parts, images)
+    return found if len(images) == len(found) else replace(found, images=())
 
 
 def extract_database(cfg: CfgNode, images: ImageSet, recipe: AnyRecipe, device: torch.device) -> Tensor:
@@ -330,7 +341,7 @@ class Experiment:
             with owned(self.folder):
                 *others, rows = extract_sets(self.sets, self.recipe, self.device, loading, resume)
             queries = others[0] if others else rows[torch.from_numpy(self.dataset.in_database)]
-        database = Database(rows) if self.distractors is None else add_distractors(rows, self.distractors.rows)
+        database = Database(rows) if self.distractors is None else add_distractors(rows, self.distractors.parts)
         return queries, database.fitted(self.device)
 
     def whitening_facts(self) -> dict[str, Any]:
@@ -369,7 +380,7 @@ class Experiment:
             if isinstance(self.recipe, WhitenedRecipe):
                 facts["whitening"] = self.whitening_facts()
         if self.distractors is not None:
-            facts["distractors"] = len(self.distractors.rows)
+            facts["distractors"] = len(self.distractors)
         if self.dataset.name in toy.NAMES:
             own_weights = self.recipe is not None and self.cfg.TEST.WEIGHTS == "auto"
             facts["note"] = toy.DISCLAIMER if own_weights else toy.DRAWN_DISCLAIMER

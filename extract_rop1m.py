@@ -2,9 +2,11 @@
 
 python extract_rop1m.py --weight ./weights/CVPR2022_CVNet_R50.pyth --depth 50
 torchrun --nproc-per-node=8 extract_rop1m.py --weight ./weights/CVPR2022_CVNet_R50.pyth --depth 50
+python extract_rop1m.py --weight ./weights/CVPR2022_CVNet_R50.pyth --depth 50 --out feats.npy --shard 3/64
 python extract_rop1m.py MODEL.NAME timm:resnet50.a1_in1k
 
-It can be stopped, killed or lose power at any moment: the same command resumes where it ended.
+It can be stopped, killed or lose power at any moment: the same command resumes where it ended. A shard, numbers from 0,
+needs no other machine: feats.00003-of-00064.npy; TEST.DISTRACTORS feats.npy then takes all shards together.
 """
 
 import argparse
@@ -34,6 +36,7 @@ def main(argv: list[str]) -> None:
     from model.distributed import Processes
     from model.extract import ImageSet, extract_shared
     from model.owner import owned
+    from model.shards import shard_path, shard_rows
     from model.store import nonzero_rows
     from report.log import start_log
     from revisitop.layout_revisitop import load_distractor_list
@@ -49,7 +52,14 @@ def main(argv: list[str]) -> None:
     recipe = find_recipe(cfg)
     with option("--data-dir"):
         digest, images = load_distractor_list(args.data_dir)
-    distractors = ImageSet(out, "distractors", images, provenance={"list_sha256": digest}, stamped=False)
+    provenance = {"list_sha256": digest}
+    if args.shard:
+        start, stop = shard_rows(len(images), *args.shard)
+        if start == stop:
+            raise InputError(f"--shard {args.shard[0]}/{args.shard[1]} has no image: the list has {len(images)}")
+        out, provenance["rows"] = shard_path(out, *args.shard), [start, stop, len(images)]
+        images = images.part(start, stop)
+    distractors = ImageSet(out, "distractors", images, provenance=provenance, stamped=False)
     log.info("checkpoint: %s, SHA-256 %s", recipe.checkpoint, recipe.checkpoint_sha256)
     with owned(out) if first else nullcontext():
         if first:
@@ -83,6 +93,7 @@ def parse(argv: list[str]) -> Parsed:
         help="folder of revisitop1m.txt, with the images in it or in its jpg/ [revisitop/revisitop1m]",
     )  # fmt: skip
     line.add("--out", type=Path, metavar="FILE", help=".pth or .npy file [feats_1m_RN<depth>.pth]")
+    line.add("--shard", type=shard, metavar="I/N", help="extract one of N parts of the list alone, I from 0")
     line.add(
         "--resume", action=argparse.BooleanOptionalAction, default=True,
         help="resume what an interrupted run left; --no-resume starts over [--resume]",
@@ -98,9 +109,18 @@ def parse(argv: list[str]) -> Parsed:
     out = parsed.args.out
     if out is not None and out.suffix not in (".pth", ".npy"):
         raise InputError(f"--out {out} must end in .pth or .npy")
+    if parsed.args.shard and (out is None or out.suffix != ".npy"):
+        raise InputError("--shard needs --out NAME.npy: a shard is named after it")
     if out is not None and not out.parent.is_dir():
         raise InputError(f"--out {out}: there is no folder {out.parent}")
     return parsed
+
+
+def shard(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count) <= 99999):
+        raise argparse.ArgumentTypeError(f"{text!r} is no I/N with I from 0 to N - 1")
+    return int(number), int(count)
 
 
 def is_finished(out: Path, provenance: dict, resume: bool) -> bool:

@@ -89,6 +89,10 @@ class ImageList(Sequence[ImageFile]):
     def __getitem__(self, index: int) -> ImageFile:
         return ImageFile(self.folder / self.name(index))
 
+    def part(self, start: int, stop: int) -> "ImageList":
+        """The images from the first number to before the second."""
+        return ImageList(self.folder, self.names[start:stop])
+
     def name(self, index: int) -> str:
         """As the list has it."""
         return os.fsdecode(bytes(self.names[index]))

@@ -4,6 +4,7 @@ import logging
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -191,11 +192,11 @@ def _array(values: Any) -> np.ndarray:
     return np.asarray(values)
 
 
-def add_distractors(rows: Tensor, distractors: Tensor) -> Database:
-    """The database with the distractors behind it. Raises InputError where their widths differ."""
-    if rows.shape[1] != distractors.shape[1]:
-        raise InputError(f"the distractors have {distractors.shape[1]} dimensions, the database {rows.shape[1]}")
-    return Database([rows, distractors])
+def add_distractors(rows: Tensor, distractors: Sequence[Tensor]) -> Database:
+    """The database with the distractors' parts behind it. Raises InputError where widths differ."""
+    if rows.shape[1] != distractors[0].shape[1]:
+        raise InputError(f"the distractors have {distractors[0].shape[1]} dimensions, the database {rows.shape[1]}")
+    return Database([rows, *distractors])
 
 
 def _load_npy(path: Path, mmap_mode: str | None = None) -> Any:

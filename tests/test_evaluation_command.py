@@ -377,16 +377,52 @@ def test_as_many_dimensions_as_images_and_descriptors_are_what_has_unit_length(c
     assert "does not tell rows from columns; save them with unit length" in outcome.err
 
 
-def test_the_processes_of_a_torchrun_share_the_extraction(command, layout, checkpoint_50, tmp_path):
+# The second process is killed amid its images, at the first start.
+KILLED = f"""
+import os, runpy, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+from model.store import DescriptorStore
+write = DescriptorStore.write
+def write_or_die(store, row, vector):
+    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and row >= 20:
+        open("killed", "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(store, row, vector)
+DescriptorStore.write = write_or_die
+runpy.run_path({str(ROOT / "test.py")!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(("count", "killed"), [(3, False), (2, True)])
+def test_the_processes_of_a_torchrun_share_extraction_and_search(
+    command, layout, checkpoint_50, tmp_path, count, killed
+):
+    far = np.random.default_rng(0).standard_normal((50, 2048)).astype(np.float32)
+    np.save(tmp_path / "far.npy", far / np.linalg.norm(far, axis=1, keepdims=True))
     words = ("TEST.WEIGHTS", checkpoint_50, "TEST.DATA_DIR", layout.data_dir, "TEST.DATASET_LIST", "roxford5k")
+    words += ("SupG.onemeval", "TEST.DISTRACTORS", tmp_path / "far.npy", "TEST.BATCH_SIZE", 1)
     words = [str(word) for word in (*words, "TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0)]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", ROOT / "test.py"]
     (tmp_path / "shared").mkdir()
-    done = subprocess.run([*launcher, *words], cwd=tmp_path / "shared", capture_output=True, text=True, check=False)
+    (tmp_path / "shared" / "driver.py").write_text(KILLED)
+    how = ["--max-restarts=3", "driver.py"] if killed else [str(ROOT / "test.py")]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", *how]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launcher, *words], cwd=tmp_path / "shared", capture_output=True, text=True, check=False, env=environment
+    )
     assert done.returncode == 0, done.stderr
+    assert f"process 2 of {count}" in done.stderr
+    assert (tmp_path / "shared" / "killed").exists() == killed
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     alone = command("test.py", *words)
+    torch.set_num_threads(threads)
+    assert alone.code == 0, alone.err
     lines = [[line for line in out.splitlines() if "results: " in line] for out in (done.stdout, alone.out)]
-    assert lines[0] == lines[1]
-    assert "process 2 of 2" in done.stderr
-    rows = [np.load(kept(tmp_path / name / "output", "roxford5k") / "roxford5k_db.npy") for name in ("shared", "work")]
-    np.testing.assert_allclose(*rows, atol=1e-6)  # torchrun gives each process one thread
+    assert lines[0] == lines[1] != []
+    for name in ("roxford5k_retrieval_ranks.npy", "roxford5k_reranking_ranks.npy"):
+        files = [latest(tmp_path / where / "output") / name for where in ("shared", "work")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    rows = [kept(tmp_path / where / "output", "roxford5k") / "roxford5k_db.npy" for where in ("shared", "work")]
+    assert rows[0].read_bytes() == rows[1].read_bytes()

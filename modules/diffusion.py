@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .candidates import RERANK_M, CandidateReranker, check_finite
 from .checks import real_number, values_can_be_seen, whole_number
-from .neighbours import gram_matrices, nearest
+from .neighbours import gram_matrices, nearest, similarities
 
 K = 50
 KQ = 10
@@ -42,9 +42,9 @@ def normalized_affinities(affinities: Tensor) -> Tensor:
 def diffused(s: Tensor, y: Tensor, alpha: float, tolerance: float, iterations: int) -> Tensor:
     """The solution f of (I - alpha S) f = y by conjugate gradients from f = 0. (Q, M, M), (Q, M) -> (Q, M).
 
-    A query is done when the norm of its residual is at most `tolerance` times that of y, or the machine
-    epsilon of their type times it; what the other queries still need does not change its f. After
-    `iterations` steps f is returned as it is.
+    S is symmetric. A query is done when the norm of its residual is at most `tolerance` times that of y, or
+    the machine epsilon of their type times it; what the other queries still need does not change its f.
+    After `iterations` steps f is returned as it is.
     """
     size = y.amax(dim=1, keepdim=True)
     size = size.masked_fill(size == 0, 1)  # tiny y would have squares of 0
@@ -56,7 +56,7 @@ def diffused(s: Tensor, y: Tensor, alpha: float, tolerance: float, iterations: i
         done = rr <= enough
         if values_can_be_seen(done) and done.all():
             break
-        ap = p - alpha * (s @ p[..., None]).squeeze(-1)
+        ap = p - alpha * similarities(p, s)  # S is symmetric
         step = (rr / (p * ap).sum(dim=1, keepdim=True).masked_fill(done, 1)).masked_fill(done, 0)
         f, r = f + step * p, r - step * ap
         before, rr = rr.masked_fill(done, 1), (r * r).sum(dim=1, keepdim=True)
@@ -126,7 +126,7 @@ class DiffusionReranker(CandidateReranker):
 
     def _scores(self, q: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
         """The score of each candidate, in the candidates' order. (Q, D), (Q, M, D) -> (Q, M)."""
-        similarity = (x @ q[..., None]).squeeze(-1)
+        similarity = similarities(q, x)
         check_finite(similarity, q, x)
         there = torch.ones_like(similarity, dtype=torch.bool) if mask is None else mask
         first = there & (there.cumsum(dim=1) <= self.kq)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .candidates import RERANK_M, CandidateReranker, check_finite, numbered_ids
 from .checks import Array, as_tensor, real_number, whole_number
+from .neighbours import similarities
 from .search import Database, search
 
 QE_N = 10
@@ -32,8 +33,7 @@ def expanded_queries(queries: Tensor, rows: Tensor, alpha: float = QE_ALPHA) -> 
     The rows are each query's first n results; rows of zeros add nothing. With alpha = 0 every result has
     weight 1, whatever its similarity (average query expansion).
     """
-    similarity = (rows @ queries[..., None]).squeeze(-1)
-    weights = similarity.relu().pow(alpha)  # relu: at 0 its gradient is 0 in every version of PyTorch
+    weights = similarities(queries, rows).relu().pow(alpha)  # relu: at 0 its gradient is 0 in every version of PyTorch
     return F.normalize(queries + (weights[:, None] @ rows).squeeze(1), dim=-1)
 
 
@@ -71,7 +71,7 @@ class QueryExpansion(CandidateReranker):
 
     def _scores(self, q: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
         """The score of each candidate, in the candidates' order. (Q, D), (Q, M, D) -> (Q, M)."""
-        scores = (x @ self._expanded(q, x, mask)[..., None]).squeeze(-1)
+        scores = similarities(self._expanded(q, x, mask), x)
         check_finite(scores, q, x)
         return scores
 
@@ -176,7 +176,7 @@ def augmented_rows(
                 weights = (k - torch.arange(few.shape[1], device=rows.device)) / k
                 total = weights @ rows
             else:
-                weights = (rows @ rows[:, 0, :, None]).squeeze(-1).clamp(min=0).pow(alpha)
+                weights = similarities(rows[:, 0], rows).relu().pow(alpha)
                 total = (weights[:, None] @ rows).squeeze(1)
             out[own.to(out.device)] = F.normalize(total, dim=-1).to(out.device, out.dtype)
         if on_rows is not None:

@@ -13,6 +13,12 @@ from .checks import values_can_be_seen
 _STRIP, _COLUMNS = 128, 40
 
 
+def similarities(queries: Tensor, candidates: Tensor) -> Tensor:
+    """q . x_i of each query and its own candidates. (Q, D), (Q, M, D) -> (Q, M)."""
+    # On a CPU the product with the vector on the left takes a tenth of the time of X q.
+    return (queries[:, None] @ candidates.transpose(1, 2)).squeeze(1)
+
+
 def gram_matrices(candidates: Tensor) -> Tensor:
     """X X^T of each query, in strips up to the diagonal, mirrored. (Q, M, D) -> (Q, M, M), exactly symmetric."""
     m = candidates.shape[1]

@@ -10,11 +10,19 @@ from torch import Tensor
 
 from .candidates import RERANK_M, CandidateReranker, check_finite
 from .checks import real_number, whole_number
-from .neighbours import gram_matrices, nearest
+from .neighbours import gram_matrices, nearest, similarities
 
 K1 = 20
 K2 = 6
 LAMBDA = 0.3
+
+
+def node_similarities(queries: Tensor, candidates: Tensor) -> Tensor:
+    """The Gram matrices of the nodes, each query before its candidates. (Q, D), (Q, M, D) -> (Q, N, N)."""
+    own = (queries * queries).sum(dim=1, keepdim=True)
+    first = torch.cat([own, similarities(queries, candidates)], dim=1)
+    others = torch.cat([first[:, 1:, None], gram_matrices(candidates)], dim=2)
+    return torch.cat([first[:, None], others], dim=1)
 
 
 def reciprocal_sets(near: Tensor, near_half: Tensor) -> Tensor:
@@ -101,7 +109,7 @@ class KReciprocalReranker(CandidateReranker):
 
     def _scores(self, q: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
         """The score of each candidate, in the candidates' order. (Q, D), (Q, M, D) -> (Q, M)."""
-        gram = gram_matrices(torch.cat([q[:, None], x], dim=1))
+        gram = node_similarities(q, x)
         check_finite(gram[:, 0], q, x)
         there = None if mask is None else torch.nn.functional.pad(mask, (1, 0), value=True)
         jaccard = jaccard_distances(reciprocal_encoding(gram, self.k1, self.k2, there))

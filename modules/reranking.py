@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .candidates import RERANK_M, CandidateReranker, Found, Reranker, Reranking, check_finite
-from .neighbours import gram_matrices, largest
+from .neighbours import gram_matrices, largest, similarities
 
 __all__ = [
     "RERANK_BETA",
@@ -58,8 +58,7 @@ def neighbour_weights(candidates: Tensor, k: int, beta: float, mask: Tensor | No
 
 def refined_scores(query: Tensor, candidates: Tensor, neighbours: Tensor, weights: Tensor) -> Tensor:
     """q . x'_i for the refined candidates x' = W X, as W (X q). (Q, D), (Q, M, D) -> (Q, M)."""
-    similarity = (query[:, None] @ candidates.transpose(1, 2)).squeeze(1)
-    near = similarity.gather(1, neighbours.flatten(1)).view_as(weights)
+    near = similarities(query, candidates).gather(1, neighbours.flatten(1)).view_as(weights)
     return (weights * near).sum(dim=-1)
 
 
@@ -125,7 +124,7 @@ class SuperGlobalReranker(CandidateReranker):
             first = torch.where(mask.gather(1, first), first, first[:, :1])
         expanded = expanded_query(x, neighbours, weights, first)
         if self.s2 == "original":
-            return (s1 + (expanded[:, None] @ x.transpose(1, 2)).squeeze(1)) / 2
+            return (s1 + similarities(expanded, x)) / 2
         return (s1 + refined_scores(expanded, x, neighbours, weights)) / 2
 
     def extra_repr(self) -> str:

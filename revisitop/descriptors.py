@@ -153,7 +153,7 @@ def load_rows(path: Path) -> Tensor:
     if isinstance(rows, Tensor):
         rows = rows.detach()
     if not isinstance(rows, Tensor) or rows.ndim != 2 or not rows.is_floating_point() or not is_plain(rows):
-        raise InputError(f"{path} holds no array (N, D) of floating numbers, a descriptor per row")
+        raise InputError(f"{path} holds no (N, D) array of floating numbers, a descriptor per row")
     if not rows.numel():
         raise InputError(f"{path} holds no descriptors: its shape is {tuple(rows.shape)}")
     return rows

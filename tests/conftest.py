@@ -7,12 +7,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from xdist.scheduler import LoadScopeScheduling
 
 from revisitop import toy
 from revisitop.toy import seeded_checkpoint
@@ -28,12 +29,15 @@ def pytest_configure() -> None:
         torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes long to make is made by one process, which runs all that use it."""
-    for item in items:
-        if {"toy_data", "toy_run"} & set(item.fixturenames):
-            item.add_marker(pytest.mark.xdist_group("toy"))
+class _ByFixture(LoadScopeScheduling):
+    """Hands out tests one by one; those of toy, which takes long to extract, all to one process."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "toy" if "toy" in nodeid else nodeid
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return _ByFixture(config, log)
 
 
 @pytest.fixture(scope="session")

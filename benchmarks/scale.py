@@ -1,0 +1,80 @@
+"""What each stage costs for a million, a hundred million and a billion images, as a Markdown table.
+
+    python benchmarks/scale.py
+    python benchmarks/scale.py --extraction 600 --search 50e9 --memory 500e9
+
+Nothing is timed here: the rates are arguments, and the defaults are this machine's figures in benchmarks/README.md (two
+cores of a CPU) and assumptions, which the table's last lines state. Put in your own.
+"""
+
+import argparse
+import math
+
+SIZES = (10**6, 10**8, 10**9)
+DIM = 2048
+FORMS = {"float32": 4 * DIM, "float16": 2 * DIM, "int8": DIM, "PQ64 codes": 64}  # bytes of an image
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--extraction", type=float, default=100, metavar="RATE", help="images a second and GPU [100]")
+    parser.add_argument(
+        "--search", type=float, default=1.3e9, metavar="RATE",
+        help="bytes of rows a second and machine in exact search by 70 queries [1.3e9, two cores: 8.2 GB in 6.3 s]",
+    )  # fmt: skip
+    parser.add_argument("--rerank", type=float, default=0.0064, metavar="SECONDS", help="of a query, M = 400 [0.0064]")
+    parser.add_argument(
+        "--reads", type=float, default=5000, metavar="RATE", help="random rows a second of a disk [5000]"
+    )
+    parser.add_argument("--memory", type=float, default=200e9, metavar="BYTES", help="of a machine, for rows [200e9]")
+    args = parser.parse_args()
+    print("\n".join(table(args.extraction, args.search, args.rerank, args.reads, args.memory)))
+
+
+def table(extraction: float, search: float, rerank: float, reads: float, memory: float) -> list[str]:
+    """The lines of the table and of what it rests on.
+
+    Args:
+        extraction: images a second of one GPU.
+        search: bytes of float32 rows that one machine searches in a second, by 70 queries at once.
+        rerank: seconds for one query, its candidates' rows at hand.
+        reads: rows a second from random places of a disk.
+        memory: bytes of one machine that rows may take.
+    """
+    lines = [
+        "| | " + " | ".join(f"{size:,} images" for size in SIZES) + " | engine |",
+        "| --- |" + " --- |" * (len(SIZES) + 1),
+    ]
+
+    def row(title: str, cells: list[str], engine: str) -> None:
+        lines.append(f"| {title} | {' | '.join(cells)} | {engine} |")
+
+    row("extraction, GPU hours", [f"{size / extraction / 3600:,.0f}" for size in SIZES], "`torchrun`, or shards")
+    for form, size_of_one in FORMS.items():
+        engine = "the files themselves" if form != "PQ64 codes" else "FAISS, `TEST.INDEX`"
+        row(f"rows, {form}", [amount(size * size_of_one) for size in SIZES], engine)
+        machines = [math.ceil(size * size_of_one / memory) for size in SIZES]
+        row(f"machines that hold them, {form}", [f"{count:,}" for count in machines], engine)
+    machines = [math.ceil(size * 4 * DIM / memory) for size in SIZES]
+    seconds = [size * 4 * DIM / search / count for size, count in zip(SIZES, machines, strict=True)]
+    row("exact search by 70 queries on these, float32", [f"{each:,.0f} s" for each in seconds], "`torchrun test.py`")
+    row("approximate search of a query", ["milliseconds"] * 3, "FAISS on one machine, Milvus on many")
+    row("reranking of a query, rows at hand", [f"{1000 * rerank:.1f} ms"] * 3, "`SuperGlobalReranker`")
+    row("reading its 400 rows from a disk", [f"{400 / reads * 1000:,.0f} ms"] * 3, "`fetch` of your store")
+    return [
+        *lines,
+        "",
+        f"Assumed: {extraction:g} images a second and GPU; exact search of {amount(search)} of rows a second and "
+        f"machine; {amount(memory)} of memory a machine for rows; {reads:g} random reads a second. "
+        "Reranking does not grow with the database.",
+    ]
+
+
+def amount(size: float) -> str:
+    """Bytes in words: 8.2 GB."""
+    unit = max(0, min(4, int(math.log10(max(size, 1)) // 3)))
+    return f"{size / 1000**unit:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[unit]}"
+
+
+if __name__ == "__main__":
+    main()

@@ -161,14 +161,21 @@ def search(
 
 def _products(queries: Tensor, chunk: Tensor, start: int) -> Tensor:
     """The scores of a chunk as fast as float32 allows, (Q, C)."""
-    # Reduced precision (TF32, say), where somebody chose it, has no useful bound.
-    work = torch.float32 if torch.get_float32_matmul_precision() == "highest" else torch.float64
+    work = torch.float32 if _float32_is_whole() else torch.float64
     scores = (queries.to(work) @ chunk.to(work).T).to(torch.float32)
     if not torch.isfinite(scores.sum()):
         bad = (~torch.isfinite(scores)).nonzero()
         if len(bad):
             raise NotFiniteError(int(bad[0, 0]), start + int(bad[0, 1]))
     return scores
+
+
+def _float32_is_whole() -> bool:
+    """Whether float32 products are made in float32: reduced precision (TF32, say) has no useful bound."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # how PyTorch tells that a precision was chosen by its newer settings
+        return False
 
 
 def _error(scores: Tensor, dim: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""A simulated GPU: tensors that say they are on ``cuda:0``, hold their values in the CPU's memory, and keep CUDA's rules.
+"""A simulated GPU: tensors that say they are on ``cuda:0``, hold their values on the CPU, and keep CUDA's rules.
 
 It shows, without a GPU:
 
@@ -58,10 +58,11 @@ class OnDevice(Tensor):
 
     @staticmethod
     def __new__(cls, held: Tensor) -> "OnDevice":
-        out = Tensor._make_wrapper_subclass(
-            cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,
-            device=DEVICE, requires_grad=held.requires_grad,
-        )  # fmt: skip
+        with torch.inference_mode(False):  # so that views of it may be made in that mode and out of it
+            out = Tensor._make_wrapper_subclass(
+                cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,
+                device=DEVICE,
+            )  # fmt: skip
         out.held = held
         return out
 
@@ -320,7 +321,7 @@ def simulated_device() -> Iterator[SimulatedDevice]:
                 "current_device_index": lambda: 0,
                 "set_device_index": lambda _: None,
             }.items():
-                patch.setattr(torch.accelerator, name, value)
+                patch.setattr(torch.accelerator, name, value, raising=False)
         patch.setattr(torch.backends.cudnn, "enabled", False)  # whose operators have no values on a CPU
         patch.setattr(Tensor, "pin_memory", pin_memory)
         patch.setattr(Tensor, "is_pinned", lambda x, *_: device.is_pinned(x))

@@ -33,7 +33,7 @@ os.environ["TQDM_DISABLE"] = "1"
 from alternate import alternate, machine, matrix_rate, positive, report
 
 from model.checkpoint import load_encoder
-from model.device import choose_device, prepare_process
+from model.device import choose_device, forbid_tf32, prepare_process
 from model.errors import run_command
 from model.extract import extract_images
 from model.folding import PRECISIONS
@@ -131,7 +131,7 @@ def baseline(recipe: Recipe | NetworkRecipe, device: torch.device, images: list[
         return one_by_one
     encoder = load_encoder(ResNet(recipe.depth), recipe.checkpoint)
     model = SuperGlobal(encoder, recipe.scales, GeMPlus(), RegionalGeM(), ScaleGeM()).eval().to(device)
-    torch.backends.cudnn.allow_tf32 = False
+    forbid_tf32()
 
     def run() -> np.ndarray:
         with torch.no_grad():

@@ -100,7 +100,7 @@ def ours(
 
     @torch.inference_mode()
     def run() -> np.ndarray:
-        return reranker.rerank(q, ids, fetch, device).order.numpy()
+        return reranker.rerank(q, ids, fetch, device).order.cpu().numpy()
 
     return run
 

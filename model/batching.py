@@ -23,6 +23,14 @@ GPU_PIXELS = 16 << 20
 # Of a ResNet's activations, per pixel of the scaled image: about 60 values live at the peak.
 _LIVE_VALUES = 60
 
+# How PyTorch, cuDNN and cuBLAS say that memory is full, beside the types of errors; and how PyTorch says
+# that each way of cuDNN's to compute a convolution failed, for lack of memory or for another reason.
+_FULL = (
+    *("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED", "ALLOCATION_FAILED"),
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+)
+_NO_ENGINE = "unable to find an engine to execute this computation"
+
 
 class BatchSize:
     """How many images of some size go into a batch: bounded by pixels, so that memory is.
@@ -46,10 +54,14 @@ class BatchSize:
 
 
 def first_batch_size(extractor: Extractor, images: int = 0) -> BatchSize:
-    """What fits into half of the GPU's free memory by a rough estimate; on a CPU, what makes the most of its caches."""
+    """What fits into half of the GPU's free memory by a rough estimate; on a CPU, what makes the most of its caches.
+
+    Free is also what PyTorch holds and does not use.
+    """
     if extractor.device.type != "cuda":
         return BatchSize(CPU_PIXELS, min(images or CPU_IMAGES, CPU_IMAGES))
     free, _ = torch.cuda.mem_get_info(extractor.device)
+    free += torch.cuda.memory_reserved(extractor.device) - torch.cuda.memory_allocated(extractor.device)
     per_pixel = _LIVE_VALUES * 4 * max(getattr(extractor, "scales", (1.0,))) ** 2
     return BatchSize(min(GPU_PIXELS, int(free / 2 / per_pixel)), images)
 
@@ -91,7 +103,7 @@ def in_fitting_parts(
         names: of the images, for the error.
         size: halved whenever a part does not fit.
     """
-    done = 0
+    done, retried = 0, False
     while done < len(batch):
         part = slice(done, min(done + size.of(batch[0]), len(batch)))
         vectors: Tensor | InputError | None = None
@@ -99,8 +111,10 @@ def in_fitting_parts(
             vectors = extract(batch[part])
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
-                raise
-            if part.stop == done + 1:
+                if _NO_ENGINE not in str(error) or retried or part.stop == done + 1:
+                    raise
+                retried = True  # that may have been a lack of memory, or any other reason
+            elif part.stop == done + 1:
                 height, width = batch[done].shape[:2]
                 vectors = InputError(
                     f"{names[done]}: the memory of the device is too small for {width} x {height} pixels",
@@ -118,5 +132,4 @@ def in_fitting_parts(
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether that is what a device says when its memory is full."""
-    words = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in _FULL)

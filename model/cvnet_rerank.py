@@ -187,12 +187,12 @@ class CVNetRerank(nn.Module):
         return torch.cat(scores) if scores else query.new_empty(0, dtype=torch.float32)
 
     def keys_per_batch(self, query: Tensor, key_maps: Tensor) -> int:
-        """How many keys of this size are scored together, at least 1: bounded by the size of the 4D tensors."""
+        """How many keys of this size are scored together on the query's device, at least 1; the 4D tensors bound it."""
         stride = self.cv_learner.block1[0].stride
         positions = math.prod(_strided(side, stride) for x in (query, key_maps) for side in x.shape[-2:])
         each = self.dtype.itemsize * positions * _BLOCKS[0][0][0] * _LIVE_TENSORS
         each += 4 * key_maps[0, 0].numel() * (2 * MAP_DIM + 2 * len(MAP_SCALES) * LOCAL_DIM)
-        return max(1, _BATCH_BYTES[_kind(key_maps)] // each)
+        return max(1, _BATCH_BYTES[_kind(query)] // each)
 
     def _inputs(self, maps: Tensor) -> Tensor:
         """Unit vectors at three scales, all resized back to the map's size. (N, 1024, h, w) -> (N, 3, 256, h, w).

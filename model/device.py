@@ -14,15 +14,19 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """Returns the device of that name; "auto" is this process's GPU if there is one, and the CPU otherwise.
+    """Returns the device of that name; "auto" is a GPU if there is one, and the CPU otherwise.
+
+    Args:
+        name: auto, cpu, cuda or cuda:N. "cuda" and "auto" are this process's own GPU.
+        local_rank: number of this process on its machine.
 
     Raises:
         InputError: if there is no such GPU.
     """
     count = torch.cuda.device_count()
-    if name == "auto":
-        return torch.device(f"cuda:{local_rank % count}" if count else "cpu")
-    device = torch.device(name)
+    device = torch.device(("cuda" if count else "cpu") if name == "auto" else name)
+    if device.type == "cuda" and device.index is None and count:
+        return torch.device("cuda", local_rank % count)
     if device.type == "cuda" and (device.index or 0) >= count:
         raise InputError(f"device {name}: PyTorch sees {count} GPUs here", device="cpu")
     return device
@@ -31,16 +35,30 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 def prepare_process(device: torch.device) -> None:
     """Makes settings of the whole process that extraction on this device wants; for commands, which own their process.
 
-    On a GPU: float32 means float32, not TF32. On a CPU with glibc: freed memory is kept for the next
-    image. By default large blocks go back to the system, and each new activation pays for fresh pages.
+    On a GPU: float32 means float32, not TF32, and this GPU is the process's current one. On a CPU with
+    glibc: freed memory is kept for the next image. By default large blocks go back to the system, and each
+    new activation pays for fresh pages.
     """
     if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cudnn.allow_tf32 = False
+        forbid_tf32()
+        if device.index is not None:
+            torch.cuda.set_device(device)
     elif platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
         libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def forbid_tf32() -> None:
+    """Float32 products and convolutions on GPUs are made in float32, whatever was chosen before.
+
+    PyTorch 2.9 got a second set of these settings, which must not contradict the first.
+    """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        torch.backends.cudnn.conv.fp32_precision = "ieee"
 
 
 def device_name(device: torch.device) -> str:

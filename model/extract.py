@@ -20,7 +20,7 @@ from model.distributed import Processes
 from model.errors import InputError, short_list
 from model.extractor import Extractor
 from model.images import ImageError, ImageFile
-from model.read_ahead import PLAIN_LOADING, Loading, ReadAhead
+from model.read_ahead import PLAIN_LOADING, WORKER_ERRORS, Loading, ReadAhead
 from model.store import DescriptorStore, nonzero_rows
 from modules.checks import values_unseen
 
@@ -190,7 +190,7 @@ def extract_images(
                     log.warning("skipped, a zero row: %s", vectors.problem)
                     vectors = torch.zeros(1, extractor.dim)
                 results.take(numbers[part], vectors)
-    except RuntimeError as error:
+    except WORKER_ERRORS as error:
         raise decoded.death_of_a_worker(error) or error from None
     finally:
         try:
@@ -304,7 +304,8 @@ class _InListOrder:
             if not np.isfinite(vector).all():
                 path = self.images[self.rows[number]].path
                 raise InputError(
-                    f"{path}: its descriptor is not finite; a power or threshold of the modules is too large"
+                    f"{path}: its descriptor is not finite; a power or threshold of the modules is too large, "
+                    "or the network overflows in fp16"
                 )
             self.here[number] = vector
         while self.next in self.here:

@@ -55,7 +55,10 @@ class ImageDescriptor(nn.Module):
         rows = [found[number] for number in sorted(found)]
         descriptors = torch.stack(rows) if rows else torch.empty(0, self.extractor.dim, device=self.extractor.device)
         if not descriptors.isfinite().all():
-            raise ValueError("a descriptor is not finite; a power or threshold of the modules is too large")
+            raise ValueError(
+                "a descriptor is not finite; a power or threshold of the modules is too large, "
+                "or the network overflows in fp16"
+            )
         return descriptors
 
 
@@ -72,7 +75,7 @@ def _pixels(image: AnyImage, number: int) -> Tensor:
         raise ValueError(f"image {number}: a tensor has shape (3, H, W), got {tuple(image.shape)}")
     if not image.is_floating_point():
         raise ValueError(f"image {number}: RGB in 0..1 is needed, got {image.dtype}; divide it by 255")
-    low, high = image.min().item(), image.max().item()
+    low, high = torch.stack(image.aminmax()).tolist()  # in one look, which waits for a GPU
     if not -_SLACK <= low <= high <= 1 + _SLACK:
         raise ValueError(
             f"image {number}: RGB in 0..1 is needed, {tuple(image.shape)} has {low:.3g} to {high:.3g}; "

@@ -189,6 +189,9 @@ def to_network_input(pixels: Tensor) -> Tensor:
     """RGB, uint8 or floating in 0..1 -> B, G, R, less the mean, over the deviation. (N, H, W, 3) -> (N, 3, H, W)."""
     x = pixels.permute(0, 3, 1, 2).contiguous().flip(1)
     x = x.float().div_(255) if x.dtype == torch.uint8 else x.float()
-    mean = torch.tensor(MEAN_BGR, device=x.device).view(3, 1, 1)
-    std = torch.tensor(STD_BGR, device=x.device).view(3, 1, 1)
-    return x.sub_(mean).div_(std)
+    return x.sub_(per_channel(MEAN_BGR, x.device)).div_(per_channel(STD_BGR, x.device))
+
+
+def per_channel(values: Sequence[float], device: torch.device) -> Tensor:
+    """A number for each channel, (C, 1, 1), written by the device: a copy to it would wait for all that it is to do."""
+    return torch.stack([torch.full((1, 1), float(value), device=device) for value in values])

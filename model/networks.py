@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from model.checkpoint import load_tensors, sha256
 from model.errors import InputError, short_list
+from model.images import per_channel
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SMALLEST = 32  # sides of an image in pixels: smaller ones are enlarged, as most networks have strides of 32
@@ -64,7 +65,7 @@ class Backbone:
         if self.size is not None and self.size != x.shape[2:]:
             x = F.interpolate(x, self.size, mode="bilinear", align_corners=False, antialias=True).clamp(0, 1)
         x = x.flip(1) if self.channels == "BGR" else x
-        mean, std = (torch.tensor(values, device=x.device).view(3, 1, 1) for values in (self.mean, self.std))
+        mean, std = (per_channel(values, x.device) for values in (self.mean, self.std))
         return ((x - mean) / std).contiguous()
 
     def fitted(self, x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from model.cvnet_rerank import CVNetRerank
 from model.extract import file_stamps
 from model.images import ImageError, ImageFile, to_network_input
 from model.owner import owned
-from model.read_ahead import PLAIN_LOADING, Loading, ReadAhead
+from model.read_ahead import PLAIN_LOADING, WORKER_ERRORS, Loading, ReadAhead
 from model.recipe import Recipe
 from model.store import DescriptorStore
 from modules.reranking import Found
@@ -197,7 +197,7 @@ class FeatureMaps:
                     made = self.network.feature_map(to_network_input(pixels[None].to(device)))[0].contiguous().cpu()
                 self._keep(stamps[number], made)
                 yield number, made
-        except RuntimeError as error:
+        except WORKER_ERRORS as error:
             raise decoded.death_of_a_worker(error) or error from None
 
     def _find(self, stamp: str) -> Tensor | None:

@@ -1,5 +1,6 @@
 """Images decoded ahead in worker processes."""
 
+import multiprocessing
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,9 @@ class Loading:
 
 PLAIN_LOADING = Loading()
 
+# The first is PyTorch's; the others come where a worker dies just as its pixels are handed over.
+WORKER_ERRORS = (RuntimeError, ConnectionResetError, ConnectionRefusedError, EOFError)
+
 
 class ReadAhead:
     """The pixels of some rows of a list of images, in order, decoded ahead in worker processes.
@@ -59,12 +63,16 @@ class ReadAhead:
     def __iter__(self) -> Iterator[Tensor | ImageError]:
         return iter(self.loader)
 
-    def death_of_a_worker(self, error: RuntimeError) -> InputError | None:
-        """The error to raise if this one is PyTorch's about a worker that died; it may come at any moment."""
+    def death_of_a_worker(self, error: Exception) -> InputError | None:
+        """The error to raise if this one, of WORKER_ERRORS, is about a worker that died; it may come at any moment."""
         pids = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
-        if pids is None:
+        if pids is not None:
+            dead = {int(pid) for pid in pids[1].split(",")}
+        elif isinstance(error, RuntimeError) or not self.workers:
             return None
-        dead = [int(pid) for pid in pids[1].split(",")]
+        else:
+            alive = {process.pid for process in multiprocessing.active_children()}
+            dead = set(self.pixels.reading[:, 0].tolist()) - alive
         paths = [self.pixels.images[row].path for pid, row in self.pixels.reading.tolist() if pid in dead and row >= 0]
         return InputError(
             f"a process that decodes images died{f' while reading {short_list(paths)}' if paths else ''}; look at that "

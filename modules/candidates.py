@@ -227,22 +227,26 @@ class CandidateReranker(nn.Module):
             raise ValueError(f"reranking takes queries (Q, D) and ids (Q, R), {given}")
         if 0 in ids.shape[1:] + q.shape[1:]:
             raise ValueError(f"there are no candidates to rerank: {given}")
-        if ids.is_floating_point() or ids.dtype == torch.bool or (ids.long() < -1).any():
+        if ids.is_floating_point() or ids.dtype == torch.bool:
             raise ValueError(f"ids are integers from 0, and -1 for none, {given}")
         device = q.device if device is None else torch.device(device)
-        ids = ids[:, :m].long()
+        ids = ids.long()
+        lowest = int(ids.min()) if len(ids) else 0  # one look, which waits for a GPU
+        if lowest < -1:
+            raise ValueError(f"ids are integers from 0, and -1 for none, {given}")
+        ids = ids[:, :m]
         present = ids >= 0
-        mask = None if present.all() else present
+        mask = None if lowest >= 0 or present.all() else present
         m, d = ids.shape[1], q.shape[1]
         block = max(1, (_GPU_BYTES if device.type == "cuda" else _CPU_BYTES) // (4 * m * max(m, d)))
         block -= block % min(block, torch.get_num_threads())  # so that all threads have as many to do
-        done = []
+        done, moved = [], q.to(device)
         for start in range(0, max(1, len(q)), block):
             part = slice(start, start + block)
             there = None if mask is None else mask[part]
             rows = _fetched(fetch, ids[part], there, d).to(device)
             try:
-                done.append(work(q[part].to(device), rows, there))
+                done.append(work(moved[part], rows, there))
             except NotFiniteRowError as error:
                 raise error.of(q, ids, start) from None
         return torch.cat(done).to(q.device)
@@ -301,8 +305,11 @@ def _fetched(fetch: Callable, ids: Tensor, there: Tensor | None, dim: int) -> Te
 
 
 def _warn_of_long_rows(q: Tensor, x: Tensor) -> None:
-    for name, rows in (("queries", q), ("candidates", x[:, 0])):
-        if values_can_be_seen(rows) and len(rows) and (longest := rows.norm(dim=1).max().item()) > _LONGEST:
+    if not (values_can_be_seen(x) and len(x)):
+        return
+    lengths = torch.stack([rows.norm(dim=1).max() for rows in (q, x[:, 0])]).tolist()  # in one look, see _by_blocks
+    for name, longest in zip(("queries", "candidates"), lengths, strict=True):
+        if longest > _LONGEST:
             warnings.warn(
                 f"reranking is for rows of unit length, there are {name} of length {longest:.3g}; "
                 "torch.nn.functional.normalize(rows, dim=-1) makes them so",

@@ -69,7 +69,8 @@ def _largest_places(similarity: Tensor, threshold: Tensor, k: int) -> Tensor:
     """Whether an entry is one of the k largest of its row, of which the threshold (..., 1) is the smallest."""
     threshold = threshold.clamp(min=torch.finfo(similarity.dtype).min)
     chosen = similarity >= threshold
-    if values_can_be_seen(similarity) and (chosen.sum(dim=-1) <= k).all():  # no ties to be decided
+    # Where there are no ties to be decided, the rest changes nothing; a GPU does it sooner than it is waited for.
+    if not similarity.is_cuda and values_can_be_seen(similarity) and (chosen.sum(dim=-1) <= k).all():
         return chosen
     tied = similarity == threshold
     room = k - (similarity > threshold).sum(dim=-1, keepdim=True)

@@ -283,8 +283,11 @@ def _products(queries: Tensor, chunk: Tensor, start: int) -> Tensor:
 
 
 def _work_type() -> torch.dtype:
-    """Of the products. Reduced precision (TF32, say), where somebody chose it, has no useful bound."""
-    return torch.float32 if torch.get_float32_matmul_precision() == "highest" else torch.float64
+    """Of the products: float64 where somebody chose reduced precision (TF32, say), which has no useful bound."""
+    try:
+        return torch.float32 if torch.get_float32_matmul_precision() == "highest" else torch.float64
+    except RuntimeError:  # how PyTorch tells that a precision was chosen by its newer settings
+        return torch.float64
 
 
 def _error(scores: Tensor, dim: int) -> Tensor:

@@ -81,6 +81,8 @@ def test_large_images_come_in_smaller_batches():
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory"),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
         MemoryError(),
     ],
 )
@@ -101,6 +103,25 @@ def test_a_single_image_that_does_not_fit_is_named():
     ((part, error),) = in_fitting_parts(device.extract, [torch.empty(7, 9, 3)], ["b.jpg"], BatchSize(1))
     assert part == slice(0, 1)
     assert "b.jpg: the memory of the device is too small for 9 x 7 pixels" in str(error)
+
+
+NO_ENGINE = RuntimeError("GET was unable to find an engine to execute this computation")
+
+
+def test_a_convolution_without_an_engine_is_tried_once_with_half_as_many_images():
+    batch = [pixels for _, pixels in images([(2, 2)] * 5)]
+    device = SmallDevice(2, NO_ENGINE)
+    parts = list(in_fitting_parts(device.extract, batch, range(5), BatchSize(10**9, 5)))
+    assert torch.cat([vectors for _, vectors in parts]).flatten().tolist() == list(range(5))
+    for most, tried in ((1, [5, 2]), (0, [5, 2])):
+        device = SmallDevice(most, NO_ENGINE)
+        with pytest.raises(RuntimeError, match="unable to find an engine"):
+            list(in_fitting_parts(device.extract, batch, range(5), BatchSize(10**9, 5)))
+        assert device.tried == tried
+    device = SmallDevice(0, NO_ENGINE)
+    with pytest.raises(RuntimeError, match="unable to find an engine"):
+        list(in_fitting_parts(device.extract, batch[:1], "a", BatchSize(10**9)))
+    assert device.tried == [1]
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory():

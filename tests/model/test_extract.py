@@ -15,7 +15,7 @@ from model.errors import InputError
 from model.extract import ImageSet, extract_images, extract_sets
 from model.extractor import NetworkExtractor
 from model.images import ImageFile
-from model.read_ahead import Loading
+from model.read_ahead import Loading, ReadAhead
 from model.recipe import Recipe
 from model.store import DescriptorStore
 from modules import attach
@@ -136,6 +136,34 @@ def test_a_worker_that_dies_is_reported_with_its_file_and_nothing_is_lost(model,
     missing = store(tmp_path, 12).missing().tolist()
     assert missing == list(range(missing[0], 12))
     assert 2 <= missing[0] <= 9
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_worker_that_dies_as_it_hands_over_pixels_is_reported_with_its_file(model, tmp_path, monkeypatch, error):
+    iterate = ReadAhead.__iter__
+
+    def interrupted(decoded: ReadAhead):
+        try:
+            yield from iterate(decoded)
+        except RuntimeError:
+            raise error from None
+
+    monkeypatch.setattr(ReadAhead, "__iter__", interrupted)
+    images = [write(tmp_path, "0.png"), DeadlyFile(write(tmp_path, "1.png").path)]
+    with pytest.raises(InputError, match=r"a process that decodes images died while reading \S*1\.png; look at that"):
+        run(model, images, store(tmp_path, 2), workers=1)
+
+
+def test_a_descriptor_that_is_not_finite_is_told_with_its_image_and_the_reasons_there_are(tmp_path):
+    class Overflowing:
+        dim, device = 4, torch.device("cpu")
+
+        def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+            return torch.full((len(pixels), 4), torch.inf)
+
+    images = [write(tmp_path, "a.png")]
+    with pytest.raises(InputError, match=r"a\.png: its descriptor is not finite; .*, or the network overflows in fp16"):
+        run(Overflowing(), images, DescriptorStore(tmp_path / "rows.npy", 1, 4, {}))
 
 
 def test_damaged_images_stop_the_run_all_named_and_nothing_is_lost(model, tmp_path, caplog):

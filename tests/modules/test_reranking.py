@@ -114,7 +114,7 @@ def test_the_largest_are_those_of_topk_whatever_is_missing():
         assert all(len(set(row)) == k for row in indices.tolist())
 
 
-@pytest.mark.parametrize("m", [81, 105, 119, 120, 149, 150])
+@pytest.mark.parametrize("m", [81, 90, 100, 105, 110, 119, 120, 149, 150])
 @pytest.mark.parametrize("count", [0, 1, 5, 9, 10])
 def test_few_candidates_of_many_places_are_reranked(m, count):
     rows, queries = clustered(200, 32), clustered(2, 32, seed=1)

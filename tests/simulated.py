@@ -1,0 +1,336 @@
+"""A simulated GPU: tensors that say they are on ``cuda:0``, hold their values on the CPU, and keep CUDA's rules.
+
+It shows, without a GPU:
+
+- operations on tensors of different devices, which raise a RuntimeError as on a GPU;
+- copies to pinned memory whose values are used before they have arrived: until somebody waits for the
+  device, the host's tensor holds NaN (or the smallest integer);
+- every implicit synchronisation, with the line of the project that caused it;
+- results: they are the CPU's own arithmetic.
+
+It can't show speed, memory, other kernels' rounding, errors inside of kernels, errors that depend on
+several streams or devices (there is one of each), or a pinned source that is overwritten before it was sent.
+"""
+
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+ROOT = Path(__file__).parents[1]
+DEVICE = torch.device("cuda:0")
+TOTAL_BYTES = 16 << 30
+
+# How often each operation waits for the device: for the size of its result, or to look at a value.
+_WAITS = {
+    "aten::_local_scalar_dense": 1,
+    "aten::nonzero": 1,
+    "aten::masked_select": 1,
+    "aten::_unique2": 1,
+    "aten::unique_dim": 1,
+    "aten::unique_consecutive": 1,
+    "aten::repeat_interleave": 1,
+    "aten::equal": 1,
+    "aten::bincount": 2,
+}
+_INDEXED = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
+
+
+class Synchronisation(NamedTuple):
+    """An implicit one: what waited for the device, in which function of the project, in which line of which file."""
+
+    what: str
+    function: str
+    line: str
+
+
+class OnDevice(Tensor):
+    """A tensor on the simulated device; `held` has its values."""
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> "OnDevice":
+        with torch.inference_mode(False):  # so that views of it may be made in that mode and out of it
+            out = Tensor._make_wrapper_subclass(
+                cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,
+                device=DEVICE,
+            )  # fmt: skip
+        out.held = held
+        return out
+
+    def __repr__(self) -> str:
+        return f"OnDevice({self.held!r})"
+
+    def tolist(self) -> list:
+        return self.cpu().tolist()
+
+    def numpy(self) -> None:
+        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        raise RuntimeError(f"{func} of a simulated tensor, but the simulation has ended or is another thread's")
+
+
+class SimulatedDevice(TorchDispatchMode):
+    """Takes every operation while it is active.
+
+    Attributes:
+        synchronisations: the implicit ones so far, in order.
+        reserved, allocated: bytes, as PyTorch's allocator would report them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.synchronisations: list[Synchronisation] = []
+        self.reserved = self.allocated = 0
+        self._sent: list[tuple[Tensor, Tensor]] = []  # (host, values), not arrived yet
+        self._arrived = 0  # of all that were ever sent
+        self._pinned: dict[int, Any] = {}  # storages by address, kept so that no other has that address
+        self._lock = threading.Lock()
+
+    def counted(self) -> dict[str, int]:
+        """How often each function of the project waited for the device; the count starts anew."""
+        counts = Counter(each.function for each in self.synchronisations)
+        self.synchronisations.clear()
+        return dict(counts)
+
+    def arrive(self, upto: int | None = None) -> None:
+        """The first `upto` copies to the host arrive, or all."""
+        while self._sent and (upto is None or self._arrived < upto):
+            host, values = self._sent.pop(0)
+            host.copy_(values)
+            self._arrived += 1
+
+    def sent(self) -> int:
+        """How many copies to pinned memory there have been."""
+        return self._arrived + len(self._sent)
+
+    def pin(self, x: Tensor) -> Tensor:
+        with self._lock:
+            storage = x.untyped_storage()
+            self._pinned[storage.data_ptr()] = storage
+        return x
+
+    def is_pinned(self, x: Tensor) -> bool:
+        return not isinstance(x, OnDevice) and x.numel() > 0 and x.untyped_storage().data_ptr() in self._pinned
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        leaves = tree_leaves((args, kwargs))
+        to_device = any(isinstance(leaf, torch.device) and leaf.type == "cuda" for leaf in leaves)
+        if not to_device and not any(isinstance(leaf, OnDevice) for leaf in leaves):
+            pinned = kwargs.get("pin_memory")
+            out = func(*args, **{**kwargs, "pin_memory": False} if pinned else kwargs)
+            return self.pin(out) if pinned else out
+        name = func._schema.name
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            with self:  # made of others, in inference mode; elsewhere they come one by one
+                return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
+        if name == "aten::_to_copy":
+            return self._to_copy(*args, **kwargs)
+        if name == "aten::copy_":
+            return self._copy(*args, **kwargs)
+        if name == "aten::record_stream":
+            return None
+        if name in _INDEXED:
+            args = (args[0], self._indices(name, *args[:3]), *args[2:])
+            leaves = tree_leaves((args, kwargs))
+        mixed = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, OnDevice) and leaf.ndim]
+        if mixed:
+            shapes = [(str(leaf.device), tuple(leaf.shape)) for leaf in leaves if isinstance(leaf, Tensor)]
+            raise RuntimeError(f"Expected all tensors to be on the same device, {func} got {shapes}")
+        for _ in range(_WAITS.get(name, 0)):
+            self._wait(name.removeprefix("aten::"))
+        return self._run(func, args, kwargs)
+
+    def _run(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """The operation on the values that the tensors hold."""
+        owners = {id(leaf.held): leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, OnDevice)}
+        args, kwargs = tree_map(_held, (args, kwargs))
+        given = kwargs.get("device")
+        if given is not None:
+            kwargs["device"] = torch.device("cpu")
+        out = func(*args, **kwargs)
+        for owner in owners.values():
+            if owner.shape != owner.held.shape:
+                raise NotImplementedError(f"{func} changes a shape in place, which is not simulated")
+        if given is not None and given.type == "cpu":
+            return out
+
+        def placed(x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            return owners[id(x)] if id(x) in owners else OnDevice(x)  # in place, the tensor itself
+
+        return tree_map(placed, out)
+
+    def _to_copy(self, x: Tensor, *, device: Any = None, non_blocking: bool = False, **options: Any) -> Tensor:
+        options.pop("pin_memory", None)
+        if device is None or (device.type == "cuda") == isinstance(x, OnDevice):
+            return self._run(torch.ops.aten._to_copy.default, (x,), options)
+        if device.type == "cuda":
+            self._receive(x, non_blocking)
+            return OnDevice(torch.ops.aten._to_copy.default(x, **options))
+        values = torch.ops.aten._to_copy.default(x.held, **options)
+        if not non_blocking:
+            self._wait("copy to the CPU")
+            return values
+        return self._send(self.pin(torch.empty_like(values)), values)
+
+    def _copy(self, to: Tensor, x: Tensor, non_blocking: bool = False) -> Tensor:
+        if isinstance(to, OnDevice):
+            if not isinstance(x, OnDevice):
+                self._receive(x, non_blocking)
+            to.held.copy_(_held(x))
+        elif non_blocking and self.is_pinned(to):
+            self._send(to, x.held.to(to.dtype, copy=True).expand(to.shape))
+        else:
+            self._wait("copy to the CPU")
+            to.copy_(x.held)
+        return to
+
+    def _receive(self, x: Tensor, non_blocking: bool) -> None:
+        """The host waits unless the copy is from pinned memory and need not block."""
+        if not (non_blocking and self.is_pinned(x)):
+            self._wait("copy to the device")
+
+    def _send(self, host: Tensor, values: Tensor) -> Tensor:
+        host.fill_(torch.nan if host.is_floating_point() else 0 if host.dtype == torch.bool else _least(host.dtype))
+        self._sent.append((host, values))
+        return host
+
+    def _indices(self, name: str, x: Tensor, indices: list[Tensor | None], values: Tensor | None = None) -> list:
+        """Indices on the CPU are copied to the device; masks are counted, unless they only say where one value goes."""
+        if isinstance(x, OnDevice):
+            indices = [self._moved(each) for each in indices]
+        masks = [each for each in indices if each is not None and each.dtype in (torch.bool, torch.uint8)]
+        if not (name != "aten::index" and values is not None and values.numel() == 1 and len(indices) == 1):
+            for _ in masks:
+                self._wait("index by a mask")
+        return indices
+
+    def _moved(self, index: Tensor | None) -> Tensor | None:
+        if index is None or isinstance(index, OnDevice):
+            return index
+        self._wait("copy to the device")
+        return OnDevice(index)
+
+    def _wait(self, what: str) -> None:
+        self.arrive()
+        self.synchronisations.append(Synchronisation(what, *_place()))
+
+
+def _held(x: Any) -> Any:
+    return x.held if isinstance(x, OnDevice) else x
+
+
+def _least(dtype: torch.dtype) -> int:
+    return torch.iinfo(dtype).min
+
+
+def _place() -> tuple[str, str]:
+    """The innermost function of the project that is being called, tests aside, and its line."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] != "tests":
+            return frame.f_code.co_name, f"{path.relative_to(ROOT)}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "a test", ""
+
+
+@contextmanager
+def simulated_device() -> Iterator[SimulatedDevice]:
+    """Inside, PyTorch has one GPU, the simulated one."""
+    device = SimulatedDevice()
+    torch._C._ensureCUDADeviceGuardSet()  # without a driver, choosing the device does nothing
+
+    class Event:
+        """Of the one stream: what was sent before it was recorded has arrived after synchronize()."""
+
+        def __init__(self, **_: Any):
+            self.upto = 0
+
+        def record(self, stream: Any = None) -> None:
+            self.upto = device.sent()
+
+        def synchronize(self) -> None:
+            device.arrive(self.upto)
+
+        def query(self) -> bool:
+            return device._arrived >= self.upto
+
+        def wait(self, stream: Any = None) -> None:
+            """For streams; there is one."""
+
+    class Stream:
+        def __init__(self, *_: Any, **__: Any):
+            pass
+
+        def record_event(self, event: Event | None = None) -> Event:
+            event = event or Event()
+            event.record()
+            return event
+
+        def synchronize(self) -> None:
+            device.arrive()
+
+        def wait_event(self, event: Event) -> None:
+            """The one stream is in order."""
+
+        def wait_stream(self, stream: "Stream") -> None:
+            """The one stream is in order."""
+
+    def pin_memory(x: Tensor, *_: Any) -> Tensor:
+        return device.pin(x.clone())
+
+    cuda: dict[str, Callable] = {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "set_device": lambda _: None,
+        "get_device_name": lambda _=None: "simulated",
+        "mem_get_info": lambda _=None: (TOTAL_BYTES - device.reserved, TOTAL_BYTES),
+        "memory_reserved": lambda _=None: device.reserved,
+        "memory_allocated": lambda _=None: device.allocated,
+        "empty_cache": lambda: None,
+        "synchronize": lambda _=None: device.arrive(),
+        "is_current_stream_capturing": lambda: False,
+        "current_stream": lambda _=None: Stream(),
+        "stream": lambda _: nullcontext(),
+        "Stream": Stream,
+        "Event": Event,
+        "_lazy_init": lambda: None,  # asked by PyTorch's C++ before each factory function
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in cuda.items():
+            patch.setattr(torch.cuda, name, value)
+        if hasattr(torch, "accelerator"):  # what a DataLoader asks before it pins memory
+            for name, value in {
+                "is_available": lambda: True,
+                "current_accelerator": lambda *_, **__: torch.device("cuda"),
+                "current_device_index": lambda: 0,
+                "set_device_index": lambda _: None,
+            }.items():
+                patch.setattr(torch.accelerator, name, value, raising=False)
+        patch.setattr(torch.backends.cudnn, "enabled", False)  # whose operators have no values on a CPU
+        patch.setattr(Tensor, "pin_memory", pin_memory)
+        patch.setattr(Tensor, "is_pinned", lambda x, *_: device.is_pinned(x))
+        before = torch.__future__.get_overwrite_module_params_on_conversion()
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
+        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=) copies where it can be seen
+        try:
+            with device:
+                yield device
+        finally:
+            torch._C._set_only_lift_cpu_tensors(False)
+            torch.__future__.set_overwrite_module_params_on_conversion(before)

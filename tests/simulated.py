@@ -324,6 +324,7 @@ def simulated_device() -> Iterator[SimulatedDevice]:
                 patch.setattr(torch.accelerator, name, value, raising=False)
         patch.setattr(torch.backends.cudnn, "enabled", False)  # whose operators have no values on a CPU
         patch.setattr(Tensor, "pin_memory", pin_memory)
+        patch.setattr(Tensor, "record_stream", lambda x, stream: None)
         patch.setattr(Tensor, "is_pinned", lambda x, *_: device.is_pinned(x))
         before = torch.__future__.get_overwrite_module_params_on_conversion()
         torch.__future__.set_overwrite_module_params_on_conversion(True)

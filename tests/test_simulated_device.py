@@ -57,7 +57,7 @@ RERANK_BLOCK = {"_fetched": 1, "_warn_of_long_rows": 1, "check_finite": 1}
 RERANK_BLOCK_ABSENT = {**RERANK_BLOCK, "_fetched": 3}
 # A chunk of search: whether scores are finite; what may be among the best, its count per query, how many stay;
 # which scores are near to a listed one, which of them too near, and their distinct rows.
-SEARCH_CHUNK = {"_products": 1, "take": 5, "_add": 4, "count": 3}
+SEARCH_CHUNK = {"_count_clear": 1}  # which rows may stand beside a listed one
 # Diffusion looks at every 16th step.
 DIFFUSION_STEPS = 16
 

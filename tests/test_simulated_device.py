@@ -55,9 +55,8 @@ RERANK_CALL, RERANK_CALL_ABSENT = {"_by_blocks": 1}, {"_by_blocks": 2}
 RERANK_BLOCK = {"_fetched": 1, "_warn_of_long_rows": 1, "check_finite": 1}
 # And where candidates are absent: the numbers of those that are there are counted, twice.
 RERANK_BLOCK_ABSENT = {**RERANK_BLOCK, "_fetched": 3}
-# A chunk of search: whether scores are finite; what may be among the best, its count per query, how many stay;
-# which scores are near to a listed one, which of them too near, and their distinct rows.
-SEARCH_CHUNK = {"_count_clear": 1}  # which rows may stand beside a listed one
+# A chunk of search: which scores may be near to a listed one.
+SEARCH_CHUNK = {"_count_clear": 1}
 # Diffusion looks at every 16th step.
 DIFFUSION_STEPS = 16
 

@@ -1,0 +1,30 @@
+"""What pages take from the code: the table of options, and the table of costs."""
+
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Called by mkdocs for each page."""
+    if "OPTIONS_TABLE" in markdown:
+        markdown = markdown.replace("OPTIONS_TABLE", options_table())
+    if "SCALE_TABLE" in markdown:
+        scale = runpy.run_path(str(ROOT / "benchmarks" / "scale.py"))
+        markdown = markdown.replace("SCALE_TABLE", "\n".join(scale["table"](**scale["DEFAULTS"])))
+    return markdown
+
+
+def options_table() -> str:
+    """The options of config.py, in its order."""
+    sys.path.insert(0, str(ROOT))
+    from config import OPTIONS
+
+    lines = ["| option | default | meaning |", "| --- | --- | --- |"]
+    for option in OPTIONS:
+        default = "" if option.default == "" else f"`{option.default}`"
+        lines.append(f"| `{option.key}` | {default} | {option.meaning.replace('|', chr(92) + '|')} |")
+    return "\n".join(lines)

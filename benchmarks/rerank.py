@@ -33,6 +33,7 @@ from modules.diffusion import K as DIFFUSION_K
 from modules.expansion import QE_ALPHA, QE_N, QueryExpansion
 from modules.reciprocal import K1, K2, LAMBDA, KReciprocalReranker
 from modules.reranking import RERANK_BETA, RERANK_K, RERANK_M, SuperGlobalReranker
+from modules.search import Database
 
 CENTRES = 200
 RERANKERS = {
@@ -90,17 +91,28 @@ def problem(queries: int, database: int, dim: int, m: int, device: torch.device)
 
 
 def ours(
-    queries: int, database: int, dim: int, m: int, k: int, device: torch.device, name: str = "superglobal"
+    queries: int,
+    database: int,
+    dim: int,
+    m: int,
+    k: int,
+    device: torch.device,
+    name: str = "superglobal",
+    rows_on: str | None = None,
 ) -> Callable[[], np.ndarray]:
+    """The rows are on the device, or where `rows_on` says, in a Database."""
     q, x, ids = problem(queries, database, dim, m, device)
     reranker = RERANKERS[name](m, k)
 
     def fetch(numbers: Tensor) -> Tensor:
         return x.index_select(0, numbers.flatten()).view(*numbers.shape, dim)
 
+    if rows_on is not None:
+        fetch = Database(x.to(rows_on)).rows
+
     @torch.inference_mode()
     def run() -> np.ndarray:
-        return reranker.rerank(q, ids, fetch, device).order.numpy()
+        return reranker.rerank(q, ids, fetch, device).order.cpu().numpy()
 
     return run
 

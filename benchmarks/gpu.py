@@ -47,7 +47,7 @@ import speedup
 from alternate import Timing, best_seconds, machine, matrix_rate, measure, timed
 
 from model.device import choose_device, prepare_process
-from model.errors import run_command
+from model.errors import InputError, run_command
 from model.extract import extract_batch
 from model.extractor import NetworkExtractor
 from model.folding import PRECISIONS
@@ -103,6 +103,7 @@ class Visit:
     Attributes:
         device, sizes, folder: what the parts work on, and where they may write.
         file: where the results are kept; None keeps none.
+        extractors: the networks made so far, by their precision.
         lines, failures, figures: per part what was printed; what failed, with the error; the figures by name.
     """
 
@@ -110,6 +111,7 @@ class Visit:
     sizes: Sizes
     folder: Path
     file: Path | None = None
+    extractors: dict[str, NetworkExtractor] = field(default_factory=dict)
     lines: dict[str, list[str]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
@@ -151,6 +153,12 @@ class Visit:
 
     def recipe(self, precision: str = "fp32") -> Recipe:
         return Recipe(self.folder / "random.pyth", precision=precision)
+
+    def extractor(self, precision: str) -> NetworkExtractor:
+        """The network on the device, made once."""
+        if precision not in self.extractors:
+            self.extractors[precision] = self.recipe(precision).extractor(self.device)
+        return self.extractors[precision]
 
     def rerank_sizes(self) -> tuple:
         s = self.sizes
@@ -230,7 +238,7 @@ def parity(visit: Visit) -> None:
     for precision in sizes.precisions:
         name, closest = f"descriptors, {precision}", 0.99999 if precision == "fp32" else 0.9999
         with visit.attempt(name):
-            extractor = visit.recipe(precision).extractor(device)
+            extractor = visit.extractor(precision)
             images = [torch.from_numpy(reference[f"image_{i}"]) for i in sizes.fixtures]
             made = np.stack([extract_batch(extractor, [image]).cpu().numpy()[0] for image in images])
             expected = np.stack([reference[f"descriptor_all_3_image_{i}"] for i in sizes.fixtures])
@@ -271,11 +279,11 @@ def synchronisations(visit: Visit) -> None:
     images = pinned_images(visit, sizes.batch)
     rows = random_rows(100_000, sizes.dim, torch.float32, device)
     queries = random_rows(sizes.queries, sizes.dim, torch.float32, device)
-    extractor = visit.recipe("bf16").extractor(device)
+    extractor = visit.extractor("bf16")
     files = [extract.InMemory(image.numpy()) for image in images] * 3
     runs = {
         "a batch": lambda: extract_batch(extractor, images),
-        "three batches with their store": extract.ours(visit.recipe("bf16"), device, files, Loading(pin_memory=True)),
+        "three batches with their store": extract.into_store(extractor, files, Loading(pin_memory=True)),
         "reranking a block": rerank.ours(*visit.rerank_sizes()),
         "search of 100,000 rows": lambda: search(queries, Database(rows), sizes.m, device=device),
     }
@@ -330,15 +338,15 @@ def extraction(visit: Visit) -> None:
     baseline = visit.measure(extract.baseline(visit.recipe(), device, in_memory))
     base = baseline.median / len(in_memory)
     visit.figure("extraction, baseline", 1 / base, "img/s")
-    visit.figure("extraction, baseline, peak memory", baseline.megabytes, "MB")
+    visit.figure("extraction, baseline, peak memory", baseline.more, "MB")
     for kind in ("fp32, contiguous", *sizes.precisions):
         precision = kind.partition(",")[0]
         least, share = (1.5, None) if precision == "fp32" else (10, 40)
         rate = matrix_rate(device, PRECISIONS[precision], sizes.matrix)
         with visit.attempt(f"extraction, {kind}"):
-            extractor = visit.recipe(precision).extractor(device)
-            if kind.endswith("contiguous"):
-                make_contiguous(extractor)
+            extractor = visit.extractor(precision)
+            if kind != precision:
+                extractor = make_contiguous(visit.recipe(precision).extractor(device))
             for batch in sizes.batches:
                 name, count = f"extraction, {kind}, batch {batch}", batch * max(1, sizes.batch // batch)
                 with visit.attempt(name):
@@ -347,10 +355,10 @@ def extraction(visit: Visit) -> None:
                     visit.figure(name, 1 / each, "img/s")
                     visit.figure(f"{name}, ratio", base / each, "x", at_least=least)
                     visit.figure(f"{name}, of the floor", 100 * flops / rate / each, "%", at_least=share)
-                    visit.figure(f"{name}, peak memory", timing.megabytes, "MB")
+                    visit.figure(f"{name}, peak memory", timing.more, "MB")
 
 
-def make_contiguous(extractor: NetworkExtractor) -> None:
+def make_contiguous(extractor: NetworkExtractor) -> NetworkExtractor:
     """Changes weights and activations to the contiguous layout (NCHW)."""
     encoder = extractor.network.encoder.to(memory_format=torch.contiguous_format)
 
@@ -359,6 +367,7 @@ def make_contiguous(extractor: NetworkExtractor) -> None:
         return encoder.blocks(F.max_pool2d(encoder.stem(x), 3, stride=2, padding=1)).float()
 
     encoder.forward = forward
+    return extractor
 
 
 def in_batches(extractor: NetworkExtractor, images: Sequence[Tensor], batch: int) -> Callable[[], Tensor]:
@@ -466,11 +475,14 @@ def out_of_memory(visit: Visit) -> None:
     for cap in visit.sizes.caps:
         with visit.attempt(f"{cap} GiB"):
             said.clear()
+            torch.cuda.empty_cache()
             torch.cuda.set_per_process_memory_fraction(
                 min(1.0, (torch.cuda.memory_reserved(device) + cap * 2**30) / total), device
             )
             try:
                 visit.figure(f"{cap} GiB, largest difference", np.abs(run() - expected).max(), "", below=1e-5)
+            except InputError as error:
+                visit.say(f"{cap} GiB: {error}")
             finally:
                 torch.cuda.set_per_process_memory_fraction(1.0, device)
                 for text, count in said.items():
@@ -491,14 +503,14 @@ def files(visit: Visit) -> None:
     visit.figure("decoding a JPEG", 1000 * extract.decoding_seconds(*sizes.image), "ms of a core")
     for workers in sizes.workers:
         with visit.attempt(f"{workers} workers"):
-            run = extract.ours(visit.recipe("bf16"), visit.device, images, Loading(workers, pin_memory=visit.on_gpu))
+            run = extract.into_store(visit.extractor("bf16"), images, Loading(workers, visit.on_gpu))
             seconds = min(timed(run, 0) for _ in range(2))
             visit.figure(f"end to end, bf16, {workers} workers", len(images) / seconds, "img/s")
 
 
 def kernels(visit: Visit) -> None:
     """The ten kernels that take longest in extraction with bf16; on a CPU, the operators."""
-    extractor = visit.recipe("bf16").extractor(visit.device)
+    extractor = visit.extractor("bf16")
     run = in_batches(extractor, pinned_images(visit, visit.sizes.batch), visit.sizes.batch)
     run()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if visit.on_gpu else [])]

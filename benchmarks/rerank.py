@@ -84,10 +84,11 @@ def problem(queries: int, database: int, dim: int, m: int, device: torch.device)
 
     def around_centres(count: int) -> Tensor:
         noise = F.normalize(torch.randn(count, dim, generator=random), dim=1)
-        return F.normalize(centres[torch.randint(CENTRES, (count,), generator=random)] + 0.9 * noise, dim=1).to(device)
+        return F.normalize(centres[torch.randint(CENTRES, (count,), generator=random)] + 0.9 * noise, dim=1)
 
     q, x = around_centres(queries), around_centres(database)
-    return q, x, (q @ x.T).argsort(dim=1, descending=True)[:, :m].clone()
+    ids = (q @ x.T).argsort(dim=1, descending=True)[:, :m].clone()  # on the CPU: the same for every device
+    return q.to(device), x.to(device), ids.to(device)
 
 
 def ours(

@@ -79,6 +79,32 @@ def report(timings: dict[str, Timing], baseline: str, unit: str, quantity: Calla
         )
 
 
+def measure(run: Callable[[], Any], repeat: int = 3, at_least: float = 0.5) -> Timing:
+    """Times a function in this process, after a warm-up; it must wait for the device itself.
+
+    Args:
+        run: the function.
+        repeat: measurements, of which the median counts.
+        at_least: seconds that a measurement takes, see timed.
+    """
+    before = memory()
+    run()
+    timing = Timing([timed(run, at_least) for _ in range(repeat)])
+    with PeakMemory() as peak:  # a run of its own: looking at the memory takes a core's time
+        timing.value = run()
+    timing.megabytes, timing.more = peak.megabytes, peak.megabytes - before
+    return timing
+
+
+def timed(run: Callable[[], Any], at_least: float) -> float:
+    """Returns the mean seconds of a run; it is repeated until so many seconds have passed, and run once at least."""
+    runs, start = 0, time.perf_counter()
+    while runs == 0 or time.perf_counter() - start < at_least:
+        run()
+        runs += 1
+    return (time.perf_counter() - start) / runs
+
+
 def machine(device: torch.device) -> str:
     """What the figures were made on."""
     if device.type == "cuda":
@@ -98,11 +124,7 @@ def _serve(prepare: Callable[[], Callable[[], Any]], pipe: Connection) -> None:
     run()
     pipe.send(None)
     while pipe.recv() == "run":
-        runs, start = 0, time.perf_counter()
-        while runs == 0 or time.perf_counter() - start < _AT_LEAST:
-            run()
-            runs += 1
-        pipe.send((time.perf_counter() - start) / runs)
+        pipe.send(timed(run, _AT_LEAST))
     with PeakMemory() as peak:  # a run of its own: looking at the memory takes a core's time
         value = run()
     pipe.send((value, peak.megabytes, peak.megabytes - before))
@@ -149,13 +171,16 @@ def positive(text: str) -> int:
 def matrix_rate(device: torch.device, dtype: torch.dtype, side: int = 4096) -> float:
     """FLOP per second of a product of two large square matrices, the best of several."""
     a = torch.rand(side, side, device=device).to(dtype)
-    best = float("inf")
-    for _ in range(6):
+    return 2 * side**3 / best_seconds(lambda: a @ a, device)
+
+
+def best_seconds(run: Callable[[], Any], device: torch.device, times: int = 6) -> float:
+    """Returns the seconds of the fastest of several runs, until the device has done them."""
+
+    def whole() -> None:
+        run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * side**3 / best
+
+    whole()
+    return min(timed(whole, 0) for _ in range(times))

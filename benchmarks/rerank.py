@@ -33,6 +33,7 @@ from modules.diffusion import K as DIFFUSION_K
 from modules.expansion import QE_ALPHA, QE_N, QueryExpansion
 from modules.reciprocal import K1, K2, LAMBDA, KReciprocalReranker
 from modules.reranking import RERANK_BETA, RERANK_K, RERANK_M, SuperGlobalReranker
+from modules.search import Database
 
 CENTRES = 200
 RERANKERS = {
@@ -83,20 +84,32 @@ def problem(queries: int, database: int, dim: int, m: int, device: torch.device)
 
     def around_centres(count: int) -> Tensor:
         noise = F.normalize(torch.randn(count, dim, generator=random), dim=1)
-        return F.normalize(centres[torch.randint(CENTRES, (count,), generator=random)] + 0.9 * noise, dim=1).to(device)
+        return F.normalize(centres[torch.randint(CENTRES, (count,), generator=random)] + 0.9 * noise, dim=1)
 
     q, x = around_centres(queries), around_centres(database)
-    return q, x, (q @ x.T).argsort(dim=1, descending=True)[:, :m].clone()
+    ids = (q @ x.T).argsort(dim=1, descending=True)[:, :m].clone()  # on the CPU: the same for every device
+    return q.to(device), x.to(device), ids.to(device)
 
 
 def ours(
-    queries: int, database: int, dim: int, m: int, k: int, device: torch.device, name: str = "superglobal"
+    queries: int,
+    database: int,
+    dim: int,
+    m: int,
+    k: int,
+    device: torch.device,
+    name: str = "superglobal",
+    rows_on: str | None = None,
 ) -> Callable[[], np.ndarray]:
+    """The rows are on the device, or where `rows_on` says, in a Database."""
     q, x, ids = problem(queries, database, dim, m, device)
     reranker = RERANKERS[name](m, k)
 
     def fetch(numbers: Tensor) -> Tensor:
         return x.index_select(0, numbers.flatten()).view(*numbers.shape, dim)
+
+    if rows_on is not None:
+        fetch = Database(x.to(rows_on)).rows
 
     @torch.inference_mode()
     def run() -> np.ndarray:

@@ -25,7 +25,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from alternate import alternate, machine, positive
-from extract import draw_image
+from extract import draw_image, random_checkpoint
 from rerank import baseline, ours
 
 from model.cvnet_rerank import MAP_DIM, MAP_SCALES, CenterPivotConv4d, CVNetRerank, load_cvnet_rerank
@@ -35,9 +35,8 @@ from model.folding import PRECISIONS
 from model.images import to_network_input
 from model.resnet import FEATURE_DIM
 from modules.reranking import RERANK_K, RERANK_M
-from revisitop.toy import seeded_checkpoint
 
-WIDTH, HEIGHT, DEPTH = 1024, 768, 50
+SIZE, DEPTH = (1024, 768), 50
 QUERIES, DATABASE = 70, 5000
 PAPER = 64_865  # CVNet-Rerank's time over SuperGlobal's, as published
 
@@ -52,8 +51,7 @@ def main(argv: list[str]) -> None:
     device = choose_device(args.device)
     sizes = (QUERIES, DATABASE, FEATURE_DIM, RERANK_M, RERANK_K, device)
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = Path(folder) / "random.pyth"
-        torch.save(seeded_checkpoint(DEPTH), checkpoint)
+        checkpoint = random_checkpoint(folder, DEPTH)
         contenders = {
             "CVNet by the book": partial(cvnet_by_the_book, checkpoint, device),
             "CVNet": partial(cvnet, checkpoint, args.precision, device, args.pairs),
@@ -65,7 +63,7 @@ def main(argv: list[str]) -> None:
     # What a run's seconds are to be multiplied with.
     per_query = {"CVNet by the book": RERANK_M, "CVNet": RERANK_M / args.pairs}
     per_query |= dict.fromkeys(("SuperGlobal by the book", "SuperGlobal"), 1 / QUERIES)
-    print(f"{RERANK_M} candidates a query, images of {WIDTH}x{HEIGHT}, ResNet-{DEPTH}, {machine(device)}")
+    print(f"{RERANK_M} candidates a query, images of {SIZE[0]}x{SIZE[1]}, ResNet-{DEPTH}, {machine(device)}")
     fastest = timings["SuperGlobal"].median / QUERIES
     for name, factor in per_query.items():
         seconds = [factor * value for value in (timings[name].median, *sorted(timings[name].seconds))]
@@ -88,10 +86,10 @@ def main(argv: list[str]) -> None:
     )
 
 
-def cvnet(checkpoint: Path, precision: str, device: torch.device, pairs: int):
+def cvnet(checkpoint: Path, precision: str, device: torch.device, pairs: int, size: tuple[int, int] = SIZE):
     prepare_process(device)
     network = load_cvnet_rerank(checkpoint, DEPTH, precision=precision).to(device)
-    query_map, *key_maps = maps_in_memory(network, 1 + pairs, device)
+    query_map, *key_maps = maps_in_memory(network, 1 + pairs, device, size)
     query, keys = network.query_inputs(query_map), torch.cat(key_maps)
 
     @torch.inference_mode()
@@ -101,10 +99,10 @@ def cvnet(checkpoint: Path, precision: str, device: torch.device, pairs: int):
     return run
 
 
-def cvnet_by_the_book(checkpoint: Path, device: torch.device):
+def cvnet_by_the_book(checkpoint: Path, device: torch.device, size: tuple[int, int] = SIZE):
     prepare_process(device)
     network = load_cvnet_rerank(checkpoint, DEPTH).to(device)
-    query, key = (x.contiguous() for x in maps_in_memory(network, 2, device))
+    query, key = (x.contiguous() for x in maps_in_memory(network, 2, device, size))
     network.to(memory_format=torch.contiguous_format)
 
     @torch.inference_mode()
@@ -117,13 +115,13 @@ def cvnet_by_the_book(checkpoint: Path, device: torch.device):
 def extraction(checkpoint: Path, precision: str, device: torch.device):
     prepare_process(device)
     network = load_cvnet_rerank(checkpoint, DEPTH, precision=precision).to(device)
-    return lambda: maps_in_memory(network, 1, device)[0][0, 0].cpu().numpy()
+    return lambda: maps_in_memory(network, 1, device, SIZE)[0][0, 0].cpu().numpy()
 
 
 @torch.inference_mode()
-def maps_in_memory(network: CVNetRerank, count: int, device: torch.device) -> list[Tensor]:
+def maps_in_memory(network: CVNetRerank, count: int, device: torch.device, size: tuple[int, int]) -> list[Tensor]:
     """Feature maps of random images, (1, 1024, h, w) each."""
-    pixels = (torch.from_numpy(draw_image(WIDTH, HEIGHT, seed))[None].to(device) for seed in range(count))
+    pixels = (torch.from_numpy(draw_image(*size, seed))[None].to(device) for seed in range(count))
     return [network.feature_map(to_network_input(each)) for each in pixels]
 
 

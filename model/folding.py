@@ -7,6 +7,9 @@ Same result within rounding, fewer passes over memory:
   CPUs, cuDNN on GPUs), and in place elsewhere;
 - oneDNN's kernel with a shortcut knows only max(x, 0). The end of a block with ReLU+, max(x, t), is
   kept as z = max(x - t, 0) = max(x, t) - t; the biases of the 1x1 convolutions that read it make up for t.
+- cuDNN's kernels know no other rectifier at all, and a bias without one takes a pass of its own: on a GPU
+  ReLU+ is kept so wherever a 1x1 convolution reads it, and the convolution to which a projected shortcut is
+  added has the shortcut's bias, too.
 """
 
 import logging
@@ -64,21 +67,30 @@ class FoldedConv(nn.Module):
         scale = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
         weight = conv.weight.double() * scale[:, None, None, None]
         bias = bn.bias.double() - bn.running_mean.double() * scale
-        bias += shift_in * weight.sum(dim=(1, 2, 3)) - shift_out
+        self.sums = weight.sum(dim=(1, 2, 3))
+        bias += shift_in * self.sums - shift_out
         self.register_buffer("weight", weight.to(dtype).contiguous(memory_format=torch.channels_last))
         self.register_buffer("bias", bias.to(dtype))
+        self.register_buffer("gpu_bias", None)
+        self.on_gpu(bias, floor)
         self.stride, self.padding, self.floor = conv.stride, conv.padding, floor
         self.rectifier = {None: ("none", []), 0: ("relu", [])}.get(  # in oneDNN's words
             floor, ("hardtanh", [floor, torch.finfo(torch.float32).max])
         )
         self.fused = has_fused_kernels(dtype)
+
+    def on_gpu(self, bias: Tensor | None, floor: float | None) -> None:
+        """Sets the bias (float64) and the floor that a GPU has in the place of the others; None for none."""
+        self.exact_gpu_bias, self.gpu_floor = bias, floor
+        self.gpu_bias = None if bias is None else bias.to(self.weight.dtype)
         self.fused_on_gpu = floor == 0 and has_fused_gpu_kernels()
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
         """The shortcut, if there is one, is overwritten."""
         if self.fused and x.device.type == "cpu" and (shortcut is None or self.floor in (None, 0)):
             return self._fused(x, shortcut)
-        if self.fused_on_gpu and x.device.type == "cuda":
+        on_gpu = x.device.type == "cuda"
+        if on_gpu and self.fused_on_gpu:
             try:
                 return self._fused_by_cudnn(x, shortcut)
             except RuntimeError as error:
@@ -86,10 +98,11 @@ class FoldedConv(nn.Module):
                     raise
                 log.debug("%r: not in one kernel here (%s)", self, error)
                 self.fused_on_gpu = False  # no such kernel for this type on this GPU
-        x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+        bias, floor = (self.gpu_bias, self.gpu_floor) if on_gpu else (self.bias, self.floor)
+        x = F.conv2d(x, self.weight, bias, self.stride, self.padding)
         if shortcut is not None:
             x += shortcut
-        return x if self.floor is None else x.clamp_(min=self.floor)
+        return x if floor is None else x.clamp_(min=floor)
 
     def _fused(self, x: Tensor, shortcut: Tensor | None) -> Tensor:
         geometry = (self.padding, self.stride, (1, 1), 1)  # dilation 1, one group
@@ -102,8 +115,8 @@ class FoldedConv(nn.Module):
     def _fused_by_cudnn(self, x: Tensor, shortcut: Tensor | None) -> Tensor:
         geometry = (self.stride, self.padding, (1, 1), 1)  # dilation 1, one group
         if shortcut is None:
-            return torch.cudnn_convolution_relu(x, self.weight, self.bias, *geometry)
-        return torch.cudnn_convolution_add_relu(x, self.weight, shortcut, 1.0, self.bias, *geometry)
+            return torch.cudnn_convolution_relu(x, self.weight, self.gpu_bias, *geometry)
+        return torch.cudnn_convolution_add_relu(x, self.weight, shortcut, 1.0, self.gpu_bias, *geometry)
 
     def extra_repr(self) -> str:
         out_channels, in_channels, side, _ = self.weight.shape
@@ -129,6 +142,12 @@ class FoldedBlock(nn.Module):
         self.a = FoldedConv(f.a, f.a_bn, inner, shift_in, dtype=dtype)
         self.b = FoldedConv(f.b, f.b_bn, inner, dtype=dtype)
         self.c = FoldedConv(f.c, f.c_bn, last, shift_out=shift_out - shortcut_shift, dtype=dtype)
+        bias = self.c.exact_gpu_bias + inner * self.c.sums
+        if self.proj is not None:
+            bias = bias + self.proj.exact_gpu_bias
+            self.proj.on_gpu(None, None)
+        self.b.on_gpu(self.b.exact_gpu_bias - inner, 0.0)
+        self.c.on_gpu(bias, last)
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.proj is None else self.proj(x)

@@ -57,6 +57,8 @@ RERANK_BLOCK = {"_fetched": 1, "_warn_of_long_rows": 1, "check_finite": 1}
 RERANK_BLOCK_ABSENT = {**RERANK_BLOCK, "_fetched": 3}
 # A chunk of search: which scores may be near to a listed one.
 SEARCH_CHUNK = {"_count_clear": 1}
+# CVNet's ResNet adds biases in another order on a GPU, see model/folding.py.
+OTHER_ROUNDING, MAP_ROUNDING = {"atol": 2e-6, "rtol": 1e-5}, {"atol": 2e-5, "rtol": 1e-5}
 # Diffusion looks at every 16th step.
 DIFFUSION_STEPS = 16
 
@@ -166,7 +168,7 @@ def test_the_folded_network_has_the_cpus_descriptors_and_waits_only_where_it_loo
     device.counted()
     out = network(given)
     assert device.counted() == A_CALL_OF_A_NETWORK
-    assert torch.equal(out.cpu(), expected)
+    torch.testing.assert_close(out.cpu(), expected, **OTHER_ROUNDING)
     device.counted()
     with values_unseen():
         network(given)
@@ -265,7 +267,7 @@ def test_the_papers_network_extracts_the_cpus_descriptors(device, recipe, on_cpu
     device.counted()
     rows = extracted(network, images[:3], tmp_path / "gpu.npy", Loading(pin_memory=True))
     assert device.counted() == A_BATCH
-    np.testing.assert_array_equal(rows, expected)
+    np.testing.assert_allclose(rows, expected, **OTHER_ROUNDING)
 
 
 def test_memory_that_pytorch_holds_and_does_not_use_is_free(device):
@@ -407,8 +409,8 @@ def test_cvnet_rerank_has_the_cpus_maps_and_scores(device, checkpoint_50, pair_n
     device.counted()
     scores = network.score(network.query_inputs(given[:1]), given[1:])
     assert device.counted() == {}
-    assert torch.equal(scores.cpu(), expected)
-    assert torch.equal(network.feature_map(x.to(DEVICE)).cpu(), pair_network.feature_map(x))
+    torch.testing.assert_close(scores.cpu(), expected, **OTHER_ROUNDING)
+    torch.testing.assert_close(network.feature_map(x.to(DEVICE)).cpu(), pair_network.feature_map(x), **MAP_ROUNDING)
 
 
 @torch.inference_mode()
@@ -418,7 +420,8 @@ def test_feature_maps_come_to_the_cpu(device, checkpoint_50, pair_network, image
     device.counted()
     maps = dict(FeatureMaps(network, {}, None, 0).of(images[:2]))
     assert device.counted() == {"of": 2 * 2}  # there and back
-    assert all(torch.equal(maps[number], expected[number]) for number in expected)
+    for number in expected:
+        torch.testing.assert_close(maps[number], expected[number], **MAP_ROUNDING)
 
 
 def test_the_keys_of_a_batch_are_as_many_as_the_device_holds_where_maps_are_still_on_the_cpu(device):

@@ -1,0 +1,205 @@
+"""Every block of shell and Python in README and docs runs, on stand-ins for data, or says why not."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.io
+import torch
+import torchvision
+from conftest import ROOT, Layout, latest
+from described import describe
+
+import modules
+
+PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+BLOCK = re.compile(
+    r"(?:<!-- not run: (?P<reason>.+?) -->\n)?^```(?P<language>bash|python)\n(?P<code>.*?)^```", re.M | re.S
+)
+
+# What stands for a name of the reader's own, or for what a small stand-in does not have.
+STAND_INS = {"--dim 512": "--dim 4", "--test NAME": "--test roxford5k", "--folds 5": "--folds 3"}
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """The language and the code of those that run."""
+    found = list(BLOCK.finditer((ROOT / page).read_text()))
+    return [(each["language"], each["code"]) for each in found if each["reason"] is None]
+
+
+@pytest.fixture
+def work(tmp_path, checkpoint_50, checkpoint_101, monkeypatch) -> Path:
+    """A folder with small datasets, weights, vectors and images of all names that the documentation uses."""
+    folder = tmp_path / "work"
+    data = folder / "revisitop"
+    for name in ("roxford5k", "rparis6k"):
+        layout = Layout(data, name)
+        layout.gnd["imlist"] = layout.gnd["imlist"][:8]
+        truth = {"bbx": [0, 0, 40, 40], "easy": [0, 1], "hard": [2, 3], "junk": [4]}
+        layout.gnd["gnd"] = [dict(truth) for _ in layout.gnd["qimlist"]]
+        layout.write()
+        rows = np.random.default_rng(0).standard_normal((11, 16)).astype(np.float32)
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        scipy.io.savemat(data / f"{name}_resnet_rsfm120k_gem.mat", {"Q": rows[:3].T, "X": rows[3:].T})
+    (folder / "weights").mkdir()
+    for path in (checkpoint_50, checkpoint_101):
+        (folder / "weights" / path.name).symlink_to(path)
+    jpg = data / "roxford5k" / "jpg"
+    images = sorted(jpg.glob("*.jpg"))
+    shutil.copytree(jpg, folder / "holiday")
+    for name in ("tower.jpg", "a.jpg", "b.jpg"):
+        shutil.copy(images[0], folder / name)
+    for number, image in enumerate(images[:6]):
+        target = folder / "data" / "pets" / ("cat", "dog")[number % 2] / f"{number}.jpg"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, target)
+    far = data / "revisitop1m"
+    far.mkdir()
+    shutil.copy(images[0], far / "x.jpg")
+    (far / "revisitop1m.txt").write_text("x.jpg\n")
+    landmarks = data / "gldv2"
+    for kind in ("index", "queries"):
+        (landmarks / kind).mkdir(parents=True)
+        for number in range(4):
+            shutil.copy(images[number], landmarks / kind / f"{kind[0]}{number}.jpg")
+        (landmarks / f"{kind}.csv").write_text("\n".join(["id", *(f"{kind[0]}{number}" for number in range(4)), ""]))
+    solution = [f"q{number},i{number} i0,{('Public', 'Private')[number % 2]}" for number in range(4)]
+    (landmarks / "solution.csv").write_text("\n".join(["id,images,Usage", *solution, ""]))
+    describe(tmp_path / "plain", tmp_path / "plain", "v", 0)
+    shutil.copy(tmp_path / "plain" / "v_query.npy", folder / "q.npy")
+    shutil.copy(tmp_path / "plain" / "v_db.npy", folder / "d.npy")
+    ids = np.argsort(-(np.load(folder / "q.npy") @ np.load(folder / "d.npy").T), axis=1)[:, :30]
+    np.save(folder / "found.npy", ids)
+    (folder / "mine.py").write_text("import torchvision\n\n\ndef build():\n    return torchvision.models.resnet18()\n")
+    monkeypatch.chdir(folder)
+    monkeypatch.setitem(sys.modules, "superglobal", modules)
+    return folder
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_runs(page, work, command, monkeypatch):
+    for language, code in blocks(page):
+        if language == "python":
+            monkeypatch.chdir(work)
+            exec(compile(code.replace('load("."', f'load("{ROOT}"'), page, "exec"), {"__name__": page})
+        else:
+            for line in code.replace("\\\n", " ").splitlines():
+                run_line(line, work, command)
+
+
+def run_line(line: str, work: Path, command) -> None:
+    """Runs a command of ours in this process."""
+    line, _, comment = line.partition("  #")
+    if not line.strip() or "needs the network" in comment:
+        return
+    for name, stand_in in STAND_INS.items():
+        line = line.replace(name, stand_in)
+    output = work / "output"
+    if "FILE" in line or "RUN_" in line:
+        line = line.replace("--predictions FILE", f"--predictions {predictions(output)}")
+        line = line.replace("output/runs/RUN_A", str(latest(output))).replace("output/runs/RUN_B", str(latest(output)))
+    if "output/runs/latest" in line or "RUN" in line or str(output) in line:
+        assert latest(output).exists(), "no block above this one makes a run"
+    python, *words = shlex.split(line)
+    assert python == "python", f"{line}: only commands of ours run here, mark the block with the reason"
+    script, words = (f"{words[1].replace('.', '/')}.py", words[2:]) if words[0] == "-m" else (words[0], words[1:])
+    networks = [word for word in words if word.startswith(("timm:", "torchvision:"))]
+    if networks and "TEST.WEIGHTS" not in words:  # instead of the library's download
+        words += ["TEST.WEIGHTS", "untrained"]
+    if "trained.pth" in words:
+        torch.save(torchvision.models.resnet101().state_dict(), work / "trained.pth")
+    quick = ["DATA_LOADER.NUM_WORKERS", "0", "TEST.SCALE_LIST", "1"] if script in NEEDS_IMAGES else []
+    outcome = command(script, *words, *quick)
+    assert outcome.code == 0, f"{line}\n{outcome.err}"
+
+
+NEEDS_IMAGES = ("test.py", "extract_rop1m.py", *(f"tools/{name}.py" for name in ("search", "tables", "tune", "whiten")))
+
+
+def predictions(output: Path) -> Path:
+    (path,) = latest(output).glob("gldv2_retrieval_predictions.csv")
+    return path
+
+
+def test_a_block_that_does_not_run_says_why():
+    for page in PAGES:
+        for found in BLOCK.finditer((ROOT / page).read_text()):
+            assert found["reason"] is None or len(found["reason"].split()) >= 3
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs", reason="the site needs docs/requirements.txt")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    options = (tmp_path / "site" / "options" / "index.html").read_text()
+    assert "SupG.rerank_beta" in options
+
+
+def test_links_of_the_readme_lead_somewhere():
+    for page in ("README.md", "CONTRIBUTING.md"):
+        for target in re.findall(r"\]\((?!http)([^)#]+)(?:#[^)]*)?\)", (ROOT / page).read_text()):
+            assert (ROOT / target).exists(), f"{page}: {target}"
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().split()) < 1200
+
+
+# ---- CONTRIBUTING: what it says to write is enough ----
+
+
+def block_of_contributing(mark: str) -> str:
+    found = [each["code"] for each in BLOCK.finditer((ROOT / "CONTRIBUTING.md").read_text()) if mark in each["code"]]
+    (code,) = found
+    return code
+
+
+def test_a_dataset_is_a_folder(work, command):
+    tree = (ROOT / "CONTRIBUTING.md").read_text()
+    for path in re.findall(r"^revisitop/mine/\S+$", tree, re.M):
+        target = work / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(work / "tower.jpg", target)
+    assert command("tools/check.py", "mine").code == 0
+    outcome = command("test.py", "TEST.DATASET_LIST", "mine", "DATA_LOADER.NUM_WORKERS", 0)
+    assert outcome.code == 0, outcome.err
+    assert "recall@1,5,10" in outcome.out
+
+
+def test_a_network_is_a_function(work, command):
+    (work / "mine.py").write_text(block_of_contributing("# mine.py"))
+    words = ("MODEL.NAME", "mine.py:build", "TEST.DATASET_LIST", "roxford5k", "DATA_LOADER.NUM_WORKERS", 0)
+    outcome = command("test.py", *words)
+    assert outcome.code == 0, outcome.err
+
+
+def test_a_reranker_is_a_class_and_two_lines(tmp_path):
+    copy = tmp_path / "checkout"
+    shutil.copytree(
+        ROOT, copy, ignore=shutil.ignore_patterns(".git", "tests", "docs", "__pycache__", "output", "*.pyth")
+    )
+    (copy / "modules" / "by_first.py").write_text(block_of_contributing("# modules/by_first.py"))
+    line = block_of_contributing('"by-first"')
+    assembly = (copy / "assembly.py").read_text()
+    assembly = assembly.replace("STAGES = {\n", f"STAGES = {{\n    {line}").replace(
+        "from modules.diffusion", "from modules.by_first import ByFirst\nfrom modules.diffusion"
+    )
+    (copy / "assembly.py").write_text(assembly)
+    config = (copy / "config.py").read_text()
+    (copy / "config.py").write_text(config.replace('RERANKER_NAMES = ("', 'RERANKER_NAMES = ("by-first", "'))
+    describe(tmp_path / "data", tmp_path / "features", "new", 0)
+    words = ["TEST.DATASET_LIST", "new", "TEST.DATA_DIR", tmp_path / "data", "TEST.FEATURES", tmp_path / "features"]
+    done = subprocess.run(
+        [sys.executable, copy / "test.py", *words, "TEST.RERANKER", "by-first"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "new, reranking" in done.stdout

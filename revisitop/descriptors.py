@@ -117,9 +117,18 @@ def descriptors_made_from(path: Path, dataset: Dataset) -> dict[str, Any]:
     Args:
         path: as of load_descriptors.
     """
-    folder = path if path.is_dir() else path.parent
-    file = folder / f"{dataset.name}_db.npy" if path.is_dir() or path.suffix.lower() == ".npy" else path
+    file = database_file(path, dataset)
     return {key: value for key, value in (read_provenance(file) or {}).items() if key != "stamps"}
+
+
+def database_file(path: Path, dataset: Dataset) -> Path:
+    """Returns the file that holds a dataset's database descriptors.
+
+    Args:
+        path: as of load_descriptors.
+    """
+    folder = path if path.is_dir() else path.parent
+    return folder / f"{dataset.name}_db.npy" if path.is_dir() or path.suffix.lower() == ".npy" else path
 
 
 def load_distractors(path: Path) -> Tensor:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from model.errors import InputError
 from modules.reranking import Reranker
 from modules.search import Database, NotFiniteError, search
+from revisitop.index import IndexedDatabase
 
 SAVED_RANKS = 400
 
@@ -60,10 +61,12 @@ def retrieve(
     listed: Sequence[Tensor] | None = None,
     device: torch.device | str = "cpu",
 ) -> Ranking:
-    """Returns the ranking by cosine similarity, see modules.search.search.
+    """Returns the ranking by cosine similarity: exact, see modules.search.search, or what the database's index finds.
 
     Args:
         queries: (Q, D), unit rows.
+        database: the rows. Of an IndexedDatabase, a listed row that the index does not find among the first m
+            has the position NOT_FOUND.
         m: results that are kept, R: at least what the rerankers to come look at.
         listed: per query the row numbers (L,) int64 whose rank is wanted; none by default.
         device: where the products are computed.
@@ -72,6 +75,8 @@ def retrieve(
         InputError: if a descriptor has NaN; it is named.
     """
     start = time.perf_counter()
+    if isinstance(database, IndexedDatabase):
+        return Ranking(*database.search(queries, m, listed), time.perf_counter() - start)
     with tqdm(total=len(database), desc="search", unit="img", dynamic_ncols=True) as bar:
         try:
             found = search(queries, database, m, listed, device=device, on_chunk=bar.update)

@@ -8,6 +8,7 @@ Queries are (Q, D), the database (N, D), of any network: images, or texts and im
 the database is searched, exactly, a few rows at a time from the disk. With --ids, (Q, R) int64, best first, -1 for
 none, the results of your own index are reranked, and no other row is read. The file that is written holds the row
 numbers, int64, (Q, min(400, N)) or (Q, min(400, R)), best first. Rows must have unit length; --normalize makes them so.
+TEST.INDEX searches with a FAISS index, which is built beside the database's file once.
 """
 
 import logging
@@ -21,8 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from assembly import Subject, make_stages, query_expansion, results_needed, start_device
-from config import ADVICE, RERANKER_NAMES, RERANKING, CommandLine, plain
+from assembly import Subject, check_index, make_stages, query_expansion, results_needed, start_device, with_index
+from config import ADVICE, INDEX, RERANKER_NAMES, RERANKING, CommandLine, plain
 from model.errors import InputError, run_command
 from model.store import scratch_rows
 from modules.search import Database
@@ -38,7 +39,7 @@ _TOLERANCE = 1e-2  # of a length; float16 rows are off by up to 5e-4
 
 
 def main(argv: list[str]) -> None:
-    line = CommandLine(__doc__, (*RERANKING, "TEST.DEVICE"), "python -m tools.rerank")
+    line = CommandLine(__doc__, (*INDEX, *RERANKING, "TEST.DEVICE"), "python -m tools.rerank")
     line.add("--queries", type=Path, required=True, metavar="FILE", help="(Q, D), .npy or .pth")
     line.add("--database", type=Path, required=True, metavar="FILE", help="(N, D), .npy or .pth, read from the disk")
     line.add("--ids", type=Path, metavar="FILE", help="(Q, R) row numbers that your index found, .npy")
@@ -58,6 +59,9 @@ def main(argv: list[str]) -> None:
             f"{args.queries} has {queries.shape[1]} dimensions, {args.database} has {rows.shape[1]}; "
             "both must come from one network"
         )
+    check_index(cfg, rows.shape[1])
+    if args.ids is not None and cfg.TEST.INDEX:
+        raise InputError("--ids are what an index found: leave TEST.INDEX out")
     ids = None if args.ids is None else load_ids(args.ids, len(queries), len(rows))
     device = start_device(cfg, {})
     queries = unit_rows(queries, args.queries, args.normalize).float()
@@ -65,7 +69,8 @@ def main(argv: list[str]) -> None:
         rows = unit_rows(rows, args.database, args.normalize)
     elif args.normalize:
         raise InputError("--normalize reads the whole database, which --ids is to save: give rows of unit length")
-    order = reranked(cfg, queries, Database(rows), ids, device)
+    database = with_index(cfg, Database(rows), args.database, [args.database], normalized=args.normalize)
+    order = reranked(cfg, queries, database, ids, device)
     write_array(args.out, order.numpy())
     log.info("%s: %d queries, the first %d of %d rows each", args.out, *order.shape, len(rows))
 

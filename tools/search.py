@@ -22,14 +22,16 @@ from yacs.config import CfgNode
 
 from assembly import (
     Subject,
+    check_index,
     find_recipe,
     make_loading,
     make_output,
     make_stages,
     results_needed,
     start_device,
+    with_index,
 )
-from config import ADVICE, LOADING, NETWORK, RERANKING, CommandLine, Parsed, idle_options, plain
+from config import ADVICE, INDEX, LOADING, NETWORK, RERANKING, CommandLine, Parsed, idle_options, plain
 from model.cache import content_folder
 from model.errors import InputError, run_command, short_list
 from model.extract import ImageSet, extract_sets
@@ -75,6 +77,7 @@ def main(argv: list[str]) -> None:
         log.warning("%s", line)
     device = start_device(cfg, head)
     recipe = find_recipe(cfg)
+    check_index(cfg, recipe.dim)
     if args.queries.is_file() and (problem := ImageFile(args.queries).problem()):
         raise InputError(f"queries: {problem}")
 
@@ -88,9 +91,10 @@ def main(argv: list[str]) -> None:
     ]
     with owned(cache):
         database, queries = extract_folders(sets, recipe, device, cfg)
+        rows = with_index(cfg, Database(database.descriptors), cache / "database", [sets[0].path])
 
     subject = Subject(recipe, queries.images, database.images, 0, None, output.folder)
-    stages, rows = make_stages(cfg, subject, device), Database(database.descriptors)
+    stages = make_stages(cfg, subject, device)
     searched = retrieve(queries.descriptors, rows, results_needed(stages.values()), device=device)
     rankings = {"retrieval": searched}
     for title, stage in stages.items():
@@ -116,7 +120,7 @@ def parse(argv: list[str]) -> Parsed:
     truth = "it is for test.py, which has ground truth"
     instead = {"TEST.FEATURES": truth, "SupG.onemeval": truth, "TEST.DISTRACTORS": truth, "TEST.REPORT": "say --report"}
     instead |= {"TEST.DATA_DIR": "say --database", "TEST.DATASET_LIST": "say --database"}
-    uses = (*NETWORK, *LOADING, *RERANKING, "TEST.DEVICE", "TEST.OUT_DIR", "TEST.RESUME")
+    uses = (*NETWORK, *LOADING, *INDEX, *RERANKING, "TEST.DEVICE", "TEST.OUT_DIR", "TEST.RESUME")
     line = CommandLine(__doc__, uses, "python -m tools.search", instead)
     line.add("--database", type=Path, required=True, metavar="FOLDER", help="images, in folders or not")
     line.add("--queries", type=Path, required=True, metavar="FOLDER|FILE", help="an image, or several")
@@ -234,8 +238,9 @@ class Result(NamedTuple):
 
 def results(queries: Folder, database: Folder, final: Ranking, query: int, count: int) -> Iterator[Result]:
     ids = final.ids[query, :count]
+    ids = ids[ids >= 0]  # an index may find fewer
     cosines = (database.descriptors[ids].double() @ queries.descriptors[query].double()).float()
-    ranked = zip(ids.tolist(), final.scores[query, :count].tolist(), cosines.tolist(), strict=True)
+    ranked = zip(ids.tolist(), final.scores[query, : len(ids)].tolist(), cosines.tolist(), strict=True)
     for rank, (number, score, cosine) in enumerate(ranked, start=1):
         yield Result(rank, database.name(number), score, cosine)
 
@@ -271,7 +276,7 @@ def section(queries: Folder, database: Folder, rankings: dict[str, Ranking]) -> 
 
     def hits(ranking: Ranking, query: int) -> list[Hit]:
         pairs = zip(ranking.ids[query, :SHOWN].tolist(), ranking.scores[query].tolist(), strict=False)
-        return [Hit(database.name(number), database.images[number], score) for number, score in pairs]
+        return [Hit(database.name(number), database.images[number], score) for number, score in pairs if number >= 0]
 
     shown = []
     for number, image in enumerate(queries.images):

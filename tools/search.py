@@ -2,8 +2,11 @@
 
 python -m tools.search --database holiday/ --queries tower.jpg --weights ./weights
 python -m tools.search --database holiday/ --queries details/ --weights ./weights --top 20 --json > found.json
+python -m tools.search --database holiday/ --queries tower.jpg --index milvus:holiday.db
+python -m tools.search --database holiday/ --queries tower.jpg --index milvus:http://localhost:19530
 
-The folder is extracted once; the next search extracts what is new or has changed.
+The folder is extracted once; the next search extracts what is new or has changed. With --index, the folder is kept in a
+vector database, too, which is updated in place; candidates and their descriptors come from there.
 """
 
 import argparse
@@ -42,6 +45,7 @@ from modules.search import Database
 from report.log import start_log
 from report.page import SHOWN, Hit, Page, Query, Section, write_report
 from revisitop.retrieve import SAVED_RANKS, Ranking, retrieve
+from tools.milvus import Milvus, collection_name
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +80,7 @@ def main(argv: list[str]) -> None:
     for line in idle_options(cfg):
         log.warning("%s", line)
     device = start_device(cfg, head)
+    milvus = Milvus.connect(args.index) if args.index else None
     recipe = find_recipe(cfg)
     check_index(cfg, recipe.dim)
     if args.queries.is_file() and (problem := ImageFile(args.queries).problem()):
@@ -91,7 +96,11 @@ def main(argv: list[str]) -> None:
     ]
     with owned(cache):
         database, queries = extract_folders(sets, recipe, device, cfg)
-        rows = with_index(cfg, Database(database.descriptors), cache / "database", [sets[0].path])
+        if milvus:
+            names = [database.name(number) for number in range(len(database.images))]
+            rows = milvus.update(collection_name(cache.name), names, database.descriptors)
+        else:
+            rows = with_index(cfg, Database(database.descriptors), cache / "database", [sets[0].path])
 
     subject = Subject(recipe, queries.images, database.images, 0, None, output.folder)
     stages = make_stages(cfg, subject, device)
@@ -132,13 +141,24 @@ def parse(argv: list[str]) -> Parsed:
     line.add_flag(
         "--max-pixels", "DATA_LOADER.MAX_PIXELS", type=int, metavar="N", help="leave out images of more [178956970]"
     )
+    line.add("--index", type=milvus_uri, metavar="milvus:URI", help="keep the folder in Milvus, a file or a server")
     line.add("--top", type=top, default=10, metavar="K", help=f"results per query, 1 to {SAVED_RANKS} [10]")
     line.add("--json", action="store_true", help="print JSON, and everything else on stderr")
     line.add("--report", action="store_true", help="write a page of the first 10 for each query")
     parsed = line.parse(argv)
     if "cvnet" in parsed.cfg.TEST.RERANKER:
         raise InputError(f"TEST.RERANKER cvnet takes minutes for each query; {truth}")
+    if parsed.args.index and (parsed.cfg.TEST.INDEX or "dba" in parsed.cfg.TEST.RERANKER):
+        taken = "TEST.INDEX" if parsed.cfg.TEST.INDEX else "TEST.RERANKER dba"
+        raise InputError(f"--index and {taken} do not go together: leave one of them out")
     return parsed
+
+
+def milvus_uri(text: str) -> str:
+    kind, _, uri = text.partition(":")
+    if kind != "milvus" or not uri:
+        raise argparse.ArgumentTypeError(f"{text!r} is not milvus:FILE.db or milvus:http://HOST:PORT")
+    return uri
 
 
 def top(text: str) -> int:

@@ -32,6 +32,7 @@ from model.pair_scores import CVNetReranker, PairScores
 from model.read_ahead import Loading
 from model.recipe import SCALE_SETS, Recipe
 from model.whitened import WhitenedRecipe
+from modules.compact import Int8Rows
 from modules.diffusion import DiffusionReranker
 from modules.expansion import QueryExpansion
 from modules.reciprocal import KReciprocalReranker
@@ -221,12 +222,12 @@ class Distractors:
 
     Attributes:
         path: the file.
-        rows: (N, D), memory-mapped.
+        rows: (N, D), memory-mapped; int8 with scales if they were made compact.
         images: theirs, in the same order; empty if their list is not here, or is of another length.
     """
 
     path: Path
-    rows: Tensor
+    rows: Tensor | Int8Rows
     images: Sequence[ImageFile]
 
 

@@ -69,7 +69,7 @@ HEADING = (
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="where the rows and the indexes are written, once")
+    parser.add_argument("--folder", type=Path, required=True, help="where the rows are written, once, and each index")
     parser.add_argument("--rows", type=positive, default=1_000_000, help="rows of the database [1000000]")
     parser.add_argument("--dim", type=positive, default=128, help="dimensions [128]")
     parser.add_argument("--queries", type=positive, default=70, help="queries [70]")
@@ -93,9 +93,9 @@ def main(argv: list[str]) -> None:
 
 
 def usual_indexes(rows: int, dim: int) -> list[str]:
-    """About 4 sqrt(N) lists, as FAISS's guidelines have it, and codes of an eighth of a byte per dimension."""
+    """About 4 sqrt(N) lists, as FAISS's guidelines have it, and codes of D / 8 and D / 4 bytes."""
     lists = f"IVF{1 << round(np.log2(4 * rows**0.5))}"
-    return ["Flat", f"{lists},Flat", f"{lists},SQ8", f"{lists},PQ{dim // 8}", f"{lists},PQ{dim // 4}x4fs", "HNSW32"]
+    return ["Flat", f"{lists},Flat", f"{lists},SQ8", f"{lists},PQ{dim // 8}", f"{lists},PQ{dim // 4}", "HNSW32"]
 
 
 def clustered(path: Path, count: int, dim: int, q: int) -> Tensor:
@@ -133,6 +133,8 @@ def measure(queries: Tensor, database: Database, path: Path, factories: list[str
     best = first_ten(exact, queries, database)
     yield Measured("exact", "", 1.0, 1.0, None, 1000 * exact.seconds / len(queries), 4 * database.dim, None)
     for factory in factories:
+        for kept in path.parent.glob(f"{path.name}.*"):
+            kept.unlink()
         start = time.perf_counter()
         index = indexed(database, factory, path, {"seed": 0})
         built = time.perf_counter() - start

@@ -173,6 +173,8 @@ def indexed(
         faiss.ParameterSpace().set_index_parameters(index, parameters)
     if decoded:
         with _faiss_errors(f"the index {factory} does not give its rows back, take the exact ones"):
+            if isinstance(faiss.downcast_index(lists) if lists is not None else index, faiss.IndexIVFFastScan):
+                raise RuntimeError("FAISS has no map of a fast-scan index")  # and would end the process
             if lists is not None:
                 lists.make_direct_map()
             index.reconstruct(0)

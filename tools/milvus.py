@@ -62,7 +62,7 @@ class Milvus:
             return cls(uri, pymilvus.MilvusClient(uri, token=token, timeout=_TIMEOUT))
 
     def collection(self, name: str, dim: int) -> None:
-        """Makes the collection if it is not there.
+        """Makes the collection if it is not there, and readies it for search.
 
         Raises:
             InputError: if it is, and holds something else.
@@ -78,6 +78,7 @@ class Milvus:
                         f"the collection {name} in {self.uri} is of another database "
                         f"({', '.join(fields)}; {width} dimensions, not {dim}): drop it, or give another address"
                     )
+                self.client.load_collection(name)
                 return
             schema = self.client.create_schema(auto_id=False)
             schema.add_field("key", DataType.VARCHAR, is_primary=True, max_length=64)

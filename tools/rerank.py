@@ -26,6 +26,7 @@ from assembly import Subject, check_index, make_stages, query_expansion, results
 from config import ADVICE, INDEX, RERANKER_NAMES, RERANKING, CommandLine, plain
 from model.errors import InputError, run_command
 from model.store import scratch_rows
+from modules.compact import Int8Rows
 from modules.search import Database
 from report.log import start_log
 from revisitop.descriptors import load_rows
@@ -64,7 +65,7 @@ def main(argv: list[str]) -> None:
         raise InputError("--ids are what an index found: leave TEST.INDEX out")
     ids = None if args.ids is None else load_ids(args.ids, len(queries), len(rows))
     device = start_device(cfg, {})
-    queries = unit_rows(queries, args.queries, args.normalize).float()
+    queries = unit_rows(queries, args.queries, args.normalize)[:].float()
     if ids is None:
         rows = unit_rows(rows, args.database, args.normalize)
     elif args.normalize:
@@ -128,7 +129,7 @@ def load_ids(path: Path, queries: int, rows: int) -> Tensor:
     return torch.from_numpy(ids)
 
 
-def unit_rows(rows: Tensor, path: Path, normalize: bool) -> Tensor:
+def unit_rows(rows: Tensor | Int8Rows, path: Path, normalize: bool) -> Tensor | Int8Rows:
     """The rows, if all have unit length or none at all; or their copy on disk that has.
 
     Raises:

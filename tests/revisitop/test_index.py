@@ -121,6 +121,12 @@ def test_an_index_that_cannot_be_is_told(database, tmp_path, factory, parameters
     assert "/project/" not in str(error.value)
 
 
+def test_an_index_that_does_not_give_its_rows_back_is_told(database, tmp_path):
+    indexed(database, "IVF8,PQ8x4fs", tmp_path / "x", {})
+    with pytest.raises(InputError, match="the index IVF8,PQ8x4fs does not give its rows back, take the exact ones"):
+        indexed(database, "IVF8,PQ8x4fs", tmp_path / "x", {}, decoded=True)
+
+
 def test_faiss_that_is_missing_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(InputError, match="an index needs FAISS, which is not installed: pip install faiss-cpu"):

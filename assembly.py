@@ -33,6 +33,7 @@ from model.read_ahead import Loading
 from model.recipe import SCALE_SETS, Recipe
 from model.shards import check_shards, find_shards, is_shard
 from model.whitened import WhitenedRecipe
+from modules.compact import Int8Rows
 from modules.diffusion import DiffusionReranker
 from modules.expansion import QueryExpansion
 from modules.reciprocal import KReciprocalReranker
@@ -43,12 +44,14 @@ from revisitop.dataset import Dataset
 from revisitop.descriptors import (
     add_distractors,
     check_distractors,
+    database_file,
     descriptors_made_from,
     load_descriptors,
     load_distractors,
     load_ranking,
 )
 from revisitop.evaluate import most_ignored
+from revisitop.index import indexed, new_index
 from revisitop.layout_revisitop import load_distractor_list
 from revisitop.layouts import dataset_folder, load_dataset
 from revisitop.retrieve import SAVED_RANKS, Ranking
@@ -219,13 +222,13 @@ class Distractors:
     """The descriptors of the million distractors.
 
     Attributes:
-        path: the file, or the first of its shards.
-        parts: (N_i, D) each, memory-mapped: one, or one per shard.
+        paths: the file, or its shards.
+        parts: (N_i, D) each, memory-mapped: one, or one per shard; int8 with scales if they were made compact.
         images: theirs, in the same order; empty if their list is not here, or is of another length.
     """
 
-    path: Path
-    parts: list[Tensor]
+    paths: list[Path]
+    parts: list[Tensor | Int8Rows]
     images: Sequence[ImageFile]
 
     def __len__(self) -> int:
@@ -257,8 +260,33 @@ def find_distractors(cfg: CfgNode) -> Distractors:
         images: Sequence[ImageFile] = load_distractor_list(Path(cfg.TEST.DATA_DIR) / "revisitop1m")[1]
     except InputError:
         images = ()
-    found = Distractors(paths[0], parts, images)
+    found = Distractors(paths, parts, images)
     return found if len(images) == len(found) else replace(found, images=())
+
+
+def check_index(cfg: CfgNode, dim: int | None) -> None:
+    """Raises InputError if TEST.INDEX names no index of so many dimensions, or does not go with the rerankers."""
+    if cfg.TEST.INDEX and "dba" in cfg.TEST.RERANKER:
+        raise InputError("TEST.RERANKER dba makes every row anew and searches them all: leave TEST.INDEX out")
+    if cfg.TEST.INDEX and dim:
+        with option("TEST.INDEX"):
+            new_index(cfg.TEST.INDEX, dim)
+
+
+def with_index(cfg: CfgNode, database: Database, path: Path, files: Iterable[Path], **made_from: Any) -> Database:
+    """Returns the database with the index of TEST.INDEX, kept as `path` with an ending; itself without one.
+
+    Args:
+        files: that hold the rows; with their sizes and times they tell whether an index that is kept is of these.
+        made_from: what else the rows depend on.
+    """
+    if not cfg.TEST.INDEX:
+        return database
+    stats = [(file, file.stat()) for file in files]
+    made_from["files"] = [[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
+    decoded = cfg.TEST.INDEX_ROWS == "decoded"
+    with option("TEST.INDEX"):
+        return indexed(database, cfg.TEST.INDEX, path, made_from, cfg.TEST.INDEX_SEARCH, decoded)
 
 
 def extract_database(cfg: CfgNode, images: ImageSet, recipe: AnyRecipe, device: torch.device) -> Tensor:
@@ -306,6 +334,8 @@ class Experiment:
             ranking = load_ranking(path, self.dataset)
         if self.stages:
             log.warning("%s holds a ranking and no descriptors: it is not reranked", path)
+        if self.cfg.TEST.INDEX:
+            log.warning("%s holds a ranking: TEST.INDEX has no effect", path)
         return ranking
 
     @property
@@ -342,7 +372,23 @@ class Experiment:
                 *others, rows = extract_sets(self.sets, self.recipe, self.device, loading, resume)
             queries = others[0] if others else rows[torch.from_numpy(self.dataset.in_database)]
         database = Database(rows) if self.distractors is None else add_distractors(rows, self.distractors.parts)
-        return queries, database.fitted(self.device)
+        return queries, self._indexed(database.fitted(self.device))
+
+    def _indexed(self, database: Database) -> Database:
+        """The database with the index of TEST.INDEX, which is kept beside the descriptors."""
+        if not self.cfg.TEST.INDEX:
+            return database
+        name = f"{self.dataset.name}_db"
+        if self.recipe is None:
+            source = Path(self.cfg.TEST.FEATURES)
+            folder = content_folder(self.output.descriptors, name, {"features": str(source.resolve())})
+            files = [database_file(source, self.dataset)]
+        else:
+            folder, files = self.folder, [self.folder / f"{name}.npy"]
+        if self.distractors is not None:
+            files += self.distractors.paths
+            name += "+distractors"
+        return with_index(self.cfg, database, folder / name, files)
 
     def whitening_facts(self) -> dict[str, Any]:
         """What the whitening was learnt from; whether that is this dataset's own database."""
@@ -379,6 +425,9 @@ class Experiment:
             facts["descriptors"] = str(self.folder)
             if isinstance(self.recipe, WhitenedRecipe):
                 facts["whitening"] = self.whitening_facts()
+        if self.cfg.TEST.INDEX:
+            index = {"factory": self.cfg.TEST.INDEX, "parameters": self.cfg.TEST.INDEX_SEARCH}
+            facts["index"] = {**index, "rows": self.cfg.TEST.INDEX_ROWS}
         if self.distractors is not None:
             facts["distractors"] = len(self.distractors)
         if self.dataset.name in toy.NAMES:
@@ -400,14 +449,17 @@ def prepare(cfg: CfgNode, name: str, output: Output, device: torch.device) -> Ex
     if not cfg.TEST.FEATURES:
         dataset.check_files()
         recipe = find_recipe(cfg, dataset)
+    check_index(cfg, recipe.dim if recipe else None)
     distractors = None
     if cfg.SupG.onemeval:
         distractors = find_distractors(cfg)
         if recipe is None:
-            log.warning("TEST.FEATURES: whether %s was made by the same network cannot be checked", distractors.path)
+            log.warning(
+                "TEST.FEATURES: whether %s was made by the same network cannot be checked", distractors.paths[0]
+            )
         else:
             with option("TEST.DISTRACTORS"):
-                check_distractors(distractors.path, recipe.provenance())
+                check_distractors(distractors.paths[0], recipe.provenance())
     experiment = Experiment(cfg, dataset, recipe, distractors, output, device)
     _ = experiment.stages  # raises for what cannot be had
     return experiment

@@ -149,7 +149,7 @@ class _OtherThan:
         return other != self.value
 
     def __str__(self) -> str:
-        return f"other than {self.value}"
+        return f"other than {self.value}" if self.value else "of some kind"
 
     __hash__ = None
 
@@ -165,6 +165,7 @@ def _with_reranker(*names: str) -> dict[str, Any]:
 
 
 _OTHER, _OWN = {"MODEL.NAME": _OtherThan("cvnet")}, {"MODEL.NAME": "cvnet"}
+_INDEX = {"TEST.INDEX": _OtherThan("")}
 _CVNET, _SUPERGLOBAL = _with_reranker("cvnet"), {**_with_reranker("superglobal"), "SupG.rerank": True}
 _EXPANSION, _DIFFUSION, _RECIPROCAL = (
     _with_reranker(*names) for names in (("aqe", "alpha-qe"), ("diffusion",), ("k-reciprocal",))
@@ -206,6 +207,20 @@ OPTIONS = (
         "TEST.DISTRACTORS", "",
         "descriptors for SupG.onemeval; default: feats_1m_RN<depth>.pth or .npy here", _no_zero_byte,
         {"SupG.onemeval": True},
+    ),
+    Option(
+        "TEST.INDEX", "",
+        "approximate search: FAISS's name of an index (IVF4096,PQ64; HNSW32; Flat); default: exact search",
+        _no_zero_byte,
+    ),
+    Option(
+        "TEST.INDEX_SEARCH", "",
+        "parameters of its search, as FAISS has them (nprobe=64); default: a 16th of an IVF's lists",
+        _no_zero_byte, _INDEX,
+    ),
+    Option(
+        "TEST.INDEX_ROWS", "exact", "rows that are reranked: exact (as saved) or decoded (as the index holds them)",
+        _one_of("exact", "decoded"), _INDEX,
     ),
     Option("TEST.RESUME", True, "resume, and use again, descriptors of the same run in TEST.OUT_DIR"),
     Option(
@@ -283,6 +298,7 @@ NETWORK = (
     *("SupG.sgem", "SupG.sgem_p", "SupG.relup", "SupG.relup_threshold"),
 )
 LOADING = ("TEST.BATCH_SIZE", "DATA_LOADER.NUM_WORKERS", "DATA_LOADER.MAX_PIXELS", "DATA_LOADER.PIN_MEMORY")
+INDEX = ("TEST.INDEX", "TEST.INDEX_SEARCH", "TEST.INDEX_ROWS")
 RERANKING = ("TEST.RERANKER", *(key for key in _BY_KEY if key.startswith(("SupG.rerank", "RERANK."))))
 
 # How a command's user types the arguments that an InputError advises.

@@ -67,7 +67,7 @@ class PairScores:
         """Returns the score of each query with each of its first m candidates. (Q, R) -> (Q, min(m, R)) float32.
 
         Args:
-            ids: numbers of database images.
+            ids: numbers of database images; -1 where an index found no more.
             device: where the network works.
 
         Raises:
@@ -98,7 +98,7 @@ class PairScores:
                 ((_, own),) = maps.of([self.queries[query]])
                 inputs = network.query_inputs(own[None].to(device))
                 scores = np.zeros(ids.shape[1], dtype=np.float32)
-                candidates = [self.database[number] for number in ids[query].tolist()]
+                candidates = [self.database[number] for number in ids[query].tolist() if number >= 0]
                 for places, keys in equal_sizes(maps.of(candidates), partial(network.keys_per_batch, inputs)):
                     scores[places] = network.score(inputs, keys.to(device)).cpu().numpy()
                     bar.update(len(places))
@@ -118,8 +118,8 @@ class PairScores:
 
     def _stamps(self, ids: Tensor) -> list[str]:
         """Per query, what its scores depend on beside the provenance: its own image and its candidates'."""
-        numbers = ids.unique().tolist()
-        known = dict(zip(numbers, file_stamps([self.database[number] for number in numbers]), strict=True))
+        numbers = [number for number in ids.unique().tolist() if number >= 0]
+        known = {-1: ""} | dict(zip(numbers, file_stamps([self.database[number] for number in numbers]), strict=True))
         return [
             _digest(repr([own, [known[number] for number in row]]))
             for own, row in zip(file_stamps(self.queries), ids.tolist(), strict=True)

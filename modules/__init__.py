@@ -5,6 +5,7 @@ Installed (``pip install .``) this package is `superglobal`, in its repository i
 
 from .activation import ReLUPlus
 from .attach import attach
+from .compact import Int8Rows
 from .descriptor import multi_scale_descriptor
 from .diffusion import DiffusionReranker
 from .expansion import QueryExpansion, augmented_rows, expanded_queries
@@ -19,6 +20,7 @@ __all__ = [
     "DiffusionReranker",
     "GeM",
     "GeMPlus",
+    "Int8Rows",
     "KReciprocalReranker",
     "QueryExpansion",
     "ReLUPlus",

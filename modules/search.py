@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .checks import Array, as_tensor
+from .compact import Int8Rows
 
 _INDEX_BITS = 32
 _INDEX_MASK = (1 << _INDEX_BITS) - 1
@@ -34,16 +35,16 @@ class Database:
     memory map): only the rows in use are read.
 
     Args:
-        parts: a tensor, or tensors of equal D and of any floating dtype; rows of unit length. Rows in float64
-            are rounded to float32 wherever they are used, so that a row has one score.
+        parts: a tensor, or tensors of equal D and of any floating dtype (or Int8Rows); rows of unit length. Rows
+            in float64 are rounded to float32 wherever they are used, so that a row has one score.
 
     Raises:
         ValueError: where there is no part, or a part is no (N, D) floating tensor, or widths differ.
     """
 
-    def __init__(self, parts: Tensor | Sequence[Tensor]):
-        self.parts = [parts] if isinstance(parts, Tensor) else list(parts)
-        if not all(isinstance(part, Tensor) for part in self.parts):
+    def __init__(self, parts: Tensor | Int8Rows | Sequence[Tensor | Int8Rows]):
+        self.parts = [parts] if isinstance(parts, Tensor | Int8Rows) else list(parts)
+        if not all(isinstance(part, Tensor | Int8Rows) for part in self.parts):
             raise ValueError("a database is one or more tensors; torch.from_numpy makes one of an array")
         shapes = [tuple(part.shape) for part in self.parts]
         if not shapes or any(len(shape) != 2 or shape[1] != shapes[0][-1] for shape in shapes):
@@ -75,10 +76,10 @@ class Database:
         if device.type != "cuda":
             return self
         free, _ = torch.cuda.mem_get_info(device)
-        taken = sum(part.numel() * min(part.element_size(), 4) for part in self.parts if part.device != device)
+        taken = sum(part.nbytes for part in self.parts if part.device != device)
         if taken > share * free:
             return self
-        parts = (part.float() if part.dtype == torch.float64 else part for part in self.parts)
+        parts = (part.float() if part.dtype == torch.float64 else part for part in self.parts)  # as search reads them
         return Database([part.to(device) for part in parts])
 
     def rows(self, ids: Array) -> Array:

@@ -15,6 +15,7 @@ from torch import Tensor
 from model.checkpoint import is_plain, load_tensors
 from model.errors import InputError, short_list
 from model.store import provenance_differences, provenance_path, read_provenance
+from modules.compact import Int8Rows
 from modules.search import Database
 from revisitop.dataset import Dataset
 from revisitop.measures import NOT_FOUND
@@ -118,12 +119,21 @@ def descriptors_made_from(path: Path, dataset: Dataset) -> dict[str, Any]:
     Args:
         path: as of load_descriptors.
     """
-    folder = path if path.is_dir() else path.parent
-    file = folder / f"{dataset.name}_db.npy" if path.is_dir() or path.suffix.lower() == ".npy" else path
+    file = database_file(path, dataset)
     return {key: value for key, value in (read_provenance(file) or {}).items() if key != "stamps"}
 
 
-def load_distractors(path: Path) -> Tensor:
+def database_file(path: Path, dataset: Dataset) -> Path:
+    """Returns the file that holds a dataset's database descriptors.
+
+    Args:
+        path: as of load_descriptors.
+    """
+    folder = path if path.is_dir() else path.parent
+    return folder / f"{dataset.name}_db.npy" if path.is_dir() or path.suffix.lower() == ".npy" else path
+
+
+def load_distractors(path: Path) -> Tensor | Int8Rows:
     """The distractors' descriptors, (N, D), memory-mapped.
 
     Raises:
@@ -139,14 +149,16 @@ def load_distractors(path: Path) -> Tensor:
     return rows
 
 
-def load_rows(path: Path) -> Tensor:
-    """Vectors of any origin, (N, D) float16, float32 or float64, memory-mapped.
+def load_rows(path: Path) -> Tensor | Int8Rows:
+    """Vectors of any origin, (N, D) float16, float32 or float64, or int8 with the scales beside; memory-mapped.
 
     Raises:
         InputError: where the file is damaged, or holds something else.
     """
     if path.suffix == ".npy":
         array = _load_npy(path, mmap_mode="c")
+        if array.dtype == np.int8 and array.ndim == 2 and array.size:
+            return _int8_rows(array, path)
         rows = torch.from_numpy(array) if array.dtype in (np.float16, np.float32, np.float64) else None
     else:
         rows = load_tensors(path)
@@ -157,6 +169,18 @@ def load_rows(path: Path) -> Tensor:
     if not rows.numel():
         raise InputError(f"{path} holds no descriptors: its shape is {tuple(rows.shape)}")
     return rows
+
+
+def scales_path(path: Path) -> Path:
+    """The file of the scales of int8 rows: NAME.scale.npy of NAME.npy."""
+    return path.with_suffix(".scale.npy")
+
+
+def _int8_rows(array: np.ndarray, path: Path) -> Int8Rows:
+    scales = _load_npy(scales_path(path))
+    if not isinstance(scales, np.ndarray) or scales.dtype != np.float32 or scales.shape != (len(array),):
+        raise InputError(f"{scales_path(path)} holds no float32 scale for each of the {len(array)} rows of {path}")
+    return Int8Rows(torch.from_numpy(array), torch.from_numpy(scales))
 
 
 def check_distractors(path: Path, provenance: dict) -> None:
@@ -192,7 +216,7 @@ def _array(values: Any) -> np.ndarray:
     return np.asarray(values)
 
 
-def add_distractors(rows: Tensor, distractors: Sequence[Tensor]) -> Database:
+def add_distractors(rows: Tensor, distractors: Sequence[Tensor | Int8Rows]) -> Database:
     """The database with the distractors' parts behind it. Raises InputError where widths differ."""
     if rows.shape[1] != distractors[0].shape[1]:
         raise InputError(f"the distractors have {distractors[0].shape[1]} dimensions, the database {rows.shape[1]}")

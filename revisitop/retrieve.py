@@ -17,6 +17,7 @@ from model.distributed import Processes
 from model.errors import InputError
 from modules.reranking import Reranker
 from modules.search import Database, NotFiniteError, merged, search
+from revisitop.index import IndexedDatabase
 
 SAVED_RANKS = 400
 
@@ -62,13 +63,15 @@ def retrieve(
     device: torch.device | str = "cpu",
     processes: Processes | None = None,
 ) -> Ranking:
-    """Returns the ranking by cosine similarity, see modules.search.search.
+    """Returns the ranking by cosine similarity: exact, see modules.search.search, or what the database's index finds.
 
     The processes of a `torchrun` each search a part of the rows, and all get the whole ranking; it is the same to
     the bit as one process's.
 
     Args:
         queries: (Q, D), unit rows.
+        database: the rows. Of an IndexedDatabase, a listed row that the index does not find among the first m
+            has the position NOT_FOUND.
         m: results that are kept, R: at least what the rerankers to come look at.
         listed: per query the row numbers (L,) int64 whose rank is wanted; none by default.
         device: where the products are computed.
@@ -78,6 +81,8 @@ def retrieve(
         InputError: if a descriptor has NaN; it is named.
     """
     start = time.perf_counter()
+    if isinstance(database, IndexedDatabase):
+        return Ranking(*database.search(queries, m, listed), time.perf_counter() - start)
     rank, count = (processes.rank, processes.count) if processes else (0, 1)
     part = tuple(len(database) * each // count for each in (rank, rank + 1))
     with tqdm(total=part[1] - part[0], desc="search", unit="img", dynamic_ncols=True, disable=rank > 0) as bar:

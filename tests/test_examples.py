@@ -8,14 +8,16 @@ from conftest import ROOT
 EXPECTED = {
     "delg_cirtorch.py": r"(?s)DELG-pytorch: \(2, 32\).*s3.1: ends in ReLUPlus.*cirtorch, whitened: \(2, 24\)",
     "faiss_index.py": r"mAP, reranked: +(?P<after>[\d.]+)",
-    "qdrant_store.py": r"reranked: (?P<after>\d+) of the first 15 are right",
+    "lancedb_store.py": r"reranked: (?P<after>\d+) of the first 15 are right",
+    "milvus_store.py": r"reranked: (?P<after>\d+) of the first 15 are right",
     "text_queries.py": r"mAP, superglobal: +(?P<after>[\d.]+)",
     "timm_model.py": r"(?s)resnet18: \(2, 512\).*layer3.1: ends in ReLUPlus.*vit_tiny_patch16_224: \(2, 192\)",
     "torchvision_resnet.py": r"(?s)layer1.0.relu: ReLU\(inplace=True\) -> ReLUPlus.*descriptors: \(2, 2048\)",
 }
 BEFORE = {
     "faiss_index.py": r"mAP, index: +(?P<before>[\d.]+)",
-    "qdrant_store.py": r"hits: (?P<before>\d+) of",
+    "lancedb_store.py": r"hits: (?P<before>\d+) of",
+    "milvus_store.py": r"hits: (?P<before>\d+) of",
     "text_queries.py": r"mAP, none: +(?P<before>[\d.]+)",
 }
 

@@ -28,6 +28,7 @@ CHANGED = {
     "SupG.rgem": False, "SupG.rgem_p": 3, "SupG.rgem_window": 3, "SupG.sgem": False, "SupG.sgem_p": 3,
     "SupG.relup": False, "SupG.relup_threshold": 0.1, "SupG.rerank": False, "SupG.rerank_m": 20, "SupG.rerank_k": 5,
     "SupG.rerank_beta": 0.5, "SupG.onemeval": True, "SupG.rerank_s2": "original",
+    "TEST.INDEX": "Flat", "TEST.INDEX_SEARCH": "nprobe=3", "TEST.INDEX_ROWS": "decoded",
     "RERANK.QE_N": 5, "RERANK.QE_ALPHA": 2, "RERANK.DBA_K": 5, "RERANK.K1": 10, "RERANK.K2": 3, "RERANK.LAMBDA": 0.5,
     "RERANK.DIFFUSION_K": 20, "RERANK.DIFFUSION_KQ": 5, "RERANK.DIFFUSION_GAMMA": 2, "RERANK.DIFFUSION_ALPHA": 0.9,
 }  # fmt: skip
@@ -66,6 +67,7 @@ def runs(tiny, checkpoint_50, tmp_path) -> dict[str, list[tuple]]:
     (million / "a.jpg").write_bytes(tiny.image("db_0").read_bytes())
 
     quick = ("TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0)
+    index = ("TEST.INDEX", "IVF1,Flat", "TEST.INDEX_ROWS", "decoded")
     data = ("TEST.DATA_DIR", tiny.data_dir, "TEST.DATASET_LIST", "roxford5k", "TEST.WEIGHTS", checkpoint_50, *quick)
     far = ("SupG.onemeval", "TEST.DISTRACTORS", tmp_path / "far.pth")
     folder, vectors, rivals = tiny.folder / "jpg", tmp_path / "far.npy", "aqe,alpha-qe,dba,k-reciprocal,diffusion"
@@ -73,21 +75,31 @@ def runs(tiny, checkpoint_50, tmp_path) -> dict[str, list[tuple]]:
     shutil.copytree(tiny.folder, tiny.data_dir / "mine")
     (tiny.data_dir / "mine" / "gnd_roxford5k.pkl").rename(tiny.data_dir / "mine" / "gnd_mine.pkl")
     return {
-        "test.py": [(*data, *far, "TEST.REPORT"), (*data, "TEST.RERANKER", "cvnet"), (*data, "TEST.RERANKER", rivals)],
+        "test.py": [
+            (*data, *far, "TEST.REPORT"),
+            (*data, "TEST.RERANKER", "cvnet"),
+            (*data, "TEST.RERANKER", rivals),
+            (*data, *index),
+        ],
         "extract_rop1m.py": [("--weight", checkpoint_50, "--depth", 50, "--data-dir", million, *quick)],
         "tools/search.py": [
             ("--database", folder, "--queries", folder, "--weights", checkpoint_50, *quick, *more)
-            for more in ((), ("TEST.RERANKER", rivals))
+            for more in ((), ("TEST.RERANKER", rivals), index)
         ],
-        "tools/tables.py main": [(*data, "--depth", 50), (*data, "--depth", 50, "TEST.RERANKER", "cvnet")],
-        "tools/tables.py ablation": [(*data, *far), (*data, "TEST.RERANKER", "cvnet")],
-        "tools/tables.py rerank": [(*data, *far)],
-        "tools/tables.py rerankers": [(*data, *far)],
-        "tools/tune.py": [("--on", "roxford5k", "--test", "mine", *data[:2], *data[4:])],
+        "tools/tables.py main": [
+            (*data, "--depth", 50),
+            (*data, "--depth", 50, *index),
+            (*data, "--depth", 50, "TEST.RERANKER", "cvnet"),
+        ],
+        "tools/tables.py ablation": [(*data, *far), (*data, *index), (*data, "TEST.RERANKER", "cvnet")],
+        "tools/tables.py rerank": [(*data, *far), (*data, *index)],
+        "tools/tables.py rerankers": [(*data, *far), (*data, *index)],
+        "tools/tune.py": [("--on", "roxford5k", "--test", "mine", *data[:2], *data[4:], *more) for more in ((), index)],
         "tools/rerank.py": [
             ("--queries", vectors, "--database", vectors, "--out", tmp_path / "out.npy", "--reranker", name)
             for name in ("superglobal", *rivals.split(","))
-        ],
+        ]
+        + [("--queries", vectors, "--database", vectors, "--out", tmp_path / "out.npy", *index)],
     }
 
 

@@ -12,7 +12,7 @@ from conftest import ROOT
 ALLOWED = {
     "modules": {"torch", "modules"},
     "model": {"torch", "torchvision", "timm", "numpy", "PIL", "pillow_heif", "filelock", "tqdm", "modules", "model"},
-    "revisitop": {"torch", "numpy", "scipy", "PIL", "tqdm", "modules", "model", "revisitop"},
+    "revisitop": {"torch", "numpy", "faiss", "scipy", "PIL", "tqdm", "modules", "model", "revisitop"},
     "report": {"numpy", "PIL", "tqdm", "matplotlib", "jinja2", "yaml", "model", "revisitop", "report"},
     "config.py": {"yaml", "yacs", "model"},
     "assembly.py": {"torch", "tqdm", "yacs", "modules", "model", "revisitop"},

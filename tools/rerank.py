@@ -8,6 +8,7 @@ Queries are (Q, D), the database (N, D), of any network: images, or texts and im
 the database is searched, exactly, a few rows at a time from the disk. With --ids, (Q, R) int64, best first, -1 for
 none, the results of your own index are reranked, and no other row is read. The file that is written holds the row
 numbers, int64, (Q, min(400, N)) or (Q, min(400, R)), best first. Rows must have unit length; --normalize makes them so.
+TEST.INDEX searches with a FAISS index, which is built beside the database's file once.
 """
 
 import logging
@@ -21,10 +22,11 @@ from torch import Tensor
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from assembly import Subject, make_stages, query_expansion, results_needed, start_device
-from config import ADVICE, RERANKER_NAMES, RERANKING, CommandLine, plain
+from assembly import Subject, check_index, make_stages, query_expansion, results_needed, start_device, with_index
+from config import ADVICE, INDEX, RERANKER_NAMES, RERANKING, CommandLine, plain
 from model.errors import InputError, run_command
 from model.store import scratch_rows
+from modules.compact import Int8Rows
 from modules.search import Database
 from report.log import start_log
 from revisitop.descriptors import load_rows
@@ -38,7 +40,7 @@ _TOLERANCE = 1e-2  # of a length; float16 rows are off by up to 5e-4
 
 
 def main(argv: list[str]) -> None:
-    line = CommandLine(__doc__, (*RERANKING, "TEST.DEVICE"), "python -m tools.rerank")
+    line = CommandLine(__doc__, (*INDEX, *RERANKING, "TEST.DEVICE"), "python -m tools.rerank")
     line.add("--queries", type=Path, required=True, metavar="FILE", help="(Q, D), .npy or .pth")
     line.add("--database", type=Path, required=True, metavar="FILE", help="(N, D), .npy or .pth, read from the disk")
     line.add("--ids", type=Path, metavar="FILE", help="(Q, R) row numbers that your index found, .npy")
@@ -58,14 +60,18 @@ def main(argv: list[str]) -> None:
             f"{args.queries} has {queries.shape[1]} dimensions, {args.database} has {rows.shape[1]}; "
             "both must come from one network"
         )
+    check_index(cfg, rows.shape[1])
+    if args.ids is not None and cfg.TEST.INDEX:
+        raise InputError("--ids are what an index found: leave TEST.INDEX out")
     ids = None if args.ids is None else load_ids(args.ids, len(queries), len(rows))
     device = start_device(cfg, {})
-    queries = unit_rows(queries, args.queries, args.normalize).float()
+    queries = unit_rows(queries, args.queries, args.normalize)[:].float()
     if ids is None:
         rows = unit_rows(rows, args.database, args.normalize)
     elif args.normalize:
         raise InputError("--normalize reads the whole database, which --ids is to save: give rows of unit length")
     database = Database(rows) if args.ids else Database(rows).fitted(device)
+    database = with_index(cfg, database, args.database, [args.database], normalized=args.normalize)
     order = reranked(cfg, queries, database, ids, device)
     write_array(args.out, order.numpy())
     log.info("%s: %d queries, the first %d of %d rows each", args.out, *order.shape, len(rows))
@@ -124,7 +130,7 @@ def load_ids(path: Path, queries: int, rows: int) -> Tensor:
     return torch.from_numpy(ids)
 
 
-def unit_rows(rows: Tensor, path: Path, normalize: bool) -> Tensor:
+def unit_rows(rows: Tensor | Int8Rows, path: Path, normalize: bool) -> Tensor | Int8Rows:
     """The rows, if all have unit length or none at all; or their copy on disk that has.
 
     Raises:

@@ -2,8 +2,11 @@
 
 python -m tools.search --database holiday/ --queries tower.jpg --weights ./weights
 python -m tools.search --database holiday/ --queries details/ --weights ./weights --top 20 --json > found.json
+python -m tools.search --database holiday/ --queries tower.jpg --index milvus:holiday.db
+python -m tools.search --database holiday/ --queries tower.jpg --index milvus:http://localhost:19530
 
-The folder is extracted once; the next search extracts what is new or has changed.
+The folder is extracted once; the next search extracts what is new or has changed. With --index, the folder is kept in a
+vector database, too, which is updated in place; candidates and their descriptors come from there.
 """
 
 import argparse
@@ -22,14 +25,16 @@ from yacs.config import CfgNode
 
 from assembly import (
     Subject,
+    check_index,
     find_recipe,
     make_loading,
     make_output,
     make_stages,
     results_needed,
     start_device,
+    with_index,
 )
-from config import ADVICE, LOADING, NETWORK, RERANKING, CommandLine, Parsed, idle_options, plain
+from config import ADVICE, INDEX, LOADING, NETWORK, RERANKING, CommandLine, Parsed, idle_options, plain
 from model.cache import content_folder
 from model.errors import InputError, run_command, short_list
 from model.extract import ImageSet, extract_sets
@@ -40,6 +45,7 @@ from modules.search import Database
 from report.log import start_log
 from report.page import SHOWN, Hit, Page, Query, Section, write_report
 from revisitop.retrieve import SAVED_RANKS, Ranking, retrieve
+from tools.milvus import Milvus, collection_name
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +80,9 @@ def main(argv: list[str]) -> None:
     for line in idle_options(cfg):
         log.warning("%s", line)
     device = start_device(cfg, head)
+    milvus = Milvus.connect(args.index) if args.index else None
     recipe = find_recipe(cfg)
+    check_index(cfg, recipe.dim)
     if args.queries.is_file() and (problem := ImageFile(args.queries).problem()):
         raise InputError(f"queries: {problem}")
 
@@ -88,9 +96,14 @@ def main(argv: list[str]) -> None:
     ]
     with owned(cache):
         database, queries = extract_folders(sets, recipe, device, cfg)
+        if milvus:
+            names = [database.name(number) for number in range(len(database.images))]
+            rows = milvus.update(collection_name(cache.name), names, database.descriptors)
+        else:
+            rows = with_index(cfg, Database(database.descriptors).fitted(device), cache / "database", [sets[0].path])
 
     subject = Subject(recipe, queries.images, database.images, 0, None, output.folder)
-    stages, rows = make_stages(cfg, subject, device), Database(database.descriptors).fitted(device)
+    stages = make_stages(cfg, subject, device)
     searched = retrieve(queries.descriptors, rows, results_needed(stages.values()), device=device)
     rankings = {"retrieval": searched}
     for title, stage in stages.items():
@@ -116,7 +129,7 @@ def parse(argv: list[str]) -> Parsed:
     truth = "it is for test.py, which has ground truth"
     instead = {"TEST.FEATURES": truth, "SupG.onemeval": truth, "TEST.DISTRACTORS": truth, "TEST.REPORT": "say --report"}
     instead |= {"TEST.DATA_DIR": "say --database", "TEST.DATASET_LIST": "say --database"}
-    uses = (*NETWORK, *LOADING, *RERANKING, "TEST.DEVICE", "TEST.OUT_DIR", "TEST.RESUME")
+    uses = (*NETWORK, *LOADING, *INDEX, *RERANKING, "TEST.DEVICE", "TEST.OUT_DIR", "TEST.RESUME")
     line = CommandLine(__doc__, uses, "python -m tools.search", instead)
     line.add("--database", type=Path, required=True, metavar="FOLDER", help="images, in folders or not")
     line.add("--queries", type=Path, required=True, metavar="FOLDER|FILE", help="an image, or several")
@@ -128,13 +141,24 @@ def parse(argv: list[str]) -> Parsed:
     line.add_flag(
         "--max-pixels", "DATA_LOADER.MAX_PIXELS", type=int, metavar="N", help="leave out images of more [178956970]"
     )
+    line.add("--index", type=milvus_uri, metavar="milvus:URI", help="keep the folder in Milvus, a file or a server")
     line.add("--top", type=top, default=10, metavar="K", help=f"results per query, 1 to {SAVED_RANKS} [10]")
     line.add("--json", action="store_true", help="print JSON, and everything else on stderr")
     line.add("--report", action="store_true", help="write a page of the first 10 for each query")
     parsed = line.parse(argv)
     if "cvnet" in parsed.cfg.TEST.RERANKER:
         raise InputError(f"TEST.RERANKER cvnet takes minutes for each query; {truth}")
+    if parsed.args.index and (parsed.cfg.TEST.INDEX or "dba" in parsed.cfg.TEST.RERANKER):
+        taken = "TEST.INDEX" if parsed.cfg.TEST.INDEX else "TEST.RERANKER dba"
+        raise InputError(f"--index and {taken} do not go together: leave one of them out")
     return parsed
+
+
+def milvus_uri(text: str) -> str:
+    kind, _, uri = text.partition(":")
+    if kind != "milvus" or not uri:
+        raise argparse.ArgumentTypeError(f"{text!r} is not milvus:FILE.db or milvus:http://HOST:PORT")
+    return uri
 
 
 def top(text: str) -> int:
@@ -234,8 +258,9 @@ class Result(NamedTuple):
 
 def results(queries: Folder, database: Folder, final: Ranking, query: int, count: int) -> Iterator[Result]:
     ids = final.ids[query, :count]
+    ids = ids[ids >= 0]  # an index may find fewer
     cosines = (database.descriptors[ids].double() @ queries.descriptors[query].double()).float()
-    ranked = zip(ids.tolist(), final.scores[query, :count].tolist(), cosines.tolist(), strict=True)
+    ranked = zip(ids.tolist(), final.scores[query, : len(ids)].tolist(), cosines.tolist(), strict=True)
     for rank, (number, score, cosine) in enumerate(ranked, start=1):
         yield Result(rank, database.name(number), score, cosine)
 
@@ -271,7 +296,7 @@ def section(queries: Folder, database: Folder, rankings: dict[str, Ranking]) -> 
 
     def hits(ranking: Ranking, query: int) -> list[Hit]:
         pairs = zip(ranking.ids[query, :SHOWN].tolist(), ranking.scores[query].tolist(), strict=False)
-        return [Hit(database.name(number), database.images[number], score) for number, score in pairs]
+        return [Hit(database.name(number), database.images[number], score) for number, score in pairs if number >= 0]
 
     shown = []
     for number, image in enumerate(queries.images):

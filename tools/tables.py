@@ -49,9 +49,11 @@ from model.errors import InputError, run_command
 from model.pair_scores import map_bytes
 from model.resnet import STAGE_DEPTHS
 from modules.reranking import RERANK_BETA, RERANK_K, RERANK_M, SuperGlobalReranker
+from modules.search import Database
 from report.log import start_log
 from revisitop import toy
 from revisitop.evaluate import Metrics, evaluate
+from revisitop.index import FaissDatabase
 from revisitop.protocols import REVISITED_PROTOCOLS, Protocol
 from revisitop.retrieve import Ranking, retrieve
 from revisitop.stages import Reranked, Stage
@@ -177,6 +179,8 @@ def parse(argv: list[str]) -> Parsed:
     if args.task == "rerankers":
         assumed["TEST.RERANKER"] = list(GLOBAL)
     parsed = line.config(args, assumed)
+    if assumed.get("TEST.RERANKER") and parsed.cfg.TEST.INDEX:
+        assumed["TEST.RERANKER"].remove("dba")  # every row is new, an index would have to be, too
     cfg = parsed.cfg
     if args.task == "rerank" and (cfg.TEST.RERANKER != ["superglobal"] or not cfg.SupG.rerank):
         raise InputError("rerank sweeps SuperGlobal's reranking: leave TEST.RERANKER and SupG.rerank as they are")
@@ -303,7 +307,7 @@ def rows(part: Part, name: str, protocols: Sequence[Protocol], output: Output, d
     note = "whitening learnt on this database itself" if whitening.get("learnt_on_the_test_set") else ""
     yield Row(
         network_title(cfg), name, setting("retrieval"), protocols, evaluate(searched, truth, protocols), known, note,
-        costs_of(searched, peak, 4 * database.dim),
+        costs_of(searched, peak, bytes_per_row(database)),
     )  # fmt: skip
     for title, words, stage, method, bytes_kept in variants:
         with PeakMemory(device) as peak:
@@ -313,8 +317,16 @@ def rows(part: Part, name: str, protocols: Sequence[Protocol], output: Output, d
         once = f"{ranking.once:.1f} s once for the database" if ranking.once else ""
         yield Row(
             network_title(cfg), name, setting(title, words), protocols, metrics, known,
-            ", ".join(filter(None, [note, once])), costs_of(ranking, peak, 4 * database.dim + bytes_kept),
+            ", ".join(filter(None, [note, once])), costs_of(ranking, peak, bytes_per_row(database) + bytes_kept),
         )  # fmt: skip
+
+
+def bytes_per_row(database: Database) -> int:
+    """Bytes of a float32 descriptor, and of its share of an index; of the index alone where that gives the rows."""
+    if not isinstance(database, FaissDatabase):
+        return 4 * database.dim
+    own = 0 if database.decoded else 4 * database.dim
+    return own + round(database.size / len(database))
 
 
 def costs_of(ranking: Ranking, peak: PeakMemory, bytes_kept: int) -> tuple[str, ...]:
@@ -347,7 +359,7 @@ def published() -> dict:
 def find_published(
     cfg: CfgNode, name: str, stage: str, method: tuple[int, int, float, str] | None = None
 ) -> dict[str, float] | None:
-    """Returns the paper's figures, for the paper's settings alone (in any precision).
+    """Returns the paper's figures, for the paper's settings and exact search alone (in any precision).
 
     Args:
         stage: retrieval or reranking.
@@ -355,7 +367,7 @@ def find_published(
     """
     usual = make_config([("MODEL.DEPTH", cfg.MODEL.DEPTH), ("TEST.PRECISION", cfg.TEST.PRECISION)])
     anywhere = Path()
-    if make_recipe(cfg, anywhere) != make_recipe(usual, anywhere):
+    if make_recipe(cfg, anywhere) != make_recipe(usual, anywhere) or cfg.TEST.INDEX:
         return None
     if stage == "reranking" and method != (RERANK_M, RERANK_K, RERANK_BETA, "refined"):
         return None

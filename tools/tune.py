@@ -29,6 +29,7 @@ from yacs.config import CfgNode
 from assembly import Experiment, Output, find_dataset, make_output, prepare, results_needed, start_device
 from config import (
     ADVICE,
+    INDEX,
     LOADING,
     NETWORK,
     RERANKING,
@@ -188,7 +189,7 @@ def main(argv: list[str]) -> None:
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, CfgNode]:
     own = ("TEST.DEVICE", "TEST.OUT_DIR", "TEST.RESUME", "TEST.DATA_DIR", "TEST.FEATURES")
-    uses = (*NETWORK, *LOADING, *RERANKING, *own)
+    uses = (*NETWORK, *LOADING, *INDEX, *RERANKING, *own)
     line = CommandLine(
         __doc__, uses, "python -m tools.tune", {"TEST.DATASET_LIST": "--on and --test name the datasets"}
     )

@@ -226,3 +226,105 @@ def test_names_of_every_kind_are_found_told_and_harmless(command, checkpoint_50,
     outcome = command("tools/search.py", *words, "--json")
     found = json.loads(outcome.out)["queries"]
     assert {names[0], names[1], names[2]} < {entry["query"] for entry in found}
+
+
+# ---- in a vector database ----
+
+pymilvus = pytest.importorskip("pymilvus")
+
+
+def entities(file: Path) -> dict[str, list[str]]:
+    """Names by collection, as Milvus has them."""
+    client = pymilvus.MilvusClient(str(file))
+    found = {}
+    for collection in client.list_collections():
+        found[collection] = sorted(
+            each["name"] for each in client.query(collection, output_fields=["name"], limit=1000)
+        )
+    client.close()
+    return found
+
+
+def found_by(outcome) -> dict:
+    assert outcome.code == 0, outcome.err
+    return {entry["query"]: entry["results"] for entry in json.loads(outcome.out)["queries"]}
+
+
+@pytest.mark.parametrize("name", ["superglobal", "alpha-qe", "none"])
+def test_milvus_finds_what_exact_search_finds(search, folder, tmp_path, name):
+    words = ("--json", "--top", 20, "TEST.RERANKER", name)
+    exact = found_by(search(*words, queries=folder))
+    assert found_by(search(*words, "--index", f"milvus:{tmp_path / 'x.db'}", queries=folder)) == exact
+
+
+def test_milvus_is_updated_in_place(search, folder, tmp_path):
+    def update() -> tuple[int, ...]:
+        outcome = search("--index", f"milvus:{tmp_path / 'x.db'}", "--top", 20)
+        assert outcome.code == 0, outcome.err
+        counts = re.search(r"(\d+) images new or changed, (\d+) gone, (\d+) as before", outcome.out).groups()
+        (names,) = entities(tmp_path / "x.db").values()
+        shown = re.findall(r"^ +\d+  [\d. ]+  (.*)$", outcome.out, re.MULTILINE)
+        assert sorted(shown) == names
+        return tuple(map(int, counts))
+
+    assert update() == (9, 0, 0)
+    assert update() == (0, 0, 9)
+    draw(folder / "new.jpg", 20)
+    draw(folder / NAMES[4], 21)  # changed, the query
+    (folder / NAMES[0]).rename(folder / "renamed.jpg")
+    (folder / NAMES[7]).unlink()
+    assert update() == (3, 2, 6)
+    assert update() == (0, 0, 9)
+
+
+def test_an_interrupted_insertion_is_resumed_and_nothing_stands_twice(search, tmp_path, monkeypatch):
+    monkeypatch.setattr("tools.milvus._SENT_BYTES", 3 * 4 * 2048)
+    insert = pymilvus.MilvusClient.upsert
+
+    def interrupted(client, collection, data):
+        insert(client, collection, data[:2])
+        raise KeyboardInterrupt
+
+    words = ("--index", f"milvus:{tmp_path / 'x.db'}")
+    with monkeypatch.context() as patched:
+        patched.setattr(pymilvus.MilvusClient, "upsert", interrupted)
+        assert search(*words).code == 130
+    outcome = search(*words)
+    assert "7 images new or changed, 0 gone, 2 as before" in outcome.out
+    assert list(entities(tmp_path / "x.db").values()) == [sorted(NAMES)]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--index", "milvus:http://localhost:1"), "Milvus at http://localhost:1: Fail connecting to server"),
+        (("--index", "milvus:/nowhere/x.db"), "Milvus at /nowhere/x.db: Open local milvus failed"),
+        (("--index", "faiss:x"), "argument --index: 'faiss:x' is not milvus:FILE.db or milvus:http://HOST:PORT"),
+        (("--index", "milvus:x.db", "TEST.INDEX", "Flat"), "--index and TEST.INDEX do not go together"),
+        (("--index", "milvus:x.db", "TEST.RERANKER", "dba"), "--index and TEST.RERANKER dba do not go together"),
+    ],
+)
+def test_a_vector_database_that_cannot_be_used_is_told_in_one_line(search, words, message):
+    outcome = search(*words)
+    assert outcome.code == 2
+    assert outcome.err.splitlines()[-1].startswith(f"error: {message}")
+
+
+def test_a_collection_of_another_database_is_refused(search, tmp_path):
+    words = ("--index", f"milvus:{tmp_path / 'x.db'}")
+    assert search(*words).code == 0
+    client = pymilvus.MilvusClient(str(tmp_path / "x.db"))
+    (name,) = client.list_collections()
+    client.drop_collection(name)
+    client.create_collection(name, dimension=8)
+    client.close()
+    outcome = search(*words)
+    assert outcome.code == 2
+    assert re.search(rf"^error: the collection {name} in .* is of another database .*: drop it", outcome.err, re.M)
+
+
+def test_milvus_that_is_not_installed_is_told(search, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pymilvus", None)
+    outcome = search("--index", "milvus:x.db")
+    assert outcome.code == 2
+    assert "Milvus needs its client: pip install pymilvus milvus-lite" in outcome.err

@@ -8,6 +8,7 @@ from .attach import attach
 from .descriptor import multi_scale_descriptor
 from .diffusion import DiffusionReranker
 from .expansion import QueryExpansion, augmented_rows, expanded_queries
+from .explanation import Explanation, explain
 from .pooling import GeM, GeMPlus, RegionalGeM, ScaleGeM
 from .reciprocal import KReciprocalReranker
 from .reranking import SuperGlobalReranker
@@ -17,6 +18,7 @@ from .whitening import Whitening
 __all__ = [
     "Database",
     "DiffusionReranker",
+    "Explanation",
     "GeM",
     "GeMPlus",
     "KReciprocalReranker",
@@ -29,6 +31,7 @@ __all__ = [
     "attach",
     "augmented_rows",
     "expanded_queries",
+    "explain",
     "multi_scale_descriptor",
     "search",
 ]

@@ -9,6 +9,7 @@ from .compact import Int8Rows
 from .descriptor import multi_scale_descriptor
 from .diffusion import DiffusionReranker
 from .expansion import QueryExpansion, augmented_rows, expanded_queries
+from .explanation import Explanation, explain
 from .pooling import GeM, GeMPlus, RegionalGeM, ScaleGeM
 from .reciprocal import KReciprocalReranker
 from .reranking import SuperGlobalReranker
@@ -18,6 +19,7 @@ from .whitening import Whitening
 __all__ = [
     "Database",
     "DiffusionReranker",
+    "Explanation",
     "GeM",
     "GeMPlus",
     "Int8Rows",
@@ -31,6 +33,7 @@ __all__ = [
     "attach",
     "augmented_rows",
     "expanded_queries",
+    "explain",
     "multi_scale_descriptor",
     "search",
 ]

@@ -139,12 +139,12 @@ class CandidateReranker(nn.Module):
 
     def _checked_scores(self, q: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
         """The score of each of the first m candidates, in their order. (Q, D), (Q, M', D), (Q, M') -> (Q, M)."""
-        q, x, mask = self._checked(q, x, mask)
+        q, x, mask = self.checked(q, x, mask)
         _warn_of_long_rows(q, x)
         scores = self._scores(q, x, mask)
         return scores if mask is None else scores.masked_fill(~mask, -torch.inf)
 
-    def _checked(self, q: Tensor, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def checked(self, q: Tensor, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """The input as :meth:`_scores` takes it: of one type, cut to the first m, zero where no candidate is."""
         given = f"got {tuple(q.shape)} and {tuple(x.shape)}"
         if q.ndim != 2 or x.ndim != 3 or x.shape[::2] != q.shape:

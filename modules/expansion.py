@@ -113,7 +113,7 @@ class QueryExpansion(CandidateReranker):
 
     def _checked_expansion(self, q: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
         """The expanded queries, of any input that is valid. (Q, D), (Q, n, D), (Q, n) -> (Q, D)."""
-        q, x, mask = self._checked(q, x, mask)
+        q, x, mask = self.checked(q, x, mask)
         expanded = self._expanded(q, x, mask)
         check_finite(expanded, q, x)
         return expanded

@@ -7,6 +7,7 @@ Shao et al., "Global Features are All You Need for Image Retrieval and Reranking
 """
 
 import operator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,11 +23,13 @@ __all__ = [
     "Reranker",
     "Reranking",
     "SuperGlobalReranker",
+    "SuperGlobalScores",
     "expanded_query",
     "gram_matrices",
     "largest",
     "neighbour_weights",
     "refined_scores",
+    "superglobal_scores",
 ]
 
 RERANK_K = 9
@@ -67,6 +70,40 @@ def expanded_query(candidates: Tensor, neighbours: Tensor, weights: Tensor, chos
     q = torch.arange(len(chosen), device=chosen.device)[:, None]
     rows = candidates[q[..., None], neighbours[q, chosen]]  # (Q, C, K+1, D)
     return (weights[q, chosen].unsqueeze(2) @ rows).squeeze(2).amax(dim=1)
+
+
+class SuperGlobalScores(NamedTuple):
+    """The two similarities of each candidate, and what they were computed from."""
+
+    s1: Tensor  # (Q, M), -inf for a candidate that is not there
+    s2: Tensor  # (Q, M)
+    neighbours: Tensor  # (Q, M, K+1) int64, see neighbour_weights
+    weights: Tensor  # (Q, M, K+1)
+    chosen: Tensor  # (Q, min(K+1, M)) int64: the candidates whose refined rows make the expanded query
+    expanded: Tensor  # (Q, D)
+
+
+def superglobal_scores(
+    q: Tensor, x: Tensor, k: int, beta: float, s2: str = "refined", mask: Tensor | None = None
+) -> SuperGlobalScores:
+    """S1 and S2 of each candidate, see :class:`SuperGlobalReranker`. (Q, D), (Q, M, D), (Q, M) -> (Q, M).
+
+    Where a mask leaves fewer than K + 1 candidates, the first of the chosen stands there several times.
+    """
+    neighbours, weights = neighbour_weights(x, k, beta, mask)
+    s1 = refined_scores(q, x, neighbours, weights)
+    check_finite(s1, q, x)
+    if mask is not None:
+        s1 = s1.masked_fill(~mask, -torch.inf)
+    chosen = s1.argsort(dim=1, descending=True, stable=True)[:, : k + 1]
+    if mask is not None:  # once more the best one, instead of one that is not there, leaves the maximum as it is
+        chosen = torch.where(mask.gather(1, chosen), chosen, chosen[:, :1])
+    expanded = expanded_query(x, neighbours, weights, chosen)
+    if s2 == "original":
+        second = similarities(expanded, x)
+    else:
+        second = refined_scores(expanded, x, neighbours, weights)
+    return SuperGlobalScores(s1, second, neighbours, weights, chosen, expanded)
 
 
 class SuperGlobalReranker(CandidateReranker):
@@ -114,18 +151,8 @@ class SuperGlobalReranker(CandidateReranker):
 
     def _scores(self, q: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
         """The score of each candidate, in the candidates' order. (Q, D), (Q, M, D) -> (Q, M)."""
-        neighbours, weights = neighbour_weights(x, self.k, self.beta, mask)
-        s1 = refined_scores(q, x, neighbours, weights)
-        check_finite(s1, q, x)
-        if mask is not None:
-            s1 = s1.masked_fill(~mask, -torch.inf)
-        first = s1.argsort(dim=1, descending=True, stable=True)[:, : self.k + 1]
-        if mask is not None:  # once more the best one, instead of one that is not there, leaves the maximum as it is
-            first = torch.where(mask.gather(1, first), first, first[:, :1])
-        expanded = expanded_query(x, neighbours, weights, first)
-        if self.s2 == "original":
-            return (s1 + similarities(expanded, x)) / 2
-        return (s1 + refined_scores(expanded, x, neighbours, weights)) / 2
+        scores = superglobal_scores(q, x, self.k, self.beta, self.s2, mask)
+        return (scores.s1 + scores.s2) / 2
 
     def extra_repr(self) -> str:
         s2 = "" if self.s2 == "refined" else f", s2={self.s2}"

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,12 +45,52 @@ class Hit:
         image: the image, or None where there is none; a file that is missing or damaged does no harm.
         score: what the ranking is ordered by; None where that is not known.
         label: easy, hard, right, ignored or wrong; None without ground truth.
+        moved: places that reranking gained it (before and after reranking the same number), below 0 where it lost
+            some; None where that is not known.
     """
 
     name: str
     image: ImageFile | None
     score: float | None
     label: str | None = None
+    moved: int | None = None
+
+
+@dataclass(frozen=True)
+class Term:
+    """A neighbour of a candidate, see modules.explanation.Neighbour."""
+
+    hit: Hit
+    weight: float
+    to_query: float
+    to_expanded: float
+
+
+@dataclass(frozen=True)
+class Why:
+    """Why a result stands where it does after reranking, see modules.explanation.Explanation.
+
+    Attributes:
+        hit: the result that is explained.
+        before, after: its places, from 0.
+        original: whether the expanded query met the candidate's own row.
+    """
+
+    hit: Hit
+    before: int
+    after: int
+    cosine: float
+    s1: float
+    s2: float
+    score: float
+    neighbours: list[Term]
+    chosen: list[Hit]
+    original: bool = False
+
+    @property
+    def images(self) -> list[ImageFile]:
+        hits = (self.hit, *(term.hit for term in self.neighbours), *self.chosen)
+        return [hit.image for hit in hits if hit.image is not None]
 
 
 @dataclass(frozen=True)
@@ -61,12 +102,20 @@ class Query:
         image: the image; its box, if any, is drawn on it.
         rankings: the first results of each stage, best first: the search's, then those of each reranking.
         aps: average precision of each stage, between 0 and 1; empty without ground truth or positives.
+        why: the explanation of one result, or None.
     """
 
     name: str
     image: ImageFile
     rankings: dict[str, list[Hit]]
     aps: dict[str, float] = field(default_factory=dict)
+    why: Why | None = None
+
+    @property
+    def images(self) -> list[ImageFile]:
+        """Those of its results, and of the explanation."""
+        hits = (hit for ranking in self.rankings.values() for hit in ranking)
+        return [*(hit.image for hit in hits if hit.image is not None), *(self.why.images if self.why else ())]
 
     @property
     def changes(self) -> dict[str, float]:
@@ -205,9 +254,12 @@ def evaluated_section(evaluated: Evaluated, distractors: Sequence[ImageFile] = (
     queries = []
     all_aps = {stage: query_aps(metrics) for stage, metrics in evaluated.metrics.items()}
     for i, image in enumerate(dataset.queries):
+        ids = {stage: ranking.ids[i].tolist() for stage, ranking in evaluated.rankings.items()}
+        scores = {stage: ranking.scores[i, :SHOWN].tolist() for stage, ranking in evaluated.rankings.items()}
+        gained = moves(ids)
         rankings = {
-            stage: labelled_hits(dataset, i, ranking.ids[i].tolist(), ranking.scores[i].tolist(), distractors)
-            for stage, ranking in evaluated.rankings.items()
+            stage: labelled_hits(dataset, i, own_ids[:SHOWN], scores[stage], distractors, gained[stage])
+            for stage, own_ids in ids.items()
         }
         aps = {stage: float(own[i]) for stage, own in all_aps.items()}
         aps = {stage: ap for stage, ap in aps.items() if not math.isnan(ap)}
@@ -231,22 +283,27 @@ def evaluated_section(evaluated: Evaluated, distractors: Sequence[ImageFile] = (
 
 def labelled_hits(
     dataset: Dataset,
-    query: int,
+    query: int | None,
     ids: Sequence[int],
     scores: Sequence[float] | None = None,
     distractors: Sequence[ImageFile] = (),
+    moved: Sequence[int | None] | None = None,
 ) -> list[Hit]:
-    """A query's first results, with what the ground truth says of them.
+    """A query's results, with what the ground truth says of them.
 
     Args:
+        query: its number; None where there is no ground truth.
         ids: database numbers, best first, -1 for none; distractors count from the database's end.
         scores: of them; None where they are not known.
         distractors: their images, as far as they are known.
+        moved: places that each gained; None where they are not known.
     """
-    own, kinds = len(dataset.database), dataset.ground_truth[query].kinds
+    own, kinds = len(dataset.database), {} if query is None else dataset.ground_truth[query].kinds
     labels = {number: label_of(kind) for kind, numbers in kinds.items() for number in numbers.tolist()}
+    other = None if query is None else "wrong"
     found = []
-    for number, score in zip(ids[:SHOWN], scores or [None] * len(ids), strict=False):
+    unknown = [None] * len(ids)
+    for number, score, places in zip(ids, scores or unknown, moved or unknown, strict=True):
         if number < 0:  # a saved ranking may end before
             continue
         if number < own:
@@ -254,8 +311,30 @@ def labelled_hits(
         else:
             image = distractors[number - own] if number - own < len(distractors) else None
             name = f"distractor {number - own}"
-        found.append(Hit(name, image, score, labels.get(number, "wrong")))
+        found.append(Hit(name, image, score, labels.get(number, other), places))
     return found
+
+
+def moves(ids: dict[str, list[int]]) -> dict[str, list[int | None]]:
+    """By how many places each of the first results of each stage moved up from the first stage, below 0 down.
+
+    The first stage's results have the places that they will gain, if just one stage follows it. None where a result
+    is not in both rankings.
+
+    Args:
+        ids: the whole rankings of the stages, database numbers.
+    """
+    first, *later = ids
+    before = {number: place for place, number in enumerate(ids[first])}
+    gained: dict[str, list[int | None]] = {first: [None] * SHOWN}
+    for stage in later:
+        after = {number: place for place, number in enumerate(ids[stage])}
+        change = {number: before[number] - after[number] for number in before.keys() & after.keys()}
+        gained[stage] = [change.get(number) for number in ids[stage][:SHOWN]]
+        if len(later) == 1:
+            gained[first] = [change.get(number) for number in ids[first][:SHOWN]]
+    gained[first] = gained[first][: len(ids[first])]
+    return gained
 
 
 def label_of(kind: str) -> str:
@@ -275,23 +354,15 @@ def write_report(page: Page, folder: Path) -> Path:
         InputError: where it cannot be written.
     """
     page = replace(page, sections=_first_queries(page.sections))
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["signed"] = lambda value: f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")
-    template = environment.get_template("page.html")
+    template = environment().get_template("page.html")
     originals = _read_images(page.sections)
     for side, quality in _SIZES:
         thumbnails = {
             (image, scale): jpeg_uri(original, scale * side, quality) for (image, scale), original in originals.items()
         }
-        html = template.render(page=page, thumbnails=thumbnails, query_scale=_QUERY_SCALE).encode(
-            "utf-8", errors="replace"
-        )  # a name on the disk need not be UTF-8
+        uri = partial(_uri, thumbnails)
+        html = template.render(page=page, uri=uri, query_scale=_QUERY_SCALE).encode("utf-8", errors="replace")
+        # a name on the disk need not be UTF-8
         if len(html) < PAGE_BYTES:
             break
     path, new = folder / "index.html", folder / "index.html.new"
@@ -304,11 +375,28 @@ def write_report(page: Page, folder: Path) -> Path:
     return path
 
 
+def _uri(thumbnails: dict[tuple[ImageFile, int], str], image: ImageFile, scale: int) -> str | None:
+    return thumbnails.get((image, scale))
+
+
+def environment() -> jinja2.Environment:
+    """Returns what renders the templates of this folder: every value is escaped."""
+    made = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters["signed"] = lambda value: f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")
+    return made
+
+
 def _first_queries(sections: Sequence[Section]) -> list[Section]:
     """The sections, cut after the queries that one page can show."""
     left, cut = _MAX_IMAGES, []
     for section in sections:
-        used = list(accumulate(1 + sum(map(len, query.rankings.values())) for query in section.queries))
+        used = list(accumulate(1 + len(query.images) for query in section.queries))
         count = sum(number <= left for number in used)
         left -= used[count - 1] if count else 0
         cut.append(replace(section, queries=section.queries[:count], omitted=len(section.queries) - count))
@@ -318,8 +406,8 @@ def _first_queries(sections: Sequence[Section]) -> list[Section]:
 def _read_images(sections: Sequence[Section]) -> dict[tuple[ImageFile, int], Image.Image]:
     """The readable images by file and scale (1 of a result), each once, at the largest size of a thumbnail."""
     queries = [query for section in sections for query in section.queries]
-    hits = [hit for query in queries for ranking in query.rankings.values() for hit in ranking]
-    wanted = [(query.image, _QUERY_SCALE) for query in queries] + [(hit.image, 1) for hit in hits if hit.image]
+    wanted = [(query.image, _QUERY_SCALE) for query in queries]
+    wanted += [(image, 1) for query in queries for image in query.images]
     originals, missing = {}, []
     for image, scale in tqdm(dict.fromkeys(wanted), desc="images of the report", unit="img", dynamic_ncols=True):
         try:

@@ -23,7 +23,7 @@ from assembly import find_dataset, make_output
 from config import ADVICE, CommandLine, make_config, option_values, plain
 from model.errors import InputError, run_command, short_list
 from report.log import start_log
-from report.page import Page, Query, Section, labelled_hits, write_report
+from report.page import SHOWN, Page, Query, Section, labelled_hits, write_report
 from report.results import unique_names
 from revisitop.bootstrap import CONFIDENCE, paired_difference
 from revisitop.dataset import Dataset
@@ -250,7 +250,9 @@ def section(a: Run, b: Run, dataset: Dataset, results: Sequence[Compared]) -> Se
     own = dict(zip(shown.names, zip(shown.a, shown.b, strict=True), strict=True))
     queries = []
     for number, (image, query) in enumerate(zip(dataset.queries, names, strict=True)):
-        rankings = {letter: labelled_hits(dataset, number, each[number].tolist()) for letter, each in ids.items()}
+        rankings = {
+            letter: labelled_hits(dataset, number, each[number, :SHOWN].tolist()) for letter, each in ids.items()
+        }
         aps = {letter: float(ap) for letter, ap in zip("AB", own[query], strict=True) if not math.isnan(ap)}
         queries.append(Query(query, image, rankings, aps))
     queries.sort(key=lambda query: max(map(abs, query.changes.values()), default=-1), reverse=True)

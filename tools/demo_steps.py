@@ -1,0 +1,368 @@
+"""The steps behind the page of tools.demo: describe, search, rerank, judge and explain one query. No page is needed."""
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from yacs.config import CfgNode
+
+from assembly import Experiment, Output, find_recipe, prepare
+from config import varied
+from model.cache import content_folder
+from model.errors import InputError
+from model.extract import ImageSet, extract_batch
+from model.images import FORMATS, Box, ImageError, ImageFile, crop, read_image
+from model.owner import owned
+from modules.explanation import explain
+from modules.reranking import SuperGlobalReranker
+from modules.search import Database, search
+from report.drawing import jpeg_uri, read_thumbnail
+from report.page import SHOWN, Hit, Term, Why, labelled_hits, moves
+from revisitop.dataset import Dataset
+from revisitop.evaluate import evaluate
+from revisitop.retrieve import Ranking, rerank
+from tools.search import extract_folders, find_images
+
+log = logging.getLogger(__name__)
+
+MODULES = {"GeM+": "SupG.gemp", "Regional-GeM": "SupG.rgem", "Scale-GeM": "SupG.sgem", "ReLU+": "SupG.relup"}
+MOST_CANDIDATES = 1000  # of which M are reranked
+UPLOAD_SIDE = 1024  # longer sides of an upload are made smaller: as ROxford's images are, and for the memory
+UPLOAD_PIXELS = 60_000_000
+_SMALLEST_BOX = 8  # pixels; a smaller one is a click
+_THUMBNAIL_SIDE, _QUALITY = 160, 72
+_NETWORKS = 2  # kept in memory, each for its own modules
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Described images, and the queries that are known of them.
+
+    Attributes:
+        dataset: the images; without ground truth where it is a folder.
+        queries: (Q, D), the descriptors of its queries.
+        database: N rows of D.
+        unreadable: names of images that were left out.
+    """
+
+    dataset: Dataset
+    queries: Tensor
+    database: Database
+    unreadable: Sequence[str] = ()
+
+    @property
+    def most(self) -> int:
+        """The largest M."""
+        return min(MOST_CANDIDATES, len(self.database))
+
+    def named(self, text: str, count: int) -> tuple[list[int], int]:
+        """Returns the numbers of the first queries whose name has this text in it, and how many have."""
+        names = (self.dataset.query_name(number) for number in range(len(self.dataset.queries)))
+        numbers = [number for number, name in enumerate(names) if text.lower() in name.lower()]
+        return numbers[:count], len(numbers)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An image that is searched for, or the part of it in a box.
+
+    Attributes:
+        name: as the page shows it.
+        box: x0, y0, x1, y1 in its pixels; None for all of it.
+        image: its file, or None where it was uploaded.
+        pixels: (H, W, 3) uint8 RGB of an upload.
+        number: of the collection's query that it is, or None.
+    """
+
+    name: str
+    box: Box | None = None
+    image: ImageFile | None = None
+    pixels: np.ndarray | None = field(default=None, compare=False)
+    number: int | None = None
+
+    def whole(self) -> np.ndarray:
+        """(H, W, 3) uint8 RGB, without regard to the box. Raises ImageError where the file cannot be read."""
+        return self.pixels if self.pixels is not None else read_image(self.image.path)
+
+    def in_box(self) -> np.ndarray:
+        return self.whole() if self.box is None else crop(self.whole(), self.box, Path(self.name))
+
+    def pixels_of(self, fractions: Sequence[float]) -> list[float]:
+        """Returns x0, y0, x1, y1 in pixels of these fractions of its sides."""
+        height, width = self.whole().shape[:2]
+        return [part * side for part, side in zip(fractions, 2 * (width, height), strict=False)]
+
+    def boxed(self, numbers: Sequence[float] | None) -> "Asked":
+        """Returns the same image with the box of these four pixel numbers, clipped to it; None, or a box of almost no
+        size, takes the box away.
+
+        Raises:
+            InputError: if they are no four finite numbers.
+        """
+        if numbers is None:
+            return replace(self, box=None)
+        if len(numbers) != 4 or not all(isinstance(each, int | float) and math.isfinite(each) for each in numbers):
+            raise InputError("a box is four numbers, x0, y0, x1, y1 in pixels")
+        height, width = self.whole().shape[:2]
+        (x0, x1), (y0, y1) = (
+            sorted(min(max(each, 0), side) for each in pair)
+            for pair, side in ((numbers[::2], width), (numbers[1::2], height))
+        )
+        small = x1 - x0 < _SMALLEST_BOX or y1 - y0 < _SMALLEST_BOX
+        return replace(self, box=None if small else (x0, y0, x1, y1))
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the search found for one query: all that one visitor's page depends on.
+
+    Attributes:
+        asked: the query.
+        collection: what was searched.
+        query: (1, D), its descriptor.
+        ranking: by cosine similarity, of as many results as the largest M.
+        described, searched: the seconds that this took.
+    """
+
+    asked: Asked
+    collection: Collection
+    query: Tensor
+    ranking: Ranking
+    described: float
+    searched: float
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The first results before and after reranking.
+
+    Attributes:
+        before, after: the first results.
+        places: before reranking, of the first results before and after it.
+        aps: average precision before and after, by the protocol's title; empty where there is no ground truth.
+        seconds: what reranking took.
+    """
+
+    before: list[Hit]
+    after: list[Hit]
+    places: tuple[list[int], list[int]]
+    aps: dict[str, tuple[float, float]]
+    seconds: float
+
+
+def read_upload(path: Path, name: str) -> Asked:
+    """Returns an uploaded image as a query, its sides limited to UPLOAD_SIDE.
+
+    Raises:
+        InputError: if it is no image that can be read, or too large; it is called by its name alone.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > UPLOAD_PIXELS:
+                raise InputError(f"{name} has more than {UPLOAD_PIXELS / 1e6:.0f} million pixels")
+        pixels = read_image(path)
+    except ImageError as error:
+        raise InputError(f"{name}: {error.reason}") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{name}: not an image") from None
+    small = Image.fromarray(pixels)
+    small.thumbnail((UPLOAD_SIDE, UPLOAD_SIDE))
+    return Asked(name, pixels=np.array(small))
+
+
+def find(collection: Collection, asked: Asked, query: Tensor, described: float = 0.0) -> Found:
+    """Returns what the search finds for a descriptor (1, D)."""
+    start = time.perf_counter()
+    listed = (
+        None
+        if asked.number is None or not collection.dataset.ground_truth
+        else [collection.dataset.listed[asked.number]]
+    )
+    found = search(query, collection.database, max(collection.most, SHOWN), listed)
+    seconds = time.perf_counter() - start
+    return Found(asked, collection, query, Ranking(*found, seconds), described, seconds)
+
+
+def compare(found: Found, reranker: SuperGlobalReranker) -> Compared:
+    """Returns the first results of the search and those of the reranker."""
+    dataset, searched = found.collection.dataset, found.ranking
+    reranked = rerank(searched, reranker, found.query, found.collection.database)
+    number = found.asked.number if dataset.ground_truth else None
+    ids = {stage: each.ids[0].tolist() for stage, each in (("before", searched), ("after", reranked))}
+    gained, place = moves(ids), {each: place for place, each in enumerate(ids["before"])}
+    hits = {
+        stage: labelled_hits(dataset, number, ids[stage][:SHOWN], each.scores[0, :SHOWN].tolist(), moved=gained[stage])
+        for stage, each in (("before", searched), ("after", reranked))
+    }
+    aps = {}
+    if number is not None:
+        truth = [dataset.ground_truth[number]]
+        before, after = (evaluate(each, truth, dataset.protocols) for each in (searched, reranked))
+        aps = {each.protocol.title: (each.map, after[name].map) for name, each in before.items()}
+        aps = {title: pair for title, pair in aps.items() if not math.isnan(pair[0])}
+    places = tuple([place[each] for each in ids[stage][:SHOWN]] for stage in ("before", "after"))
+    return Compared(hits["before"], hits["after"], places, aps, reranked.seconds)
+
+
+def explained(found: Found, reranker: SuperGlobalReranker, place: int) -> Why:
+    """Returns why the result that the search had at this place (from 0) stands where it does.
+
+    Raises:
+        InputError: if the reranker does not look at it.
+    """
+    dataset, ids = found.collection.dataset, found.ranking.ids[0, : reranker.m]
+    if not 0 <= place < len(ids):
+        raise InputError(f"the result at place {place + 1} keeps it: the first {len(ids)} are reranked")
+    reason = explain(found.query[0], found.collection.database.rows(ids), place, reranker)
+    number = found.asked.number if dataset.ground_truth else None
+
+    def hits(places: Sequence[int]) -> list[Hit]:
+        return labelled_hits(dataset, number, ids[list(places)].tolist())
+
+    return explanation_of(reason, hits, reranker.s2 == "original")
+
+
+def explanation_of(reason: Any, hits: Any, original: bool) -> Why:
+    near = hits([each.place for each in reason.neighbours])
+    return Why(
+        hit=near[0],
+        **{name: getattr(reason, name) for name in ("before", "after", "cosine", "s1", "s2", "score")},
+        neighbours=[Term(hit, *term[1:]) for hit, term in zip(near, reason.neighbours, strict=True)],
+        chosen=hits(reason.chosen),
+        original=original,
+    )
+
+
+class Library:
+    """What all visitors share: the datasets, their descriptors by the modules that made them, and the networks.
+
+    Args:
+        cfg: the options.
+        output: where descriptors are kept.
+        device: what describes.
+        folder: images of one's own, instead of the datasets that the options name.
+    """
+
+    def __init__(self, cfg: CfgNode, output: Output, device: torch.device, folder: Path | None = None):
+        self.cfg, self.output, self.device, self.folder = cfg, output, device, folder
+        self._collections: dict[tuple, Collection] = {}
+        self._networks: dict[tuple, Any] = {}
+        self._lock = threading.Lock()  # one description at a time
+        if folder is None:  # whatever is missing is told before there is a page
+            self.experiments: dict[str, Experiment] = {
+                name: prepare(cfg, name, output, device) for name in cfg.TEST.DATASET_LIST
+            }
+            self.names = list(self.experiments)
+        else:
+            self.names, self.images = [folder.resolve().name or str(folder)], find_images(folder)
+            find_recipe(cfg)
+        scales = cfg.TEST.SCALE_LIST
+        several = scales != 1 and scales != [1.0]
+        # With one scale Scale-GeM has nothing to choose from.
+        self.modules = [title for title in MODULES if several or title != "Scale-GeM"]
+        self.chosen = tuple(title for title in self.modules if self._is_on(title))
+
+    def _is_on(self, title: str) -> bool:
+        return getattr(self.cfg.SupG, MODULES[title].split(".")[1])
+
+    def _with(self, modules: Sequence[str]) -> CfgNode:
+        return varied(self.cfg, {MODULES[title]: title in modules for title in self.modules})
+
+    def is_described(self, name: str, modules: Sequence[str]) -> bool:
+        """Whether its images were described with these modules in this process."""
+        return (name, frozenset(modules)) in self._collections
+
+    def collection(self, name: str, modules: Sequence[str]) -> Collection:
+        """Returns the images with their descriptors, made where they are missing; others wait meanwhile.
+
+        Raises:
+            InputError: if a setting does not fit, or no image can be read.
+        """
+        key = name, frozenset(modules)
+        with self._lock:
+            if key not in self._collections:
+                cfg = self._with(modules)
+                self._collections[key] = self._folder(cfg) if self.folder else self._dataset(cfg, name)
+            return self._collections[key]
+
+    def _dataset(self, cfg: CfgNode, name: str) -> Collection:
+        known = self.experiments[name]
+        experiment = replace(known, cfg=cfg, recipe=find_recipe(cfg, known.dataset))
+        queries, database = experiment.descriptors(cfg.TEST.RESUME)
+        return Collection(known.dataset, queries, database)
+
+    def _folder(self, cfg: CfgNode) -> Collection:
+        recipe, place = find_recipe(cfg), self.folder.resolve()
+        facts = {"folder": str(place), **recipe.provenance()}
+        cache = content_folder(self.output.descriptors, place.name, facts)
+        with owned(cache):
+            (own,) = extract_folders(
+                [ImageSet(cache / "database.npy", "database", self.images, self.folder)], recipe, self.device, cfg
+            )
+        names = [own.name(number) for number in range(len(own.images))]
+        dataset = Dataset(
+            self.names[0], self.folder, own.images, own.images, [], (), "folder", names, names, np.arange(len(names))
+        )
+        return Collection(dataset, own.descriptors, Database(own.descriptors), own.unreadable)
+
+    def ask(self, collection: Collection, number: int) -> Asked:
+        """Returns one of the collection's queries, with its own box.
+
+        Raises:
+            InputError: if it has none of this number.
+        """
+        if not 0 <= number < len(collection.dataset.queries):
+            raise InputError(f"there is no query {number}")
+        image = collection.dataset.queries[number]
+        return Asked(collection.dataset.query_name(number), image.box, ImageFile(image.path), number=number)
+
+    def find(self, name: str, modules: Sequence[str], asked: Asked) -> Found:
+        """Returns what the search finds for a query, described where its descriptor is not kept.
+
+        Raises:
+            InputError: if its image cannot be read, or not be described.
+        """
+        collection, start = self.collection(name, modules), time.perf_counter()
+        own = None if asked.number is None else collection.dataset.queries[asked.number]
+        if own is not None and own.box == asked.box:
+            query = collection.queries[asked.number : asked.number + 1].clone()
+        else:
+            query = self._describe(name, modules, asked)
+        return find(collection, asked, query, time.perf_counter() - start)
+
+    def _describe(self, name: str, modules: Sequence[str], asked: Asked) -> Tensor:
+        pixels = torch.from_numpy(np.ascontiguousarray(asked.in_box()))
+        with self._lock:
+            key = name, frozenset(modules)
+            if key not in self._networks:
+                while len(self._networks) >= _NETWORKS:
+                    del self._networks[next(iter(self._networks))]
+                dataset = None if self.folder else self.experiments[name].dataset
+                self._networks[key] = find_recipe(self._with(modules), dataset).extractor(self.device)
+            return extract_batch(self._networks[key], [pixels]).cpu().clone()
+
+
+@lru_cache(maxsize=20_000)
+def thumbnail_uri(image: ImageFile, scale: int = 1) -> str | None:
+    """Returns the image as a small JPEG, or None where it cannot be read; each is decoded once."""
+    try:
+        return jpeg_uri(read_thumbnail(image, scale * _THUMBNAIL_SIDE), scale * _THUMBNAIL_SIDE, _QUALITY)
+    except ImageError:
+        return None
+
+
+def preview_uri(asked: Asked, side: int = 480) -> str:
+    """Returns the whole query image as a JPEG. Raises ImageError where it cannot be read."""
+    return jpeg_uri(Image.fromarray(asked.whole()), side, 80)

@@ -99,10 +99,7 @@ def superglobal_scores(
     if mask is not None:  # once more the best one, instead of one that is not there, leaves the maximum as it is
         chosen = torch.where(mask.gather(1, chosen), chosen, chosen[:, :1])
     expanded = expanded_query(x, neighbours, weights, chosen)
-    if s2 == "original":
-        second = similarities(expanded, x)
-    else:
-        second = refined_scores(expanded, x, neighbours, weights)
+    second = similarities(expanded, x) if s2 == "original" else refined_scores(expanded, x, neighbours, weights)
     return SuperGlobalScores(s1, second, neighbours, weights, chosen, expanded)
 
 

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,9 +26,10 @@ from revisitop.index import IndexedDatabase, by_cosine
 log = logging.getLogger(__name__)
 
 _FIELDS = {"key", "name", "content", "vector"}
-_ASKED = 1000  # entities that are asked for at once
-_QUERIES = 64  # queries that are sent at once
+_ASKED = 16000  # entities that are asked for at once; Milvus takes 16384, and Milvus Lite reads all for each request
 _SENT_BYTES = 4 << 20  # of vectors that are sent at once
+_GOT_BYTES = 32 << 20  # of vectors that come at once
+_KEPT_BYTES = 1 << 30  # of vectors of a search's candidates that are kept for what follows
 _NAME_BYTES = 16384
 _TIMEOUT = 20.0  # seconds until a server counts as not there
 
@@ -146,17 +147,21 @@ class MilvusDatabase(IndexedDatabase):
         super().__init__(rows)
         self.milvus, self.collection, self.keys = milvus, collection, list(keys)
         self.numbers = {key: number for number, key in enumerate(keys)}
+        self._recent: dict[int, Tensor] = {}
 
     def find(self, queries: Tensor, m: int) -> tuple[Tensor, Tensor]:
         """Returns Milvus's candidates in the order of their exact cosine, see IndexedDatabase."""
         ids = torch.full((len(queries), m), -1, dtype=torch.int64)
+        self._recent = {}
+        block = max(1, _GOT_BYTES // (4 * self.dim * m))
         with _milvus_errors(self.milvus.uri):
-            for start in range(0, len(queries), _QUERIES):
-                block = list(queries[start : start + _QUERIES].numpy())
-                found = self.milvus.client.search(self.collection, data=block, limit=m, output_fields=["key"])
+            for start in range(0, len(queries), block):
+                data = list(queries[start : start + block].numpy())
+                found = self.milvus.client.search(self.collection, data=data, limit=m, output_fields=["key", "vector"])
                 for row, hits in zip(ids[start:], found, strict=False):
-                    numbers = [self.numbers[hit["key"]] for hit in hits if hit["key"] in self.numbers]
-                    row[: len(numbers)] = torch.tensor(numbers, dtype=torch.int64)
+                    known = [hit["entity"] for hit in hits if hit["key"] in self.numbers]
+                    row[: len(known)] = torch.tensor([self.numbers[each["key"]] for each in known], dtype=torch.int64)
+                    self._keep(known)
         return by_cosine(queries, ids, self)
 
     def rows(self, ids: Any) -> Any:
@@ -165,16 +170,32 @@ class MilvusDatabase(IndexedDatabase):
             return self.rows(as_tensor(ids, "ids")).numpy()
         unique, inverse = ids.flatten().cpu().unique(return_inverse=True)
         rows = torch.empty(len(unique), self.dim)
-        with _milvus_errors(self.milvus.uri):
-            for start in range(0, len(unique), _ASKED):
-                keys = [self.keys[number] for number in unique[start : start + _ASKED].tolist()]
-                got = self.milvus.client.get(self.collection, ids=keys, output_fields=["vector"])
-                vectors = {entity["key"]: entity["vector"] for entity in got}
-                for out, key in zip(rows[start:], keys, strict=False):
-                    if key not in vectors:
-                        raise InputError(f"{self.milvus.uri} has lost an image of {self.collection}; search again")
-                    out[:] = torch.as_tensor(vectors[key])
+        block = max(1, min(_ASKED, _GOT_BYTES // (4 * self.dim)))
+        for part, out in zip(unique.split(block), rows.split(block), strict=True):
+            numbers = part.tolist()
+            known = {number: self._recent[number] for number in numbers if number in self._recent}
+            known |= self._got([number for number in numbers if number not in known])
+            for place, number in enumerate(numbers):
+                out[place] = known[number]
         return rows[inverse].view(*ids.shape, self.dim)
+
+    def _keep(self, entities: Sequence[Mapping[str, Any]]) -> None:
+        """Keeps the vectors of candidates, which a reranker will ask for, as far as there is room."""
+        for entity in entities:
+            if len(self._recent) * 4 * self.dim < _KEPT_BYTES:
+                self._recent[self.numbers[entity["key"]]] = torch.as_tensor(entity["vector"], dtype=torch.float32)
+
+    def _got(self, numbers: list[int]) -> dict[int, Tensor]:
+        """The rows with these numbers, from Milvus."""
+        if not numbers:
+            return {}
+        keys = [self.keys[number] for number in numbers]
+        with _milvus_errors(self.milvus.uri):
+            got = self.milvus.client.get(self.collection, ids=keys, output_fields=["key", "vector"])
+        rows = {self.numbers[each["key"]]: torch.as_tensor(each["vector"], dtype=torch.float32) for each in got}
+        if len(rows) < len(numbers):
+            raise InputError(f"{self.milvus.uri} has lost images of {self.collection}; start again to put them back")
+        return rows
 
 
 def collection_name(name: str) -> str:

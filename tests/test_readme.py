@@ -1,4 +1,4 @@
-"""The README's programs run as they stand there."""
+"""The program of one's own in the documentation gives what it says."""
 
 import re
 
@@ -6,8 +6,8 @@ from conftest import ROOT, Layout
 
 
 def program(mark: str) -> str:
-    """The README's Python block that holds the mark."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    """The page's Python block that holds the mark."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "modules.md").read_text(), re.DOTALL)
     (code,) = [block for block in blocks if mark in block]
     return code
 

@@ -230,19 +230,28 @@ def test_names_of_every_kind_are_found_told_and_harmless(command, checkpoint_50,
 
 # ---- in a vector database ----
 
-pymilvus = pytest.importorskip("pymilvus")
+
+@pytest.fixture
+def pymilvus():
+    return pytest.importorskip("pymilvus")
 
 
-def entities(file: Path) -> dict[str, list[str]]:
-    """Names by collection, as Milvus has them."""
-    client = pymilvus.MilvusClient(str(file))
-    found = {}
-    for collection in client.list_collections():
-        found[collection] = sorted(
-            each["name"] for each in client.query(collection, output_fields=["name"], limit=1000)
-        )
-    client.close()
-    return found
+@pytest.fixture
+def entities(pymilvus):
+    """Gives the names that each collection of a file holds."""
+    from milvus_lite.server_manager import server_manager_instance
+
+    def read(file: Path) -> dict[str, list[str]]:
+        client, found = pymilvus.MilvusClient(str(file)), {}
+        for collection in client.list_collections():
+            client.load_collection(collection)
+            rows = client.query(collection, output_fields=["name"], limit=1000)
+            found[collection] = sorted(row["name"] for row in rows)
+        client.close()
+        server_manager_instance.release_all()  # the next command opens the file as a process of its own would
+        return found
+
+    return read
 
 
 def found_by(outcome) -> dict:
@@ -251,13 +260,13 @@ def found_by(outcome) -> dict:
 
 
 @pytest.mark.parametrize("name", ["superglobal", "alpha-qe", "none"])
-def test_milvus_finds_what_exact_search_finds(search, folder, tmp_path, name):
+def test_milvus_finds_what_exact_search_finds(search, pymilvus, folder, tmp_path, name):
     words = ("--json", "--top", 20, "TEST.RERANKER", name)
     exact = found_by(search(*words, queries=folder))
     assert found_by(search(*words, "--index", f"milvus:{tmp_path / 'x.db'}", queries=folder)) == exact
 
 
-def test_milvus_is_updated_in_place(search, folder, tmp_path):
+def test_milvus_is_updated_in_place(search, entities, folder, tmp_path):
     def update() -> tuple[int, ...]:
         outcome = search("--index", f"milvus:{tmp_path / 'x.db'}", "--top", 20)
         assert outcome.code == 0, outcome.err
@@ -277,7 +286,9 @@ def test_milvus_is_updated_in_place(search, folder, tmp_path):
     assert update() == (0, 0, 9)
 
 
-def test_an_interrupted_insertion_is_resumed_and_nothing_stands_twice(search, tmp_path, monkeypatch):
+def test_an_interrupted_insertion_is_resumed_and_nothing_stands_twice(
+    search, pymilvus, entities, tmp_path, monkeypatch
+):
     monkeypatch.setattr("tools.milvus._SENT_BYTES", 3 * 4 * 2048)
     insert = pymilvus.MilvusClient.upsert
 
@@ -304,13 +315,13 @@ def test_an_interrupted_insertion_is_resumed_and_nothing_stands_twice(search, tm
         (("--index", "milvus:x.db", "TEST.RERANKER", "dba"), "--index and TEST.RERANKER dba do not go together"),
     ],
 )
-def test_a_vector_database_that_cannot_be_used_is_told_in_one_line(search, words, message):
+def test_a_vector_database_that_cannot_be_used_is_told_in_one_line(search, pymilvus, words, message):
     outcome = search(*words)
     assert outcome.code == 2
     assert outcome.err.splitlines()[-1].startswith(f"error: {message}")
 
 
-def test_a_collection_of_another_database_is_refused(search, tmp_path):
+def test_a_collection_of_another_database_is_refused(search, pymilvus, tmp_path):
     words = ("--index", f"milvus:{tmp_path / 'x.db'}")
     assert search(*words).code == 0
     client = pymilvus.MilvusClient(str(tmp_path / "x.db"))

@@ -159,12 +159,13 @@ class SimulatedDevice(TorchDispatchMode):
         given = kwargs.get("device")
         if given is not None:
             kwargs["device"] = torch.device("cpu")
+        pinned = kwargs.pop("pin_memory", None)
         out = func(*args, **kwargs)
         for owner in owners.values():
             if owner.shape != owner.held.shape:
                 raise NotImplementedError(f"{func} changes a shape in place, which is not simulated")
         if given is not None and given.type == "cpu":
-            return out
+            return self.pin(out) if pinned else out
 
         def placed(x: Any) -> Any:
             if not isinstance(x, Tensor):

@@ -103,12 +103,13 @@ def test_an_asynchronous_copy_arrives_when_its_event_is_waited_for(device):
     first = torch.empty(3, pin_memory=True).copy_(x, non_blocking=True)
     event = torch.cuda.current_stream().record_event()
     second = (x + 1).to("cpu", non_blocking=True)
+    third = torch.empty_like(x, device="cpu", pin_memory=True).copy_(x + 2, non_blocking=True)
     assert first.isnan().all()
     event.synchronize()
     assert first.tolist() == [0, 1, 2]
-    assert second.isnan().all()
+    assert torch.cat([second, third]).isnan().all()
     torch.cuda.synchronize()
-    assert second.tolist() == [1, 2, 3]
+    assert torch.cat([second, third]).tolist() == [1, 2, 3, 2, 3, 4]
     assert device.counted() == {}
 
 

@@ -51,9 +51,11 @@ from model.errors import InputError, run_command
 from model.extract import extract_batch
 from model.extractor import NetworkExtractor
 from model.folding import PRECISIONS
+from model.fused_pooling import regional_gem
 from model.images import ImageFile
 from model.read_ahead import Loading
 from model.recipe import Recipe
+from modules.pooling import GEMP_EPS, GEMP_P, RGEM_P, RGEM_WINDOW, GeMPlus, RegionalGeM
 from modules.reranking import RERANK_K, RERANK_M, SuperGlobalReranker
 from modules.search import Database, search
 
@@ -244,6 +246,12 @@ def parity(visit: Visit) -> None:
             expected = np.stack([reference[f"descriptor_all_3_image_{i}"] for i in sizes.fixtures])
             visit.figure(f"{name}, largest difference", np.abs(made - expected).max(), "")
             visit.figure(f"{name}, cosine", (made * expected).sum(axis=1).min(), "", at_least=closest)
+    with visit.attempt("pooling in one kernel"):
+        feature_map = torch.rand(2, sizes.dim, 24, 32, device=device).sub_(0.5).relu_()
+        feature_map = feature_map.contiguous(memory_format=torch.channels_last)
+        once = regional_gem(feature_map, RGEM_P, RGEM_WINDOW, GEMP_P, GEMP_EPS)
+        difference = (once / GeMPlus()(RegionalGeM()(feature_map)) - 1).abs().max()
+        visit.figure("pooling in one kernel, largest relative difference", difference.item(), "", below=1e-5)
     with visit.attempt("search"):
         rows = random_rows(sizes.checked_rows, sizes.dim, torch.float32, torch.device("cpu"))
         rows[7] = rows[11]  # ties
@@ -346,7 +354,8 @@ def extraction(visit: Visit) -> None:
         with visit.attempt(f"extraction, {kind}"):
             extractor = visit.extractor(precision)
             if kind != precision:
-                extractor = make_contiguous(visit.recipe(precision).extractor(device))
+                extractor = visit.recipe(precision).extractor(device)
+                extractor.network.encoder.set_memory_format(torch.contiguous_format)
             for batch in sizes.batches:
                 name, count = f"extraction, {kind}, batch {batch}", batch * max(1, sizes.batch // batch)
                 with visit.attempt(name):
@@ -356,18 +365,6 @@ def extraction(visit: Visit) -> None:
                     visit.figure(f"{name}, ratio", base / each, "x", at_least=least)
                     visit.figure(f"{name}, of the floor", 100 * flops / rate / each, "%", at_least=share)
                     visit.figure(f"{name}, peak memory", timing.more, "MB")
-
-
-def make_contiguous(extractor: NetworkExtractor) -> NetworkExtractor:
-    """Changes weights and activations to the contiguous layout (NCHW)."""
-    encoder = extractor.network.encoder.to(memory_format=torch.contiguous_format)
-
-    def forward(x: Tensor) -> Tensor:
-        x = x.to(PRECISIONS[encoder.precision]).contiguous()
-        return encoder.blocks(F.max_pool2d(encoder.stem(x), 3, stride=2, padding=1)).float()
-
-    encoder.forward = forward
-    return extractor
 
 
 def in_batches(extractor: NetworkExtractor, images: Sequence[Tensor], batch: int) -> Callable[[], Tensor]:

@@ -183,9 +183,15 @@ class FoldedResNet(nn.Module):
                 shift = shift_out
         self.blocks = nn.Sequential(*blocks)
         self.head = encoder.head if stop_in is None else None
+        self.set_memory_format(torch.channels_last)
+
+    def set_memory_format(self, memory_format: torch.memory_format) -> None:
+        """Keeps weights and activations in this layout: channels_last, as after construction, or contiguous_format."""
+        self.memory_format = memory_format
+        self.to(memory_format=memory_format)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.to(PRECISIONS[self.precision]).contiguous(memory_format=torch.channels_last)
+        x = x.to(PRECISIONS[self.precision]).contiguous(memory_format=self.memory_format)
         x = F.max_pool2d(self.stem(x), 3, stride=2, padding=1)
         return self.blocks(x).float()
 

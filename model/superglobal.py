@@ -1,15 +1,20 @@
 """SuperGlobal: CVNet's encoder and the pooling modules over several scales -> one unit descriptor."""
 
+import logging
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.batching import is_out_of_memory
 from model.folding import FoldedResNet
+from model.fused_pooling import can_fuse, regional_gem
 from model.resnet import ResNet
 from modules.descriptor import multi_scale_descriptor
 from modules.pooling import GeM, GeMPlus, RegionalGeM, ScaleGeM
+
+log = logging.getLogger(__name__)
 
 # Matrix products of another number of rows may sum in another order.
 _PROJECTED_TOGETHER = 16
@@ -42,9 +47,22 @@ class SuperGlobal(nn.Module):
         self.encoder, self.scales = encoder, tuple(scales)
         self.pooling = GeM(encoder.head.pool["p"].item()) if gemp is None else gemp
         self.rgem, self.sgem = rgem, sgem
+        self.fused_pooling = can_fuse(rgem, self.pooling)
 
     def forward(self, x: Tensor) -> Tensor:
-        return multi_scale_descriptor(x, self.encoder, self.pooling, self.rgem, self.project, self.sgem, self.scales)
+        return multi_scale_descriptor(x, self.encoder, self.pool, None, self.project, self.sgem, self.scales)
+
+    def pool(self, feature_map: Tensor) -> Tensor:
+        """Returns the pooled map: Regional-GeM and GeM+, on a GPU in one kernel. (N, C, h, w) -> (N, C)."""
+        if self.fused_pooling and feature_map.is_cuda and not feature_map.requires_grad:
+            try:
+                return regional_gem(feature_map, self.rgem.p, self.rgem.window, self.pooling.p, self.pooling.eps)
+            except Exception as error:  # of Triton: whatever a missing compiler or an old GPU makes it raise
+                if is_out_of_memory(error):
+                    raise
+                log.debug("Regional-GeM and GeM+ in two passes: %s", error)
+                self.fused_pooling = False
+        return self.pooling(feature_map if self.rgem is None else self.rgem(feature_map))
 
     def project(self, rows: Tensor) -> Tensor:
         """(R, C) -> (R, D), by the same kernel for any R: a row's result does not depend on the others, to the bit."""

@@ -23,7 +23,7 @@ RGEM_WINDOW = 5
 SGEM_P = math.inf
 
 # Up to here the powers of feature maps, 1e-8 to about 1e3, stay in float32 as far as they matter.
-_SAFE_POWER = 8.0
+SAFE_POWER = 8.0
 
 
 def generalized_mean(x: Tensor, p: float | Tensor, eps: float = 1e-6) -> Tensor:
@@ -60,7 +60,7 @@ def regional_generalized_mean(x: Tensor, p: float = RGEM_P, window: int = RGEM_W
 
 def _overflows(p: float | Tensor) -> bool:
     """Whether x^p may leave float32; if so, x is divided by its largest value, and the mean multiplied with it."""
-    return not isinstance(p, Tensor) and p > _SAFE_POWER
+    return not isinstance(p, Tensor) and p > SAFE_POWER
 
 
 def _wide(x: Tensor) -> Tensor:

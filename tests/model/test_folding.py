@@ -48,6 +48,16 @@ def test_a_network_that_stops_in_a_stage_gives_what_enters_its_last_rectifier(ch
     torch.testing.assert_close(out, expected, atol=1e-5 * float(expected.max()), rtol=1e-5)
 
 
+def test_the_other_layout_gives_the_same_map(checkpoint_50, pixels):
+    folded = FoldedResNet(load_encoder(ResNet(50), checkpoint_50).eval())
+    with torch.inference_mode():
+        expected = folded(pixels)
+        folded.set_memory_format(torch.contiguous_format)
+        out = folded(pixels)
+    assert all(module.weight.is_contiguous() for module in folded.modules() if isinstance(module, FoldedConv))
+    torch.testing.assert_close(out, expected, atol=1e-5 * float(expected.max()), rtol=1e-5)
+
+
 def test_folding_leaves_the_trained_network_as_it_is(checkpoint_50):
     encoder = load_encoder(ResNet(50), checkpoint_50)
     before = {key: value.clone() for key, value in encoder.state_dict().items()}

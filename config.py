@@ -236,7 +236,7 @@ OPTIONS = (
         _CVNET,
     ),
     Option("TEST.REPORT", False, "write report/index.html into the run's folder: metrics, and what each query found"),
-    Option("DATA_LOADER.NUM_WORKERS", 4, "processes that decode images, at most one per core", _between(0, 1024)),
+    Option("DATA_LOADER.NUM_WORKERS", 16, "processes that decode images, at most one per core", _between(0, 1024)),
     Option(
         "DATA_LOADER.MAX_PIXELS", 178956970, "pixels of an image at most; a small file can claim billions",
         _between(1, 1 << 36),

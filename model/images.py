@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from model.errors import InputError
+from model.jpeg import decoded_jpeg
 
 # B, G, R order, as the network was trained.
 MEAN_BGR = (0.406, 0.456, 0.485)
@@ -128,6 +129,9 @@ def read_image(path: Path) -> np.ndarray:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > _pixel_limit:
                 raise _too_large(path, image.width * image.height)
+            pixels = decoded_jpeg(image)
+            if pixels is not None:
+                return pixels
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             return to_rgb(image)

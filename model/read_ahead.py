@@ -49,13 +49,14 @@ class ReadAhead:
     """
 
     def __init__(self, images: Sequence[ImageFile], rows: np.ndarray, loading: Loading):
-        workers = min(loading.workers, os.cpu_count() or 1, len(rows))
+        workers = min(loading.workers, own_cores(), len(rows))
         self.workers = workers
         self.pixels = _Pixels(images, rows, workers)
         self.loader = DataLoader(
             self.pixels,
             batch_size=None,
             num_workers=workers,
+            prefetch_factor=(2 if workers <= 8 else 1) if workers else None,  # of 64 MB, as Docker has for it
             pin_memory=loading.pin_memory,
             worker_init_fn=partial(_start_worker, pixels=pixel_limit()),
         )
@@ -79,6 +80,12 @@ class ReadAhead:
             "file, or if memory was short use fewer workers; the descriptors extracted so far are kept",
             workers=self.workers // 2,
         )
+
+
+def own_cores() -> int:
+    """Returns how many cores this process may use, shared out among the processes of a `torchrun` on its machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def _start_worker(number: int, pixels: int) -> None:

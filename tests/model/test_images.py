@@ -1,3 +1,4 @@
+import io
 import os
 import zlib
 
@@ -34,22 +35,51 @@ def test_16_bits_are_cut_to_the_upper_8(tmp_path, name):
     np.testing.assert_array_equal(read_image(tmp_path / name), np.repeat((values >> 8)[:, :, None], 3, axis=2))
 
 
+def test_jpeg_files_whole_or_damaged_are_what_pillow_makes_of_them(tmp_path, monkeypatch):
+    """simplejpeg decodes the whole ones, and the damaged ones as far as it sees nothing to complain of."""
+    pytest.importorskip("simplejpeg")
+    random, path, outcomes = np.random.default_rng(1), tmp_path / "x.jpg", []
+    smooth = Image.fromarray(RGB).resize((67, 45), Image.Resampling.BICUBIC)
+
+    def outcome():
+        try:
+            return read_image(path).tobytes()
+        except ImageError as error:
+            return str(error)
+
+    for number in range(400):
+        file = io.BytesIO()
+        smooth.save(file, "JPEG", quality=80, subsampling=number % 3, progressive=number % 5 == 0)
+        data = bytearray(file.getvalue())
+        for _ in range(number % 4):
+            data[random.integers(len(data))] = random.integers(256)
+        path.write_bytes(data[: random.integers(len(data)) if number % 7 == 0 else None])
+        outcomes.append(outcome())
+        with monkeypatch.context() as patch:
+            patch.setattr("model.images.decoded_jpeg", lambda image: None)
+            assert outcome() == outcomes[-1], number
+    assert 200 < sum(isinstance(each, bytes) for each in outcomes) < 400
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_image_is_turned_upright_by_its_exif(tmp_path, orientation):
+@pytest.mark.parametrize("kind", ["png", "jpg"])
+def test_an_image_is_turned_upright_by_its_exif(tmp_path, orientation, kind):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    Image.fromarray(RGB).save(tmp_path / "x.png", exif=exif)
+    path = tmp_path / f"x.{kind}"
+    Image.fromarray(RGB).save(path, exif=exif)
+    stored = np.asarray(Image.open(path))
     turned = {
-        1: RGB,
-        2: RGB[:, ::-1],
-        3: RGB[::-1, ::-1],
-        4: RGB[::-1],
-        5: RGB.transpose(1, 0, 2),
-        6: RGB[::-1].transpose(1, 0, 2),
-        7: RGB[::-1, ::-1].transpose(1, 0, 2),
-        8: RGB[:, ::-1].transpose(1, 0, 2),
+        1: stored,
+        2: stored[:, ::-1],
+        3: stored[::-1, ::-1],
+        4: stored[::-1],
+        5: stored.transpose(1, 0, 2),
+        6: stored[::-1].transpose(1, 0, 2),
+        7: stored[::-1, ::-1].transpose(1, 0, 2),
+        8: stored[:, ::-1].transpose(1, 0, 2),
     }
-    np.testing.assert_array_equal(read_image(tmp_path / "x.png"), turned[orientation])
+    np.testing.assert_array_equal(read_image(path), turned[orientation])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,48 @@
+"""JPEG files by simplejpeg where it is installed: the bytes of Pillow in less than half of its time."""
+
+import io
+from functools import cache
+
+import numpy as np
+from PIL import ExifTags, Image
+
+try:
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
+
+
+def decoded_jpeg(image: Image.Image) -> np.ndarray | None:
+    """Returns the pixels of an opened file, (H, W, 3) uint8 RGB, as Pillow decodes and rotates them, or None.
+
+    None is for what is left to Pillow: other formats and modes, images to be rotated, damaged files, and
+    machines on which simplejpeg is missing or gives other bytes.
+    """
+    if image.format != "JPEG" or image.mode != "RGB" or not _gives_the_same():
+        return None
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        return None
+    image.fp.seek(0)
+    data = image.fp.read()
+    try:
+        height, width, *_ = simplejpeg.decode_jpeg_header(data)
+        if (width, height) != image.size:  # two headers: the limit of pixels is for the one that Pillow takes
+            return None
+        return simplejpeg.decode_jpeg(data, colorspace="RGB")
+    except ValueError:  # of warnings, too: Pillow has the last word
+        return None
+
+
+@cache
+def _gives_the_same() -> bool:
+    """Whether both have a libjpeg that makes the same bytes; each package brings its own."""
+    if simplejpeg is None:
+        return False
+    ramp = np.arange(33 * 47 * 3, dtype=np.uint32).reshape(33, 47, 3)
+    drawn = Image.fromarray((ramp * 2654435761 >> 13).astype(np.uint8) // 3 + (ramp % 47 * 3).astype(np.uint8))
+    for subsampling in (0, 2):
+        file = io.BytesIO()
+        drawn.save(file, "JPEG", quality=85, subsampling=subsampling)
+        if not np.array_equal(simplejpeg.decode_jpeg(file.getvalue(), colorspace="RGB"), np.asarray(Image.open(file))):
+            return False
+    return True

@@ -43,9 +43,9 @@ from modules.search import Database, search
 A_BATCH = {}
 # Images that are not pinned: each is sent before the next.
 UNPINNED_IMAGE = "<listcomp>"
-# Modules of one's own program look for NaN in what they are given: the images, and per scale the map before
-# Regional-GeM and after it; once in the vectors of the scales, and once at the descriptors.
-A_CALL_OF_A_NETWORK = {"check_tensor": 1 + 2 * 3 + 1, "multi_scale_descriptor": 1}
+# Modules of one's own program look for NaN in what they are given: the images and the vectors of the scales; and
+# whether descriptors are finite. (Regional-GeM and GeM+ are one kernel, which does not look into the map.)
+A_CALL_OF_A_NETWORK = {"check_tensor": 2, "multi_scale_descriptor": 1}
 # hub: the range of each tensor on the device; whether all descriptors are finite.
 HUB_TENSOR, HUB_CALL = {"_pixels": 1}, {"forward": 1}
 # A call of rerank with everything on the device: whether there are ids below 0, and then whether there are any of the

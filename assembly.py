@@ -54,8 +54,8 @@ from revisitop.evaluate import most_ignored
 from revisitop.index import indexed, new_index
 from revisitop.layout_revisitop import load_distractor_list
 from revisitop.layouts import dataset_folder, load_dataset
-from revisitop.retrieve import SAVED_RANKS, Ranking
-from revisitop.stages import Augmented, Reranked, SearchedAgain, Stage
+from revisitop.retrieve import Ranking
+from revisitop.stages import Augmented, Reranked, Searched, SearchedAgain, Stage, search_for
 
 log = logging.getLogger(__name__)
 
@@ -273,15 +273,18 @@ def check_index(cfg: CfgNode, dim: int | None) -> None:
             new_index(cfg.TEST.INDEX, dim)
 
 
-def with_index(cfg: CfgNode, database: Database, path: Path, files: Iterable[Path], **made_from: Any) -> Database:
-    """Returns the database with the index of TEST.INDEX, kept as `path` with an ending; itself without one.
+def with_index(
+    cfg: CfgNode, database: Database, path: Path, files: Iterable[Path], device: torch.device, **made_from: Any
+) -> Database:
+    """Returns the database with the index of TEST.INDEX, kept as `path` with an ending; on the device without one.
 
     Args:
         files: that hold the rows; with their sizes and times they tell whether an index that is kept is of these.
+        device: where the database is searched if it has no index, see Database.fitted.
         made_from: what else the rows depend on.
     """
     if not cfg.TEST.INDEX:
-        return database
+        return database.fitted(device)
     stats = [(file, file.stat()) for file in files]
     made_from["files"] = [[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
     decoded = cfg.TEST.INDEX_ROWS == "decoded"
@@ -289,11 +292,37 @@ def with_index(cfg: CfgNode, database: Database, path: Path, files: Iterable[Pat
         return indexed(database, cfg.TEST.INDEX, path, made_from, cfg.TEST.INDEX_SEARCH, decoded)
 
 
-def extract_database(cfg: CfgNode, images: ImageSet, recipe: AnyRecipe, device: torch.device) -> Tensor:
-    """Returns the descriptors of one set of images, (N, D), extracting what is missing."""
-    with owned(images.path.parent):
-        (rows,) = extract_sets([images], recipe, device, make_loading(cfg, device), cfg.TEST.RESUME)
-    return rows
+def own_images(folder: Path, images: Sequence[ImageFile], recipe: AnyRecipe, output: Output) -> ImageSet:
+    """Returns the set of a folder's images: each recipe and folder, by its path, has descriptors of its own."""
+    place = folder.resolve()
+    kept = content_folder(output.descriptors, place.name, {"folder": str(place), **recipe.provenance()})
+    return ImageSet(kept / "database.npy", "database", images, folder)
+
+
+def extract_together(
+    sets: Sequence[ImageSet],
+    recipe: AnyRecipe,
+    cfg: CfgNode,
+    device: torch.device,
+    processes: Processes | None = None,
+    on_error: str = "list",
+) -> list[Tensor]:
+    """Returns the descriptors of sets that are kept in one folder, (N, D) each, extracting what is missing.
+
+    Args:
+        processes: of a `torchrun`, which share the work; by default this one alone.
+        on_error: what a damaged image does, see model.extract.extract_images.
+    """
+    loading, resume, first = make_loading(cfg, device), cfg.TEST.RESUME, processes is None or processes.rank == 0
+    with owned(sets[0].path.parent) if first else nullcontext():
+        if processes is not None and processes.count > 1:
+            for each in sets:
+                store = extract_shared(each, recipe, device, processes, loading, resume, on_error)
+                if store is not None and not store.complete:
+                    store.finish()
+            resume = True  # what was just made
+        with processes.first_alone() if processes else nullcontext():
+            return extract_sets(sets, recipe, device, loading, resume, on_error)
 
 
 @dataclass(frozen=True)
@@ -348,36 +377,32 @@ class Experiment:
             sets.insert(0, ImageSet(queries, f"{name} queries", self.dataset.queries, folder))
         return sets
 
-    def extract(self, processes: Processes) -> None:
-        """Extracts what is missing, with all processes of a `torchrun`."""
-        if processes.count == 1 or self.recipe is None:
-            return
-        loading = make_loading(self.cfg, self.device)
-        with owned(self.folder) if processes.rank == 0 else nullcontext():
-            for each in self.sets:
-                shared = (each, self.recipe, self.device, processes, loading, self.cfg.TEST.RESUME, "list")
-                if (store := extract_shared(*shared)) is not None and not store.complete:
-                    store.finish()
+    def descriptors(self, processes: Processes | None = None) -> tuple[Tensor, Database]:
+        """Returns the query descriptors (Q, D) and the database with the distractors, extracting what is missing.
 
-    def descriptors(self, resume: bool) -> tuple[Tensor, Database]:
-        """Returns the query descriptors (Q, D) and the database with the distractors, extracting what is missing."""
+        Args:
+            processes: of a `torchrun`, which share the extraction; by default this one alone.
+        """
         if self.recipe is None:
             with option("TEST.FEATURES"):
                 queries, rows = load_descriptors(Path(self.cfg.TEST.FEATURES), self.dataset)
         else:
             log.info("checkpoint: %s, SHA-256 %s", self.recipe.checkpoint, self.recipe.checkpoint_sha256)
             log.info("descriptors: %s", self.folder)
-            loading = make_loading(self.cfg, self.device)
-            with owned(self.folder):
-                *others, rows = extract_sets(self.sets, self.recipe, self.device, loading, resume)
+            *others, rows = extract_together(self.sets, self.recipe, self.cfg, self.device, processes)
             queries = others[0] if others else rows[torch.from_numpy(self.dataset.in_database)]
         database = Database(rows) if self.distractors is None else add_distractors(rows, self.distractors.parts)
-        return queries, self._indexed(database.fitted(self.device))
+        return queries, self._indexed(database)
+
+    def search(self, processes: Processes | None = None) -> Searched:
+        """Returns the search for what the stages need; the processes of a `torchrun` share it, see descriptors."""
+        queries, database = self.descriptors(processes)
+        return search_for(self.stages.values(), queries, database, self.dataset.listed, self.device, processes)
 
     def _indexed(self, database: Database) -> Database:
-        """The database with the index of TEST.INDEX, which is kept beside the descriptors."""
+        """The database on the device, or with the index of TEST.INDEX, which is kept beside the descriptors."""
         if not self.cfg.TEST.INDEX:
-            return database
+            return database.fitted(self.device)
         name = f"{self.dataset.name}_db"
         if self.recipe is None:
             source = Path(self.cfg.TEST.FEATURES)
@@ -388,7 +413,7 @@ class Experiment:
         if self.distractors is not None:
             files += self.distractors.paths
             name += "+distractors"
-        return with_index(self.cfg, database, folder / name, files)
+        return with_index(self.cfg, database, folder / name, files, self.device)
 
     def whitening_facts(self) -> dict[str, Any]:
         """What the whitening was learnt from; whether that is this dataset's own database."""
@@ -495,11 +520,6 @@ def make_stages(cfg: CfgNode, subject: Subject, device: torch.device) -> dict[st
         title = f"reranking by {name}" if len(names) > 1 else "reranking"
         stages |= {f"{title}{words}": stage for words, stage in made.items()}
     return stages
-
-
-def results_needed(stages: Iterable[Stage]) -> int:
-    """How many results of a search these stages and the files of rankings need."""
-    return max([SAVED_RANKS, *(each.needed for each in stages)])
 
 
 def cvnet_stages(cfg: CfgNode, subject: Subject, device: torch.device) -> dict[str, Stage]:

@@ -18,13 +18,12 @@ def main(argv: list[str]) -> None:
     cfg = parse_config(argv, __doc__)
 
     # Imported here, so that --help and a mistyped option are answered at once.
-    from assembly import make_output, network_title, prepare, results_needed, start_device
+    from assembly import make_output, network_title, prepare, start_device
     from model.distributed import Processes
     from report.log import start_log
     from report.page import evaluated_page, write_report
     from report.results import Evaluated, save_results, summary
     from revisitop.evaluate import evaluate
-    from revisitop.retrieve import retrieve
 
     output, processes = make_output(cfg), Processes()
     first = processes.rank == 0
@@ -37,27 +36,20 @@ def main(argv: list[str]) -> None:
     with processes.first_alone():
         experiments = [prepare(cfg, name, output, device) for name in cfg.TEST.DATASET_LIST]
 
-    # The processes of a torchrun share the extraction and the search; the first one does the rest.
-    for experiment in experiments:
-        experiment.extract(processes)
-
     results: list[Evaluated] = []
     run = None
     for experiment in experiments:
         dataset = experiment.dataset
         log.info("%r", dataset)
 
-        # Extract, search, rerank, evaluate.
-        searched, stages, listed = experiment.saved_ranking(), {}, dataset.listed
-        if searched is None:
-            queries, database = experiment.descriptors(cfg.TEST.RESUME or processes.count > 1)
-            stages = experiment.stages
-            searched = retrieve(queries, database, results_needed(stages.values()), listed, device, processes)
+        # Extract, search, rerank, evaluate. The processes of a torchrun share the first two; the first does the rest.
+        saved = experiment.saved_ranking()
+        searched = experiment.search(processes) if saved is None else None
         if not first:
             continue
-        rankings = {"retrieval": searched}
-        for title, stage in stages.items():
-            rankings[title] = stage(searched, queries, database, listed, device)
+        rankings = {"retrieval": saved or searched.ranking}
+        if searched is not None:
+            rankings |= {title: stage(searched) for title, stage in experiment.stages.items()}
         metrics = {
             stage: evaluate(ranking, dataset.ground_truth, dataset.protocols) for stage, ranking in rankings.items()
         }

@@ -4,8 +4,10 @@
     python benchmarks/killed.py --tries 0 --together 20
 
 Each try takes one of the commands (test.py, extract_rop1m.py alone and as two processes, search with a list that
-changes, tables) on a few drawn images, kills it and all its processes at a random moment, up to three times, starts
-it once more to its end, and compares every descriptor file, and the metrics, with those of an uninterrupted run.
+changes, tables, test.py with distractors as two and three ranks) on a few drawn images, kills it and all its processes
+at a random moment, up to three times, starts it once more to its end, and compares every descriptor file, and the
+metrics, with those of an uninterrupted run; of ranks, with those of one process. "a rank" is two ranks of which one
+is killed under --max-restarts 3, and nothing is started again.
 With --together, two and four runs of test.py with equal and with different settings begin at once in one folder,
 so many times; each must end with the metrics, and leave the descriptors, of a run alone.
 """
@@ -52,10 +54,13 @@ def main(argv: list[str]) -> None:
         if not args.tries:
             sys.exit(bool(failed))
         wanted, seconds = {}, {}
+        end(commands.pop("one process"), work / "one process")
         for name, command in commands.items():
             began = time.monotonic()
             end(command, work / name)
             wanted[name], seconds[name] = outcome(work / name), time.monotonic() - began
+            if "rank" in name and wanted[name] != outcome(work / "one process"):
+                sys.exit(f"{name} differ from one process:\n{(work / name / 'said.txt').read_text()}")
         for number in tqdm(range(args.tries), unit="try"):
             name = list(commands)[number % len(commands)]
             place = work / f"try-{number}"
@@ -63,9 +68,13 @@ def main(argv: list[str]) -> None:
             if name == "search":  # a list of its own for what is killed
                 shutil.copy(work / "images" / "1.png", extra)
             moments = [rng.uniform(0.3, 1) * seconds[name] for _ in range(rng.choice((1, 1, 2, 3)))]
-            kills = sum(kill(commands[name], place, moment) for moment in moments)
-            extra.unlink(missing_ok=True)
-            said = end(commands[name], place)
+            if name == "a rank":
+                kills = kill(commands[name], place, moments[0], a_rank=True)
+                said = (place / "said.txt").read_text(errors="replace")
+            else:
+                kills = sum(kill(commands[name], place, moment) for moment in moments)
+                extra.unlink(missing_ok=True)
+                said = end(commands[name], place)
             tried[name] += 1
             if outcome(place) == wanted[name]:
                 survived[name] += 1
@@ -100,7 +109,11 @@ def prepare(work: Path) -> dict[str, list[str]]:
     weights = ["TEST.WEIGHTS", str(checkpoint), *QUICK]
     dataset = ["TEST.DATA_DIR", str(data), "TEST.DATASET_LIST", "roxford5k"]
     extract = [str(ROOT / "extract_rop1m.py"), "--depth", "50", "--data-dir", str(images), *weights]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    launcher = ["-m", "torch.distributed.run", "--standalone"]
+    torchrun = [*launcher, "--nproc-per-node=2"]
+    far = rng.standard_normal((50, 2048), dtype=np.float32)
+    np.save(work / "far.npy", far / np.linalg.norm(far, axis=1, keepdims=True))
+    with_far = [str(ROOT / "test.py"), *dataset, *weights, "SupG.onemeval", "TEST.DISTRACTORS", str(work / "far.npy")]
     search = ["-m", "tools.search", "--database", str(images), "--queries", str(images / "3.png"), "--json", *weights]
     return {
         "test.py": [str(ROOT / "test.py"), *dataset, *weights],
@@ -108,6 +121,10 @@ def prepare(work: Path) -> dict[str, list[str]]:
         "two processes": [*torchrun, *extract, "--out", "feats.npy"],
         "search": search,
         "tables": ["-m", "tools.tables", "main", "--depth", "50", *dataset, *weights],
+        "one process": with_far,
+        "two ranks": [*torchrun, *with_far],
+        "three ranks": [*launcher, "--nproc-per-node=3", *with_far],
+        "a rank": [*torchrun, "--max-restarts=3", *with_far],
     }
 
 
@@ -156,14 +173,21 @@ def start(command: list[str], place: Path, log: str = "said.txt") -> subprocess.
     )
 
 
-def kill(command: list[str], place: Path, seconds: float) -> bool:
-    """Starts the command, and kills it and its processes after so many seconds; whether it still ran then."""
+def kill(command: list[str], place: Path, seconds: float, a_rank: bool = False) -> bool:
+    """Starts the command, and kills it and its processes after so many seconds; whether it still ran then.
+
+    Args:
+        a_rank: kill the last process that it started, and wait for its end.
+    """
     process = start(command, place)
     try:
         process.wait(seconds)
         return False
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        if not a_rank:
+            os.killpg(process.pid, signal.SIGKILL)
+        elif children := Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+            os.kill(int(children[-1]), signal.SIGKILL)
         process.wait()
         return True
 

@@ -3,11 +3,17 @@
     python benchmarks/million.py --folder /tmp/million
 
 Writes random unit descriptors (8.2 GB for a million) into the folder once. The baseline multiplies
-everything, argsorts the N x Q scores and builds each query's (M, K+1, D) neighbours.
+everything, argsorts the N x Q scores and builds each query's (M, K+1, D) neighbours. "ranks" is the streamed
+search by several processes, as under torchrun, which share the cores; its memory is that of one of them.
 """
 
 import argparse
+import atexit
+import os
+import socket
+import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from alternate import alternate, machine, positive, report
 
+from model.distributed import Processes
 from model.errors import run_command
 from modules.reranking import SuperGlobalReranker
 from modules.search import Database
@@ -36,15 +43,18 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--rows", type=positive, default=1_000_000, help="distractors [1000000]")
     parser.add_argument("--queries", type=positive, default=70, help="queries [70]")
     parser.add_argument("--repeat", type=positive, default=3, help="runs of each, of which the median counts [3]")
+    parser.add_argument("--ranks", type=positive, default=2, help="processes that search together [2]")
     args = parser.parse_args(argv)
     path = args.folder / f"random_{args.rows}.npy"
     if not path.exists():
         write_rows(path, args.rows)
     contenders = {run.__name__: partial(partial, run, path, args.queries) for run in (dense, streamed)}
+    if args.ranks > 1:
+        contenders["ranks"] = partial(first_rank, path, args.queries, args.ranks)
     timings = alternate(contenders, args.repeat)
     print(f"{args.queries} queries, {args.rows} distractors of {DIM} dimensions, {machine(torch.device('cpu'))}")
     report(timings, "dense", "s", lambda seconds: seconds)
-    difference = np.abs(np.subtract(timings["dense"].value, timings["streamed"].value)).max()
+    difference = max(np.abs(np.subtract(timings["dense"].value, each.value)).max() for each in timings.values())
     print(f"largest difference in mAP: {difference:.1e}")
 
 
@@ -76,12 +86,49 @@ def problem(path: Path, count: int) -> tuple[np.ndarray, np.ndarray, list[Ground
     return queries / np.linalg.norm(queries, axis=1, keepdims=True), rows, truths
 
 
-def streamed(path: Path, count: int) -> list[float]:
+def streamed(path: Path, count: int, processes: Processes | None = None) -> list[float]:
     queries, rows, truths = problem(path, count)
     queries, database = torch.from_numpy(queries), Database(torch.from_numpy(rows))
-    searched = retrieve(queries, database, M, [torch.from_numpy(truth.listed) for truth in truths])
+    listed = [torch.from_numpy(truth.listed) for truth in truths]
+    searched = retrieve(queries, database, M, listed, processes=processes)
+    if processes is not None and processes.rank > 0:
+        return []
     reranked = rerank(searched, SuperGlobalReranker(M, K, BETA), queries, database)
     return [evaluate(ranking, truths)[name].map for ranking in (searched, reranked) for name in "EMH"]
+
+
+def first_rank(path: Path, count: int, ranks: int) -> Callable[[], list[float]]:
+    """Starts the other processes, and returns the run of the first, which they take part in."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for rank in range(1, ranks):  # not by multiprocessing, which forbids a contender's process to have its own
+        call = f"from million import *; other_rank(Path({str(path.resolve())!r}), {count}, {rank}, {ranks}, {port})"
+        subprocess.Popen([sys.executable, "-c", call], cwd=Path(__file__).parent)
+    processes = join(0, ranks, port)
+
+    def say(goes_on: bool) -> None:
+        processes.from_first(np.array([goes_on]))
+
+    def run() -> list[float]:
+        say(True)
+        return streamed(path, count, processes)
+
+    atexit.register(say, False)
+    return run
+
+
+def other_rank(path: Path, count: int, rank: int, ranks: int, port: int) -> None:
+    processes = join(rank, ranks, port)
+    while processes.from_first(np.array([False]))[0]:
+        streamed(path, count, processes)
+
+
+def join(rank: int, ranks: int, port: int) -> Processes:
+    """Makes this one of the processes of a torchrun on this machine, with its share of the cores."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
+    return Processes()
 
 
 def dense(path: Path, count: int) -> list[float]:

@@ -48,6 +48,25 @@ class Processes:
         if self.rank == 0:
             self.wait()
 
+    @contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """What stands inside is done by the first process, and then by the others; an InputError of one is all's."""
+        error = None
+        if self.rank > 0:
+            self._raise_any(None)
+        try:
+            yield
+        except InputError as own:
+            error = own
+        if self.rank == 0:
+            self._raise_any(error)
+        self._raise_any(error)
+
+    def _raise_any(self, own: InputError | None) -> None:
+        for error in self.gathered(own):
+            if error is not None:
+                raise error
+
     def from_first(self, array: np.ndarray) -> np.ndarray:
         """The first process's array, in all; the others give one of the same shape and type."""
         if self.count > 1:

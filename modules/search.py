@@ -197,11 +197,12 @@ def search(
         on_chunk = None  # what follows is a second pass
     if chunk_size is None:
         chunk_size = max(1024, min(8192, _PRODUCT_BYTES // (4 * max(len(queries), 1))))
-    ranks = _ListedRanks(queries, database, listed)
-    best = _Best(queries, database, m)
+    ranks, best = _ListedRanks(queries, database, listed), _Best(queries, database, m)
+    fast = queries.to(_work_type())
     for start, chunk in database.chunks(chunk_size, *rows):
         chunk = chunk.to(device)
-        scores = _products(queries, chunk, start)
+        scores = _products(fast, chunk)
+        _check_finite(scores, start)
         best.take(scores, start)
         ranks.count(scores, chunk, start)
         if on_chunk is not None:
@@ -228,9 +229,10 @@ def _search_without_waiting(
         None where it was not, so that the usual way has to be gone.
     """
     ranks, best = _ListedRanks(queries, database, listed), _BestOfEachChunk(queries, database, m)
+    fast = queries.to(_work_type())
     finite = torch.ones((), dtype=torch.bool, device=queries.device)
     for start, chunk in _on_device(database, chunk_size, queries.device, rows):
-        scores = (queries.to(_work_type()) @ chunk.to(_work_type()).T).to(torch.float32)
+        scores = _products(fast, chunk)
         finite &= scores.sum().isfinite()
         best.take(scores, start)
         ranks.count_later(scores, start)
@@ -272,15 +274,16 @@ def _on_device(
         yield ahead
 
 
-def _products(queries: Tensor, chunk: Tensor, start: int) -> Tensor:
-    """The scores of a chunk as fast as float32 allows, (Q, C)."""
-    work = _work_type()
-    scores = (queries.to(work) @ chunk.to(work).T).to(torch.float32)
+def _products(queries: Tensor, chunk: Tensor) -> Tensor:
+    """The scores of a chunk in float32, (Q, C), by products in the type of the queries, see _work_type."""
+    return (queries @ chunk.to(queries.dtype).T).to(torch.float32)
+
+
+def _check_finite(scores: Tensor, start: int) -> None:
     if not torch.isfinite(scores.sum()):
         bad = (~torch.isfinite(scores)).nonzero()
         if len(bad):
             raise NotFiniteError(int(bad[0, 0]), start + int(bad[0, 1]))
-    return scores
 
 
 def _work_type() -> torch.dtype:

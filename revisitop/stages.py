@@ -4,7 +4,7 @@ A reranker sorts each query's first results; query expansion and database-side a
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -13,12 +13,36 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from model.distributed import Processes
 from model.errors import InputError
 from model.store import scratch_rows
 from modules.expansion import DBA_K, QueryExpansion, augmented_rows
 from modules.reranking import Reranker
 from modules.search import Database, NotFiniteError
-from revisitop.retrieve import Ranking, rerank, retrieve
+from revisitop.retrieve import SAVED_RANKS, Ranking, rerank, retrieve
+
+
+@dataclass(frozen=True)
+class Searched:
+    """A search: what it found, and what it was given.
+
+    Attributes:
+        ranking: by cosine similarity.
+        queries: (Q, D), unit rows.
+        database: the rows that the ranking's ids count.
+        listed: per query the row numbers (L,) int64 whose rank is wanted; None for none.
+        device: where the work is done.
+    """
+
+    ranking: Ranking
+    queries: Tensor
+    database: Database
+    listed: Sequence[Tensor] | None = None
+    device: torch.device | str = "cpu"
+
+    def again(self, queries: Tensor, database: Database) -> Ranking:
+        """Returns the ranking of another search, for as many results of each query."""
+        return retrieve(queries, database, self.ranking.ids.shape[1], self.listed, self.device)
 
 
 class Stage(Protocol):
@@ -35,27 +59,26 @@ class Stage(Protocol):
     @property
     def shortlist(self) -> str: ...
 
-    def __call__(
-        self,
-        searched: Ranking,
-        queries: Tensor,
-        database: Database,
-        listed: Sequence[Tensor] | None = None,
-        device: torch.device | str = "cpu",
-    ) -> Ranking:
-        """Returns the new ranking.
-
-        Args:
-            searched: what retrieve gave, with at least `needed` results, or all there are.
-            queries: (Q, D), unit rows.
-            database: the rows that the ranking's ids count.
-            listed: per query the row numbers (L,) int64 whose rank is wanted; those of `searched`.
-            device: where the work is done.
+    def __call__(self, searched: Searched) -> Ranking:
+        """Returns the new ranking of a search that gave at least `needed` results, or all there are.
 
         Raises:
             InputError: if a descriptor has NaN.
         """
         ...
+
+
+def search_for(
+    stages: Iterable[Stage],
+    queries: Tensor,
+    database: Database,
+    listed: Sequence[Tensor] | None = None,
+    device: torch.device | str = "cpu",
+    processes: Processes | None = None,
+) -> Searched:
+    """Searches, see revisitop.retrieve, for as many results as the stages and the files of rankings need."""
+    m = max([SAVED_RANKS, *(each.needed for each in stages)])
+    return Searched(retrieve(queries, database, m, listed, device, processes), queries, database, listed, device)
 
 
 @dataclass(frozen=True)
@@ -74,16 +97,9 @@ class Reranked:
             return f"the first {self.reranker.m} results that the protocol does not ignore"
         return f"the first {self.reranker.m} results, ignored images among them"
 
-    def __call__(
-        self,
-        searched: Ranking,
-        queries: Tensor,
-        database: Database,
-        listed: Sequence[Tensor] | None = None,
-        device: torch.device | str = "cpu",
-    ) -> Ranking:
+    def __call__(self, searched: Searched) -> Ranking:
         """Returns the new ranking, see :class:`Stage`."""
-        return rerank(searched, self.reranker, queries, database, device)
+        return rerank(searched.ranking, self.reranker, searched.queries, searched.database, searched.device)
 
 
 @dataclass(frozen=True)
@@ -100,19 +116,12 @@ class SearchedAgain:
     def shortlist(self) -> str:
         return f"the whole database, with queries expanded by the first {self.expansion.n} results"
 
-    def __call__(
-        self,
-        searched: Ranking,
-        queries: Tensor,
-        database: Database,
-        listed: Sequence[Tensor] | None = None,
-        device: torch.device | str = "cpu",
-    ) -> Ranking:
+    def __call__(self, searched: Searched) -> Ranking:
         """Returns the new ranking, see :class:`Stage`."""
         start = time.perf_counter()
-        expanded = self.expansion.expand(queries, searched.ids, database.rows, device)
-        found = retrieve(expanded, database, searched.ids.shape[1], listed, device)
-        return replace(found, seconds=time.perf_counter() - start)
+        rows = searched.database.rows
+        expanded = self.expansion.expand(searched.queries, searched.ranking.ids, rows, searched.device)
+        return replace(searched.again(expanded, searched.database), seconds=time.perf_counter() - start)
 
 
 @dataclass(frozen=True)
@@ -135,24 +144,16 @@ class Augmented:
     def shortlist(self) -> str:
         return f"the whole database, each row the mean of its {self.k} nearest"
 
-    def __call__(
-        self,
-        searched: Ranking,
-        queries: Tensor,
-        database: Database,
-        listed: Sequence[Tensor] | None = None,
-        device: torch.device | str = "cpu",
-    ) -> Ranking:
+    def __call__(self, searched: Searched) -> Ranking:
         """Returns the new ranking, see :class:`Stage`; its `once` is the time of the augmentation."""
-        start = time.perf_counter()
+        start, database = time.perf_counter(), searched.database
         rows = scratch_rows(len(database), database.dim, self.folder)
         with tqdm(total=len(database), desc="augmentation", unit="img", dynamic_ncols=True) as bar:
             try:
-                augmented_rows(database, self.k, out=rows, device=device, on_rows=bar.update)
+                augmented_rows(database, self.k, out=rows, device=searched.device, on_rows=bar.update)
             except NotFiniteError as error:
                 raise InputError(
                     f"the descriptor of database row {error.row} (from 0) has NaN; make it again"
                 ) from None
         once = time.perf_counter() - start
-        found = retrieve(queries, Database(rows), searched.ids.shape[1], listed, device)
-        return replace(found, once=once)
+        return replace(searched.again(searched.queries, Database(rows)), once=once)

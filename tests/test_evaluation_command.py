@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -393,9 +394,25 @@ runpy.run_path({str(ROOT / "test.py")!r}, run_name="__main__")
 """
 
 
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def torchrun(folder: Path, count: int, *words: str) -> subprocess.CompletedProcess:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*launcher, *words], cwd=folder, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 @pytest.mark.parametrize(("count", "killed"), [(3, False), (2, True)])
 def test_the_processes_of_a_torchrun_share_extraction_and_search(
-    command, layout, checkpoint_50, tmp_path, count, killed
+    command, layout, checkpoint_50, tmp_path, one_thread, count, killed
 ):
     far = np.random.default_rng(0).standard_normal((50, 2048)).astype(np.float32)
     np.save(tmp_path / "far.npy", far / np.linalg.norm(far, axis=1, keepdims=True))
@@ -405,19 +422,11 @@ def test_the_processes_of_a_torchrun_share_extraction_and_search(
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared" / "driver.py").write_text(KILLED)
     how = ["--max-restarts=3", "driver.py"] if killed else [str(ROOT / "test.py")]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", *how]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launcher, *words], cwd=tmp_path / "shared", capture_output=True, text=True, check=False, env=environment
-    )
-    assert done.returncode == 0, done.stderr
+    done = torchrun(tmp_path / "shared", count, *how, *words)
     assert f"process 2 of {count}" in done.stderr
     assert (tmp_path / "shared" / "killed").exists() == killed
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     alone = command("test.py", *words)
-    torch.set_num_threads(threads)
     assert alone.code == 0, alone.err
     lines = [[line for line in out.splitlines() if "results: " in line] for out in (done.stdout, alone.out)]
     assert lines[0] == lines[1] != []
@@ -426,3 +435,21 @@ def test_the_processes_of_a_torchrun_share_extraction_and_search(
         assert files[0].read_bytes() == files[1].read_bytes()
     rows = [kept(tmp_path / where / "output", "roxford5k") / "roxford5k_db.npy" for where in ("shared", "work")]
     assert rows[0].read_bytes() == rows[1].read_bytes()
+
+
+def test_the_processes_of_a_torchrun_share_a_table(command, layout, checkpoint_50, tmp_path, one_thread):
+    """A dataset that is not there has its row, as in one process."""
+    words = ("rerank", "TEST.WEIGHTS", checkpoint_50, "TEST.DATA_DIR", layout.data_dir)
+    words += ("TEST.DATASET_LIST", "['roxford5k', 'rparis6k']", "TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0)
+    (tmp_path / "shared").mkdir()
+    done = torchrun(tmp_path / "shared", 2, "-m", "tools.tables", *map(str, words))
+    assert done.stdout == command("tools/tables.py", *words).out
+
+
+def test_the_processes_of_a_torchrun_share_the_search_of_a_folder(command, layout, checkpoint_50, tmp_path, one_thread):
+    images = layout.data_dir / "roxford5k" / "jpg"
+    words = ("--database", images, "--queries", images, "--json", "--weights", checkpoint_50)
+    words += ("TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0)
+    (tmp_path / "shared").mkdir()
+    done = torchrun(tmp_path / "shared", 2, "-m", "tools.search", *map(str, words))
+    assert json.loads(done.stdout) == json.loads(command("tools/search.py", *words).out)

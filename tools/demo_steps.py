@@ -16,13 +16,11 @@ from PIL import Image
 from torch import Tensor
 from yacs.config import CfgNode
 
-from assembly import Experiment, Output, find_recipe, prepare
+from assembly import Experiment, Output, find_recipe, own_images, prepare
 from config import varied
-from model.cache import content_folder
 from model.errors import InputError
-from model.extract import ImageSet, extract_batch
+from model.extract import extract_batch
 from model.images import FORMATS, Box, ImageError, ImageFile, crop, read_image
-from model.owner import owned
 from modules.explanation import explain
 from modules.reranking import SuperGlobalReranker
 from modules.search import Database, search
@@ -300,17 +298,13 @@ class Library:
     def _dataset(self, cfg: CfgNode, name: str) -> Collection:
         known = self.experiments[name]
         experiment = replace(known, cfg=cfg, recipe=find_recipe(cfg, known.dataset))
-        queries, database = experiment.descriptors(cfg.TEST.RESUME)
+        queries, database = experiment.descriptors()
         return Collection(known.dataset, queries, database)
 
     def _folder(self, cfg: CfgNode) -> Collection:
-        recipe, place = find_recipe(cfg), self.folder.resolve()
-        facts = {"folder": str(place), **recipe.provenance()}
-        cache = content_folder(self.output.descriptors, place.name, facts)
-        with owned(cache):
-            (own,) = extract_folders(
-                [ImageSet(cache / "database.npy", "database", self.images, self.folder)], recipe, self.device, cfg
-            )
+        recipe = find_recipe(cfg)
+        images = own_images(self.folder, self.images, recipe, self.output)
+        (own,) = extract_folders([images], recipe, self.device, cfg)
         names = [own.name(number) for number in range(len(own.images))]
         dataset = Dataset(
             self.names[0], self.folder, own.images, own.images, [], (), "folder", names, names, np.arange(len(names))

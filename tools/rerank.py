@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from assembly import Subject, check_index, make_stages, query_expansion, results_needed, start_device, with_index
+from assembly import Subject, check_index, make_stages, query_expansion, start_device, with_index
 from config import ADVICE, INDEX, RERANKER_NAMES, RERANKING, CommandLine, plain
 from model.errors import InputError, run_command
 from model.store import scratch_rows
@@ -30,8 +30,8 @@ from modules.compact import Int8Rows
 from modules.search import Database
 from report.log import start_log
 from revisitop.descriptors import load_rows
-from revisitop.retrieve import SAVED_RANKS, Ranking, retrieve
-from revisitop.stages import Reranked, SearchedAgain, Stage
+from revisitop.retrieve import SAVED_RANKS, Ranking
+from revisitop.stages import Reranked, Searched, SearchedAgain, Stage, search_for
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +70,9 @@ def main(argv: list[str]) -> None:
         rows = unit_rows(rows, args.database, args.normalize)
     elif args.normalize:
         raise InputError("--normalize reads the whole database, which --ids is to save: give rows of unit length")
-    database = Database(rows) if args.ids else Database(rows).fitted(device)
-    database = with_index(cfg, database, args.database, [args.database], normalized=args.normalize)
+    database = Database(rows)
+    if ids is None:
+        database = with_index(cfg, database, args.database, [args.database], device, normalized=args.normalize)
     order = reranked(cfg, queries, database, ids, device)
     write_array(args.out, order.numpy())
     log.info("%s: %d queries, the first %d of %d rows each", args.out, *order.shape, len(rows))
@@ -84,13 +85,14 @@ def reranked(cfg: CfgNode, queries: Tensor, database: Database, ids: Tensor | No
     """The row numbers in their new order, (Q, min(400, N)), or (Q, min(400, R)) of ids (Q, R)."""
     stages = list(make_stages(cfg, Subject(None, (), (), 0, None, None), device).values())
     if ids is None:
-        ranking = retrieve(queries, database, results_needed(stages), device=device)
+        searched = search_for(stages, queries, database, device=device)
     else:
         empty = [torch.empty(0, dtype=torch.int64)] * len(ids)
-        ranking = Ranking(ids, torch.zeros(ids.shape), empty, 0.0)
+        searched = Searched(Ranking(ids, torch.zeros(ids.shape), empty, 0.0), queries, database, device=device)
         stages = [of_candidates(cfg, each) for each in stages]
+    ranking = searched.ranking
     for stage in stages:
-        ranking = stage(ranking, queries, database, device=device)
+        ranking = stage(searched)
         log.info("reranking took %.2f s, %.1f ms per query", ranking.seconds, 1000 * ranking.seconds / len(queries))
     return ranking.ids[:, :SAVED_RANKS]
 

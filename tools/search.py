@@ -4,6 +4,7 @@ python -m tools.search --database holiday/ --queries tower.jpg --weights ./weigh
 python -m tools.search --database holiday/ --queries details/ --weights ./weights --top 20 --json > found.json
 python -m tools.search --database holiday/ --queries tower.jpg --index milvus:holiday.db
 python -m tools.search --database holiday/ --queries tower.jpg --index milvus:http://localhost:19530
+torchrun --nproc-per-node=8 -m tools.search --database holiday/ --queries details/
 
 The folder is extracted once; the next search extracts what is new or has changed. With --index, the folder is kept in a
 vector database, too, which is updated in place; candidates and their descriptors come from there.
@@ -14,6 +15,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -26,25 +28,26 @@ from yacs.config import CfgNode
 from assembly import (
     Subject,
     check_index,
+    extract_together,
     find_recipe,
-    make_loading,
     make_output,
     make_stages,
-    results_needed,
+    own_images,
     start_device,
     with_index,
 )
 from config import ADVICE, INDEX, LOADING, NETWORK, RERANKING, CommandLine, Parsed, idle_options, plain
-from model.cache import content_folder
+from model.distributed import Processes
 from model.errors import InputError, run_command, short_list
-from model.extract import ImageSet, extract_sets
+from model.extract import ImageSet
 from model.images import ImageFile, image_suffixes
 from model.owner import owned
 from model.recipe import Recipe
 from modules.search import Database
 from report.log import start_log
 from report.page import SHOWN, Hit, Page, Query, Section, write_report
-from revisitop.retrieve import SAVED_RANKS, Ranking, retrieve
+from revisitop.retrieve import SAVED_RANKS, Ranking
+from revisitop.stages import search_for
 from tools.milvus import Milvus, collection_name
 
 log = logging.getLogger(__name__)
@@ -76,51 +79,57 @@ def main(argv: list[str]) -> None:
     args, cfg, _ = parse(argv)
     if not args.database.is_dir():
         raise InputError(f"--database {args.database}: there is no such folder")
-    head = start_log(Path("log.txt"), plain(cfg), screen=sys.stderr if args.json else sys.stdout)
-    for line in idle_options(cfg):
+    processes = Processes()
+    first = processes.rank == 0
+    screen = sys.stderr if args.json else sys.stdout
+    head = start_log(Path("log.txt"), plain(cfg), screen) if first else {}
+    for line in idle_options(cfg) if first else ():
         log.warning("%s", line)
-    device = start_device(cfg, head)
-    milvus = Milvus.connect(args.index) if args.index else None
+    device = start_device(cfg, head, processes.local)
+    milvus = Milvus.connect(args.index) if args.index and first else None
     recipe = find_recipe(cfg)
     check_index(cfg, recipe.dim)
     if args.queries.is_file() and (problem := ImageFile(args.queries).problem()):
         raise InputError(f"queries: {problem}")
 
-    # Each recipe and database, by its path, has a folder of descriptors of its own.
-    database_images, query_images = find_images(args.database), find_images(args.queries)
-    output, place = make_output(cfg), args.database.resolve()
-    cache = content_folder(output.descriptors, place.name, {"folder": str(place), **recipe.provenance()})
-    sets = [
-        ImageSet(cache / "database.npy", "database", database_images, args.database),
-        ImageSet(cache / "queries.npy", "queries", query_images, folder_of(args.queries)),
-    ]
-    with owned(cache):
-        database, queries = extract_folders(sets, recipe, device, cfg)
-        if milvus:
-            names = [database.name(number) for number in range(len(database.images))]
+    output = make_output(cfg)
+    images = own_images(args.database, find_images(args.database), recipe, output)
+    cache = images.path.parent
+    asked = ImageSet(cache / "queries.npy", "queries", find_images(args.queries), folder_of(args.queries))
+    database, queries = extract_folders([images, asked], recipe, device, cfg, processes)
+    if milvus:
+        names = [database.name(number) for number in range(len(database.images))]
+        with owned(cache):
             rows = milvus.update(collection_name(cache.name), names, database.descriptors)
-        else:
-            rows = with_index(cfg, Database(database.descriptors).fitted(device), cache / "database", [sets[0].path])
+    elif args.index:  # one process keeps the vector database, and asks it
+        processes.end()
+        return
+    else:
+        with owned(cache) if first else nullcontext(), processes.first_alone():
+            rows = with_index(cfg, Database(database.descriptors), cache / "database", [images.path], device)
 
     subject = Subject(recipe, queries.images, database.images, 0, None, output.folder)
     stages = make_stages(cfg, subject, device)
-    searched = retrieve(queries.descriptors, rows, results_needed(stages.values()), device=device)
-    rankings = {"retrieval": searched}
-    for title, stage in stages.items():
-        rankings[title] = stage(searched, queries.descriptors, rows, device=device)
+    searched = search_for(stages.values(), queries.descriptors, rows, device=device, processes=processes)
+    processes.end()
+    if not first:
+        return
+    rankings = {"retrieval": searched.ranking, **{title: stage(searched) for title, stage in stages.items()}}
 
     title, final = list(rankings.items())[-1]
-    scores = "cosine similarity" if final is searched else f"of the {title}, which depend on the other results"
+    reranked = final is not searched.ranking
+    scores = f"of the {title}, which depend on the other results" if reranked else "cosine similarity"
     if args.json:
         print(json.dumps({"scores": scores, **as_dict(queries, database, final, args.top)}, indent=1))
     else:
-        log.info("scores: %s%s", scores, "" if final is searched else "; then the cosine similarity")
-        for line in in_words(queries, database, final, args.top, final is not searched):
+        log.info("scores: %s%s", scores, "; then the cosine similarity" if reranked else "")
+        for line in in_words(queries, database, final, args.top, reranked):
             log.info("%s", line)
     if args.report:
         settings = {"database": str(args.database), "queries": str(args.queries), "checkpoint": str(recipe.checkpoint)}
-        page = Page(f"Search in {place.name}", settings, [section(queries, database, rankings)])
-        run = output.new_run(f"search-{place.name}")
+        name = args.database.resolve().name
+        page = Page(f"Search in {name}", settings, [section(queries, database, rankings)])
+        run = output.new_run(f"search-{name}")
         log.info("the report is %s", write_report(page, run / "report"))
         output.publish(run)
 
@@ -221,14 +230,23 @@ def _other_image_suffixes() -> set[str]:
     return ({*Image.registered_extensions()} | cameras) - image_suffixes()
 
 
-def extract_folders(sets: Sequence[ImageSet], recipe: Recipe, device: torch.device, cfg: CfgNode) -> list[Folder]:
+def extract_folders(
+    sets: Sequence[ImageSet],
+    recipe: Recipe,
+    device: torch.device,
+    cfg: CfgNode,
+    processes: Processes | None = None,
+) -> list[Folder]:
     """Returns the images that can be read, with their descriptors; the others are named, and left out.
+
+    Args:
+        processes: of a `torchrun`, which share the work; by default this one alone.
 
     Raises:
         InputError: if none can be read.
     """
     folders = []
-    extracted = extract_sets(sets, recipe, device, make_loading(cfg, device), cfg.TEST.RESUME, on_error="skip")
+    extracted = extract_together(sets, recipe, cfg, device, processes, on_error="skip")
     for each, descriptors in zip(sets, extracted, strict=True):
         readable = descriptors.any(dim=1)  # one that cannot be read is a row of zeros
         images = [image for image, good in zip(each.images, readable.tolist(), strict=True) if good]

@@ -40,11 +40,11 @@ from assembly import (
     make_stages,
     network_title,
     prepare,
-    results_needed,
     start_device,
 )
 from config import ADVICE, RERANKER_NAMES, CommandLine, Parsed, idle_options, make_config, plain, varied
 from model.device import PeakMemory
+from model.distributed import Processes
 from model.errors import InputError, run_command
 from model.pair_scores import map_bytes
 from model.resnet import STAGE_DEPTHS
@@ -55,8 +55,8 @@ from revisitop import toy
 from revisitop.evaluate import Metrics, evaluate
 from revisitop.index import FaissDatabase
 from revisitop.protocols import REVISITED_PROTOCOLS, Protocol
-from revisitop.retrieve import Ranking, retrieve
-from revisitop.stages import Reranked, Stage
+from revisitop.retrieve import Ranking
+from revisitop.stages import Reranked, Stage, search_for
 
 log = logging.getLogger(__name__)
 
@@ -133,27 +133,33 @@ class Part(NamedTuple):
 
 def main(argv: list[str]) -> None:
     args, cfg, _ = parse(argv)
-    table, output = TABLES[args.task], make_output(cfg)
-    head = start_log(Path("log.txt"), plain(cfg), screen=sys.stderr)
-    for line in idle_options(cfg):
+    table, output, processes = TABLES[args.task], make_output(cfg), Processes()
+    first = processes.rank == 0
+    head = start_log(Path("log.txt"), plain(cfg), screen=sys.stderr) if first else {}
+    for line in idle_options(cfg) if first else ():
         log.warning("%s", line)
-    device = start_device(cfg, head)
+    device = start_device(cfg, head, processes.local)
     lines: list[str] = []
     missing, run = 0, None
 
     def say(line: str) -> None:
+        if not first:
+            return
         lines.append(line)
         print(line, flush=True)
 
     for protocols, names in by_protocols(cfg).items():  # a table for each kind of dataset
         say("\n".join([""] * bool(lines) + heading(protocols, table.costs)))
         for part in table.parts(cfg, args.depth or list(STAGE_DEPTHS)):
-            for row in chain.from_iterable(rows(part, name, protocols, output, device) for name in names):
+            for row in chain.from_iterable(rows(part, name, protocols, output, device, processes) for name in names):
                 missing += row.metrics is None
                 say(markdown(row.cells(table.costs)))
                 run = run or output.new_run(f"{args.task}-{'+'.join(cfg.TEST.DATASET_LIST)}")
                 (run / f"{args.task}.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
                 output.publish(run)
+    processes.end()
+    if not first:
+        return
     if table.costs:
         print(f"\n{costs_explained(cfg, device)}")
     else:
@@ -283,35 +289,48 @@ def heading(protocols: Sequence[Protocol], costs: bool) -> list[str]:
     return [markdown([*cells, "note"]), markdown(["---"] * (len(cells) + 1))]
 
 
-def rows(part: Part, name: str, protocols: Sequence[Protocol], output: Output, device: torch.device) -> Iterator[Row]:
-    """A row of retrieval and one per reranker, all from one search; or one that says what is missing."""
+def rows(
+    part: Part, name: str, protocols: Sequence[Protocol], output: Output, device: torch.device, processes: Processes
+) -> Iterator[Row]:
+    """A row of retrieval and one per reranker, all from one search; or one that says what is missing.
+
+    The processes of a `torchrun` share extraction and search; the first one has the rows.
+    """
     cfg = part.cfg
 
     def setting(stage: str, words: str = "") -> str:
         return ", ".join(filter(None, [stage, part.words, words, "+1M" if cfg.SupG.onemeval else ""]))
 
     try:
-        experiment = prepare(cfg, name, output, device)
-        queries, database = experiment.descriptors(cfg.TEST.RESUME)
+        with processes.agreeing():
+            experiment = prepare(cfg, name, output, device)
+            if processes.count == 1:
+                queries, database = experiment.descriptors()
     except InputError as error:
+        if processes.rank > 0:
+            return
         reranks = set(cfg.TEST.RERANKER) - ({"none"} if cfg.SupG.rerank else {"none", "superglobal"})
         stages = "retrieval, reranking" if reranks else "retrieval"
         yield Row(network_title(cfg), name, setting(stages), protocols, note=error.in_options(ADVICE))
         return
-    variants, truth, listed = part.variants(experiment), experiment.dataset.ground_truth, experiment.dataset.listed
-    needed = results_needed(each.stage for each in variants)
+    if processes.count > 1:  # what only one of them meets, a damaged image say, ends them all
+        queries, database = experiment.descriptors(processes)
+    variants, truth = part.variants(experiment), experiment.dataset.ground_truth
+    stages = [each.stage for each in variants]
     with PeakMemory(device) as peak:
-        searched = retrieve(queries, database, needed, listed, device)
+        searched = search_for(stages, queries, database, experiment.dataset.listed, device, processes)
+    if processes.rank > 0:
+        return
     known = find_published(cfg, name, "retrieval")
     whitening = experiment.facts().get("whitening", {})
     note = "whitening learnt on this database itself" if whitening.get("learnt_on_the_test_set") else ""
     yield Row(
-        network_title(cfg), name, setting("retrieval"), protocols, evaluate(searched, truth, protocols), known, note,
-        costs_of(searched, peak, bytes_per_row(database)),
+        network_title(cfg), name, setting("retrieval"), protocols, evaluate(searched.ranking, truth, protocols), known,
+        note, costs_of(searched.ranking, peak, bytes_per_row(database)),
     )  # fmt: skip
     for title, words, stage, method, bytes_kept in variants:
         with PeakMemory(device) as peak:
-            ranking = stage(searched, queries, database, listed, device)
+            ranking = stage(searched)
         metrics = evaluate(ranking, truth, protocols)
         known = find_published(cfg, name, "reranking", method)
         once = f"{ranking.once:.1f} s once for the database" if ranking.once else ""

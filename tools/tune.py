@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from assembly import Experiment, Output, find_dataset, make_output, prepare, results_needed, start_device
+from assembly import Experiment, Output, find_dataset, make_output, prepare, start_device
 from config import (
     ADVICE,
     INDEX,
@@ -49,7 +49,8 @@ from revisitop.bootstrap import CONFIDENCE, Difference, paired_difference
 from revisitop.evaluate import evaluate
 from revisitop.layouts import dataset_folder
 from revisitop.protocols import Protocol
-from revisitop.retrieve import Ranking, retrieve
+from revisitop.retrieve import Ranking
+from revisitop.stages import search_for
 from tools.tables import markdown
 
 log = logging.getLogger(__name__)
@@ -320,16 +321,14 @@ class Bench:
         for numbers in self.by_network(settings).values():
             first = prepare(varied(self.cfg, settings[numbers[0]]), name, self.output, self.device)
             experiments = [replace(first, cfg=varied(self.cfg, settings[number])) for number in numbers]
-            queries, database = experiments[0].descriptors(self.cfg.TEST.RESUME)
             stages = [list(each.stages.values()) for each in experiments]
-            needed = results_needed(itertools.chain.from_iterable(stages))
-            listed = experiments[0].dataset.listed
-            searched = retrieve(queries, database, needed, listed, self.device)
+            every = itertools.chain.from_iterable(stages)
+            searched = search_for(every, *first.descriptors(), first.dataset.listed, self.device)
             for number, experiment, own in zip(numbers, experiments, stages, strict=True):
-                ranking = searched
+                ranking = searched.ranking
                 for stage in own:
-                    ranking = stage(searched, queries, database, listed, self.device)
-                yield number, experiment, searched, ranking
+                    ranking = stage(searched)
+                yield number, experiment, searched.ranking, ranking
 
     def curve(self, part: Part, settings: list[Setting]) -> Curve:
         """The AP of every setting on a dataset."""

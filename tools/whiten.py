@@ -24,12 +24,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from assembly import extract_database, find_dataset, find_recipe, make_output, start_device
+from assembly import extract_together, find_recipe, make_output, own_images, prepare, start_device
 from config import ADVICE, LOADING, NETWORK, CommandLine
 from config import plain as plain_config
-from model.cache import content_folder
 from model.errors import InputError, run_command
-from model.extract import ImageSet
 from model.whitened import save_whitening
 from modules.whitening import ClassMoments, Moments, discriminative_whitening, pca_whitening
 from report.log import start_log
@@ -59,11 +57,12 @@ def main(argv: list[str]) -> None:
     rows, classes, learnt_from = descriptors(args, cfg)
     if args.labels:
         classes = read_labels(args.labels, len(rows))
-    if (args.discriminative or args.labels) and classes is None:
+    discriminative = bool(args.discriminative or args.labels)
+    if discriminative and classes is None:
         raise InputError(f"--discriminative needs classes, which {args.source} has not; give --labels FILE")
     dim = rows.shape[1]
     try:
-        if classes is not None and (args.discriminative or args.labels):
+        if discriminative:
             moments = ClassMoments(dim)
             for start, block in blocks(rows):
                 moments.update(block, classes[start : start + len(block)])
@@ -75,7 +74,7 @@ def main(argv: list[str]) -> None:
             whitening = pca_whitening(plain.mean, plain.covariance, args.dim)
     except ValueError as error:
         raise InputError(f"--dim {args.dim}: {error}") from None
-    learnt_from["kind"] = "discriminative" if classes is not None and (args.discriminative or args.labels) else "PCA"
+    learnt_from["kind"] = "discriminative" if discriminative else "PCA"
     save_whitening(args.out, whitening, {**learnt_from, "count": len(rows)})
     log.info("%s: %s whitening, %d to %d dimensions, from %d descriptors of %s",
              args.out, learnt_from["kind"], dim, args.dim, len(rows), args.source)  # fmt: skip
@@ -96,18 +95,12 @@ def descriptors(args: argparse.Namespace, cfg: Any) -> tuple[Tensor, Tensor | No
     output = make_output(cfg)
     if source.is_dir() and "/" in args.source:
         recipe = find_recipe(cfg)
-        images, place = find_images(source), source.resolve()
-        folder = content_folder(output.descriptors, place.name, {"folder": str(place), **recipe.provenance()})
-        each = ImageSet(folder / "database.npy", "database", images, source)
-        rows = extract_database(cfg, each, recipe, device)
-        return rows, None, {"source": str(place), "descriptors": recipe.provenance()}
-    dataset = find_dataset(cfg, args.source)
-    dataset.check_files()
-    recipe = find_recipe(cfg, dataset)
-    facts = {"dataset": dataset.name, **recipe.provenance(), "images": dataset.fingerprint}
-    folder = content_folder(output.descriptors, dataset.name, facts)
-    each = ImageSet(folder / f"{dataset.name}_db.npy", f"{dataset.name} database", dataset.database, dataset.folder)
-    rows = extract_database(cfg, each, recipe, device)
+        images = own_images(source, find_images(source), recipe, output)
+        (rows,) = extract_together([images], recipe, cfg, device)
+        return rows, None, {"source": str(source.resolve()), "descriptors": recipe.provenance()}
+    experiment = prepare(cfg, args.source, output, device)
+    dataset, recipe = experiment.dataset, experiment.recipe
+    (rows,) = extract_together(experiment.sets[-1:], recipe, cfg, device)
     classes = None
     if dataset.in_database is not None:
         names = [name.partition("/")[0] for name in dataset.names]

@@ -29,6 +29,9 @@ element.addEventListener('click', event => {
   if (chosen) trigger('click', {choice: Number(chosen.dataset.choice)});
 });
 """
+_REASON = """
+new MutationObserver(() => element.querySelector('.reason')?.focus()).observe(element, {childList: true, subtree: true});
+"""
 _DRAWING = """
 let start = null, box = null;
 const clip = value => Math.min(Math.max(value, 0), 1);
@@ -214,7 +217,7 @@ def build(gr: Any, library: Any) -> Any:
                     k = gr.Slider(1, 50, value=min(method.rerank_k, 50), step=1, label="K, neighbours", elem_id="k")
                     beta = gr.Slider(
                         0, max(1.0, method.rerank_beta), value=method.rerank_beta, step=0.01,
-                        label="β, weight of the neighbours", elem_id="beta",
+                        label="β, their weight", elem_id="beta",
                     )  # fmt: skip
                 modules = gr.CheckboxGroup(
                     library.modules, value=list(library.chosen), label="Modules of the descriptor", elem_id="modules",
@@ -222,7 +225,7 @@ def build(gr: Any, library: Any) -> Any:
                 )  # fmt: skip
                 message = gr.HTML(elem_id="message", js_on_load=None, apply_default_css=False)
                 comparison = gr.HTML(js_on_load=_CHOICE, elem_id="results", apply_default_css=False)
-                reason = gr.HTML(elem_id="why", js_on_load=None, apply_default_css=False)
+                reason = gr.HTML(elem_id="why", js_on_load=_REASON, apply_default_css=False)
         sliders = [m, k, beta]
         everything = [state, queries, image, comparison, reason]
 

@@ -30,7 +30,8 @@ element.addEventListener('click', event => {
 });
 """
 _REASON = """
-new MutationObserver(() => element.querySelector('.reason')?.focus()).observe(element, {childList: true, subtree: true});
+const opened = new MutationObserver(() => element.querySelector('.reason')?.focus());
+opened.observe(element, {childList: true, subtree: true});
 """
 _DRAWING = """
 let start = null, box = null;

@@ -23,7 +23,8 @@ def main(argv: list[str]) -> None:
     from report.log import start_log
     from report.page import evaluated_page, write_report
     from report.results import Evaluated, save_results, summary
-    from revisitop.evaluate import evaluate
+    from revisitop.evaluate import evaluate, query_aps
+    from revisitop.explained import explain_largest
 
     output, processes = make_output(cfg), Processes()
     first = processes.rank == 0
@@ -47,14 +48,19 @@ def main(argv: list[str]) -> None:
         searched = experiment.search(processes) if saved is None else None
         if not first:
             continue
-        rankings = {"retrieval": saved or searched.ranking}
-        if searched is not None:
-            rankings |= {title: stage(searched) for title, stage in experiment.stages.items()}
+        stages = experiment.stages if searched else {}
+        rankings = {"retrieval": searched.ranking if searched else saved}
+        rankings |= {title: stage(searched) for title, stage in stages.items()}
         metrics = {
             stage: evaluate(ranking, dataset.ground_truth, dataset.protocols) for stage, ranking in rankings.items()
         }
 
-        results.append(Evaluated(dataset, rankings, metrics, experiment.facts()))
+        explained = None
+        if cfg.TEST.REPORT and stages:
+            aps = {stage: query_aps(of) for stage, of in metrics.items()}
+            explained = explain_largest(rankings, aps, stages, searched)
+
+        results.append(Evaluated(dataset, rankings, metrics, experiment.facts(), explained))
         for line in results[-1].lines():
             log.info("%s", line)
         if results[-1].facts.get("whitening", {}).get("learnt_on_the_test_set"):

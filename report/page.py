@@ -24,6 +24,7 @@ from report.drawing import draw_curves, jpeg_uri, read_thumbnail
 from report.results import Evaluated
 from revisitop.dataset import Dataset
 from revisitop.evaluate import Metrics, query_aps
+from revisitop.explained import Explained
 from revisitop.protocols import REVISITED_PROTOCOLS, Protocol
 
 log = logging.getLogger(__name__)
@@ -263,7 +264,9 @@ def evaluated_section(evaluated: Evaluated, distractors: Sequence[ImageFile] = (
         }
         aps = {stage: float(own[i]) for stage, own in all_aps.items()}
         aps = {stage: ap for stage, ap in aps.items() if not math.isnan(ap)}
-        queries.append(Query(dataset.query_name(i), image, rankings, aps))
+        explained = evaluated.explained
+        why = explained_hit(dataset, explained, distractors) if explained and explained.query == i else None
+        queries.append(Query(dataset.query_name(i), image, rankings, aps, why))
     which = " (Medium)" if dataset.protocols == REVISITED_PROTOCOLS else ""
     if len(evaluated.rankings) > 1:
         queries.sort(key=lambda query: max(map(abs, query.changes.values()), default=-1), reverse=True)
@@ -313,6 +316,23 @@ def labelled_hits(
             name = f"distractor {number - own}"
         found.append(Hit(name, image, score, labels.get(number, other), places))
     return found
+
+
+def explained_hit(dataset: Dataset, explained: Explained, distractors: Sequence[ImageFile] = ()) -> Why:
+    """The explanation with its images, and what the ground truth says of them."""
+
+    def hits(places: Sequence[int]) -> list[Hit]:
+        return labelled_hits(dataset, explained.query, explained.ids[list(places)].tolist(), None, distractors)
+
+    reason = explained.explanation
+    near = hits([each.place for each in reason.neighbours])
+    return Why(
+        hit=near[0],
+        **{name: getattr(reason, name) for name in ("before", "after", "cosine", "s1", "s2", "score")},
+        neighbours=[Term(hit, *term[1:]) for hit, term in zip(near, reason.neighbours, strict=True)],
+        chosen=hits(reason.chosen),
+        original=explained.original,
+    )
 
 
 def moves(ids: dict[str, list[int]]) -> dict[str, list[int | None]]:

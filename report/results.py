@@ -10,6 +10,7 @@ import numpy as np
 from model.store import write_json
 from revisitop.dataset import Dataset
 from revisitop.evaluate import Metrics
+from revisitop.explained import Explained
 from revisitop.layout_csv import write_predictions
 from revisitop.measures import CHALLENGE
 from revisitop.retrieve import SAVED_RANKS, Ranking
@@ -21,12 +22,14 @@ class Evaluated:
 
     Attributes:
         facts: what else is told of the dataset's run, for results.json.
+        explained: why one result stands where it does, for the page; or None.
     """
 
     dataset: Dataset
     rankings: dict[str, Ranking]
     metrics: dict[str, dict[str, Metrics]]
     facts: dict[str, Any] = field(default_factory=dict)
+    explained: Explained | None = None
 
     @property
     def title(self) -> str:

@@ -22,11 +22,16 @@ log = logging.getLogger(__name__)
 
 UPLOAD_BYTES = 20 << 20
 _SHOWN = 48  # queries
+_VISITORS = 200  # whose results are kept
 _CHOICE = """
 element.addEventListener('click', event => {
   const chosen = event.target.closest('[data-choice]');
   if (chosen) trigger('click', {choice: Number(chosen.dataset.choice)});
 });
+"""
+_REASON = """
+const opened = new MutationObserver(() => element.querySelector('.reason')?.focus());
+opened.observe(element, {childList: true, subtree: true});
 """
 _DRAWING = """
 let start = null, box = null;
@@ -65,7 +70,6 @@ element.addEventListener('pointercancel', () => { start = null; });
 def main(argv: list[str]) -> None:
     args, cfg, given = parse(argv)
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nothing is sent anywhere
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         import gradio
     except ImportError:
@@ -87,13 +91,15 @@ def main(argv: list[str]) -> None:
 
     head = start_log(Path("log.txt"), plain(cfg))
     library = Library(cfg, make_output(cfg), start_device(cfg, head), args.database)
+    for chatty in ("httpx", "httpcore"):  # Gradio asks itself whether it is there
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     page = build(gradio, library)
     try:
         page.launch(
             server_name=args.host, server_port=args.port, share=args.share, max_file_size=UPLOAD_BYTES, quiet=True,
             show_error=False, prevent_thread_lock=True, ssr_mode=False, allowed_paths=[], footer_links=[],
+            state_session_capacity=_VISITORS, css=styles(),
             theme=gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-            css=styles(),
         )  # fmt: skip
     except OSError as error:
         raise InputError(f"--port {args.port}: {error}") from None
@@ -200,7 +206,8 @@ def build(gr: Any, library: Any) -> Any:
                 )
                 text = gr.Textbox(label="Find a query by its name", max_lines=1)
                 queries = gr.HTML(js_on_load=_CHOICE, elem_id="queries", apply_default_css=False)
-                upload = gr.UploadButton("Upload an image", file_types=["image"], elem_id="upload")
+                kinds = ["image", ".heic", ".heif", ".avif"]
+                upload = gr.UploadButton("Upload an image", file_types=kinds, elem_id="upload")
                 image = gr.HTML(js_on_load=_DRAWING, elem_id="query", apply_default_css=False)
                 box = gr.Textbox(
                     label="Box: x0, y0, x1, y1 in pixels, or empty for the whole image", max_lines=1, elem_id="box"
@@ -211,7 +218,7 @@ def build(gr: Any, library: Any) -> Any:
                     k = gr.Slider(1, 50, value=min(method.rerank_k, 50), step=1, label="K, neighbours", elem_id="k")
                     beta = gr.Slider(
                         0, max(1.0, method.rerank_beta), value=method.rerank_beta, step=0.01,
-                        label="β, weight of the neighbours", elem_id="beta",
+                        label="β, their weight", elem_id="beta",
                     )  # fmt: skip
                 modules = gr.CheckboxGroup(
                     library.modules, value=list(library.chosen), label="Modules of the descriptor", elem_id="modules",
@@ -219,7 +226,7 @@ def build(gr: Any, library: Any) -> Any:
                 )  # fmt: skip
                 message = gr.HTML(elem_id="message", js_on_load=None, apply_default_css=False)
                 comparison = gr.HTML(js_on_load=_CHOICE, elem_id="results", apply_default_css=False)
-                reason = gr.HTML(elem_id="why", js_on_load=None, apply_default_css=False)
+                reason = gr.HTML(elem_id="why", js_on_load=_REASON, apply_default_css=False)
         sliders = [m, k, beta]
         everything = [state, queries, image, comparison, reason]
 
@@ -242,10 +249,7 @@ def build(gr: Any, library: Any) -> Any:
 
         @told(*everything)
         def uploaded(path: str, name: str, on: list[str], text: str, m: int, k: int, beta: float):
-            try:
-                asked = read_upload(Path(path), Path(path).name)
-            finally:
-                Path(path).unlink(missing_ok=True)
+            asked = read_upload(Path(path), Path(path).name)
             return shown(library.find(name, on, asked), text, m, k, beta)
 
         @told(*everything)
@@ -270,23 +274,24 @@ def build(gr: Any, library: Any) -> Any:
         def filtered(found: Any, text: str):
             return [gr.skip() if found is None else strip(found.collection, text, found.asked.number)]
 
+        # Nobody but the page itself calls these. What is cheap shows no spinner; of many moves the last one counts.
         settings, shows = [name, modules, text], [*everything, message]
-        for event in (page.load, name.change, modules.input):
-            event(opened, [*settings, state, *sliders], [*everything, m, message])
-        for event, act, inputs in (
+        own = {"api_visibility": "private"}
+        quick = {**own, "show_progress": "hidden"}
+        latest = {**quick, "trigger_mode": "always_last"}
+        for begin in (page.load, name.change, modules.input):
+            begin(opened, [*settings, state, *sliders], [*everything, m, message], **own)
+        for ask, act, inputs in (
             (queries.click, picked, []),
             (upload.upload, uploaded, [upload]),
             (image.select, drawn, [state]),
             (box.submit, typed, [state, box]),
         ):
-            event(act, [*inputs, *settings, *sliders], shows, show_progress="hidden")
+            ask(act, [*inputs, *settings, *sliders], shows, **quick)
         for slider in sliders:
-            slider.change(
-                moved, [state, *sliders], [comparison, reason, message], show_progress="hidden",
-                trigger_mode="always_last", concurrency_limit=2, concurrency_id="rerank",
-            )  # fmt: skip
-        comparison.click(asked_why, [state, *sliders], [reason, message], show_progress="hidden")
-        text.change(filtered, [state, text], [queries, message], show_progress="hidden", trigger_mode="always_last")
+            slider.change(moved, [state, *sliders], [comparison, reason, message], **latest, concurrency_limit=2)
+        comparison.click(asked_why, [state, *sliders], [reason, message], **quick)
+        text.change(filtered, [state, text], [queries, message], **latest)
     return page
 
 

@@ -25,9 +25,10 @@ from modules.explanation import explain
 from modules.reranking import SuperGlobalReranker
 from modules.search import Database, search
 from report.drawing import jpeg_uri, read_thumbnail
-from report.page import SHOWN, Hit, Term, Why, labelled_hits, moves
+from report.page import SHOWN, Hit, Why, explained_hit, labelled_hits, moves
 from revisitop.dataset import Dataset
 from revisitop.evaluate import evaluate
+from revisitop.explained import Explained
 from revisitop.retrieve import Ranking, rerank
 from tools.search import extract_folders, find_images
 
@@ -225,22 +226,7 @@ def explained(found: Found, reranker: SuperGlobalReranker, place: int) -> Why:
         raise InputError(f"the result at place {place + 1} keeps it: the first {len(ids)} are reranked")
     reason = explain(found.query[0], found.collection.database.rows(ids), place, reranker)
     number = found.asked.number if dataset.ground_truth else None
-
-    def hits(places: Sequence[int]) -> list[Hit]:
-        return labelled_hits(dataset, number, ids[list(places)].tolist())
-
-    return explanation_of(reason, hits, reranker.s2 == "original")
-
-
-def explanation_of(reason: Any, hits: Any, original: bool) -> Why:
-    near = hits([each.place for each in reason.neighbours])
-    return Why(
-        hit=near[0],
-        **{name: getattr(reason, name) for name in ("before", "after", "cosine", "s1", "s2", "score")},
-        neighbours=[Term(hit, *term[1:]) for hit, term in zip(near, reason.neighbours, strict=True)],
-        chosen=hits(reason.chosen),
-        original=original,
-    )
+    return explained_hit(dataset, Explained(number, ids, reason, reranker.s2 == "original"))
 
 
 class Library:

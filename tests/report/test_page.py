@@ -13,6 +13,7 @@ from PIL import Image
 
 from model.errors import InputError
 from model.images import ImageFile
+from modules.explanation import explain
 from modules.reranking import SuperGlobalReranker
 from report.drawing import read_thumbnail
 from report.page import PAGE_BYTES, Hit, Page, Query, Section, write_report
@@ -106,6 +107,44 @@ def test_results_are_in_order_with_labels_and_scores(evaluated, layout):
     before, found = (queries[first] @ rows.T).sort(descending=True)
     after = SuperGlobalReranker(k=3)(queries[first], rows[found])
     np.testing.assert_allclose(scores[:2], torch.cat([before[:, :10], after.scores[:, :10]]), atol=6e-5)
+
+
+def test_places_gained_and_lost_stand_beside_each_result(evaluated):
+    page, out_dir = evaluated()
+    order = [int(text.removeprefix("query_")) for text in page.text("h3")[1:]]
+    before, after = (np.load(out_dir / f"roxford5k_{stage}_ranks.npy") for stage in ("retrieval", "reranking"))
+    expected = []
+    for query in order:
+        places = [{number: place for place, number in enumerate(ranks[query])} for ranks in (before, after)]
+        for ranks in (before, after):
+            gained = [places[0][number] - places[1][number] for number in ranks[query, :10]]
+            expected += [f"▲ {n}" if n > 0 else f"▼ {-n}" if n else "=" for n in gained]
+    assert [text for tag, classes, text in page.texts if tag == "p" and classes.startswith("moved")] == expected
+    assert len(set(expected)) > 4
+
+
+def test_one_result_of_the_first_query_is_explained(evaluated, tmp_path):
+    page, out_dir = evaluated()
+    (summary,) = [text for text in page.text("summary") if text.startswith("Why ")]
+    query = int(page.text("h3")[1].removeprefix("query_"))
+    before, after = (np.load(out_dir / f"roxford5k_{stage}_ranks.npy")[query] for stage in ("retrieval", "reranking"))
+    gained = [before.tolist().index(number) - place for place, number in enumerate(after[:10])]
+    chosen = after[int(np.argmax(gained))]
+    assert summary == f"Why db_{chosen} moved"
+    with np.load(tmp_path / "features.npz") as saved:
+        q, x = torch.from_numpy(saved["Q"][query]), torch.from_numpy(saved["X"][before])
+    why = explain(q, x, before.tolist().index(chosen), SuperGlobalReranker(k=3))
+    sums = " ".join(page.text("dd"))
+    assert f"q · x′ = {why.s1:.4f}, the query" in sums
+    assert f"e · x′ = {why.s2:.4f}, the expanded query" in sums
+    assert f"(S1 + S2) / 2 = {why.score:.4f}" in sums
+    weights = [text for text in page.text("span") if re.fullmatch(r"w \d\.\d{3}", text)]
+    assert weights == [f"w {each.weight:.3f}" for each in why.neighbours]
+
+
+def test_without_superglobal_nothing_is_explained(evaluated):
+    page, _ = evaluated("TEST.RERANKER", "alpha-qe", "SupG.rerank_k", 9)
+    assert page.text("summary") == ["Settings of this run"]
 
 
 def aps(entry: dict, stage: str) -> list[float]:
@@ -318,6 +357,7 @@ def opened(browser, evaluated):
 
 
 def load_all_images(page):
+    page.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
     for image in page.locator("img").all():
         image.scroll_into_view_if_needed()
     page.wait_for_function("[...document.images].every(image => image.complete)")
@@ -330,7 +370,7 @@ def test_images_load_and_nothing_is_wider_than_the_window(opened, width):
     sizes = page.evaluate(
         "[...document.images].map(image => [image.naturalWidth, image.getBoundingClientRect().width])"
     )
-    assert len(sizes) == 3 + 3 + 60
+    assert len(sizes) == 3 + 3 + 60 + (1 + 4 + 4)  # the last of the explanation: K is 3
     assert all(natural > 0 and shown > 0 for natural, shown in sizes)
     assert page.evaluate("document.documentElement.scrollWidth") == width
     wider = "[...document.querySelectorAll('.row')].filter(row => row.scrollWidth > row.clientWidth).length"
@@ -358,7 +398,7 @@ def test_sections_are_reached_with_the_keyboard(opened):
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
     assert page.evaluate("document.activeElement.id") == "content"
-    page.locator("summary").focus()
+    page.locator("summary").first.focus()
     page.keyboard.press("Enter")
     assert page.locator("dt", has_text="SupG.rerank_beta").is_visible()
     row = page.locator(".row").first

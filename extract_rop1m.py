@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
             raise InputError(f"--shard {args.shard[0]}/{args.shard[1]} has no image: the list has {len(images)}")
         out, provenance["rows"] = shard_path(out, *args.shard), [start, stop, len(images)]
         images = images.part(start, stop)
-    distractors = ImageSet(out, "distractors", images, provenance=provenance, stamped=False)
+    distractors = ImageSet(out, "distractors", images, provenance=provenance, fingerprinted=False)
     log.info("checkpoint: %s, SHA-256 %s", recipe.checkpoint, recipe.checkpoint_sha256)
     with owned(out) if first else nullcontext():
         if first:
@@ -134,7 +134,7 @@ def is_finished(out: Path, provenance: dict, resume: bool) -> bool:
     if differing is None:
         raise InputError(f"{out} exists, and no {provenance_path(out).name} tells what made it", **another)
     if differing:
-        raise InputError(f"{out} was made with other settings ({short_list(differing)})", **another)
+        raise InputError(f"{out} was extracted with other settings ({short_list(differing)})", **another)
     return True
 
 

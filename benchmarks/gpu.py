@@ -548,7 +548,7 @@ def pinned_images(visit: Visit, count: int) -> list[Tensor]:
 
 
 def random_rows(count: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Unit rows, made where they stay. (N, D)."""
+    """Unit descriptors, made where they stay. (N, D)."""
     random = torch.Generator(device).manual_seed(count)
     out = torch.empty(count, dim, dtype=dtype, device=device)
     for part in out.split(50_000):

@@ -3,7 +3,7 @@
     python benchmarks/index.py --folder /tmp/index                                   # about 10 minutes
     python benchmarks/index.py --folder /tmp/index --dim 2048                        # 8.2 GB on the disk
 
-Writes clustered unit rows into the folder once: landmarks with 5 to 100 views each around directions that follow a
+Writes clustered unit vectors into the folder once: landmarks with 5 to 100 views each around directions that follow a
 spectrum as descriptors have it. A query is one more view of a landmark. Each index is built from the file, streaming.
 
 recall@400    of exact search's first 400, how many are among the index's

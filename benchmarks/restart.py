@@ -74,7 +74,7 @@ def start(folder: Path) -> dict:
     dataset.check_files()
     fingerprint = dataset.fingerprint
     path = folder.parent / f"{folder.name}.npy"
-    used = "used again" if path.exists() else "extracted"
+    used = "reused" if path.exists() else "extracted"
     each = ImageSet(path, "index", dataset.database, folder, {"images": fingerprint})
     (rows,) = extract_sets([each], StandRecipe(), torch.device("cpu"))
     assert rows.shape == (len(dataset.database), DIM)

@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def draw_descriptors() -> tuple[np.ndarray, np.ndarray]:
-    """(LANDMARKS * VIEWS, D) and, one per landmark, (LANDMARKS, D), unit rows."""
+    """(LANDMARKS * VIEWS, D) and, one per landmark, (LANDMARKS, D), unit descriptors."""
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((LANDMARKS, 1, D))
     views = centres + 2.2 * rng.standard_normal((LANDMARKS, VIEWS + 1, D))

@@ -50,7 +50,7 @@ def store(client: MilvusClient, rows: np.ndarray) -> None:
 
 
 def draw_descriptors() -> tuple[np.ndarray, np.ndarray]:
-    """(LANDMARKS * VIEWS, D) unit rows, and a further view of landmark 7."""
+    """(LANDMARKS * VIEWS, D) unit descriptors, and a further view of landmark 7."""
     rng = np.random.default_rng(0)
     views = rng.standard_normal((LANDMARKS, 1, D)) + 1.5 * rng.standard_normal((LANDMARKS, VIEWS + 1, D))
     views = (views / np.linalg.norm(views, axis=2, keepdims=True)).astype(np.float32)

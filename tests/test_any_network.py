@@ -39,7 +39,7 @@ def test_a_run_has_the_networks_descriptors_and_its_distractors(command, layout,
     images = [torch.from_numpy(dataset.database[number].read()) for number in range(3)]
     np.testing.assert_allclose(extract_batch(extractor, images).numpy(), rows[:3], atol=2e-6)
     other = command("test.py", *data, *QUICK, "SupG.onemeval", "SupG.rgem", "False")
-    assert (other.code, "was made with other settings (rgem: 2.5 before, off now)" in other.err) == (2, True)
+    assert (other.code, "was extracted with other settings (rgem: 2.5 before, off now)" in other.err) == (2, True)
 
 
 def test_tables_and_search_take_it(command, layout, data):
@@ -69,7 +69,7 @@ def test_pretrained_weights_without_a_connection_are_told(command, data, monkeyp
     outcome = command("test.py", *data, "MODEL.NAME", "torchvision:resnet18")
     assert outcome.code == 2
     line = outcome.err.splitlines()[-1]
-    assert "its pretrained weights cannot be had" in line
+    assert "its pretrained weights cannot be downloaded" in line
     assert str(tmp_path / "hub" / "checkpoints") in line
 
 

@@ -219,11 +219,11 @@ def test_a_file_of_other_settings_is_neither_overwritten_nor_mixed(command, argu
         shutil.copy(path, tmp_path / "work")
     outcome = command("extract_rop1m.py", *arguments, "SupG.gemp", "False")
     assert outcome.code == 2
-    assert "was made with other settings (gemp: 4.6 before, off now)" in outcome.err
+    assert "was extracted with other settings (gemp: 4.6 before, off now)" in outcome.err
     (tmp_path / "work" / "feats_1m_RN50.pth.json").unlink()
     outcome = command("extract_rop1m.py", *arguments)
     assert outcome.code == 2
-    assert "no feats_1m_RN50.pth.json tells what made it" in outcome.err
+    assert "has no provenance file feats_1m_RN50.pth.json" in outcome.err
 
 
 def test_a_second_file_of_other_settings_and_another_ending_is_not_taken_for_the_first(
@@ -327,7 +327,7 @@ def test_distractors_of_other_settings_are_refused(command, layout, checkpoint_5
     )  # fmt: skip
     outcome = command("test.py", *options)
     assert outcome.code == 2
-    assert "was made with other settings (scales: [1.0] before, [0.7071, 1.0, 1.4142] now)" in outcome.err
+    assert "was extracted with other settings (scales: [1.0] before, [0.7071, 1.0, 1.4142] now)" in outcome.err
     assert command("test.py", *options, "TEST.SCALE_LIST", "1").code == 0
 
 
@@ -341,7 +341,7 @@ def test_distractors_that_do_not_tell_what_made_them_are_used_with_a_warning(
         "TEST.DISTRACTORS", path, "SupG.onemeval", "TEST.SCALE_LIST", "1", "DATA_LOADER.NUM_WORKERS", "0",
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
-    assert "no alone.pth.json tells what made it; not compared with this run" in outcome.out
+    assert "has no provenance file alone.pth.json; it is not compared with this run" in outcome.out
 
 
 def test_distractors_of_another_depth_are_refused(command, layout, checkpoint_101, whole):
@@ -361,10 +361,10 @@ def test_distractors_of_another_depth_are_refused(command, layout, checkpoint_10
             np.where(np.arange(5)[:, None] == 3, np.nan, far_rows(5)),
             "the descriptor of distractor 3 (from 0)",
         ),
-        (far_rows(5)[:0], "holds no descriptors"),
+        (far_rows(5)[:0], "contains no descriptors"),
         (far_rows(5) * 3, "not of unit length (3 to 3)"),
-        (far_rows(5).astype(np.float64).astype(np.int64), "holds no (N, D) array"),
-        (far_rows(5)[0], "holds no (N, D) array"),
+        (far_rows(5).astype(np.float64).astype(np.int64), "is not a floating-point array (N, D)"),
+        (far_rows(5)[0], "is not a floating-point array (N, D)"),
     ],
 )
 @pytest.mark.parametrize("suffix", [".pth", ".npy"])

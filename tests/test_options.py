@@ -222,7 +222,7 @@ def test_a_checkpoint_that_does_not_fit_costs_nothing_that_is_there(command, run
     words = runs["test.py"][1]
     assert command("test.py", *words).code == 0
     assert command("test.py", *words, "MODEL.DEPTH", 101).code == 2
-    assert command("test.py", *words).out.count("used again") == 3  # queries, database, cvnet's scores
+    assert command("test.py", *words).out.count("reused") == 3  # queries, database, cvnet's scores
     words = runs["extract_rop1m.py"][0]
     assert command("extract_rop1m.py", *words, "--depth", 101).code == 2
     assert not list(Path().glob("feats_1m_RN101*"))

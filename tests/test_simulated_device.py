@@ -215,7 +215,7 @@ def test_scale_gem_is_the_cpus(device, p):
 
 
 class SmallNetwork(nn.Module):
-    """Pixels -> unit rows, in a moment."""
+    """Pixels -> unit descriptors, in a moment."""
 
     def __init__(self):
         super().__init__()

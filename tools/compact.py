@@ -3,7 +3,7 @@
 python -m tools.compact feats_1m_RN50.pth --dtype float16 --out feats_1m_RN50.npy
 python -m tools.compact feats_1m_RN50.pth --dtype int8 --out distractors_int8.npy
 
-FILE is .npy or .pth, (N, D) unit rows. int8 writes the scales beside the rows, as NAME.scale.npy of NAME.npy.
+FILE is .npy or .pth, (N, D) unit descriptors. int8 writes the scales beside the rows, as NAME.scale.npy of NAME.npy.
 TEST.DISTRACTORS and tools.rerank's --database take both kinds. Rows are read and written a few at a time; a part of
 them, as queries, tells the loss. For fewer dimensions there is tools.whiten (PCA), for shorter codes TEST.INDEX.
 """

@@ -62,7 +62,7 @@ class Folder:
     Attributes:
         root: what their names count from.
         images: N of them.
-        descriptors: (N, D), unit rows.
+        descriptors: (N, D), unit descriptors.
         unreadable: the others, by name.
     """
 

@@ -133,11 +133,11 @@ def test_checkpoints(tmp_path):
 
 @pytest.mark.parametrize("name", ["rows.npy.part", "rows.npy.journal", "rows.npy", "rows.npy.json"])
 def test_stores(tmp_path, name):
-    provenance, stamps = {"checkpoint": "abc"}, [f"image-{row}" for row in range(10)]
+    provenance, fingerprints = {"checkpoint": "abc"}, [f"image-{row}" for row in range(10)]
     rows = np.random.default_rng(0).random((10, 4), dtype=np.float32) + 1
 
     def begin() -> DescriptorStore:
-        store = DescriptorStore(tmp_path / "rows.npy", 10, 4, provenance, resume=False, stamps=stamps)
+        store = DescriptorStore(tmp_path / "rows.npy", 10, 4, provenance, resume=False, fingerprints=fingerprints)
         for row in range(6 if name.endswith(("part", "journal")) else 10):
             store.write(row, rows[row])
         store.flush()
@@ -154,7 +154,7 @@ def test_stores(tmp_path, name):
                 other.write_bytes(content)
         for other in set(tmp_path.iterdir()) - whole.keys() - {path}:
             other.unlink()
-        found = DescriptorStore(tmp_path / "rows.npy", 10, 4, provenance, stamps=stamps)
+        found = DescriptorStore(tmp_path / "rows.npy", 10, 4, provenance, fingerprints=fingerprints)
         if name.endswith(("part", "journal")) and found.done.any():  # what counts as there is right, to the bit
             np.testing.assert_array_equal(found.part_rows()[found.done], rows[found.done])
 

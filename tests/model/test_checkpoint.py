@@ -45,7 +45,7 @@ def test_files_from_before_pytorch_1_6_are_read(tmp_path):
             lambda s: s.update({"stem.bn.bias": torch.zeros(32)}),
             r"wrong shape \(stem.bn.bias \(32,\) instead of \(64,\)",
         ),
-        (lambda s: s["stem.bn.bias"].fill_(float("nan")), "stem.bn.bias holds numbers that are not finite"),
+        (lambda s: s["stem.bn.bias"].fill_(float("nan")), "stem.bn.bias contains values that are not finite"),
     ],
 )
 def test_a_state_that_does_not_fit_is_never_loaded_in_part(checkpoint_50, tmp_path, change, message):
@@ -93,10 +93,10 @@ def test_loaded_weights_do_not_hang_on_the_file(checkpoint_50, tmp_path):
     ("content", "message"),
     [
         (b"", "is empty"),
-        (b"<!DOCTYPE html>", "is no PyTorch file"),
+        (b"<!DOCTYPE html>", "is not a PyTorch file"),
         ({"a": torch.zeros(3)}, "holds no CVNet encoder: .* its first keys are a$"),
-        ([1, 2], "it holds a list, not a dict"),
-        ({"model_state": RunsCode()}, "might run code when loaded: refused"),
+        ([1, 2], "it contains a list, not a dict"),
+        ({"model_state": RunsCode()}, "is refused: it contains more than tensors and might run code"),
     ],
 )
 def test_a_file_that_is_no_checkpoint_is_told(tmp_path, monkeypatch, content, message):

@@ -127,7 +127,10 @@ def test_depth_101_loads(checkpoint_101):
             lambda s: s.update({"cv_learner.mlp.0.bias": torch.zeros(64)}),
             r"wrong shape \(cv_learner.mlp.0.bias \(64,\) instead of \(128,\)\)",
         ),
-        (lambda s: s["cv_learner.mlp.2.bias"].fill_(float("nan")), "cv_learner.mlp.2.bias holds numbers that are not"),
+        (
+            lambda s: s["cv_learner.mlp.2.bias"].fill_(float("nan")),
+            "cv_learner.mlp.2.bias contains values that are not",
+        ),
         (lambda s: s.pop("encoder_q.s4.b1.f.b.weight"), r"a ResNet-50: keys 1 missing \(s4.b1.f.b.weight\)"),
         (
             lambda s: [s.pop(key) for key in list(s) if not key.startswith("encoder_q.")],
@@ -157,12 +160,12 @@ def test_keys_behind_module_are_found(tmp_path, seeded_state, reference, maps):
 
 
 def test_shapes_that_do_not_fit_are_told(network):
-    with pytest.raises(ValueError, match=r"a query's feature map: shape \(1, 1024, h, w\) is needed, got \(2, 1024"):
+    with pytest.raises(ValueError, match=r"a query's feature map must have shape \(1, 1024, h, w\), got \(2, 1024"):
         network.query_inputs(random_maps(2, 3, 3))
     query = network.query_inputs(random_maps(1, 3, 3))
-    with pytest.raises(ValueError, match=r"keys' feature maps: shape \(K, 1024, h, w\) is needed, got \(4, 512, 3"):
+    with pytest.raises(ValueError, match=r"keys' feature maps must have shape \(K, 1024, h, w\), got \(4, 512, 3"):
         network.score(query, random_maps(4, 3, 3)[:, :512])
-    with pytest.raises(ValueError, match=r"a query's inputs: shape \(3, 256, h, w\) is needed, got \(1, 1024, 3, 3\)"):
+    with pytest.raises(ValueError, match=r"a query's inputs must have shape \(3, 256, h, w\), got \(1, 1024, 3, 3\)"):
         network.score(random_maps(1, 3, 3), random_maps(1, 3, 3))
 
 
@@ -172,5 +175,5 @@ def test_a_pair_that_does_not_fit_into_memory_is_told(network, monkeypatch):
 
     query = network.query_inputs(random_maps(1, 3, 4))
     monkeypatch.setattr(network.cv_learner, "forward", full)
-    with pytest.raises(InputError, match="too small for CVNet-Rerank of maps of 4 x 3 and 6 x 5 positions"):
+    with pytest.raises(InputError, match="too small for CVNet-Rerank with maps of 4 x 3 and 6 x 5 positions"):
         network.score(query, random_maps(1, 5, 6))

@@ -130,7 +130,7 @@ def test_a_worker_that_dies_is_reported_with_its_file_and_nothing_is_lost(model,
     images = [write(tmp_path, f"{i}.png") for i in range(12)]
     images[9] = DeadlyFile(images[9].path)
     with pytest.raises(
-        InputError, match=r"a process that decodes images died while reading \S*9\.png; look at that file"
+        InputError, match=r"a process that decodes images died while reading \S*9\.png; check that file"
     ):
         run(model, images, store(tmp_path, 12), workers=1, batch_size=2)
     missing = store(tmp_path, 12).missing().tolist()
@@ -150,7 +150,7 @@ def test_a_worker_that_dies_as_it_hands_over_pixels_is_reported_with_its_file(mo
 
     monkeypatch.setattr(ReadAhead, "__iter__", interrupted)
     images = [write(tmp_path, "0.png"), DeadlyFile(write(tmp_path, "1.png").path)]
-    with pytest.raises(InputError, match=r"a process that decodes images died while reading \S*1\.png; look at that"):
+    with pytest.raises(InputError, match=r"a process that decodes images died while reading \S*1\.png; check that"):
         run(model, images, store(tmp_path, 2), workers=1)
 
 
@@ -185,7 +185,7 @@ def test_a_damaged_image_can_be_skipped_as_a_zero_row(model, tmp_path, caplog):
     images[1].path.write_text("no image")
     rows = run(model, images, store(tmp_path, 3), on_error="skip")
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), [1, 0, 1], atol=1e-5)
-    assert "skipped, a zero row" in caplog.text
+    assert "skipped, a row of zeros" in caplog.text
     assert "1.png" in caplog.text
 
 

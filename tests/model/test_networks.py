@@ -202,7 +202,7 @@ def test_what_is_no_network_is_told(mine, name, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "its tokens have both signs, and GeM is for maps that are positive; try pooling='average'"),
+        ({}, "GeM needs a positive feature map, and tokens have both signs; try pooling='average'"),
         ({"pooling": "average"}, "Regional-GeM is for maps that are positive; try rgem=None"),
         ({"pooling": "average", "rgem": None, "relup_stages": ("network.blocks",)}, "has no submodule"),
     ],

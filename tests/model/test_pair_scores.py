@@ -97,11 +97,11 @@ def test_the_reranker_is_chosen(evaluate, tmp_path, arguments, stages):
 def test_scores_are_used_again_until_an_image_changes(evaluate, layout):
     first = evaluate("TEST.RERANKER", "cvnet")
     again = evaluate("TEST.RERANKER", "cvnet")
-    assert "roxford5k_cvnet.npy: used again" in again.out
+    assert "roxford5k_cvnet.npy: reused" in again.out
     lines = [[line for line in each.out.splitlines() if line.startswith("Reranking")] for each in (first, again)]
     assert lines[0] == lines[1]
     layout.image("db_3").write_bytes(layout.image("db_4").read_bytes())
-    assert "roxford5k_cvnet.npy: used again" not in evaluate("TEST.RERANKER", "cvnet").out
+    assert "roxford5k_cvnet.npy: reused" not in evaluate("TEST.RERANKER", "cvnet").out
 
 
 def test_an_interrupted_run_resumes_at_the_next_query(layout, checkpoint_50, network, tmp_path):

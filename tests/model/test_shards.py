@@ -45,7 +45,7 @@ def test_rows_are_all_there_once_for_any_number_of_shards():
     [
         (1, {"rows": [3, 7, 10]}, "has the rows 6 to 10 and overlaps"),
         (1, {"rows": [2, 6, 10]}, "has the rows 2 to 6 and overlaps"),
-        (1, {"rows": [4, 7, 10]}, "leaves a gap before it: 3 is next"),
+        (1, {"rows": [4, 7, 10]}, "leaves a gap before it: 3 should be next"),
         (2, {"rows": [6, 9, 10]}, "ends at row 9 of 10"),
         (1, {"checkpoint_sha256": "other"}, "other settings (checkpoint_sha256: other here, a in feats.00000-of-00003"),
     ],
@@ -61,18 +61,18 @@ def test_shards_that_do_not_belong_together_are_told(shards, number, how, messag
 def test_missing_shards_and_two_numbers_of_shards_are_told(shards, tmp_path):
     paths, write = shards
     write(0, count=5)
-    with pytest.raises(InputError, match="shards of 3 and 5 in all"):
+    with pytest.raises(InputError, match="shards with totals of 3 and 5"):
         find_shards(tmp_path / "feats.npy")
     assert find_shards(paths[0]) == paths
     paths[1].unlink()
-    with pytest.raises(InputError, match=r"1 of 3 shards are missing in .*: feats\.00001-of-00003\.npy"):
+    with pytest.raises(InputError, match=r"1 of 3 shards are missing from .*: feats\.00001-of-00003\.npy"):
         find_shards(paths[0])
 
 
 def test_a_shard_without_provenance_is_told(shards):
     paths, _ = shards
     paths[1].with_name(f"{paths[1].name}.json").unlink()
-    with pytest.raises(InputError, match="make the shard again"):
+    with pytest.raises(InputError, match="extract the shard again"):
         check_shards(paths)
 
 

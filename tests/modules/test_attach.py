@@ -218,16 +218,19 @@ class Tokens(nn.Module):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: attach("resnet18"), "a network, or a callable that gives a map, got str"),
-        (lambda: attach(torchvision.models.ResNet), "gives a map, got the class ResNet"),
-        (lambda: attach(resnet18(), pooling=None), "pooling is a module, got NoneType"),
-        (lambda: attach(resnet18(), pooling=nn.AdaptiveAvgPool2d), "pooling is a module, got the class AdaptiveAvg"),
-        (lambda: attach(resnet18(), rgem=True), "rgem is a module or None, got bool"),
-        (lambda: attach(resnet18(), relup=""), "relup is a name in the network, or several, got ''"),
-        (lambda: attach(resnet18(), relup=None), "relup is a name in the network, or several, got None"),
-        (lambda: attach(resnet18(), features=print), "features is a name in the network"),
-        (lambda: attach(resnet18(), scales=3), "scales are positive factors such as .* got 3"),
-        (lambda: attach(attach(resnet18(), relup="layer1").model, relup="layer1"), "attached already; detach"),
+        (lambda: attach("resnet18"), "a network, or a callable that returns a feature map, got str"),
+        (lambda: attach(torchvision.models.ResNet), "returns a feature map, got the class ResNet"),
+        (lambda: attach(resnet18(), pooling=None), "pooling must be a module, got NoneType"),
+        (
+            lambda: attach(resnet18(), pooling=nn.AdaptiveAvgPool2d),
+            "pooling must be a module, got the class AdaptiveAvg",
+        ),
+        (lambda: attach(resnet18(), rgem=True), "rgem must be a module or None, got bool"),
+        (lambda: attach(resnet18(), relup=""), "relup must be the name of a submodule, or several names, got ''"),
+        (lambda: attach(resnet18(), relup=None), "relup must be the name of a submodule, or several names, got None"),
+        (lambda: attach(resnet18(), features=print), "features must be the name of a submodule"),
+        (lambda: attach(resnet18(), scales=3), "scales must be one or more positive factors such as .* got 3"),
+        (lambda: attach(attach(resnet18(), relup="layer1").model, relup="layer1"), "attached already; call detach"),
         (lambda: attach(resnet18(), features="layer9"), "no method or submodule 'layer9'; it has conv1, bn1"),
         (lambda: attach(resnet18(), projection="head"), "no submodule 'head'; it has conv1"),
         (lambda: attach(resnet18(), relup="layer9"), "no submodule 'layer9'; it has conv1"),
@@ -236,21 +239,21 @@ class Tokens(nn.Module):
         (lambda: attach(lambda x: x, relup="layer1"), "no submodule 'layer1'"),
         (lambda: attach(resnet18(), relup_ends="layer1.0"), r"layer1.0.conv1 \(Conv2d\) has no ReLU of its own"),
         (lambda: attach(resnet18(), relup="layer1", relup_threshold=-1), "threshold of ReLU. must be 0 or more"),
-        (lambda: attach(resnet18(), scales=()), r"at least one, got \(\)"),
-        (lambda: attach(resnet18(), scales=(1, 0)), r"positive factors .* at least one, got \(1, 0\)"),
+        (lambda: attach(resnet18(), scales=()), r"one or more positive factors .* got \(\)"),
+        (lambda: attach(resnet18(), scales=(1, 0)), r"positive factors .* got \(1, 0\)"),
         (lambda: attach(resnet18(), projection=torch.rand(4)), r"projection takes a tensor \(D, C\), got shape \(4,\)"),
         (lambda: attach(resnet18(), projection=(torch.rand(4, 8), torch.rand(4))), r"shapes \[\(4, 8\), \(4,\)\]"),
         (lambda: attach(resnet18(), projection=torch.rand(4, 8))(IMAGES), r"takes \(N, 8\), .* \(6, 512\)"),
         (lambda: attach(resnet18())(IMAGES[0]), r"\(N, C, H, W\), got shape \(3, 96, 128\)"),
         (lambda: attach(resnet18())((IMAGES * 255).byte()), r"torch.uint8 of shape \(2, 3, 96, 128\)"),
         (lambda: attach(resnet18())(IMAGES * float("nan")), r"NaN: 73728 .* \(2, 3, 96, 128\)"),
-        (lambda: attach(nn.Flatten())(IMAGES), r"Flatten gives shape \(2, 18090\), not a map"),
+        (lambda: attach(nn.Flatten())(IMAGES), r"Flatten returns shape \(2, 18090\), not a feature map"),
         (
             lambda: attach(Tokens())(IMAGES),
-            r"Tokens.forward_features gives shape .* not a map .*see attach for a ViT",
+            r"Tokens.forward_features returns shape .* not a feature map .*see attach for a ViT",
         ),
-        (lambda: attach(lambda x: [x])(IMAGES), "<lambda> gives list, not a map"),
-        (lambda: attach(resnet18(), pooling=nn.Identity())(IMAGES), r"the pooling gives shape \(2, 512, 3, 3\) for"),
+        (lambda: attach(lambda x: [x])(IMAGES), "<lambda> returns list, not a feature map"),
+        (lambda: attach(resnet18(), pooling=nn.Identity())(IMAGES), r"the pooling returns shape \(2, 512, 3, 3\) for"),
         (lambda: attach(resnet18(), pooling=Infinite())(IMAGES), "is not finite|got NaN"),
     ],
 )
@@ -276,7 +279,7 @@ def test_a_block_that_ends_in_no_relu_is_told():
             return x - 1 + 0 * self.conv(self.relu(x))
 
     attached = attach(nn.Sequential(nn.Sequential(PreActivation())), relup_ends="0")
-    with pytest.raises(ValueError, match=r"0.0 \(PreActivation\) gives negative numbers"):
+    with pytest.raises(ValueError, match=r"0.0 \(PreActivation\) returns negative values"):
         attached(IMAGES)
 
 
@@ -287,5 +290,5 @@ def test_a_map_with_its_channels_last_is_told():
         def forward_features(self, x):
             return x.permute(0, 2, 3, 1)
 
-    with pytest.raises(ValueError, match=r"gives \(N, H, W, C\), shape \(2, 67, 90, 3\)"):
+    with pytest.raises(ValueError, match=r"returns \(N, H, W, C\), shape \(2, 67, 90, 3\)"):
         attach(ChannelsLast())(IMAGES)

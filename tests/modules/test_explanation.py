@@ -73,9 +73,11 @@ def test_only_the_first_m_are_explained():
     reranker = SuperGlobalReranker(m=20)
     assert explain(query, candidates, 19, reranker) == explain(query, candidates[:20], 19, reranker)
     for place in (20, -1):
-        with pytest.raises(ValueError, match=f"no candidate has place {place}, counted from 0; 20 are reranked"):
+        with pytest.raises(
+            ValueError, match=f"there is no candidate at place {place}, counted from 0; 20 are reranked"
+        ):
             explain(query, candidates, place, reranker)
-    with pytest.raises(ValueError, match="no candidate has place 1"):
+    with pytest.raises(ValueError, match="there is no candidate at place 1"):
         explain(query, candidates, 1, reranker, torch.arange(60) != 1)
 
 

@@ -270,17 +270,17 @@ NONE = torch.zeros(2, 0, dtype=torch.long)
         (Q, X[:, :, :4], None, r"got \(2, 8\) and \(2, 10, 4\)"),
         (Q[:1], X, None, r"got \(1, 8\) and \(2, 10, 8\)"),
         (Q, X[:, :0], None, r"no candidates to rerank: got \(2, 8\) and \(2, 0, 8\)"),
-        (Q, X.long(), None, r"floating numbers, got \(2, 8\) and \(2, 10, 8\) of torch.float32 and torch.int64"),
+        (Q, X.long(), None, r"floating-point, got \(2, 8\) and \(2, 10, 8\) of torch.float32 and torch.int64"),
         (Q, X * torch.nan, None, r"candidate 0 of query 0 has NaN or infinity, .* \(2, 10, 8\)"),
         (Q / 0, X, None, r"^query 0 has NaN or infinity, got \(2, 8\)"),
-        (Q, X, torch.ones(2, 9, dtype=torch.bool), r"mask is bool \(Q, M\), got torch.bool of shape \(2, 9\)"),
-        (Q, X, torch.ones(2, 10), r"mask is bool \(Q, M\), got torch.float32 of shape \(2, 10\)"),
-        (Q.tolist(), X, None, "queries: a tensor or a NumPy array is needed, got list"),
-        (np.array([["a"]]), X, None, r"queries: no tensor can be made of an array of <U1, shape \(1, 1\)"),
-        (Q, np.ones((2, 10, 8), dtype=">f4"), None, "candidates: no tensor can be made of an array of >f4"),
+        (Q, X, torch.ones(2, 9, dtype=torch.bool), r"mask must be bool \(Q, M\), got torch.bool of shape \(2, 9\)"),
+        (Q, X, torch.ones(2, 10), r"mask must be bool \(Q, M\), got torch.float32 of shape \(2, 10\)"),
+        (Q.tolist(), X, None, "queries must be a tensor or a NumPy array, got list"),
+        (np.array([["a"]]), X, None, r"queries: an array of <U1, shape \(1, 1\), cannot be converted"),
+        (Q, np.ones((2, 10, 8), dtype=">f4"), None, "candidates: an array of >f4"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:reranking is for rows of unit length")
+@pytest.mark.filterwarnings("ignore:reranking expects descriptors of unit length")
 def test_what_cannot_be_reranked_is_told(queries, candidates, mask, message):
     with pytest.raises(ValueError, match=message):
         SuperGlobalReranker()(queries, candidates, mask)
@@ -311,11 +311,11 @@ def test_unsigned_ids_are_ids():
 @pytest.mark.parametrize(
     ("queries", "ids", "fetch", "message"),
     [
-        (Q, NONE, None, "fetch is a function"),
+        (Q, NONE, None, "fetch must be a function"),
         (Q, NONE, X.view(-1, 8).__getitem__, r"no candidates to rerank: got queries \(2, 8\) and ids \(2, 0\)"),
         (Q, torch.zeros(3, 4, dtype=torch.long), X.view(-1, 8).__getitem__, r"got queries \(2, 8\) and ids \(3, 4\)"),
-        (Q, torch.zeros(2, 4), X.view(-1, 8).__getitem__, r"ids are integers .* \(2, 4\) of torch.float32"),
-        (Q, torch.full((2, 4), -2), X.view(-1, 8).__getitem__, "ids are integers from 0, and -1 for none"),
+        (Q, torch.zeros(2, 4), X.view(-1, 8).__getitem__, r"ids must be integers .* \(2, 4\) of torch.float32"),
+        (Q, torch.full((2, 4), -2), X.view(-1, 8).__getitem__, "ids must be integers from 0, or -1 for none"),
         (
             Q,
             torch.zeros(2, 4, dtype=torch.long),

@@ -60,7 +60,7 @@ def test_parts_of_the_rows_make_up_the_search_of_all(seed):
 
 
 def test_rows_that_are_no_part_are_told():
-    with pytest.raises(ValueError, match="rows are from 0 to 10, ascending"):
+    with pytest.raises(ValueError, match="rows must be ascending numbers from 0 to 10"):
         search(unit(1, 4), unit(10, 4), m=3, rows=(4, 11))
 
 
@@ -122,7 +122,7 @@ def test_m_above_the_size_of_the_database_gives_all():
     [
         (unit(2, 8), unit(5, 9), r"queries must be \(Q, 9\)"),
         (unit(2, 8), torch.full((5, 8), float("nan")), "database row 0 .* not finite"),
-        (unit(2, 8), torch.zeros(5, 8, dtype=torch.int64), "floating numbers"),
+        (unit(2, 8), torch.zeros(5, 8, dtype=torch.int64), "floating-point"),
         (unit(2, 8), unit(5), r"\(N, D\) tensors"),
     ],
 )
@@ -138,7 +138,7 @@ def test_a_listed_row_outside_the_database_is_told():
 
 @pytest.mark.parametrize("number", [-1, 10])
 def test_a_row_that_is_not_there_is_told(number):
-    with pytest.raises(ValueError, match=f"there is no row {number} among the 10"):
+    with pytest.raises(ValueError, match=f"there is no row {number}; the database has 10 rows"):
         Database([unit(4, 8), unit(6, 8)]).rows(torch.tensor([[3, number]]))
 
 

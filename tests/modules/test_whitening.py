@@ -370,14 +370,14 @@ def test_a_saved_whitening_is_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ([torch.zeros(3)], "is a dict, got list"),
+        ([torch.zeros(3)], "must be a dict, got list"),
         ({"mean": torch.zeros(3)}, r"mean and projection, got \['mean'\]"),
         ({"mean": torch.zeros(3), "projection": torch.zeros(2, 3), "P": 1}, r"got \['P', 'mean', 'projection'\]"),
         ({"mean": torch.zeros(3), "projection": [[1.0]]}, r"projection .* tensor \(dim, D\), got list"),
         ({"mean": torch.zeros(1, 3), "projection": torch.zeros(2, 3)}, r"mean .* tensor \(D\), got shape \(1, 3\)"),
-        ({"mean": torch.zeros(3), "projection": torch.zeros(0, 3)}, r"not empty, got shape \(0, 3\)"),
+        ({"mean": torch.zeros(3), "projection": torch.zeros(0, 3)}, r"non-empty tensor .*got shape \(0, 3\)"),
         ({"mean": torch.zeros(3), "projection": torch.ones(3, 2)}, r"3 dimensions, .* takes 2: .*\(dim, 3\)"),
-        ({"mean": torch.zeros(3), "projection": torch.zeros(2, 3).long()}, "floating numbers, got torch.int64"),
+        ({"mean": torch.zeros(3), "projection": torch.zeros(2, 3).long()}, "a floating-point tensor, got torch.int64"),
         ({"mean": torch.full((3,), torch.inf), "projection": torch.zeros(2, 3)}, "mean .* not finite"),
     ],
 )

@@ -72,7 +72,7 @@ def test_arrays_of_old_and_new_numpy_are_read(tmp_path, core):
 def test_a_pickle_that_would_run_code_is_refused(tmp_path, stream):
     path = tmp_path / "bad.pkl"
     path.write_bytes(stream)
-    with pytest.raises(InputError, match="refused: it would call"):
+    with pytest.raises(InputError, match="is refused: it would call"):
         load_pickle(path)
 
 
@@ -85,7 +85,7 @@ def test_a_dtype_that_is_changed_after_it_was_made_is_refused(tmp_path):
     for text in (b"O8", b"V8", b"c16", b"M8[ns]", b"i8,O", b"(1000000000,)i8"):
         header = b"\x80\x02cnumpy\ndtype\n(X" + len(text).to_bytes(4, "little") + text + b"I00\nI01\ntR"
         path.write_bytes(header + state + b"b.")
-        with pytest.raises(InputError, match="refused: it would call an array of"):
+        with pytest.raises(InputError, match="is refused: it would call an array of"):
             load_pickle(path)
     plain = b"\x80\x02cnumpy\ndtype\n(X\x02\x00\x00\x00i8I00\nI01\ntR"
     array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR"

@@ -19,7 +19,7 @@ from revisitop.retrieve import rerank, retrieve
 
 
 def clustered(count: int, dim: int = 32, seed: int = 0) -> torch.Tensor:
-    """Unit rows around 20 centres."""
+    """Unit descriptors around 20 centres."""
     rng = np.random.default_rng(seed)
     centres = np.random.default_rng(99).standard_normal((20, dim))
     rows = centres[rng.integers(0, 20, count)] + rng.standard_normal((count, dim))
@@ -87,11 +87,11 @@ def test_an_index_is_used_again_for_the_same_rows_alone(database, tmp_path, capl
     def outcome(*arguments) -> str:
         caplog.clear()
         indexed(*arguments)
-        return "used again" if "used again" in caplog.text else "built"
+        return "reused" if "reused" in caplog.text else "built"
 
     file = tmp_path / "x.IVF8_Flat.faiss"
     assert outcome(database, "IVF8,Flat", tmp_path / "x", {"files": 1}) == "built"
-    assert outcome(database, "IVF8,Flat", tmp_path / "x", {"files": 1}) == "used again"
+    assert outcome(database, "IVF8,Flat", tmp_path / "x", {"files": 1}) == "reused"
     assert outcome(database, "IVF8,Flat", tmp_path / "x", {"files": 2}) == "built"
     assert outcome(Database(clustered(1400)), "IVF8,Flat", tmp_path / "x", {"files": 2}) == "built"
     file.write_bytes(file.read_bytes()[:-100])
@@ -100,7 +100,7 @@ def test_an_index_is_used_again_for_the_same_rows_alone(database, tmp_path, capl
     file.write_bytes(b"no index" + file.read_bytes()[8:])
     assert content["bytes"] == file.stat().st_size
     assert outcome(Database(clustered(1400)), "IVF8,Flat", tmp_path / "x", {"files": 2}) == "built"
-    assert outcome(Database(clustered(1400)), "IVF8,Flat", tmp_path / "x", {"files": 2}) == "used again"
+    assert outcome(Database(clustered(1400)), "IVF8,Flat", tmp_path / "x", {"files": 2}) == "reused"
 
 
 @pytest.mark.parametrize(
@@ -109,9 +109,9 @@ def test_an_index_is_used_again_for_the_same_rows_alone(database, tmp_path, capl
         ("IVF4096,PQ64", "", "FAISS has no index 'IVF4096,PQ64' for 32 dimensions"),
         ("nonsense", "", "FAISS has no index 'nonsense' for 32 dimensions"),
         ("HNSW0", "", "'HNSW0' has a count of 0"),
-        ("IVF4096,Flat", "", "1500 rows are too few, or of the wrong kind, to train the index IVF4096,Flat"),
-        ("IVF8,Flat", "efSearch=3", "'efSearch=3' are no parameters of the index IVF8,Flat"),
-        ("IVF8,Flat", "nprobe", "'nprobe' are no parameters"),
+        ("IVF4096,Flat", "", "1500 rows are too few, or unsuitable, to train the index IVF4096,Flat"),
+        ("IVF8,Flat", "efSearch=3", "invalid parameters 'efSearch=3' for the index IVF8,Flat"),
+        ("IVF8,Flat", "nprobe", "invalid parameters 'nprobe'"),
     ],
 )
 def test_an_index_that_cannot_be_is_told(database, tmp_path, factory, parameters, message):
@@ -123,7 +123,7 @@ def test_an_index_that_cannot_be_is_told(database, tmp_path, factory, parameters
 
 def test_an_index_that_does_not_give_its_rows_back_is_told(database, tmp_path):
     indexed(database, "IVF8,PQ8x4fs", tmp_path / "x", {})
-    with pytest.raises(InputError, match="the index IVF8,PQ8x4fs does not give its rows back, take the exact ones"):
+    with pytest.raises(InputError, match="the index IVF8,PQ8x4fs cannot decode its rows; use the exact ones"):
         indexed(database, "IVF8,PQ8x4fs", tmp_path / "x", {}, decoded=True)
 
 
@@ -173,7 +173,7 @@ def test_a_flat_index_gives_the_metrics_of_exact_search(evaluate):
     assert metrics(flat) == metrics(exact)
     assert all((a == b).all() for a, b in zip(ranks, found, strict=True))
     assert "0 of 120 images that metrics ask for are not among the index's first 120" in flat.out
-    assert "used again, built from the same rows" in evaluate("TEST.INDEX", "Flat")[0].out
+    assert "reused, built from the same rows" in evaluate("TEST.INDEX", "Flat")[0].out
 
 
 def test_what_the_index_misses_counts_as_never_found(evaluate, tmp_path):
@@ -193,7 +193,7 @@ def test_what_the_index_misses_counts_as_never_found(evaluate, tmp_path):
     ("words", "message"),
     [
         (("TEST.INDEX", "IVF8;Flat"), "TEST.INDEX: FAISS has no index 'IVF8;Flat' for 32 dimensions"),
-        (("TEST.INDEX", "IVF512,Flat"), "TEST.INDEX: 120 rows are too few, or of the wrong kind, to train"),
+        (("TEST.INDEX", "IVF512,Flat"), "TEST.INDEX: 120 rows are too few, or unsuitable, to train"),
         (("TEST.INDEX", "Flat", "TEST.RERANKER", "dba"), "TEST.RERANKER dba makes every row anew"),
         (("TEST.INDEX_ROWS", "decoded"), "TEST.INDEX_ROWS decoded has no effect without TEST.INDEX of some kind"),
         (("TEST.INDEX_SEARCH", "nprobe=4"), "TEST.INDEX_SEARCH nprobe=4 has no effect without TEST.INDEX"),
@@ -216,7 +216,7 @@ def test_rerank_searches_with_an_index_beside_the_file(evaluate, command, tmp_pa
     assert (tmp_path / "features" / "new_db.npy.IVF4_Flat.faiss").is_file()
     np.save(files[1], np.load(files[1])[::-1])
     outcome = command("tools/rerank.py", *words, "TEST.INDEX", "IVF4,Flat", "TEST.INDEX_SEARCH", "nprobe=4")
-    assert "of other rows, or damaged; to be built anew" in outcome.out
+    assert "built from other rows, or damaged; it will be built again" in outcome.out
     assert (np.load(tmp_path / "ranks.npy") == 119 - exact).all()
     np.save(tmp_path / "ids.npy", exact)
     outcome = command("tools/rerank.py", *words, "--ids", tmp_path / "ids.npy", "TEST.INDEX", "Flat")

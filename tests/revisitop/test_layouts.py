@@ -112,13 +112,13 @@ def test_gldv2s_own_names_and_nested_folders_work(own):
         ("solution.csv", "q0,x\n", "the first line must be a header with id, images"),
         ("solution.csv", "id,images\nq0,\nq0,\n", "query q0 has two lines"),
         ("solution.csv", "id,images\nq0,None\nq1,None\nq2,None\n", "every query is ignored"),
-        ("solution.csv", "id,images\nq0\n", "line 2: not as many columns"),
-        ("index.csv", "id\na\nb\na\n", "a is there twice"),
-        ("index.csv", "id\n../a\n", "'../a' is no id of an image"),
-        ("index.csv", "id\na b\n", "'a b' holds a space"),
-        ("index.csv", "id\n", "lists nothing"),
-        ("queries.csv", "id\nq0\nq0\n", "q0 is there twice"),
-        ("queries.csv", "id,x0,y0,x1,y1\nq0,9,2,9,30\n", "the box of query q0 holds nothing: 9, 2, 9, 30"),
+        ("solution.csv", "id,images\nq0\n", "line 2: the number of columns differs"),
+        ("index.csv", "id\na\nb\na\n", "a is listed twice"),
+        ("index.csv", "id\n../a\n", "'../a' is not a valid id of an image"),
+        ("index.csv", "id\na b\n", "'a b' contains a space"),
+        ("index.csv", "id\n", "lists no image"),
+        ("queries.csv", "id\nq0\nq0\n", "q0 is listed twice"),
+        ("queries.csv", "id,x0,y0,x1,y1\nq0,9,2,9,30\n", "the box of query q0 is empty: 9, 2, 9, 30"),
         ("queries.csv", "id,x0,y0,x1,y1\nq0,a,2,9,30\n", "query q0 has no box of four numbers"),
     ],
 )
@@ -131,7 +131,7 @@ def test_what_contradicts_itself_is_told(own, name, text, message):
 @pytest.mark.parametrize("name", ["index.csv", "queries.csv"])
 def test_a_missing_list_is_told(own, name):
     (own / name).unlink()
-    with pytest.raises(InputError, match=f"solution.csv and no {name}"):
+    with pytest.raises(InputError, match=f"solution.csv but no {name}"):
         load(own)
 
 
@@ -155,7 +155,7 @@ def test_class_folders_are_queries_against_all_others(classes):
 
 def test_an_empty_class_an_image_of_two_classes_and_lonely_images_are_told(classes, tmp_path):
     (classes / "empty").mkdir()
-    with pytest.raises(InputError, match="empty holds no image"):
+    with pytest.raises(InputError, match="empty contains no image"):
         load(classes)
     (classes / "empty" / "a.png").symlink_to(classes / "cat" / "0.png")
     with pytest.raises(InputError, match="an image belongs to one class"):
@@ -180,7 +180,7 @@ def test_ok_and_junk_are_a_protocol_of_their_own(layout):
 
 def test_a_folder_of_no_layout_and_one_of_two_are_told(own, tmp_path):
     (tmp_path / "data" / "nothing").mkdir()
-    with pytest.raises(InputError, match=r"has none of the layouts: a file gnd_nothing\.pkl"):
+    with pytest.raises(InputError, match=r"has none of the supported layouts: a file gnd_nothing\.pkl"):
         load_dataset("nothing", tmp_path / "data")
     (own / "gnd_own.pkl").write_bytes(pickle.dumps({}))
     with pytest.raises(InputError, match=r"has both gnd_own\.pkl and solution\.csv"):
@@ -237,7 +237,7 @@ def test_predictions_of_anybodys_are_evaluated(own, command, tmp_path):
     assert "1 of 2 queries have no predictions" in outcome.out
     write_csv(tmp_path / "p.csv", "id,images", ["q9", INDEX[0]])
     outcome = command("tools/evaluate.py", *words, "--predictions", tmp_path / "p.csv")
-    assert (outcome.code, "q9 is no query of own" in outcome.err) == (2, True)
+    assert (outcome.code, "q9 is not a query of own" in outcome.err) == (2, True)
 
 
 def test_each_layout_goes_from_folder_to_metrics_and_report(own, classes, command, checkpoint_50, tmp_path):
@@ -292,6 +292,6 @@ def test_a_ranking_of_others_is_evaluated(command, layout, tmp_path, kind):
     assert "whole, from 0 to 23" in command("test.py", *words).err
     saved[1, 2, 0] = saved[1, 2, 1]
     torch.save(torch.from_numpy(saved), path)
-    assert "query 2 (from 0) has an image twice" in command("test.py", *words).err
+    assert "query 2 (from 0) has the same image twice" in command("test.py", *words).err
     torch.save(torch.from_numpy(saved[:, :2]), path)
     assert "has 2 queries, roxford5k has 3" in command("test.py", *words).err

@@ -11,7 +11,7 @@ from model.store import write_json
 
 @pytest.fixture
 def vectors(tmp_path):
-    """Unit rows (5000, 64), as a .pth file with its provenance."""
+    """Unit descriptors (5000, 64), as a .pth file with its provenance."""
     rows = torch.randn(5000, 64, generator=torch.Generator().manual_seed(0))
     path = tmp_path / "rows.pth"
     torch.save(torch.nn.functional.normalize(rows, dim=1), path)
@@ -93,7 +93,7 @@ def test_int8_rows_without_their_scales_are_refused(compact, command, vectors, t
     np.save(tmp_path / "small.scale.npy", np.ones(3, dtype=np.float32))
     outcome = command("tools/rerank.py", *words)
     assert outcome.code == 2
-    assert "small.scale.npy holds no float32 scale for each of the 5000 rows" in outcome.err
+    assert "small.scale.npy must hold a float32 scale for each of the 5000 rows" in outcome.err
     (tmp_path / "small.scale.npy").unlink()
     outcome = command("tools/rerank.py", *words)
     assert outcome.code == 2

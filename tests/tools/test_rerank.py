@@ -99,7 +99,7 @@ def test_bad_vectors_are_told_and_an_older_order_stays(rerank, vectors, tmp_path
     for arguments, how, message in (
         ((), {"database": tmp_path / "nan.npy"}, "row 7 (from 0) has NaN"),
         ((), {"database": tmp_path / "wide.npy"}, "has 32 dimensions"),
-        ((), {"database": tmp_path / "whole.npy"}, "holds no (N, D) array of floating numbers"),
+        ((), {"database": tmp_path / "whole.npy"}, "is not a floating-point array (N, D)"),
         ((), {"database": tmp_path / "absent.npy"}, "absent.npy: No such file"),
         (("--ids", tmp_path / "twice.npy"), {}, "query 0 (from 0) has a row twice"),
         (("--ids", tmp_path / "far.npy"), {}, "from 0 to 119"),

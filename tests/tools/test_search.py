@@ -74,7 +74,7 @@ def test_only_what_is_new_or_changed_is_extracted(search, folder):
     assert extracted(search()) == {"database": 9, "queries": 1}
     again = search()
     assert extracted(again) == {}
-    assert "database.npy: used again" in again.out
+    assert "database.npy: reused" in again.out
     assert "2 of 11 cannot be read" in again.out
 
     draw(folder / "new.jpg", 20)  # in the middle of the list

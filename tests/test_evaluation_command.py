@@ -253,8 +253,8 @@ def test_a_query_box_outside_its_image(refused, layout):
         (("SupG.gem",), "did you mean SupG.gemp?"),
         (("TEST.SCALE_LIST", 4), "4 is not one of 1, 3, 5"),
         (("TEST.DATASET_LIST", "rparis6k"), "no dataset rparis6k in"),
-        (("TEST.OUT_DIR", "/dev/null/out"), "TEST.OUT_DIR: /dev/null/out cannot be made"),
-        (("SupG.onemeval",), "no feats_1m_RN50.pth here; extract_rop1m.py makes it"),
+        (("TEST.OUT_DIR", "/dev/null/out"), "TEST.OUT_DIR: /dev/null/out cannot be created"),
+        (("SupG.onemeval",), "no file feats_1m_RN50.pth; create it with extract_rop1m.py"),
     ],
 )
 def test_bad_options(refused, words, message):

@@ -105,4 +105,4 @@ def test_shards_made_alone_are_evaluated_as_one_file(command, layout, checkpoint
 def test_a_shard_that_cannot_be_is_told(command, text):
     outcome = command("extract_rop1m.py", "--weight", "x", "--depth", 50, "--out", "feats.npy", "--shard", text)
     assert outcome.code == 2
-    assert "is no I/N" in outcome.err or "expected one argument" in outcome.err
+    assert "is not I/N" in outcome.err or "expected one argument" in outcome.err

@@ -194,7 +194,7 @@ def test_what_the_index_misses_counts_as_never_found(evaluate, tmp_path):
     [
         (("TEST.INDEX", "IVF8;Flat"), "TEST.INDEX: FAISS has no index 'IVF8;Flat' for 32 dimensions"),
         (("TEST.INDEX", "IVF512,Flat"), "TEST.INDEX: 120 rows are too few, or unsuitable, to train"),
-        (("TEST.INDEX", "Flat", "TEST.RERANKER", "dba"), "TEST.RERANKER dba makes every row anew"),
+        (("TEST.INDEX", "Flat", "TEST.RERANKER", "dba"), "TEST.RERANKER dba replaces all rows"),
         (("TEST.INDEX_ROWS", "decoded"), "TEST.INDEX_ROWS decoded has no effect without TEST.INDEX of some kind"),
         (("TEST.INDEX_SEARCH", "nprobe=4"), "TEST.INDEX_SEARCH nprobe=4 has no effect without TEST.INDEX"),
     ],

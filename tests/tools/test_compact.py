@@ -75,8 +75,8 @@ def test_bad_input_is_told_in_one_line(compact, vectors, tmp_path):
     for file, out, message in (
         (tmp_path / "nan.npy", "a.npy", "row 7 (from 0) has NaN or infinity"),
         (tmp_path / "long.npy", "a.npy", "its rows are not of unit length"),
-        (vectors, "a.pth", "rows are written as NumPy's .npy, name it so"),
-        (tmp_path / "nan.npy", "nan.npy", "is the file that is read: give another name"),
+        (vectors, "a.pth", "must end in .npy: rows are written in NumPy's format"),
+        (tmp_path / "nan.npy", "nan.npy", "is the input file: give another name"),
         (vectors, "nowhere/a.npy", "cannot be written (No such file or directory)"),
         (tmp_path / "none.npy", "a.npy", "No such file"),
     ):

@@ -73,7 +73,7 @@ def test_what_cannot_be_compared_is_told(command, evaluate, tmp_path):
         return outcome.err
 
     assert "no dataset is in both" in refused(run, other)
-    assert "new has no diffusion, it has retrieval, reranking" in refused(run, f"{run}:diffusion")
+    assert "new has no stage diffusion; it has retrieval, reranking" in refused(run, f"{run}:diffusion")
     assert "it has no results.json" in refused(run, tmp_path)
     shutil.copytree(run, tmp_path / "changed")
     path = tmp_path / "changed" / "results.json"

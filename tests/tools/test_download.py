@@ -264,7 +264,7 @@ def test_a_half_file_of_an_earlier_run_is_gone_on_with(download, here, site, oxf
     site.answers[OXFORD_IMAGES].cuts = [20_000] + [0] * 50
     outcome = download("roxford5k")
     assert outcome.code == 2
-    assert f"20000 of {len(site.answers[OXFORD_IMAGES].body)} bytes came" in outcome.err
+    assert f"20000 of {len(site.answers[OXFORD_IMAGES].body)} bytes were received" in outcome.err
     assert (here / "roxford5k/oxbuild_images-v1.tgz.part").stat().st_size == 20_000
     site.answers[OXFORD_IMAGES].cuts, site.requests = [], []
     assert download("roxford5k").code == 0
@@ -304,7 +304,7 @@ def test_a_length_above_the_true_one_is_found(download, here, site, oxford, rang
     site.put(f"{CMP}{OXFORD_TRUTH}", good, excess=100, ranges=ranges)
     outcome = download("roxford5k")
     assert outcome.code == 0, outcome.err
-    assert (f"{len(good)} of {len(good) + 100} bytes came" in outcome.err) == (not ranges)
+    assert (f"{len(good)} of {len(good) + 100} bytes were received" in outcome.err) == (not ranges)
     assert (f"{PTAK}{OXFORD_TRUTH}" in site.asked()) == (not ranges)
     assert (here / "roxford5k/gnd_roxford5k.pkl").read_bytes() == good
 
@@ -314,7 +314,7 @@ def test_a_length_below_the_true_one_is_found(download, site, oxford, path):
     site.put(f"http://mirror.test{path}", site.answers[path].body, excess=-100)
     outcome = download("roxford5k", "--mirror", "http://mirror.test")
     assert outcome.code == 0
-    assert f"no luck with http://mirror.test{path}: " in outcome.err
+    assert f"failed: http://mirror.test{path}: " in outcome.err
     assert site.asked(path) == [f"http://mirror.test{path}", f"{CMP if path == OXFORD_TRUTH else VGG}{path}"]
 
 
@@ -345,22 +345,22 @@ def damaged(body: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("item", "path", "make", "words"),
     [
-        ("roxford5k", OXFORD_TRUTH, lambda body: PAGE, "a web page came instead"),
+        ("roxford5k", OXFORD_TRUTH, lambda body: PAGE, "a web page was received instead"),
         ("roxford5k", OXFORD_TRUTH, lambda body: body[:-100], "damaged or no pickle"),
-        ("roxford5k", OXFORD_TRUTH, lambda body: pickle.dumps(["a", "b"]), "is no ground truth"),
+        ("roxford5k", OXFORD_TRUTH, lambda body: pickle.dumps(["a", "b"]), "is not a ground truth"),
         ("roxford5k", OXFORD_TRUTH, lambda body: pickle.dumps(Harmful()), "refused: it would call posix.system"),
-        ("roxford5k", OXFORD_IMAGES, lambda body: PAGE, "a web page came instead"),
+        ("roxford5k", OXFORD_IMAGES, lambda body: PAGE, "a web page was received instead"),
         ("roxford5k", OXFORD_IMAGES, lambda body: b"", "damaged or no archive"),
         ("roxford5k", OXFORD_IMAGES, lambda body: body[:-5000], "damaged or no archive"),
         ("roxford5k", OXFORD_IMAGES, lambda body: body[:-6] + b"\0\0" + body[-4:], "CRC check failed"),
         ("roxford5k", OXFORD_IMAGES, damaged, "damaged or no archive"),
         ("roxford5k", OXFORD_IMAGES, lambda body: gzip.compress(b"no tar" * 1000), "damaged or no archive"),
-        ("roxford5k", OXFORD_IMAGES, lambda body: tgz({}), "holds no file"),
+        ("roxford5k", OXFORD_IMAGES, lambda body: tgz({}), "contains no file"),
         ("revisitop1m", MILLION_IMAGES[0], lambda body: tgz({"a": b"file", "a/b.jpg": b""}), "damaged or no archive"),
-        ("revisitop1m", MILLION_LIST, lambda body: b"1/1.jpg\n1/2.jpg\n1/3.j", "is no list of images"),
-        ("revisitop1m", MILLION_LIST, lambda body: b"\n", "is no list of images"),
+        ("revisitop1m", MILLION_LIST, lambda body: b"1/1.jpg\n1/2.jpg\n1/3.j", "is not a list of images"),
+        ("revisitop1m", MILLION_LIST, lambda body: b"\n", "is not a list of images"),
         ("features", FEATURES[0], lambda body: b"MATLAB" * 100, "damaged or no MATLAB file"),
-        ("weights", NETWORK, lambda body: PAGE, "a web page came instead"),
+        ("weights", NETWORK, lambda body: PAGE, "a web page was received instead"),
         ("weights", NETWORK, lambda body: b"PK\x03\x04" + b"no checkpoint", "is truncated or damaged"),
     ],
 )  # fmt: skip
@@ -372,7 +372,7 @@ def test_wrong_bytes_are_named_and_never_get_the_final_name(
         site.put(answer, wrong)
     outcome = download(item, "--mirror", "http://mirror.test")
     assert outcome.code == 2
-    assert f"no luck with http://mirror.test{path}: " in outcome.err
+    assert f"failed: http://mirror.test{path}: " in outcome.err
     assert words in outcome.err
     assert "Traceback" not in outcome.err
     assert len(errors(outcome)) == 1
@@ -430,7 +430,7 @@ def test_a_second_run_asks_nobody_and_says_so(download, here, site, oxford, pari
     before, site.requests = files(here), []
     outcome = download(*items)
     assert outcome.code == 0
-    assert "everything was there already, nothing was downloaded" in outcome.out
+    assert "everything is complete already, nothing was downloaded" in outcome.out
     assert site.requests == []
     assert files(here) == before
 
@@ -463,7 +463,7 @@ def test_the_million_goes_on_with_the_archives_that_are_not_unpacked(download, h
     late = {path: site.answers.pop(path) for path in MILLION_IMAGES[2:6]}
     outcome = download("revisitop1m")
     assert outcome.code == 2
-    assert "revisitop1m: no address gives revisitop1m.3.tar.gz" in outcome.err
+    assert "revisitop1m: no address provides revisitop1m.3.tar.gz" in outcome.err
     site.answers |= late
     site.requests = []
     assert download("revisitop1m").code == 0
@@ -553,8 +553,8 @@ def test_one_checkpoint_is_fetched_and_the_way_to_the_other_told(download, site,
     assert outcome.code == 2
     assert files(tmp_path / "weights") == {"CVPR2022_CVNet_R50.pyth"}
     assert [line for line in outcome.err.splitlines() if line.startswith("weights: ")] == [
-        "weights: no address gives CVPR2022_CVNet_R101.pyth (none is known); get CVPR2022_CVNet_R101.pyth from the web "
-        f"drive linked at https://github.com/sungonce/CVNet and put it into {tmp_path / 'weights'}"
+        "weights: no address provides CVPR2022_CVNet_R101.pyth (none is known); get CVPR2022_CVNet_R101.pyth from the "
+        f"web drive linked at https://github.com/sungonce/CVNet and put it into {tmp_path / 'weights'}"
     ]
     site.requests = []
     assert download("weights").code == 2
@@ -593,7 +593,7 @@ def test_one_item_that_fails_does_not_stop_the_others(download, here, site, oxfo
     last = outcome.err.splitlines()[-1]
     assert errors(outcome) == [last]
     assert "not complete: features, rparis6k;" in last
-    assert f"rparis6k: no address gives paris_1-v1.tgz (https{VGG[4:]}{PARIS_IMAGES[0]}: " in outcome.err
+    assert f"rparis6k: no address provides paris_1-v1.tgz (https{VGG[4:]}{PARIS_IMAGES[0]}: " in outcome.err
     assert f"{VGG}{PARIS_IMAGES[0]}: 404 Not Found" in outcome.err
 
 
@@ -630,7 +630,7 @@ def test_a_file_in_place_of_the_folder_is_one_line(download, here, oxford):
     [
         (["roxford"], "choose from '?roxford5k'?, '?rparis6k'?, '?revisitop1m'?, '?gldv2'?, '?features'?, '?weights'?"),
         ([], "required: ITEM"),
-        (["features", "--mirror", "my.server"], "'my.server' is no http:// or https:// address"),
+        (["features", "--mirror", "my.server"], "'my.server' is not an http:// or https:// address"),
     ],
 )
 def test_bad_arguments_are_one_line(download, site, arguments, words):
@@ -658,7 +658,7 @@ def test_a_host_that_takes_no_connection_is_tried_for_one_file_alone(download, s
         taken.bind(("127.0.0.1", 0))
         outcome = download("features", "--mirror", f"http://127.0.0.1:{taken.getsockname()[1]}")
     assert outcome.code == 0, outcome.err
-    assert outcome.err.count("no luck with http://127.0.0.1") == 1
+    assert outcome.err.count("failed: http://127.0.0.1") == 1
 
 
 @pytest.fixture
@@ -690,7 +690,7 @@ def test_gldv2_is_fetched_checked_unpacked_and_only_queries_are_kept(download, l
     assert sorted(path.stem for path in (here / "gldv2" / "test").rglob("*.jpg")) == ["t00", "t03"]
     assert not list((here / "gldv2").rglob("*.tar"))
     before = len(site.requests)
-    assert "everything was there already" in download(*landmarks).out
+    assert "everything is complete already" in download(*landmarks).out
     assert len(site.requests) == before
 
 

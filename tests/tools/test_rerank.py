@@ -101,9 +101,9 @@ def test_bad_vectors_are_told_and_an_older_order_stays(rerank, vectors, tmp_path
         ((), {"database": tmp_path / "wide.npy"}, "has 32 dimensions"),
         ((), {"database": tmp_path / "whole.npy"}, "is not a floating-point array (N, D)"),
         ((), {"database": tmp_path / "absent.npy"}, "absent.npy: No such file"),
-        (("--ids", tmp_path / "twice.npy"), {}, "query 0 (from 0) has a row twice"),
+        (("--ids", tmp_path / "twice.npy"), {}, "query 0 (from 0) has the same row twice"),
         (("--ids", tmp_path / "far.npy"), {}, "from 0 to 119"),
-        (("--ids", vectors[0]), {}, "whole numbers (12, R) are expected"),
+        (("--ids", vectors[0]), {}, "must contain whole numbers (12, R)"),
         (("--reranker", "dba", "--ids", tmp_path / "one.npy"), {}, "leave --ids out"),
         (("--reranker", "cvnet"), {}, "cvnet needs images"),
     ):

@@ -83,7 +83,7 @@ def test_only_what_is_new_or_changed_is_extracted(search, folder):
     (folder / NAMES[0]).unlink()
     outcome = search("--top", 11)
     assert extracted(outcome) == {"database": 3, "queries": 1}
-    assert "database: 3 images extracted, 7 as before, 3 gone or replaced, 1 unreadable" in outcome.out
+    assert "database: 3 images extracted, 7 unchanged, 3 removed or replaced, 1 unreadable" in outcome.out
     assert "1 of 11 cannot be read" in outcome.out
     assert re.search(r"   1   [\d.]+   1\.0000  sub folder/c\.PNG\n", outcome.out)
     assert NAMES[0] not in re.findall(r"[\d.]+  (.*)\n", outcome.out)
@@ -154,7 +154,7 @@ def test_an_image_that_can_be_read_again_is_tried_again(search, folder):
     unreadable.write_bytes(content)
     os.utime(unreadable, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # the same name, size and time as before
     outcome = search("--top", 11)
-    assert "database: 1 images extracted, 10 as before" in outcome.out
+    assert "database: 1 images extracted, 10 unchanged" in outcome.out
     assert "2 of 11 cannot be read" in outcome.out
     assert f"  {NAMES[0]}\n" in outcome.out
 
@@ -270,7 +270,7 @@ def test_milvus_is_updated_in_place(search, entities, folder, tmp_path):
     def update() -> tuple[int, ...]:
         outcome = search("--index", f"milvus:{tmp_path / 'x.db'}", "--top", 20)
         assert outcome.code == 0, outcome.err
-        counts = re.search(r"(\d+) images new or changed, (\d+) gone, (\d+) as before", outcome.out).groups()
+        counts = re.search(r"(\d+) images new or changed, (\d+) removed, (\d+) unchanged", outcome.out).groups()
         (names,) = entities(tmp_path / "x.db").values()
         shown = re.findall(r"^ +\d+  [\d. ]+  (.*)$", outcome.out, re.MULTILINE)
         assert sorted(shown) == names
@@ -301,7 +301,7 @@ def test_an_interrupted_insertion_is_resumed_and_nothing_stands_twice(
         patched.setattr(pymilvus.MilvusClient, "upsert", interrupted)
         assert search(*words).code == 130
     outcome = search(*words)
-    assert "7 images new or changed, 0 gone, 2 as before" in outcome.out
+    assert "7 images new or changed, 0 removed, 2 unchanged" in outcome.out
     assert list(entities(tmp_path / "x.db").values()) == [sorted(NAMES)]
 
 

@@ -100,7 +100,7 @@ def test_a_gain_within_the_interval_is_called_chance(tune, tmp_path):
     assert outcome.code == 0, outcome.err
     content = results(tmp_path)
     assert ("may be chance" in outcome.out) == (content["tuning"]["chosen"] != content["tuning"]["paper"])
-    assert ("rank the test set as the paper's do" in outcome.out) != ("may be chance" in outcome.out)
+    assert ("the same rankings of the test set" in outcome.out) != ("may be chance" in outcome.out)
 
 
 def test_queries_of_one_usage_choose_for_those_of_the_other(command, tmp_path):
@@ -130,7 +130,7 @@ def test_queries_of_one_usage_choose_for_those_of_the_other(command, tmp_path):
         (("--on", "new", "--test", "new"), "both new"),
         (("--test", "new"), "give either --on"),
         (("--folds", 13, "--test", "new"), "has 12 queries with positive images"),
-        (("--on", "val", "--test", "new", "--try", "SupG.onemeval", "True"), "it cannot be tried"),
+        (("--on", "val", "--test", "new", "--try", "SupG.onemeval", "True"), "this option cannot be tried"),
         (("--on", "val", "--test", "new", "--try", "SupG.rerank_k", "2,x"), "SupG.rerank_k takes a whole number"),
         (("--on", "val", "--test", "new", "--try", "RERANK.K1", "5,9"), "no effect with TEST.RERANKER superglobal"),
         (("--on", "val", "--test", "new", "--try", "SupG.gemp_p", "2,3"), "no effect with TEST.FEATURES"),

@@ -59,7 +59,7 @@ def test_a_file_of_descriptors_and_one_of_classes_make_a_discriminative_whitenin
     assert "discriminative whitening, 16 to 16 dimensions, from 200 descriptors" in outcome.out
     outcome = command("test.py", *words, "TEST.DATASET_LIST", "roxford5k", "MODEL.WHITENING", "w.pth")
     assert outcome.code == 2
-    assert "is for descriptors of 16 dimensions, these have 2048" in outcome.err
+    assert "takes descriptors of 16 dimensions, but these have 2048" in outcome.err
     (tmp_path / "classes.txt").write_text("one\n")
     outcome = command(*learn, "--labels", tmp_path / "classes.txt", "--dim", 16)
     assert "has 1 lines for 200 descriptors" in outcome.err

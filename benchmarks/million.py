@@ -1,4 +1,4 @@
-"""Evaluation over a million distractors: time and memory of the streamed search and reranking, beside a dense baseline.
+"""Compare evaluation with a million distractors, streamed search and reranking, with a dense baseline: time and memory.
 
     python benchmarks/million.py --folder /tmp/million
 
@@ -39,7 +39,7 @@ DIM, LISTED = 2048, 120
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="where the descriptors are written, once")
+    parser.add_argument("--folder", type=Path, required=True, help="folder for the descriptors")
     parser.add_argument("--rows", type=positive, default=1_000_000, help="distractors [1000000]")
     parser.add_argument("--queries", type=positive, default=70, help="queries [70]")
     parser.add_argument("--repeat", type=positive, default=3, help="runs of each, of which the median counts [3]")
@@ -71,7 +71,7 @@ def write_rows(path: Path, count: int) -> None:
 
 
 def problem(path: Path, count: int) -> tuple[np.ndarray, np.ndarray, list[GroundTruth]]:
-    """Queries that resemble their listed images more or less: the last of them no more than any distractor."""
+    """Returns a problem whose queries resemble their listed images to different degrees, the last not at all."""
     rows = np.load(path, mmap_mode="c")
     rng = np.random.default_rng(1)
     kinds, ends = ("easy", "hard", "junk"), (40, 90)

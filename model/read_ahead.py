@@ -56,7 +56,7 @@ class ReadAhead:
             self.pixels,
             batch_size=None,
             num_workers=workers,
-            prefetch_factor=(2 if workers <= 8 else 1) if workers else None,  # of 64 MB, as Docker has for it
+            prefetch_factor=(2 if workers <= 8 else 1) if workers else None,  # Docker's shared memory is 64 MB
             pin_memory=loading.pin_memory,
             worker_init_fn=partial(_start_worker, pixels=pixel_limit()),
         )
@@ -83,7 +83,7 @@ class ReadAhead:
 
 
 def own_cores() -> int:
-    """Returns how many cores this process may use, shared out among the processes of a `torchrun` on its machine."""
+    """Returns how many cores this process may use, divided among the processes of a `torchrun` on the machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 

@@ -57,7 +57,7 @@ class SuperGlobal(nn.Module):
         if self.fused_pooling and feature_map.is_cuda and not feature_map.requires_grad:
             try:
                 return regional_gem(feature_map, self.rgem.p, self.rgem.window, self.pooling.p, self.pooling.eps)
-            except Exception as error:  # of Triton: whatever a missing compiler or an old GPU makes it raise
+            except Exception as error:  # Triton raises any exception, for example without a compiler or on an old GPU
                 if is_out_of_memory(error):
                     raise
                 log.debug("Regional-GeM and GeM+ in two passes: %s", error)

@@ -13,7 +13,7 @@ import scipy.io
 import torch
 import torchvision
 from conftest import ROOT, Layout, latest
-from described import describe
+from drawn_descriptors import draw_descriptors
 
 import modules
 
@@ -70,7 +70,7 @@ def work(tmp_path, checkpoint_50, checkpoint_101, monkeypatch) -> Path:
         (landmarks / f"{kind}.csv").write_text("\n".join(["id", *(f"{kind[0]}{number}" for number in range(4)), ""]))
     solution = [f"q{number},i{number} i0,{('Public', 'Private')[number % 2]}" for number in range(4)]
     (landmarks / "solution.csv").write_text("\n".join(["id,images,Usage", *solution, ""]))
-    describe(tmp_path / "plain", tmp_path / "plain", "v", 0)
+    draw_descriptors(tmp_path / "plain", tmp_path / "plain", "v", 0)
     shutil.copy(tmp_path / "plain" / "v_query.npy", folder / "q.npy")
     shutil.copy(tmp_path / "plain" / "v_db.npy", folder / "d.npy")
     ids = np.argsort(-(np.load(folder / "q.npy") @ np.load(folder / "d.npy").T), axis=1)[:, :30]
@@ -196,7 +196,7 @@ def test_a_reranker_is_a_class_and_two_lines(tmp_path):
     (copy / "assembly.py").write_text(assembly)
     config = (copy / "config.py").read_text()
     (copy / "config.py").write_text(config.replace('RERANKER_NAMES = ("', 'RERANKER_NAMES = ("by-first", "'))
-    describe(tmp_path / "data", tmp_path / "features", "new", 0)
+    draw_descriptors(tmp_path / "data", tmp_path / "features", "new", 0)
     words = ["TEST.DATASET_LIST", "new", "TEST.DATA_DIR", tmp_path / "data", "TEST.FEATURES", tmp_path / "features"]
     done = subprocess.run(
         [sys.executable, copy / "test.py", *words, "TEST.RERANKER", "by-first"],

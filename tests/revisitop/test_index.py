@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import latest
-from described import describe
+from drawn_descriptors import draw_descriptors
 
 from model.errors import InputError
 from modules.diffusion import DiffusionReranker
@@ -150,7 +150,7 @@ def test_a_row_or_a_query_with_nan_is_named(database, tmp_path, factory):
 
 @pytest.fixture
 def evaluate(command, tmp_path):
-    describe(tmp_path / "data", tmp_path / "features", "new", 0)
+    draw_descriptors(tmp_path / "data", tmp_path / "features", "new", 0)
 
     def run(*arguments):
         features = ("TEST.FEATURES", tmp_path / "features", "TEST.DATA_DIR", tmp_path / "data")

@@ -4,7 +4,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from described import describe
+from drawn_descriptors import draw_descriptors
 
 from model.store import write_json
 
@@ -50,7 +50,7 @@ def test_rows_take_less_room_and_the_loss_is_told(compact, vectors, tmp_path, dt
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_compact_rows_are_distractors_and_a_database(compact, command, vectors, tmp_path, dtype):
-    describe(tmp_path / "data", tmp_path / "features", "new", 0, dim=64)
+    draw_descriptors(tmp_path / "data", tmp_path / "features", "new", 0, dim=64)
     assert compact(vectors, dtype).code == 0
     words = ("TEST.FEATURES", tmp_path / "features", "TEST.DATA_DIR", tmp_path / "data", "TEST.DATASET_LIST", "new")
     maps = []

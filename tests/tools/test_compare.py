@@ -5,15 +5,15 @@ import shutil
 import numpy as np
 import pytest
 from conftest import latest
-from described import describe
+from drawn_descriptors import draw_descriptors
 
 
 @pytest.fixture
 def evaluate(command, tmp_path):
     """Evaluates saved descriptors of a dataset and returns the run's folder."""
     where = (tmp_path / "data", tmp_path / "features")
-    describe(*where, "new", 0)
-    describe(*where, "other", 1)
+    draw_descriptors(*where, "new", 0)
+    draw_descriptors(*where, "other", 1)
 
     def run(*arguments, name="new"):
         words = ("TEST.DATASET_LIST", name, "TEST.DATA_DIR", where[0], "TEST.FEATURES", where[1])

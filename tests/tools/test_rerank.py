@@ -2,13 +2,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import latest
-from described import describe
+from drawn_descriptors import draw_descriptors
 
 
 @pytest.fixture
 def vectors(tmp_path):
     """Queries (12, 32) and a database (120, 32)."""
-    describe(tmp_path / "data", tmp_path / "features", "new", 0)
+    draw_descriptors(tmp_path / "data", tmp_path / "features", "new", 0)
     return [tmp_path / "features" / f"new_{kind}.npy" for kind in ("query", "db")]
 
 

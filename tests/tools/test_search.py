@@ -49,7 +49,7 @@ def test_a_image_finds_itself_and_broken_ones_are_listed(search):
     outcome = search("--top", 3)
     assert outcome.code == 0, outcome.err
     assert re.search(r"\nc\.PNG\n   1   [\d.]+   1\.0000  sub folder/c\.PNG\n   2 .*\n   3 .*\n\Z", outcome.out)
-    assert "database: 2 of 11 cannot be read and are left out: sub folder/cut.jpg, фото/text.jpg" in outcome.out
+    assert "database: 2 of 11 cannot be read and are skipped: sub folder/cut.jpg, фото/text.jpg" in outcome.out
 
 
 def test_json_is_all_of_stdout_and_holds_every_query(search, folder):
@@ -112,7 +112,7 @@ def test_the_report_shows_results_without_right_or_wrong(search, folder):
         ({"database": "FOLDER/a b.jpg"}, "a b.jpg: there is no such folder"),
         ({"queries": "nowhere.jpg"}, "there is no file or folder nowhere.jpg"),
         ({"queries": "FOLDER/фото/text.jpg"}, "queries: .*text.jpg: not an image"),
-        ({"database": "FOLDER/empty"}, r"empty holds no image; files with endings such as \.jpg"),
+        ({"database": "FOLDER/empty"}, r"empty contains no image; files with suffixes such as \.jpg"),
     ],
 )
 def test_what_cannot_be_searched_is_told(search, folder, change, message):
@@ -171,11 +171,9 @@ def test_what_is_left_out_is_counted_by_reason_and_named(search, folder, monkeyp
     monkeypatch.setattr("model.images.FORMATS", ("JPEG", "PNG", "WEBP"))  # as without pillow-heif
     outcome = search("--top", 400)
     assert outcome.code == 0, outcome.err
-    assert re.search(
-        r"2 left out, of a format that is not read here: photo.HEIC, raw.cr2; pip install pillow-heif", outcome.out
-    )
-    assert "3 left out, broken links, folders behind links, or no files: gone.jpg, loop.jpg, pipe.jpg\n" in outcome.out
-    assert "1 left out, hidden\n" in outcome.out
+    assert re.search(r"2 skipped, unsupported image formats: photo.HEIC, raw.cr2; pip install pillow-heif", outcome.out)
+    assert "3 skipped, broken links, linked folders, or not files: gone.jpg, loop.jpg, pipe.jpg\n" in outcome.out
+    assert "1 skipped, hidden\n" in outcome.out
     assert "  folder.jpg/inside.png\n" in outcome.out
     assert "  a\\nforged  line\\x1b[2J.jpg\n" in outcome.out
     assert "\x1b" not in outcome.out + Path("log.txt").read_text()

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 from conftest import latest
-from described import describe
+from drawn_descriptors import draw_descriptors
 from oracles import all_protocols, dense_reranking, full_ranking
 
 GRID = ("--try", "SupG.rerank_k", "2,5,9", "--try", "SupG.rerank_beta", "0.15,2")
@@ -15,7 +15,7 @@ GRID = ("--try", "SupG.rerank_k", "2,5,9", "--try", "SupG.rerank_beta", "0.15,2"
 def sets(tmp_path):
     """Two datasets with saved descriptors."""
     where = tmp_path / "data", tmp_path / "features"
-    return {name: describe(*where, name, seed) for seed, name in enumerate(("val", "new"))}
+    return {name: draw_descriptors(*where, name, seed) for seed, name in enumerate(("val", "new"))}
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_a_gain_within_the_interval_is_called_chance(tune, tmp_path):
 
 
 def test_queries_of_one_usage_choose_for_those_of_the_other(command, tmp_path):
-    content = describe(tmp_path / "plain", tmp_path / "features", "lm", 0)
+    content = draw_descriptors(tmp_path / "plain", tmp_path / "features", "lm", 0)
     folder = tmp_path / "data" / "lm"
     folder.mkdir(parents=True)
     for name, ids in (("queries", content["qimlist"]), ("index", content["imlist"])):

@@ -42,7 +42,7 @@ def test_a_run_has_the_networks_descriptors_and_its_distractors(command, layout,
     assert (other.code, "was extracted with other settings (rgem: 2.5 before, off now)" in other.err) == (2, True)
 
 
-def test_tables_and_search_take_it(command, layout, data):
+def test_tables_and_search_support_other_networks(command, layout, data):
     outcome = command("tools/tables.py", "main", *data, *QUICK)
     assert outcome.code == 0, outcome.err
     assert "| torchvision_resnet18 | roxford5k | reranking |" in outcome.out
@@ -52,7 +52,7 @@ def test_tables_and_search_take_it(command, layout, data):
     assert json.loads(outcome.out)["queries"][0]["results"][0]["file"] == "db_3.jpg"
 
 
-def test_what_a_network_cannot_take_is_refused_and_the_advice_works(command, data):
+def test_unsupported_settings_of_a_network_are_refused_and_the_advice_works(command, data):
     words = [*data, "MODEL.NAME", "timm:vit_tiny_patch16_224", "TEST.WEIGHTS", "untrained", "TEST.SCALE_LIST", 1]
     for advice in (["MODEL.POOLING", "average"], ["SupG.rgem", "False"]):
         outcome = command("test.py", *words, "DATA_LOADER.NUM_WORKERS", 0)
@@ -62,7 +62,7 @@ def test_what_a_network_cannot_take_is_refused_and_the_advice_works(command, dat
     assert command("test.py", *words, "DATA_LOADER.NUM_WORKERS", 0).code == 0
 
 
-def test_pretrained_weights_without_a_connection_are_told(command, data, monkeypatch, tmp_path):
+def test_pretrained_weights_without_a_connection_are_reported(command, data, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     for scheme in ("http", "https"):
         monkeypatch.setenv(f"{scheme}_proxy", "http://127.0.0.1:9")
@@ -73,6 +73,6 @@ def test_pretrained_weights_without_a_connection_are_told(command, data, monkeyp
     assert str(tmp_path / "hub" / "checkpoints") in line
 
 
-def test_local_features_are_cvnets_own(command, data):
+def test_cvnet_reranks_with_its_own_network(command, data):
     outcome = command("test.py", *data, *QUICK, "TEST.RERANKER", "cvnet")
     assert (outcome.code, "needs CVNet's own network" in outcome.err) == (2, True)

@@ -25,7 +25,7 @@ def test_the_documented_commands_parse():
     assert cfg.SupG.onemeval is True
 
 
-def test_a_boolean_alone_is_true_and_a_value_is_taken():
+def test_a_boolean_option_without_a_value_is_true():
     words = ["SupG.gemp", "false", "SupG.rgem", "SupG.sgem", "0", "SupG.rerank"]
     assert pair_options(words) == [
         ("SupG.gemp", "false"),
@@ -94,13 +94,13 @@ def test_a_yaml_file_is_merged_before_the_command_line(tmp_path):
         (["--weights", "x"], "unrecognized arguments: --weights"),
     ],
 )
-def test_bad_options_are_told(words, message):
+def test_bad_options_are_rejected(words, message):
     with pytest.raises(InputError, match=re.escape(message)):
         parse_config(words, "")
 
 
 @pytest.mark.parametrize("value", ["2024", "5", "[1]", "True", "'x'", "None", "1e3"])
-def test_text_that_looks_like_something_else_is_text(value):
+def test_options_of_type_text_stay_text(value):
     assert value == make_config([("TEST.OUT_DIR", value)]).TEST.OUT_DIR
 
 
@@ -119,7 +119,7 @@ def test_a_config_file_is_never_run_and_never_grows(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["- a\n- b\n", "MODEL: [", "word"])
-def test_a_config_file_that_holds_no_options_is_told(tmp_path, content):
+def test_a_config_file_without_options_is_rejected(tmp_path, content):
     path = tmp_path / "run.yaml"
     path.write_text(content)
     with pytest.raises(InputError, match=r"run.yaml"):

@@ -133,7 +133,7 @@ def test_a_block_that_does_not_run_says_why():
             assert found["reason"] is None or len(found["reason"].split()) >= 3
 
 
-def test_the_site_builds_without_a_warning(tmp_path):
+def test_the_site_builds_without_warnings(tmp_path):
     pytest.importorskip("mkdocs", reason="the site needs docs/requirements.txt")
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"],
@@ -144,7 +144,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert "SupG.rerank_beta" in options
 
 
-def test_links_of_the_readme_lead_somewhere():
+def test_links_of_the_readme_are_valid():
     for page in ("README.md", "CONTRIBUTING.md"):
         for target in re.findall(r"\]\((?!http)([^)#]+)(?:#[^)]*)?\)", (ROOT / page).read_text()):
             assert (ROOT / target).exists(), f"{page}: {target}"

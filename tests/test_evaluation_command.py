@@ -38,7 +38,7 @@ def evaluate_saved(work, layout, rerank: tuple | None = None) -> dict[str, float
 
 
 @pytest.mark.parametrize("scales", [1, 3, 5])
-def test_figures_are_the_protocols_for_the_saved_descriptors(command, layout, checkpoint_50, tmp_path, scales):
+def test_metrics_follow_the_protocol_for_the_saved_descriptors(command, layout, checkpoint_50, tmp_path, scales):
     outcome = command(
         "test.py", "MODEL.DEPTH", 50, "TEST.WEIGHTS", checkpoint_50.parent, "TEST.DATA_DIR", layout.data_dir,
         *MODULES, "TEST.DATASET_LIST", "['roxford5k']", "TEST.SCALE_LIST", scales, "DATA_LOADER.NUM_WORKERS", 0,
@@ -54,7 +54,7 @@ def test_figures_are_the_protocols_for_the_saved_descriptors(command, layout, ch
     assert np.load(latest(work / "output") / "roxford5k_reranking_ranks.npy").shape == (3, 24)
 
 
-def test_reranking_can_be_set_and_switched_off_and_descriptors_are_used_again(command, layout, checkpoint_50, tmp_path):
+def test_reranking_can_be_set_and_switched_off_and_descriptors_are_reused(command, layout, checkpoint_50, tmp_path):
     base = ("TEST.WEIGHTS", checkpoint_50, "TEST.DATA_DIR", layout.data_dir, "TEST.DATASET_LIST", "roxford5k")
     quick = ("TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0)
     outcome = command("test.py", *base, *quick, "SupG.rerank", "False")
@@ -73,7 +73,7 @@ def test_reranking_can_be_set_and_switched_off_and_descriptors_are_used_again(co
     np.testing.assert_array_equal(after[4], after[3])
 
 
-def test_descriptors_of_another_precision_are_made_anew(command, layout, checkpoint_50, tmp_path):
+def test_descriptors_of_another_precision_are_extracted_again(command, layout, checkpoint_50, tmp_path):
     base = ("TEST.WEIGHTS", checkpoint_50, "TEST.DATA_DIR", layout.data_dir, "TEST.DATASET_LIST", "roxford5k")
     rows = {}
     for precision in ("fp32", "bf16"):
@@ -123,7 +123,7 @@ def refused(command, layout, checkpoint_50):
     return run
 
 
-def test_weights_that_are_not_there(refused, tmp_path):
+def test_missing_weights(refused, tmp_path):
     assert "no file or folder" in refused(weights=tmp_path / "none.pyth")
 
 
@@ -145,7 +145,7 @@ def test_a_resnet_101_file_for_depth_50(refused, checkpoint_101):
     assert "is a ResNet-101" in refused(weights=checkpoint_101.parent)
 
 
-def test_a_file_that_is_no_checkpoint(refused, tmp_path):
+def test_a_file_that_is_not_a_checkpoint(refused, tmp_path):
     path = tmp_path / "page.pyth"
     path.write_text("<html>")
     assert "is not a PyTorch file" in refused(weights=path)
@@ -203,7 +203,7 @@ def test_damaged_images_are_all_named(refused, layout):
     assert re.search(r"2 images cannot be used: .*db_3.jpg: .*truncated.*, .*db_9.jpg: not an image", line)
 
 
-def test_after_a_damaged_image_is_replaced_the_run_goes_on(refused, layout, tmp_path):
+def test_after_a_damaged_image_is_replaced_the_run_resumes(refused, layout, tmp_path):
     image = layout.image("db_20")
     whole = image.read_bytes()
     image.write_text("not an image")
@@ -225,7 +225,7 @@ def test_an_image_of_too_many_pixels_is_read_with_the_limit_that_the_error_advis
     assert command("test.py", *data, "TEST.SCALE_LIST", 1, *line.split(" try ")[1].split()).code == 0
 
 
-def test_missing_images_of_the_last_dataset_are_told_before_the_first_is_extracted(refused, layout):
+def test_missing_images_of_the_last_dataset_are_reported_before_the_first_is_extracted(refused, layout):
     shutil.copytree(layout.folder, layout.data_dir / "rparis6k")
     (layout.data_dir / "rparis6k" / "gnd_roxford5k.pkl").rename(layout.data_dir / "rparis6k" / "gnd_rparis6k.pkl")
     (layout.data_dir / "rparis6k" / "jpg" / "db_3.jpg").unlink()
@@ -334,7 +334,7 @@ def test_unit_length_is_restored_with_a_warning(evaluate_features, layout, tmp_p
         (lambda q, x: ((q * 100).astype(np.int16), x), "floating-point array, got int16"),
     ],
 )
-def test_saved_descriptors_that_do_not_fit_are_told(evaluate_features, tmp_path, features, change, message):
+def test_saved_descriptors_that_do_not_fit_are_rejected(evaluate_features, tmp_path, features, change, message):
     outcome = evaluate_features(save_features(tmp_path / "saved", "mat", *change(*features)))
     assert outcome.code == 2
     assert message in outcome.err
@@ -352,7 +352,7 @@ def test_queries_and_database_of_different_settings_are_not_compared(evaluate_fe
 @pytest.mark.parametrize(
     "name", ["none.mat", "bad.mat", "bad.npz", "bad.pth", "roxford5k_db.npy", "x.txt", "other.npy"]
 )
-def test_files_without_descriptors_are_told(evaluate_features, tmp_path, name):
+def test_files_without_descriptors_are_rejected(evaluate_features, tmp_path, name):
     path = tmp_path / name
     if name != "none.mat":
         path.write_text("something else")
@@ -362,7 +362,9 @@ def test_files_without_descriptors_are_told(evaluate_features, tmp_path, name):
 
 
 @pytest.mark.parametrize("dimensions", [3, 24])
-def test_as_many_dimensions_as_images_and_descriptors_are_what_has_unit_length(command, layout, tmp_path, dimensions):
+def test_with_as_many_dimensions_as_images_descriptors_are_recognised_by_unit_length(
+    command, layout, tmp_path, dimensions
+):
     rows = np.random.default_rng(0).standard_normal((27, dimensions)).astype(np.float32)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     words = ("TEST.DATA_DIR", layout.data_dir, "TEST.DATASET_LIST", "roxford5k", "TEST.FEATURES")

@@ -134,7 +134,7 @@ def test_two_processes_killed_and_restarted_end_with_the_same_file(work, argumen
     assert not list(work.glob("*.journal*"))
 
 
-def test_damage_between_two_runs_is_told_and_never_used(work, arguments, whole):
+def test_damage_between_two_runs_is_reported_and_damaged_rows_are_never_used(work, arguments, whole):
     command = [sys.executable, "driver.py", *arguments]
     assert run_until(command, work, 5) is None
     part, journal = work / "feats_1m_RN50.pth.part", work / "feats_1m_RN50.pth.journal"
@@ -160,7 +160,7 @@ def test_a_second_start_after_the_end_changes_nothing(command, arguments, whole,
     assert (tmp_path / "work" / whole.name).stat() == before
 
 
-def test_a_image_that_cannot_be_read_stops_or_is_skipped(command, arguments, distractors, tmp_path):
+def test_an_image_that_cannot_be_read_stops_the_run_or_is_skipped(command, arguments, distractors, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(distractors, folder)
     (folder / "jpg" / "1" / "004.jpg").write_text("no image")
@@ -226,7 +226,7 @@ def test_a_file_of_other_settings_is_neither_overwritten_nor_mixed(command, argu
     assert "has no provenance file feats_1m_RN50.pth.json" in outcome.err
 
 
-def test_a_second_file_of_other_settings_and_another_ending_is_not_taken_for_the_first(
+def test_a_second_file_with_other_settings_and_suffix_is_not_mistaken_for_the_first(
     command, layout, arguments, checkpoint_50
 ):
     for out, relup in (("found.pth", True), ("found.npy", False)):
@@ -255,7 +255,7 @@ def test_an_interrupted_run_of_other_settings_is_not_mixed(work, command, argume
     assert "relup: 0.014 before, off now" in outcome.err
 
 
-def test_a_full_disk_is_told_before_the_start(command, arguments, monkeypatch):
+def test_a_full_disk_is_reported_before_the_start(command, arguments, monkeypatch):
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
     outcome = command("extract_rop1m.py", *arguments)
@@ -331,9 +331,7 @@ def test_distractors_of_other_settings_are_refused(command, layout, checkpoint_5
     assert command("test.py", *options, "TEST.SCALE_LIST", "1").code == 0
 
 
-def test_distractors_that_do_not_tell_what_made_them_are_used_with_a_warning(
-    command, layout, checkpoint_50, whole, tmp_path
-):
+def test_distractors_without_provenance_are_used_with_a_warning(command, layout, checkpoint_50, whole, tmp_path):
     path = tmp_path / "alone.pth"
     path.symlink_to(whole)
     outcome = command(
@@ -368,7 +366,7 @@ def test_distractors_of_another_depth_are_refused(command, layout, checkpoint_10
     ],
 )
 @pytest.mark.parametrize("suffix", [".pth", ".npy"])
-def test_distractors_that_do_not_fit_are_told(evaluate, tmp_path, rows, message, suffix):
+def test_distractors_that_do_not_fit_are_rejected(evaluate, tmp_path, rows, message, suffix):
     path = tmp_path / f"feats{suffix}"
     if suffix == ".npy":
         np.save(path, rows.astype(np.float32) if rows.dtype == np.float64 else rows)
@@ -381,7 +379,7 @@ def test_distractors_that_do_not_fit_are_told(evaluate, tmp_path, rows, message,
 
 @pytest.mark.parametrize("kept", [0, 0.5, 0.999])
 @pytest.mark.parametrize("suffix", [".pth", ".npy"])
-def test_truncated_and_empty_files_are_told(evaluate, tmp_path, suffix, kept):
+def test_truncated_and_empty_files_are_rejected(evaluate, tmp_path, suffix, kept):
     path = tmp_path / f"feats{suffix}"
     np.save(path, far_rows(50)) if suffix == ".npy" else torch.save(torch.from_numpy(far_rows(50)), path)
     os.truncate(path, int(path.stat().st_size * kept))

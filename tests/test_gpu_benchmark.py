@@ -62,7 +62,7 @@ def test_the_rows_fit_the_table_of_the_readme(results):
     assert {row.count("|") for row in rows} == {header.count("|")}
 
 
-def test_a_part_that_would_not_fit_is_left_out_with_a_word():
+def test_a_part_that_would_not_fit_is_skipped_with_a_message():
     printed = run("--minutes", "0")
     assert printed.count("left out: it takes about") == 10
     assert "FAILED" not in printed

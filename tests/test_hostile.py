@@ -40,7 +40,7 @@ def told_in_one_line(outcome) -> str:
     return lines[0]
 
 
-def test_a_disk_too_full_for_the_rows_is_told_and_the_run_resumes(command, words, tmp_path):
+def test_a_disk_too_full_for_the_rows_is_reported_and_the_run_resumes(command, words, tmp_path):
     outcome = limited(tmp_path / "work", words, 100_000)  # the queries' rows fit, the database's do not
     assert outcome.returncode == 2
     assert "roxford5k_db.npy.part" in told_in_one_line(outcome)
@@ -52,7 +52,7 @@ def test_a_disk_too_full_for_the_rows_is_told_and_the_run_resumes(command, words
     np.testing.assert_array_equal(rows, np.load(kept(tmp_path / "work" / "alone", "roxford5k") / "roxford5k_db.npy"))
 
 
-def test_a_disk_too_full_for_the_log_is_told(words, tmp_path):
+def test_a_disk_too_full_for_the_log_is_reported(words, tmp_path):
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "log.txt").write_bytes(b"-" * 500_000)
     outcome = limited(tmp_path / "work", words, 500_100)
@@ -60,7 +60,7 @@ def test_a_disk_too_full_for_the_log_is_told(words, tmp_path):
     assert "log.txt" in told_in_one_line(outcome)
 
 
-def test_a_folder_removed_in_mid_run_is_told_and_the_next_run_is_whole(command, words, tmp_path, monkeypatch):
+def test_a_folder_removed_during_a_run_is_reported_and_the_next_run_is_complete(command, words, tmp_path, monkeypatch):
     output, read = tmp_path / "work" / "output", ImageFile.read
 
     def remove(image: ImageFile) -> np.ndarray:
@@ -76,7 +76,7 @@ def test_a_folder_removed_in_mid_run_is_told_and_the_next_run_is_whole(command, 
     assert command("test.py", *words).code == 0
 
 
-def test_a_clock_that_was_set_back_changes_nothing(command, words, tmp_path):
+def test_a_clock_that_was_set_back_has_no_effect(command, words, tmp_path):
     assert command("test.py", *words).code == 0
     for path in (tmp_path / "work" / "output").rglob("*"):
         os.utime(path, (4e9, 4e9), follow_symlinks=False)
@@ -84,7 +84,7 @@ def test_a_clock_that_was_set_back_changes_nothing(command, words, tmp_path):
 
 
 @pytest.mark.parametrize("error", [errno.EOPNOTSUPP, errno.EINVAL, None])
-def test_a_file_system_that_reserves_no_room_will_do(tmp_path, monkeypatch, error):
+def test_a_file_system_that_cannot_reserve_space_is_supported(tmp_path, monkeypatch, error):
     def refuse(*_):
         raise OSError(error, os.strerror(error))
 

@@ -30,7 +30,7 @@ def test_a_list_of_mixed_sizes_and_kinds_keeps_its_order(hub_model, reference):
     torch.testing.assert_close(together, alone, atol=2e-6, rtol=0)
 
 
-def test_pil_images_are_turned_upright_and_stay_as_they_were(hub_model, reference):
+def test_pil_images_are_turned_upright_without_changing_them(hub_model, reference):
     image = Image.fromarray(reference["image_1"][:60, :80]).rotate(90, expand=True)
     image.getexif()[0x0112] = 6  # to be turned by 90 degrees clockwise
     size = image.size
@@ -65,7 +65,7 @@ def test_modules_are_switched_as_on_the_command_line(checkpoint_50):
         load(scales=4)
 
 
-def test_a_module_of_the_users_with_our_name_is_told(monkeypatch):
+def test_another_module_with_the_name_of_ours_is_reported(monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "model"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "model", types.ModuleType("model"))
@@ -92,12 +92,12 @@ def test_the_reranker_comes_with_its_settings():
         (3, "got int"),
     ],
 )
-def test_what_is_no_image_is_told(hub_model, image, message):
+def test_invalid_images_are_rejected(hub_model, image, message):
     with pytest.raises(ValueError, match=message):
         hub_model(image)
 
 
-def test_missing_weights_are_told():
+def test_missing_weights_are_reported():
     with pytest.raises(ValueError, match=r"no file or folder nowhere\.pyth; see weights/README\.md"):
         torch.hub.load(str(ROOT), "superglobal_resnet50", source="local", weights="nowhere.pyth")
 

@@ -145,7 +145,7 @@ def test_each_option_of_the_network_changes_the_descriptors_provenance(key, chec
     assert recipes[0].provenance() != recipes[1].provenance()
 
 
-def test_an_option_without_effect_is_told(command, tiny, checkpoint_50):
+def test_an_option_without_effect_is_reported(command, tiny, checkpoint_50):
     words = ("TEST.WEIGHTS", checkpoint_50, "TEST.DATA_DIR", tiny.data_dir, "TEST.DATASET_LIST", "roxford5k")
     off = ("SupG.gemp", "False", "SupG.gemp_p", 3, "TEST.RERANKER", "none", "SupG.rerank_m", 30)
     outcome = command("test.py", *words, *off, "TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0)
@@ -179,13 +179,13 @@ def test_descriptors_of_another_size_are_used_as_advised(command, runs):
     assert command("test.py", *words, *advice).code == 0
 
 
-def test_a_gpu_that_is_not_there_is_replaced_as_advised(command, runs):
+def test_a_missing_gpu_is_replaced_as_advised(command, runs):
     words = runs["test.py"][1]
     advice = advised(command("test.py", *words, "TEST.DEVICE", "cuda:99"))
     assert command("test.py", *words, *advice).code == 0
 
 
-def test_an_interrupted_run_stays_whole_beside_a_run_of_other_settings(command, runs, tiny):
+def test_an_interrupted_run_is_not_affected_by_a_run_with_other_settings(command, runs, tiny):
     words, damaged = runs["test.py"][1], tiny.image("db_3")
     whole = damaged.read_bytes()
     damaged.write_text("not an image")
@@ -218,7 +218,7 @@ def test_help_and_mistyped_options_need_no_pytorch(tmp_path):
         assert done.returncode == expected, done.stderr
 
 
-def test_a_checkpoint_that_does_not_fit_costs_nothing_that_is_there(command, runs):
+def test_a_checkpoint_that_does_not_fit_leaves_saved_descriptors_unchanged(command, runs):
     words = runs["test.py"][1]
     assert command("test.py", *words).code == 0
     assert command("test.py", *words, "MODEL.DEPTH", 101).code == 2

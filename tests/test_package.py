@@ -14,7 +14,7 @@ from conftest import ROOT
 NAMES = ("GeMPlus", "RegionalGeM", "ScaleGeM", "ReLUPlus", "SuperGlobalReranker", "attach")
 
 
-def test_the_wheel_holds_superglobal_alone_and_needs_torch_alone(wheel):
+def test_the_wheel_contains_only_superglobal_and_needs_only_torch(wheel):
     with zipfile.ZipFile(wheel) as file:
         names = file.namelist()
         metadata = next(file.read(name).decode() for name in names if name.endswith("METADATA"))
@@ -34,7 +34,7 @@ def run_installed(site, folder, code: str) -> str:
     return done.stdout
 
 
-def test_it_imports_without_torchvision_yacs_and_this_checkout(site, tmp_path):
+def test_the_package_imports_without_torchvision_yacs_and_this_checkout(site, tmp_path):
     out = run_installed(site, tmp_path, f"from superglobal import {', '.join(NAMES)}\nprint(attach.__module__)")
     assert out == "superglobal.attach\n"
 

@@ -104,7 +104,7 @@ class TabledScores:
 
 
 @pytest.mark.filterwarnings("ignore:Mean of empty slice", "ignore:invalid value encountered")
-def test_ignored_images_leave_before_the_first_m_are_sorted_anew():
+def test_ignored_images_are_removed_before_the_first_m_are_sorted_again():
     rng = np.random.default_rng(3)
     for _ in range(100):
         n, q, m = int(rng.integers(1, 60)), int(rng.integers(1, 12)), int(rng.integers(1, 70))

@@ -12,7 +12,7 @@ def program(mark: str) -> str:
     return code
 
 
-def test_the_steps_of_a_program_of_ones_own(monkeypatch, capsys, tmp_path, checkpoint_50):
+def test_the_library_functions_in_a_users_program(monkeypatch, capsys, tmp_path, checkpoint_50):
     (tmp_path / "weights").symlink_to(checkpoint_50.parent)
     Layout(tmp_path / "data")
     (tmp_path / "holiday").symlink_to(tmp_path / "data" / "roxford5k" / "jpg")

@@ -133,7 +133,7 @@ def test_an_asynchronous_copy_arrives_when_its_event_is_waited_for(device):
     ],
 )
 @pytest.mark.parametrize("inference", [False, True])
-def test_what_waits_for_the_device_is_counted(device, waits, count, inference):
+def test_waits_for_the_device_are_counted(device, waits, count, inference):
     x = torch.arange(3, device=DEVICE)
     with torch.inference_mode(inference):
         waits(x)
@@ -271,7 +271,7 @@ def test_the_papers_network_extracts_the_cpus_descriptors(device, recipe, on_cpu
     np.testing.assert_allclose(rows, expected, **OTHER_ROUNDING)
 
 
-def test_memory_that_pytorch_holds_and_does_not_use_is_free(device):
+def test_memory_that_pytorch_reserves_without_using_it_is_free(device):
     extractor = NetworkExtractor(SmallNetwork().to(DEVICE), nn.Identity(), dim=8, scales=(4.0,))
     device.reserved = 15 << 30
     small = batching.first_batch_size(extractor).pixels
@@ -425,7 +425,7 @@ def test_feature_maps_come_to_the_cpu(device, checkpoint_50, pair_network, image
         torch.testing.assert_close(maps[number], expected[number], **MAP_ROUNDING)
 
 
-def test_the_keys_of_a_batch_are_as_many_as_the_device_holds_where_maps_are_still_on_the_cpu(device):
+def test_the_batch_of_keys_fits_the_device_even_if_maps_are_on_the_cpu(device):
     network = CVNetRerank.__new__(CVNetRerank)
     nn.Module.__init__(network)
     with torch.device("meta"):

@@ -46,7 +46,7 @@ def test_imports_go_down(place):
     assert {str(path): extra for path in files_of(place) if (extra := roots_of(path) - ALLOWED[place])} == {}
 
 
-def test_every_python_file_of_the_house_has_a_floor():
+def test_every_python_file_has_a_layer():
     places = {path.name for path in ROOT.iterdir() if path.suffix == ".py" or list(path.glob("*.py"))}
     assert places - {"tests", "benchmarks", "examples", "docs"} == {*ALLOWED, *COMMANDS}
 
@@ -59,14 +59,14 @@ def test_the_options_import_nothing_heavy():
     assert roots_of(ROOT / "model" / "errors.py") == set()
 
 
-def test_options_and_assembly_are_for_commands_alone():
+def test_only_commands_import_options_and_assembly():
     library = [path for place in ALLOWED if place != "assembly.py" for path in files_of(place)]
     library += files_of("benchmarks") + files_of("examples")
     users = {path.relative_to(ROOT) for path in library if roots_of(path) & {"config", "assembly"}}
     assert users == set()
 
 
-def test_there_is_no_circle_of_files():
+def test_files_do_not_import_each_other_in_a_circle():
     files = [path for place in (*ALLOWED, *COMMANDS) for path in files_of(place)]
     names = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in files}
     uses = {name: (imported(path) & names.keys()) - {name} for name, path in names.items()}

@@ -72,14 +72,14 @@ def test_another_descriptor_size_is_named(checkpoint_50):
 
 
 @pytest.mark.parametrize(("key", "value"), [("head.pool.p", 0.0), ("s1.b1.f.a_bn.running_var", -1.0)])
-def test_numbers_that_cannot_be_are_told(checkpoint_50, key, value):
+def test_invalid_numbers_are_rejected(checkpoint_50, key, value):
     state = encoder_state(checkpoint_50)
     state[key] = torch.full_like(state[key], value)
     with pytest.raises(InputError, match=re.escape(key)):
         load_strictly(encoder(), state, checkpoint_50, "a ResNet-50")
 
 
-def test_loaded_weights_do_not_hang_on_the_file(checkpoint_50, tmp_path):
+def test_loaded_weights_do_not_depend_on_the_file(checkpoint_50, tmp_path):
     path = tmp_path / "copy.pyth"
     path.write_bytes(checkpoint_50.read_bytes())
     network = load_encoder(encoder(), path)
@@ -99,7 +99,7 @@ def test_loaded_weights_do_not_hang_on_the_file(checkpoint_50, tmp_path):
         ({"model_state": RunsCode()}, "is refused: it contains more than tensors and might run code"),
     ],
 )
-def test_a_file_that_is_no_checkpoint_is_told(tmp_path, monkeypatch, content, message):
+def test_a_file_that_is_not_a_checkpoint_is_rejected(tmp_path, monkeypatch, content, message):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "file.pth"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
@@ -110,7 +110,7 @@ def test_a_file_that_is_no_checkpoint_is_told(tmp_path, monkeypatch, content, me
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("kept", [0.02, 0.5, 0.99])
-def test_a_truncated_checkpoint_is_told(tmp_path, zipped, kept):
+def test_a_truncated_checkpoint_is_rejected(tmp_path, zipped, kept):
     path = tmp_path / "cut.pth"
     torch.save(small_state(), path, _use_new_zipfile_serialization=zipped)
     os.truncate(path, int(path.stat().st_size * kept))

@@ -138,7 +138,7 @@ def test_depth_101_loads(checkpoint_101):
         ),
     ],
 )
-def test_a_state_that_does_not_fit_is_told(tmp_path, seeded_state, change, message):
+def test_a_state_that_does_not_fit_is_rejected(tmp_path, seeded_state, change, message):
     state = {key: value.clone() for key, value in seeded_state.items()}
     change(state)
     path = tmp_path / "changed.pyth"
@@ -159,7 +159,7 @@ def test_keys_behind_module_are_found(tmp_path, seeded_state, reference, maps):
     np.testing.assert_allclose(out, reference["cvnet_scores"][0, 1], atol=1e-6, rtol=0)
 
 
-def test_shapes_that_do_not_fit_are_told(network):
+def test_shapes_that_do_not_fit_are_rejected(network):
     with pytest.raises(ValueError, match=r"a query's feature map must have shape \(1, 1024, h, w\), got \(2, 1024"):
         network.query_inputs(random_maps(2, 3, 3))
     query = network.query_inputs(random_maps(1, 3, 3))
@@ -169,7 +169,7 @@ def test_shapes_that_do_not_fit_are_told(network):
         network.score(random_maps(1, 3, 3), random_maps(1, 3, 3))
 
 
-def test_a_pair_that_does_not_fit_into_memory_is_told(network, monkeypatch):
+def test_a_pair_that_does_not_fit_into_memory_is_reported(network, monkeypatch):
     def full(*_):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 

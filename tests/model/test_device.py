@@ -76,7 +76,7 @@ def _searched(choice) -> None:
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_tf32_is_forbidden_whatever_was_chosen_before(choice):
+def test_tf32_is_disabled_regardless_of_earlier_settings(choice):
     in_a_process(_forbidden, choice)
 
 

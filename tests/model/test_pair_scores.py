@@ -63,7 +63,7 @@ def by_the_book(ranking, cosine, scores, ground_truth, topk) -> dict[str, float]
     return figures
 
 
-def test_figures_are_the_protocols_for_each_number_of_candidates(evaluate, layout, network, tmp_path):
+def test_metrics_follow_the_protocol_for_each_number_of_candidates(evaluate, layout, network, tmp_path):
     outcome = evaluate("TEST.RERANKER", "cvnet", "TEST.TOPK_LIST", "[6, 400]")
     assert outcome.code == 0, outcome.err
     output = tmp_path / "work" / "output"
@@ -94,7 +94,7 @@ def test_the_reranker_is_chosen(evaluate, tmp_path, arguments, stages):
     assert {name for name in entry if name.startswith("re")} == stages
 
 
-def test_scores_are_used_again_until_an_image_changes(evaluate, layout):
+def test_scores_are_reused_until_an_image_changes(evaluate, layout):
     first = evaluate("TEST.RERANKER", "cvnet")
     again = evaluate("TEST.RERANKER", "cvnet")
     assert "roxford5k_cvnet.npy: reused" in again.out
@@ -146,7 +146,7 @@ def test_an_interrupted_run_resumes_at_the_next_query(layout, checkpoint_50, net
     assert whole_metrics["M"].map == resumed_metrics["M"].map
 
 
-def test_maps_on_disk_stay_within_their_limit_and_are_used_again(layout, network, tmp_path):
+def test_maps_on_disk_stay_within_their_limit_and_are_reused(layout, network, tmp_path):
     images = load_dataset("roxford5k", layout.data_dir).database
     (first,) = FeatureMaps(network, {}, tmp_path / "one", 1 << 30).of(images[:1])
     limit = 5 * (first[1].nbytes + 128)
@@ -185,7 +185,7 @@ def test_batches_are_of_equal_sizes_and_hold_every_map():
         ),
     ],
 )
-def test_what_cannot_be_reranked_is_told(evaluate, arguments, message):
+def test_invalid_candidates_are_rejected(evaluate, arguments, message):
     outcome = evaluate(*arguments)
     assert outcome.code == 2
     assert message in outcome.err

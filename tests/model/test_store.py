@@ -34,19 +34,19 @@ def finish(path) -> np.ndarray:
     return np.load(path)
 
 
-def test_rows_come_back_as_they_went_in(path):
+def test_rows_are_read_as_they_were_written(path):
     np.testing.assert_array_equal(finish(path), ROWS)
     assert sorted(file.name for file in path.parent.iterdir()) == ["rows.npy", "rows.npy.json"]
 
 
-def test_a_second_start_goes_on_where_the_first_ended(path):
+def test_a_second_start_resumes_the_first(path):
     begin(path, 6)
     assert not path.exists()
     assert DescriptorStore(path, 10, 4, SOURCE).missing().tolist() == [6, 7, 8, 9]
     np.testing.assert_array_equal(finish(path), ROWS)
 
 
-def test_rows_that_were_not_flushed_are_made_again(path):
+def test_rows_that_were_not_flushed_are_missing_again(path):
     begin(path, 3)
     store = DescriptorStore(path, 10, 4, SOURCE)
     store.write(3, ROWS[3])
@@ -54,7 +54,7 @@ def test_rows_that_were_not_flushed_are_made_again(path):
     assert 3 in DescriptorStore(path, 10, 4, SOURCE).missing()
 
 
-def test_a_torn_last_line_of_the_journal_is_made_again(path, caplog):
+def test_the_row_of_an_incomplete_last_line_of_the_journal_is_missing(path, caplog):
     begin(path, 6, blocks=2)
     journal = path.with_name("rows.npy.journal")
     journal.write_bytes(journal.read_bytes()[:-5])
@@ -64,7 +64,7 @@ def test_a_torn_last_line_of_the_journal_is_made_again(path, caplog):
 
 
 @pytest.mark.parametrize("name", ["rows.npy.journal", "rows.npy.part"])
-def test_a_damaged_block_is_told_and_never_used(path, caplog, name):
+def test_a_damaged_block_is_reported_and_never_used(path, caplog, name):
     begin(path, 6, blocks=2)
     file = path.with_name(name)
     content = bytearray(file.read_bytes())
@@ -89,7 +89,7 @@ def test_a_journal_without_a_head_and_a_part_of_another_length_are_refused(path)
         DescriptorStore(path, 10, 4, SOURCE)
 
 
-def test_a_run_that_made_no_row_is_no_obstacle(path):
+def test_a_run_without_any_row_does_not_conflict_with_other_settings(path):
     DescriptorStore(path, 10, 4, {**SOURCE, "checkpoint": "the wrong one"})
     assert len(DescriptorStore(path, 10, 4, SOURCE).missing()) == 10
     finish(path)
@@ -104,7 +104,7 @@ def test_rows_of_other_settings_are_not_mixed(path):
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_only_rows_whose_image_changed_are_made_again(path, finished):
+def test_only_rows_whose_image_changed_are_extracted_again(path, finished):
     fingerprints = [f"size-{row}" for row in range(10)]
     store = DescriptorStore(path, 10, 4, SOURCE, fingerprints=fingerprints)
     for row in range(10 if finished else 6):
@@ -156,7 +156,7 @@ def test_files_of_one_name_and_two_endings_keep_their_provenance_apart(path):
     assert provenance_differences(other, SOURCE) == ["checkpoint: xyz before, abc now"]
 
 
-def test_provenance_under_the_name_of_older_versions_is_read_where_it_is_clear_whose_it_is(path):
+def test_provenance_files_of_older_versions_are_read_if_unambiguous(path):
     finish(path)
     path.with_name("rows.npy.json").rename(path.with_name("rows.json"))
     assert DescriptorStore(path, 10, 4, SOURCE).complete
@@ -165,7 +165,7 @@ def test_provenance_under_the_name_of_older_versions_is_read_where_it_is_clear_w
     assert provenance_differences(path.with_name("rows.pth"), SOURCE) is None
 
 
-def test_a_finished_file_is_used_again_only_for_the_same_source(path):
+def test_a_finished_file_is_reused_only_with_the_same_provenance(path):
     finish(path)
     assert DescriptorStore(path, 10, 4, SOURCE).complete
     assert not DescriptorStore(path, 10, 4, {**SOURCE, "scales": [1.0]}).complete
@@ -211,7 +211,7 @@ def test_other_settings_that_made_no_row_leave_the_finished_file_as_it_is(path):
     np.testing.assert_array_equal(np.load(path), ROWS)
 
 
-def test_rows_of_zeros_are_no_descriptors(path):
+def test_rows_of_zeros_are_not_descriptors(path):
     lost = np.where(np.isin(np.arange(10), (2, 7))[:, None], 0, ROWS).astype(np.float32)
     store = fill(DescriptorStore(path, 10, 4, SOURCE, fingerprints=FINGERPRINTS), lost)
     store.flush()
@@ -226,7 +226,7 @@ def test_rows_of_zeros_are_no_descriptors(path):
 
 @pytest.mark.parametrize("name", ["rows.npy", "rows.npy.part"])
 @pytest.mark.parametrize("size", [0, 20, 130])
-def test_a_damaged_file_is_made_again(path, name, size):
+def test_a_damaged_file_is_replaced(path, name, size):
     store = fill(DescriptorStore(path, 10, 4, SOURCE, fingerprints=FINGERPRINTS))
     store.finish() if name == "rows.npy" else store.flush()
     os.truncate(path.with_name(name), size)

@@ -64,7 +64,7 @@ def test_torchvisions_networks_give_what_enters_their_pooling(name):
     torch.testing.assert_close(out, normalize(GeM(3.0)(seen[0]), dim=-1))
 
 
-def test_a_network_whose_class_was_changed_is_not_taken_for_torchvisions():
+def test_a_changed_class_is_not_mistaken_for_a_torchvision_network():
     class Mine(torchvision.models.ResNet):
         def forward(self, x):
             return self.conv1(x)
@@ -73,7 +73,7 @@ def test_a_network_whose_class_was_changed_is_not_taken_for_torchvisions():
     assert attach(network, scales=(1,))(IMAGES).shape == (2, 64)
 
 
-def test_a_callable_is_attached_and_each_module_does_its_part():
+def test_a_callable_is_attached_and_each_module_changes_the_descriptor():
     network = nn.Conv2d(3, 8, 3, stride=2)
 
     def features(x):
@@ -95,7 +95,7 @@ def test_without_scale_gem_the_scales_are_averaged():
     torch.testing.assert_close(out, normalize(vectors.mean(dim=0), dim=-1))
 
 
-def test_a_named_method_gives_the_map_and_the_networks_own_parts_are_used():
+def test_a_named_method_returns_the_map_and_the_networks_own_parts_are_used():
     class Network(nn.Module):
         def __init__(self):
             super().__init__()
@@ -114,7 +114,7 @@ def test_a_named_method_gives_the_map_and_the_networks_own_parts_are_used():
     assert set(attached.state_dict()) == {f"model.{key}" for key in network.state_dict()}
 
 
-def test_whitening_is_p_times_x_less_m():
+def test_whitening_is_p_times_x_minus_m():
     random = torch.Generator().manual_seed(1)
     p, m = torch.randn(4, 8, generator=random), torch.randn(8, generator=random)
     network = nn.Conv2d(3, 8, 3)
@@ -128,7 +128,7 @@ def test_whitening_is_p_times_x_less_m():
             torch.testing.assert_close(out, normalize(x @ p.T, dim=-1))
 
 
-def test_repr_tells_the_layers_that_changed():
+def test_repr_lists_the_changed_layers():
     text = repr(attach(resnet18(), **PAPER))
     assert "layer1.0.relu: ReLU(inplace=True) -> ReLUPlus(threshold=0.014)" in text
     assert "layer2.1: ends in ReLUPlus(threshold=0.014)" in text
@@ -147,7 +147,7 @@ def test_relu6_keeps_its_ceiling():
 
 
 @pytest.mark.parametrize("way", ["detach", "context"])
-def test_the_original_network_comes_back(way):
+def test_detaching_restores_the_original_network(way):
     network = resnet18()
     keys, before = list(network.state_dict()), network(IMAGES)
     attached = attach(network, **PAPER)
@@ -181,7 +181,7 @@ def test_a_checkpoint_loads_after_attaching():
     assert set(attached.state_dict()) == {f"model.{key}" for key in state}
 
 
-def test_what_is_not_asked_for_stays():
+def test_other_folders_are_kept():
     network = resnet18().train()
     network.layer1.eval()
     with pytest.warns(UserWarning, match="training mode"):
@@ -257,19 +257,19 @@ class Tokens(nn.Module):
         (lambda: attach(resnet18(), pooling=Infinite())(IMAGES), "is not finite|got NaN"),
     ],
 )
-def test_what_does_not_fit_is_told(make, message):
+def test_arguments_that_do_not_fit_are_rejected(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_a_wrong_name_changes_nothing():
+def test_an_invalid_name_changes_nothing():
     network = resnet18()
     with pytest.raises(ValueError, match="layer9"):
         attach(network, relup=("layer1", "layer9"))
     assert not any(isinstance(module, ReLUPlus) for module in network.modules())
 
 
-def test_a_block_that_ends_in_no_relu_is_told():
+def test_a_block_that_does_not_end_in_a_relu_is_rejected():
     class PreActivation(nn.Module):
         def __init__(self):
             super().__init__()
@@ -283,7 +283,7 @@ def test_a_block_that_ends_in_no_relu_is_told():
         attached(IMAGES)
 
 
-def test_a_map_with_its_channels_last_is_told():
+def test_a_map_with_its_channels_last_is_rejected():
     class ChannelsLast(nn.Module):
         num_features = 3
 

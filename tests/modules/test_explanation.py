@@ -46,7 +46,7 @@ def test_the_sums_are_the_rerankers_scores(m, s2):
 
 
 @pytest.mark.parametrize("present", [3, 30])
-def test_candidates_that_are_not_there_have_no_part_in_it(present):
+def test_absent_candidates_have_no_effect(present):
     mask = torch.zeros(40, dtype=torch.bool)
     mask[torch.randperm(40, generator=torch.Generator().manual_seed(1))[:present]] = True
     candidates = rows(40)
@@ -81,7 +81,7 @@ def test_only_the_first_m_are_explained():
         explain(query, candidates, 1, reranker, torch.arange(60) != 1)
 
 
-def test_arrays_are_taken_and_the_input_stays_as_it_is():
+def test_arrays_are_accepted_and_the_input_is_not_modified():
     query, candidates = rows(1, seed=3)[0], rows(30)
     before = candidates.clone()
     why = explain(query.numpy(), candidates.numpy(), 7)

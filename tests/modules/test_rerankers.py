@@ -253,7 +253,7 @@ def test_augmented_rows_are_the_textbooks(kind, k, alpha, monkeypatch, tmp_path)
     np.testing.assert_allclose(np.load(tmp_path / "rows.npy"), expected, atol=1e-6, rtol=0)
 
 
-def test_the_databases_own_memory_is_not_written():
+def test_the_memory_of_the_database_is_not_overwritten():
     rows = torch.eye(6)
     with pytest.raises(ValueError, match="shares memory with the database"):
         augmented_rows(Database([rows[:2], rows[2:]]), out=rows)

@@ -51,7 +51,7 @@ def assert_equal(found, expected) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_parts_of_the_rows_make_up_the_search_of_all(seed):
+def test_merged_searches_of_parts_equal_the_search_of_all_rows(seed):
     queries, database, m, listed = random_problem(seed)
     n, count = len(database), 1 + seed % 7
     parts = [(n * i // count, n * (i + 1) // count) for i in range(count)]
@@ -59,13 +59,13 @@ def test_parts_of_the_rows_make_up_the_search_of_all(seed):
     assert_equal(merged(found, m), search(queries, database, m, listed))
 
 
-def test_rows_that_are_no_part_are_told():
+def test_invalid_ranges_of_rows_are_rejected():
     with pytest.raises(ValueError, match="rows must be ascending numbers from 0 to 10"):
         search(unit(1, 4), unit(10, 4), m=3, rows=(4, 11))
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_gpus_order_of_work_gives_the_same_to_the_bit(seed):
+def test_the_order_of_work_on_a_gpu_gives_the_same_result_to_the_bit(seed):
     queries, database, m, listed = random_problem(seed)
     n = len(database)
     found = _search_without_waiting(queries.double(), database, min(m, n), listed, 200, None, (0, n))
@@ -100,7 +100,7 @@ def test_scores_descend_and_are_cosines():
     torch.testing.assert_close(found.scores, (queries @ database.T).gather(1, found.ids))
 
 
-def test_parts_are_numbered_as_if_stacked():
+def test_parts_are_numbered_as_if_concatenated():
     queries, database = unit(2, 16), unit(30, 16, seed=1)
     parts = Database([database[:11], database[11:12], database[12:]])
     assert torch.equal(search(queries, parts, m=30).ids, search(queries, database, m=30).ids)
@@ -126,18 +126,18 @@ def test_m_above_the_size_of_the_database_gives_all():
         (unit(2, 8), unit(5), r"\(N, D\) tensors"),
     ],
 )
-def test_bad_input_is_told(queries, database, message):
+def test_bad_input_is_rejected(queries, database, message):
     with pytest.raises(ValueError, match=message):
         search(queries, database, m=3)
 
 
-def test_a_listed_row_outside_the_database_is_told():
+def test_a_listed_row_outside_the_database_is_rejected():
     with pytest.raises(ValueError, match="outside the database of 5 rows"):
         search(unit(1, 8), unit(5, 8, seed=1), m=3, listed=[torch.tensor([5])])
 
 
 @pytest.mark.parametrize("number", [-1, 10])
-def test_a_row_that_is_not_there_is_told(number):
+def test_a_missing_row_is_rejected(number):
     with pytest.raises(ValueError, match=f"there is no row {number}; the database has 10 rows"):
         Database([unit(4, 8), unit(6, 8)]).rows(torch.tensor([[3, number]]))
 

@@ -4,7 +4,7 @@ import pytest
 from revisitop.bootstrap import paired_difference
 
 
-def test_the_interval_covers_the_true_difference_about_as_often_as_it_says():
+def test_the_interval_has_about_its_nominal_coverage():
     rng, covered = np.random.default_rng(0), 0
     for _ in range(100):
         a = rng.random(40)
@@ -13,7 +13,7 @@ def test_the_interval_covers_the_true_difference_about_as_often_as_it_says():
     assert 88 <= covered <= 99
 
 
-def test_it_is_paired_antisymmetric_and_the_same_each_time():
+def test_the_difference_is_paired_antisymmetric_and_reproducible():
     rng = np.random.default_rng(1)
     a = rng.random(70)
     b = a + 0.01 + 0.001 * rng.standard_normal(70)  # tiny, but nearly the same for each query

@@ -81,7 +81,7 @@ def test_more_lists_find_more_and_all_of_them_everything(database, tmp_path):
     assert recalls[0] < recalls[1] < recalls[2] == 1
 
 
-def test_an_index_is_used_again_for_the_same_rows_alone(database, tmp_path, caplog):
+def test_an_index_is_reused_only_for_the_same_rows(database, tmp_path, caplog):
     caplog.set_level("INFO")
 
     def outcome(*arguments) -> str:
@@ -114,20 +114,20 @@ def test_an_index_is_used_again_for_the_same_rows_alone(database, tmp_path, capl
         ("IVF8,Flat", "nprobe", "invalid parameters 'nprobe'"),
     ],
 )
-def test_an_index_that_cannot_be_is_told(database, tmp_path, factory, parameters, message):
+def test_an_invalid_index_is_rejected(database, tmp_path, factory, parameters, message):
     with pytest.raises(InputError, match=re.escape(message)) as error:
         indexed(database, factory, tmp_path / "x", {}, parameters)
     assert "\n" not in str(error.value)
     assert "/project/" not in str(error.value)
 
 
-def test_an_index_that_does_not_give_its_rows_back_is_told(database, tmp_path):
+def test_an_index_that_cannot_decode_its_rows_is_rejected(database, tmp_path):
     indexed(database, "IVF8,PQ8x4fs", tmp_path / "x", {})
     with pytest.raises(InputError, match="the index IVF8,PQ8x4fs cannot decode its rows; use the exact ones"):
         indexed(database, "IVF8,PQ8x4fs", tmp_path / "x", {}, decoded=True)
 
 
-def test_faiss_that_is_missing_is_told(monkeypatch):
+def test_missing_faiss_is_reported(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(InputError, match="an index needs FAISS, which is not installed: pip install faiss-cpu"):
         new_index("Flat", 32)
@@ -176,7 +176,7 @@ def test_a_flat_index_gives_the_metrics_of_exact_search(evaluate):
     assert "reused, built from the same rows" in evaluate("TEST.INDEX", "Flat")[0].out
 
 
-def test_what_the_index_misses_counts_as_never_found(evaluate, tmp_path):
+def test_images_that_the_index_misses_count_as_never_found(evaluate, tmp_path):
     exact, _ = evaluate("TEST.RERANKER", "none")
     outcome, (ranks,) = evaluate("TEST.RERANKER", "none", "TEST.INDEX", "IVF12,Flat", "TEST.INDEX_SEARCH", "nprobe=1")
     assert outcome.code == 0, outcome.err
@@ -199,7 +199,7 @@ def test_what_the_index_misses_counts_as_never_found(evaluate, tmp_path):
         (("TEST.INDEX_SEARCH", "nprobe=4"), "TEST.INDEX_SEARCH nprobe=4 has no effect without TEST.INDEX"),
     ],
 )
-def test_an_index_that_a_run_cannot_use_is_told_in_one_line(evaluate, words, message):
+def test_an_index_that_a_run_cannot_use_is_reported_in_one_line(evaluate, words, message):
     outcome, _ = evaluate(*words)
     assert outcome.code == 2
     assert outcome.err.splitlines()[-1].startswith(f"error: {message}")

@@ -62,7 +62,7 @@ def load(folder: Path):
     return load_dataset(folder.name, folder.parent)
 
 
-def test_csv_lists_are_understood(own):
+def test_csv_lists_are_read(own):
     dataset = load(own)
     dataset.check_files()
     assert [*dataset.query_names] == ["q0", "q1"]
@@ -122,14 +122,14 @@ def test_gldv2s_own_names_and_nested_folders_work(own):
         ("queries.csv", "id,x0,y0,x1,y1\nq0,a,2,9,30\n", "query q0 has no box of four numbers"),
     ],
 )
-def test_what_contradicts_itself_is_told(own, name, text, message):
+def test_contradictory_files_are_rejected(own, name, text, message):
     (own / name).write_text(text)
     with pytest.raises(InputError, match=re.escape(message)):
         load(own)
 
 
 @pytest.mark.parametrize("name", ["index.csv", "queries.csv"])
-def test_a_missing_list_is_told(own, name):
+def test_a_missing_list_is_reported(own, name):
     (own / name).unlink()
     with pytest.raises(InputError, match=f"solution.csv but no {name}"):
         load(own)
@@ -153,7 +153,7 @@ def test_class_folders_are_queries_against_all_others(classes):
     assert dataset.ground_truth[1].kinds["itself"].tolist() == [1]
 
 
-def test_an_empty_class_an_image_of_two_classes_and_lonely_images_are_told(classes, tmp_path):
+def test_empty_classes_images_of_two_classes_and_only_single_images_are_rejected(classes, tmp_path):
     (classes / "empty").mkdir()
     with pytest.raises(InputError, match="empty contains no image"):
         load(classes)
@@ -166,7 +166,7 @@ def test_an_empty_class_an_image_of_two_classes_and_lonely_images_are_told(class
         load_dataset("lonely", tmp_path / "data")
 
 
-def test_ok_and_junk_are_a_protocol_of_their_own(layout):
+def test_ok_and_junk_have_their_own_protocol(layout):
     for entry in layout.gnd["gnd"]:
         entry["ok"] = entry.pop("easy") + entry.pop("hard")
     del layout.gnd["gnd"][0]["bbx"]
@@ -178,7 +178,7 @@ def test_ok_and_junk_are_a_protocol_of_their_own(layout):
     assert [protocol.name for protocol in dataset.protocols] == ["all"]
 
 
-def test_a_folder_of_no_layout_and_one_of_two_are_told(own, tmp_path):
+def test_a_folder_with_no_layout_or_with_two_is_rejected(own, tmp_path):
     (tmp_path / "data" / "nothing").mkdir()
     with pytest.raises(InputError, match=r"has none of the supported layouts: a file gnd_nothing\.pkl"):
         load_dataset("nothing", tmp_path / "data")
@@ -208,7 +208,7 @@ def test_map_at_100_is_the_textbooks():
             assert 100 * found[usage].map == pytest.approx(challenge_map(predictions, solution), abs=1e-9)
 
 
-def test_recall_and_map_of_classes_are_the_textbooks():
+def test_recall_and_map_of_classes_equal_the_textbook_formulas():
     rng = np.random.default_rng(0)
     for _ in range(500):
         n, q = int(rng.integers(2, 40)), int(rng.integers(1, 6))
@@ -227,7 +227,7 @@ def test_recall_and_map_of_classes_are_the_textbooks():
         assert 100 * metrics.map == pytest.approx(mean_average_precision(rankings, lists, ("good",), ("out",)))
 
 
-def test_predictions_of_anybodys_are_evaluated(own, command, tmp_path):
+def test_predictions_from_a_file_are_evaluated(own, command, tmp_path):
     words = ("own", "TEST.DATA_DIR", own.parent)
     predictions = [INDEX[0], INDEX[0], "unknown", INDEX[2], INDEX[7]]
     write_csv(tmp_path / "p.csv", "id,images", ["q0", " ".join(predictions)], ["q2", INDEX[0]])
@@ -275,7 +275,7 @@ def test_toy_in_the_layout_of_gldv2_has_the_ground_truth_of_toy(toy_data, comman
 
 
 @pytest.mark.parametrize("kind", ["tensor", "array"])
-def test_a_ranking_of_others_is_evaluated(command, layout, tmp_path, kind):
+def test_a_saved_ranking_of_another_system_is_evaluated(command, layout, tmp_path, kind):
     rng = np.random.default_rng(0)
     rankings = np.stack([rng.permutation(24) for _ in range(3)])
     saved = np.stack([np.sort(rng.random((3, 24)))[:, ::-1], rankings]).astype(np.float32)

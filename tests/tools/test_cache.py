@@ -35,7 +35,7 @@ def test_every_setting_keeps_its_descriptors_and_every_run_its_results(command, 
     assert all((path / "results.json").exists() for path in runs)
 
 
-def test_tables_use_what_test_py_made(command, quick):
+def test_tables_reuse_descriptors_of_test_py(command, quick):
     assert command("test.py", *quick).code == 0
     outcome = command("tools/tables.py", "rerank", *quick)
     assert outcome.code == 0, outcome.err

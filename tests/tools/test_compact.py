@@ -28,7 +28,7 @@ def compact(command, tmp_path):
 
 
 @pytest.mark.parametrize(("dtype", "size", "most"), [("float16", 128, 1e-3), ("int8", 68, 2e-2)])
-def test_rows_take_less_room_and_the_loss_is_told(compact, vectors, tmp_path, dtype, size, most):
+def test_compact_rows_are_smaller_and_the_loss_is_reported(compact, vectors, tmp_path, dtype, size, most):
     outcome = compact(vectors, dtype)
     assert outcome.code == 0, outcome.err
     assert f"5000 rows of 64 as {dtype}" in outcome.out
@@ -67,7 +67,7 @@ def test_compact_rows_are_distractors_and_a_database(compact, command, vectors, 
     assert (np.load(tmp_path / "ranks.npy")[:, 0] == best).mean() > 0.8
 
 
-def test_bad_input_is_told_in_one_line(compact, vectors, tmp_path):
+def test_bad_input_is_reported_in_one_line(compact, vectors, tmp_path):
     rows = torch.load(vectors).numpy()
     rows[7, 3] = np.nan
     np.save(tmp_path / "nan.npy", rows)

@@ -63,7 +63,7 @@ def test_stages_of_one_run_are_compared_and_the_page_has_both_rankings(command, 
     assert newest.resolve() == run  # comparing is no run
 
 
-def test_what_cannot_be_compared_is_told(command, evaluate, tmp_path):
+def test_runs_that_cannot_be_compared_are_reported(command, evaluate, tmp_path):
     run, other = evaluate(), evaluate(name="other")
 
     def refused(*arguments):
@@ -87,7 +87,7 @@ def test_what_cannot_be_compared_is_told(command, evaluate, tmp_path):
     assert "is damaged" in refused(run, tmp_path / "changed")
 
 
-def test_without_the_dataset_there_is_a_table_and_no_page(command, evaluate, tmp_path):
+def test_without_the_dataset_there_is_a_table_but_no_page(command, evaluate, tmp_path):
     run = evaluate()
     shutil.rmtree(tmp_path / "data" / "new")
     outcome = command("tools/compare.py", f"{run}:retrieval", run)

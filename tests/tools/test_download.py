@@ -193,7 +193,7 @@ def files(folder) -> set[str]:
 # Where things go
 
 
-def test_images_of_both_benchmarks_lie_flat_beside_their_ground_truth(download, here, oxford, paris):
+def test_images_of_both_benchmarks_are_in_one_folder_beside_the_ground_truth(download, here, oxford, paris):
     outcome = download("roxford5k", "rparis6k")
     assert outcome.code == 0, outcome.err
     for layout in (oxford, paris):
@@ -215,7 +215,7 @@ def test_a_folder_in_the_layout_of_revisitop_is_completed_where_it_is(download, 
     assert not (here / "roxford5k").exists()
 
 
-def test_features_lie_in_the_data_folder(download, here, site):
+def test_features_are_in_the_data_folder(download, here, site):
     content = io.BytesIO()
     scipy.io.savemat(content, {"Q": np.eye(3), "X": np.eye(3)})
     for path in FEATURES:
@@ -252,7 +252,7 @@ def test_a_mirror_is_asked_first_and_the_own_hosts_for_what_it_lacks(download, s
 # Connections and lengths
 
 
-def test_a_cut_download_goes_on_where_it_ended(download, here, site, oxford):
+def test_a_cut_download_is_resumed(download, here, site, oxford):
     site.answers[OXFORD_IMAGES].cuts = [20_000, 30_000]
     assert download("roxford5k").code == 0
     assert site.ranges(OXFORD_IMAGES) == [None, "bytes=20000-", "bytes=50000-"]
@@ -260,7 +260,7 @@ def test_a_cut_download_goes_on_where_it_ended(download, here, site, oxford):
     assert (here / "roxford5k/jpg/db_0.jpg").read_bytes() == oxford.image("db_0").read_bytes()
 
 
-def test_a_half_file_of_an_earlier_run_is_gone_on_with(download, here, site, oxford):
+def test_an_interrupted_download_of_an_earlier_run_is_resumed(download, here, site, oxford):
     site.answers[OXFORD_IMAGES].cuts = [20_000] + [0] * 50
     outcome = download("roxford5k")
     assert outcome.code == 2
@@ -272,7 +272,7 @@ def test_a_half_file_of_an_earlier_run_is_gone_on_with(download, here, site, oxf
 
 
 @pytest.mark.parametrize("headers", [{"ETag": '"two"'}, {}], ids=["told by its ETag", "not told"])
-def test_a_half_file_of_something_else_is_started_anew(download, here, site, oxford, headers):
+def test_a_partial_file_of_something_else_is_downloaded_from_the_start(download, here, site, oxford, headers):
     folder = here / "roxford5k"
     folder.mkdir()
     (folder / "oxbuild_images-v1.tgz.part").write_bytes(b"of another file")
@@ -283,14 +283,14 @@ def test_a_half_file_of_something_else_is_started_anew(download, here, site, oxf
     assert site.ranges(OXFORD_IMAGES)[0] == "bytes=15-"
 
 
-def test_a_server_without_ranges_sends_all_again(download, site, oxford):
+def test_a_server_without_ranges_sends_the_whole_file_again(download, site, oxford):
     site.answers[OXFORD_IMAGES].ranges = False
     site.answers[OXFORD_IMAGES].cuts = [20_000]
     assert download("roxford5k").code == 0
     assert site.ranges(OXFORD_IMAGES) == [None, "bytes=20000-"]
 
 
-def test_a_server_that_always_cuts_at_the_same_place_is_given_up(download, here, site, oxford):
+def test_a_server_that_always_cuts_at_the_same_place_is_abandoned(download, here, site, oxford):
     site.answers[OXFORD_IMAGES].ranges = False
     site.answers[OXFORD_IMAGES].cuts = [20_000] * 50
     assert download("roxford5k").code == 2
@@ -298,7 +298,7 @@ def test_a_server_that_always_cuts_at_the_same_place_is_given_up(download, here,
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_length_above_the_true_one_is_found(download, here, site, oxford, ranges):
+def test_a_content_length_above_the_true_one_is_detected(download, here, site, oxford, ranges):
     """A server with ranges can tell on asking that nothing is lacking; one without is not believed."""
     good = site.answers[OXFORD_TRUTH].body
     site.put(f"{CMP}{OXFORD_TRUTH}", good, excess=100, ranges=ranges)
@@ -310,7 +310,7 @@ def test_a_length_above_the_true_one_is_found(download, here, site, oxford, rang
 
 
 @pytest.mark.parametrize("path", [OXFORD_TRUTH, OXFORD_IMAGES], ids=["ground truth", "archive"])
-def test_a_length_below_the_true_one_is_found(download, site, oxford, path):
+def test_a_content_length_below_the_true_one_is_detected(download, site, oxford, path):
     site.put(f"http://mirror.test{path}", site.answers[path].body, excess=-100)
     outcome = download("roxford5k", "--mirror", "http://mirror.test")
     assert outcome.code == 0
@@ -323,7 +323,7 @@ def test_an_archive_served_as_gzip_encoding_is_kept_as_it_is(download, site, oxf
     assert download("roxford5k").code == 0
 
 
-def test_a_busy_server_is_asked_again(download, site, oxford):
+def test_a_request_to_a_busy_server_is_repeated(download, site, oxford):
     site.put(f"{CMP}{OXFORD_TRUTH}", b"", status=503)
     assert download("roxford5k").code == 0
     assert site.asked(OXFORD_TRUTH) == [f"{CMP}{OXFORD_TRUTH}"] * (transfer.RETRIES + 1) + [f"{PTAK}{OXFORD_TRUTH}"]
@@ -364,7 +364,7 @@ def damaged(body: bytes) -> bytes:
         ("weights", NETWORK, lambda body: b"PK\x03\x04" + b"no checkpoint", "is truncated or damaged"),
     ],
 )  # fmt: skip
-def test_wrong_bytes_are_named_and_never_get_the_final_name(
+def test_invalid_bytes_are_reported_and_never_get_the_final_name(
     download, here, site, oxford, million, item, path, make, words
 ):
     wrong = make(site.answers[path].body if path in site.answers else b"")
@@ -380,7 +380,7 @@ def test_wrong_bytes_are_named_and_never_get_the_final_name(
     assert [file for file in files(here.parent) if name in file and not file.startswith("origin")] == []
 
 
-def test_after_wrong_bytes_the_next_address_is_asked(download, here, site, oxford):
+def test_after_invalid_bytes_the_next_address_is_tried(download, here, site, oxford):
     site.put(f"{CMP}{OXFORD_TRUTH}", PAGE)
     site.put(f"http://mirror.test{OXFORD_IMAGES}", damaged(site.answers[OXFORD_IMAGES].body))
     assert download("roxford5k", "--mirror", "http://mirror.test").code == 0
@@ -424,7 +424,7 @@ def test_a_hostile_archive_is_refused_by_the_name_of_its_member(download, here, 
 # Again, and after an interruption
 
 
-def test_a_second_run_asks_nobody_and_says_so(download, here, site, oxford, paris, million):
+def test_a_second_run_downloads_nothing_and_says_so(download, here, site, oxford, paris, million):
     items = ("roxford5k", "rparis6k", "revisitop1m")
     assert "nothing was downloaded" not in download(*items).out
     before, site.requests = files(here), []
@@ -435,13 +435,13 @@ def test_a_second_run_asks_nobody_and_says_so(download, here, site, oxford, pari
     assert files(here) == before
 
 
-def test_images_that_came_another_way_are_not_fetched(download, here, site, oxford):
+def test_images_from_another_source_are_not_downloaded(download, here, site, oxford):
     oxford.folder.rename(here / "roxford5k")
     assert download("roxford5k").code == 0
     assert site.requests == []
 
 
-def test_an_archive_that_came_another_way_is_used(download, here, site, oxford):
+def test_an_archive_from_another_source_is_used(download, here, site, oxford):
     (here / "roxford5k").mkdir()
     (here / "roxford5k/oxbuild_images-v1.tgz").write_bytes(site.answers[OXFORD_IMAGES].body)
     assert download("roxford5k").code == 0
@@ -459,7 +459,7 @@ def test_a_damaged_file_of_the_user_is_named_and_kept(download, here, site, oxfo
     assert (here / "roxford5k" / name).read_bytes() == b"damaged"
 
 
-def test_the_million_goes_on_with_the_archives_that_are_not_unpacked(download, here, site, million):
+def test_the_million_resumes_with_the_archives_that_are_not_unpacked(download, here, site, million):
     late = {path: site.answers.pop(path) for path in MILLION_IMAGES[2:6]}
     outcome = download("revisitop1m")
     assert outcome.code == 2
@@ -507,7 +507,7 @@ def test_an_interrupted_unpacking_is_done_again_without_a_download(download, her
 # The look at the images
 
 
-def test_a_image_that_no_archive_has_is_named(download, here, site, oxford):
+def test_an_image_that_no_archive_has_is_named(download, here, site, oxford):
     members = images(oxford)
     del members["query_1.jpg"]
     site.put(OXFORD_IMAGES, tgz(members))
@@ -517,7 +517,7 @@ def test_a_image_that_no_archive_has_is_named(download, here, site, oxford):
     assert len(errors(outcome)) == 1
 
 
-def test_a_image_that_cannot_be_decoded_is_named(download, here, oxford):
+def test_an_image_that_cannot_be_decoded_is_named(download, here, oxford):
     assert download("roxford5k").code == 0
     image = here / "roxford5k/jpg/db_7.jpg"
     image.write_bytes(image.read_bytes()[:1000])
@@ -546,7 +546,9 @@ def test_a_distractor_that_is_missing_is_named(download, here, million):
 # Weights
 
 
-def test_one_checkpoint_is_fetched_and_the_way_to_the_other_told(download, site, tmp_path, checkpoint_50, monkeypatch):
+def test_one_checkpoint_is_downloaded_and_there_are_instructions_for_the_other(
+    download, site, tmp_path, checkpoint_50, monkeypatch
+):
     site.put(NETWORK, checkpoint_50.read_bytes())
     monkeypatch.setattr(transfer, "CHUNK", 1 << 20)
     outcome = download("weights")
@@ -561,9 +563,7 @@ def test_one_checkpoint_is_fetched_and_the_way_to_the_other_told(download, site,
     assert site.requests == []
 
 
-def test_checkpoints_that_are_there_under_other_names_are_enough(
-    download, site, tmp_path, checkpoint_50, checkpoint_101
-):
+def test_existing_checkpoints_with_other_names_are_found(download, site, tmp_path, checkpoint_50, checkpoint_101):
     (tmp_path / "weights").mkdir()
     for path in (checkpoint_50, checkpoint_101):
         (tmp_path / "weights" / f"my_{path.name}").symlink_to(path)
@@ -573,7 +573,7 @@ def test_checkpoints_that_are_there_under_other_names_are_enough(
 
 
 @pytest.mark.parametrize("attended", [True, False])
-def test_the_drive_is_opened_where_somebody_sits_before_a_browser(download, monkeypatch, attended):
+def test_the_drive_is_opened_in_a_browser_if_there_is_one(download, monkeypatch, attended):
     opened = []
     monkeypatch.setattr(webbrowser, "open", opened.append)
     monkeypatch.setenv("DISPLAY", ":0")
@@ -605,7 +605,7 @@ def test_images_are_fetched_without_their_ground_truth(download, here, site, oxf
     assert site.asked() == [f"{CMP}{OXFORD_TRUTH}"]
 
 
-def test_a_disk_that_takes_no_more_is_one_line(download, here, oxford):
+def test_a_full_disk_is_reported_in_one_line(download, here, oxford):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
     try:
@@ -617,7 +617,7 @@ def test_a_disk_that_takes_no_more_is_one_line(download, here, oxford):
     assert download("roxford5k").code == 0
 
 
-def test_a_file_in_place_of_the_folder_is_one_line(download, here, oxford):
+def test_a_file_in_place_of_the_folder_is_reported_in_one_line(download, here, oxford):
     here.rmdir()
     here.touch()
     outcome = download("roxford5k")
@@ -641,14 +641,14 @@ def test_bad_arguments_are_one_line(download, site, arguments, words):
     assert site.requests == []
 
 
-def test_help_tells_the_items_and_where_a_mirror_is_asked(download):
+def test_help_lists_the_items_and_the_paths_on_a_mirror(download):
     outcome = download("--help")
     assert outcome.code == 0
     assert "rparis6k     ground truth and images" in outcome.out
     assert f"is looked for as URL{FEATURES[0]}" in outcome.out
 
 
-def test_a_host_that_takes_no_connection_is_tried_for_one_file_alone(download, site, monkeypatch):
+def test_a_host_that_refuses_connections_is_tried_for_only_one_file(download, site, monkeypatch):
     content = io.BytesIO()
     scipy.io.savemat(content, {"Q": np.eye(3), "X": np.eye(3)})
     for path in FEATURES:
@@ -681,7 +681,7 @@ def landmarks(site, monkeypatch):
     return ["gldv2", "--mirror", mirror]
 
 
-def test_gldv2_is_fetched_checked_unpacked_and_only_queries_are_kept(download, landmarks, here, site):
+def test_gldv2_is_downloaded_checked_and_unpacked_and_only_queries_are_kept(download, landmarks, here, site):
     outcome = download(*landmarks)
     assert outcome.code == 0, outcome.err
     dataset = load_dataset("gldv2", here)
@@ -700,7 +700,7 @@ def test_all_test_images_of_gldv2_are_kept_where_asked_for(download, landmarks, 
 
 
 @pytest.mark.parametrize("harm", ["md5", "cut", "missing", "no md5"])
-def test_an_archive_of_gldv2_that_is_not_sound_is_never_used(download, landmarks, here, site, harm):
+def test_an_invalid_archive_of_gldv2_is_never_used(download, landmarks, here, site, harm):
     name = f"{LANDMARKS}/{'md5sum/index/md5.images_001.txt' if harm == 'no md5' else 'index/images_001.tar'}"
     whole = site.answers.pop(name)
     if harm in ("md5", "cut"):

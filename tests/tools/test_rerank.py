@@ -26,7 +26,7 @@ def order(tmp_path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["superglobal", "aqe", "alpha-qe", "dba", "k-reciprocal", "diffusion", "none"])
-def test_the_order_is_that_of_test_py(rerank, command, tmp_path, name):
+def test_the_order_equals_that_of_test_py(rerank, command, tmp_path, name):
     outcome = rerank("--reranker", name)
     assert outcome.code == 0, outcome.err
     features = ("TEST.FEATURES", tmp_path / "features", "TEST.DATA_DIR", tmp_path / "data", "TEST.DATASET_LIST", "new")
@@ -52,7 +52,7 @@ def test_a_large_database_gives_the_first_400(rerank, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["superglobal", "alpha-qe", "diffusion"])
-def test_candidates_of_ones_own_index_are_reranked_and_nothing_else(rerank, vectors, tmp_path, name):
+def test_given_candidates_are_reranked_and_nothing_else_is_read(rerank, vectors, tmp_path, name):
     queries, rows = map(np.load, vectors)
     assert rerank("--reranker", name, "SupG.rerank_m", 30, "SupG.rerank_k", 5).code == 0
     whole = order(tmp_path)
@@ -84,7 +84,7 @@ def test_rows_of_another_length_are_refused_and_the_advice_works(rerank, vectors
     assert (order(tmp_path) == expected).all()
 
 
-def test_bad_vectors_are_told_and_an_older_order_stays(rerank, vectors, tmp_path):
+def test_bad_vectors_are_rejected_and_an_older_result_is_kept(rerank, vectors, tmp_path):
     assert rerank().code == 0
     before = order(tmp_path)
     rows = np.load(vectors[1])

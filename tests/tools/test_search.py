@@ -45,14 +45,14 @@ def search(command, folder, checkpoint_50):
     return run
 
 
-def test_a_image_finds_itself_and_broken_ones_are_listed(search):
+def test_an_image_finds_itself_and_broken_ones_are_listed(search):
     outcome = search("--top", 3)
     assert outcome.code == 0, outcome.err
     assert re.search(r"\nc\.PNG\n   1   [\d.]+   1\.0000  sub folder/c\.PNG\n   2 .*\n   3 .*\n\Z", outcome.out)
     assert "database: 2 of 11 cannot be read and are skipped: sub folder/cut.jpg, фото/text.jpg" in outcome.out
 
 
-def test_json_is_all_of_stdout_and_holds_every_query(search, folder):
+def test_json_is_the_only_output_on_stdout_and_contains_every_query(search, folder):
     outcome = search("--json", "--top", 20, queries=folder)
     assert outcome.code == 0, outcome.err
     found = json.loads(outcome.out)
@@ -66,7 +66,7 @@ def test_json_is_all_of_stdout_and_holds_every_query(search, folder):
     assert "queries: 9 images extracted, 2 unreadable" in outcome.err
 
 
-def test_only_what_is_new_or_changed_is_extracted(search, folder):
+def test_only_new_and_changed_images_are_extracted(search, folder):
     def extracted(outcome) -> dict[str, int]:
         assert outcome.code == 0, outcome.err
         return {name: int(count) for name, count in re.findall(r"(\w+): (\d+) images extracted", outcome.out)}
@@ -91,7 +91,7 @@ def test_only_what_is_new_or_changed_is_extracted(search, folder):
     assert "  11  " not in outcome.out
 
 
-def test_another_checkpoint_or_setting_extracts_anew(search):
+def test_another_checkpoint_or_setting_extracts_again(search):
     assert search().code == 0
     assert "database: 9 images extracted" in search("SupG.relup", "False").out
 
@@ -115,7 +115,7 @@ def test_the_report_shows_results_without_right_or_wrong(search, folder):
         ({"database": "FOLDER/empty"}, r"empty contains no image; files with suffixes such as \.jpg"),
     ],
 )
-def test_what_cannot_be_searched_is_told(search, folder, change, message):
+def test_invalid_databases_and_queries_are_reported(search, folder, change, message):
     (folder / "empty").mkdir()
     outcome = search(**{key: value.replace("FOLDER", str(folder)) for key, value in change.items()})
     assert outcome.code == 2
@@ -131,14 +131,14 @@ def test_without_reranking_scores_are_cosines(search, arguments):
 
 
 @pytest.mark.parametrize("arguments", [("TEST.RERANKER", "cvnet"), ("TEST.FEATURES", "x.mat"), ("SupG.onemeval",)])
-def test_what_needs_ground_truth_is_refused(search, arguments):
+def test_options_that_need_ground_truth_are_refused(search, arguments):
     outcome = search(*arguments)
     assert outcome.code == 2
     assert "for test.py, which has ground truth" in outcome.err
 
 
 @pytest.mark.parametrize("top", ["0", "401", "x"])
-def test_a_number_of_results_that_makes_no_sense_is_refused(search, top):
+def test_an_invalid_number_of_results_is_rejected(search, top):
     outcome = search("--top", top)
     assert outcome.code == 2
     assert "is not between 1 and 400" in outcome.err
@@ -159,7 +159,7 @@ def test_an_image_that_can_be_read_again_is_tried_again(search, folder):
     assert f"  {NAMES[0]}\n" in outcome.out
 
 
-def test_what_is_left_out_is_counted_by_reason_and_named(search, folder, monkeypatch):
+def test_skipped_files_are_counted_by_reason_and_named(search, folder, monkeypatch):
     (folder / "photo.HEIC").write_bytes(b"no matter")
     (folder / "raw.cr2").write_bytes(b"no matter")
     (folder / "gone.jpg").symlink_to("nowhere.jpg")
@@ -201,7 +201,7 @@ def test_a_pipe_that_is_closed_ends_the_search_quietly(folder, checkpoint_50, tm
     assert "Traceback" not in (tmp_path / "errors.txt").read_text()
 
 
-def test_names_of_every_kind_are_found_told_and_harmless(command, checkpoint_50, tmp_path):
+def test_names_of_every_kind_are_found_reported_and_harmless(command, checkpoint_50, tmp_path):
     names = ["<script>alert(1)<b>.png", "two\nlines.png", "\x1b[31mred.png", "x" * 251 + ".png"]
     folder = os.fsencode(tmp_path / "strange")
     os.mkdir(folder)
@@ -284,9 +284,7 @@ def test_milvus_is_updated_in_place(search, entities, folder, tmp_path):
     assert update() == (0, 0, 9)
 
 
-def test_an_interrupted_insertion_is_resumed_and_nothing_stands_twice(
-    search, pymilvus, entities, tmp_path, monkeypatch
-):
+def test_an_interrupted_insertion_is_resumed_without_duplicates(search, pymilvus, entities, tmp_path, monkeypatch):
     monkeypatch.setattr("tools.milvus._SENT_BYTES", 3 * 4 * 2048)
     insert = pymilvus.MilvusClient.upsert
 
@@ -313,7 +311,7 @@ def test_an_interrupted_insertion_is_resumed_and_nothing_stands_twice(
         (("--index", "milvus:x.db", "TEST.RERANKER", "dba"), "--index and TEST.RERANKER dba do not go together"),
     ],
 )
-def test_a_vector_database_that_cannot_be_used_is_told_in_one_line(search, pymilvus, words, message):
+def test_an_unusable_vector_database_is_reported_in_one_line(search, pymilvus, words, message):
     outcome = search(*words)
     assert outcome.code == 2
     assert outcome.err.splitlines()[-1].startswith(f"error: {message}")
@@ -332,7 +330,7 @@ def test_a_collection_of_another_database_is_refused(search, pymilvus, tmp_path)
     assert re.search(rf"^error: the collection {name} in .* is of another database .*: drop it", outcome.err, re.M)
 
 
-def test_milvus_that_is_not_installed_is_told(search, monkeypatch):
+def test_missing_milvus_is_reported(search, monkeypatch):
     monkeypatch.setitem(sys.modules, "pymilvus", None)
     outcome = search("--index", "milvus:x.db")
     assert outcome.code == 2

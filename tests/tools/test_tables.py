@@ -58,7 +58,7 @@ def test_main_has_both_networks_and_says_what_is_missing(table, tmp_path):
     assert rows_of((latest(tmp_path / "work" / "output") / "main.md").read_text()) == rows
 
 
-def test_images_are_extracted_once_and_figures_are_those_of_test_py(table, command, layout, checkpoint_50):
+def test_images_are_extracted_once_and_metrics_equal_those_of_test_py(table, command, layout, checkpoint_50):
     first = table("main", "--depth", 50)
     assert first.err.count("images extracted") == 2
     again = table("rerank", "MODEL.DEPTH", 50)
@@ -91,7 +91,7 @@ def test_images_are_extracted_once_and_figures_are_those_of_test_py(table, comma
         assert (figures[0], figures[1], figures[4]) == tuple(f"{entry[name]['mAP']:.2f}" for name in "EMH")
 
 
-def test_ablation_switches_each_module_and_has_both_readings_of_s2_and_the_rivals(table, layout):
+def test_ablation_switches_each_module_and_has_both_forms_of_s2_and_other_rerankers(table, layout):
     keep_few(layout)
     outcome = table("ablation", "TEST.RERANKER", "cvnet", "TEST.TOPK_LIST", "[3]")
     rows = rows_of(outcome.out)
@@ -126,7 +126,7 @@ def test_rerankers_are_compared_from_one_search_with_their_costs(table):
     assert few["R50", "roxford5k", "reranking, diffusion"][:3] != rows["reranking, diffusion"][:3]
 
 
-def test_the_rival_is_listed_where_it_is_asked_for(table):
+def test_cvnet_is_listed_if_requested(table):
     outcome = table("main", "--depth", 50, "TEST.RERANKER", "cvnet", "TEST.TOPK_LIST", "[5, 400]")
     assert outcome.code == 0, outcome.err
     settings = [key[2] for key in rows_of(outcome.out) if key[1] == "roxford5k"]
@@ -143,7 +143,7 @@ def test_the_rival_is_listed_where_it_is_asked_for(table):
         (("main", "--depth", 50), ("TEST.RERANKER", "none")),
     ],
 )
-def test_without_reranking_there_are_rows_of_retrieval_alone(table, layout, task, off):
+def test_without_reranking_there_are_only_rows_of_retrieval(table, layout, task, off):
     keep_few(layout)
     outcome = table(*task, *off)
     assert outcome.code == 0, outcome.err
@@ -153,20 +153,20 @@ def test_without_reranking_there_are_rows_of_retrieval_alone(table, layout, task
 
 
 @pytest.mark.parametrize("other", [("TEST.RERANKER", "none"), ("TEST.RERANKER", "cvnet"), ("SupG.rerank", "False")])
-def test_a_sweep_of_reranking_takes_no_other_reranker(table, other):
+def test_the_table_rerank_rejects_other_rerankers(table, other):
     outcome = table("rerank", *other)
     assert outcome.code == 2
     assert "rerank sweeps SuperGlobal's reranking" in outcome.err
 
 
-def test_missing_weights_are_a_row(table, tmp_path):
+def test_missing_weights_are_reported_in_a_row(table, tmp_path):
     (tmp_path / "none").mkdir()
     outcome = table("main", "--depth", 50, weights=tmp_path / "none")
     assert outcome.code == 0
     assert "no ResNet-50 checkpoint" in rows_of(outcome.out)["R50", "roxford5k", "retrieval, reranking"][-1]
 
 
-def test_published_figures_stand_beside_ours_with_the_difference():
+def test_published_numbers_are_shown_with_the_difference():
     figures = {
         protocol.name: Metrics(protocol, value, np.zeros(0), np.zeros(0), np.zeros(0))
         for protocol, value in zip(REVISITED_PROTOCOLS, (0.9, 0.84, 0.67), strict=True)
@@ -187,7 +187,7 @@ def test_published_figures_stand_beside_ours_with_the_difference():
     ]
 
 
-def test_published_figures_are_for_the_papers_settings_alone():
+def test_published_numbers_appear_only_for_the_papers_settings():
     def known(*options, stage="reranking", **reranker):
         cfg = make_config(pair_options([str(word) for word in options]))
         settings = {"m": 400, "k": 9, "beta": 0.15, "s2": "refined", **reranker}

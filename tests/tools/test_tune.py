@@ -72,14 +72,14 @@ def test_the_test_set_is_read_only_after_the_choice(tune, tmp_path):
     assert str(path) in outcome.err
 
 
-def test_a_missing_test_set_is_told_before_the_work(tune):
+def test_a_missing_test_set_is_reported_before_the_work(tune):
     outcome = tune("--on", "val", "--test", "newer", *GRID)
     assert outcome.code == 2
     assert "did you mean new?" in outcome.err
     assert "chosen on" not in outcome.out
 
 
-def test_with_folds_each_query_has_what_was_best_for_the_others(tune, sets, tmp_path):
+def test_with_folds_each_query_uses_the_best_setting_of_the_others(tune, sets, tmp_path):
     assert tune("--folds", 12, "--test", "new", *GRID).code == 0  # a fold for each query
     pairs = [(9, 0.15), *(pair for pair in itertools.product((2, 5, 9), (0.15, 2.0)) if pair != (9, 0.15))]
     aps = np.array(  # (pairs, queries, E M H)
@@ -95,7 +95,7 @@ def test_with_folds_each_query_has_what_was_best_for_the_others(tune, sets, tmp_
     assert len({tuple(each.values()) for each in content["tuning"]["by fold"]}) > 1  # else the test shows nothing
 
 
-def test_a_gain_within_the_interval_is_called_chance(tune, tmp_path):
+def test_a_gain_within_the_interval_is_reported_as_possible_chance(tune, tmp_path):
     outcome = tune("--on", "val", "--test", "new", "--try", "SupG.rerank_k", "9,8")
     assert outcome.code == 0, outcome.err
     content = results(tmp_path)
@@ -138,7 +138,7 @@ def test_queries_of_one_usage_choose_for_those_of_the_other(command, tmp_path):
         (("--on", "val", "--test", "new", "TEST.RERANKER", "none"), "give --try"),
     ],
 )
-def test_what_cannot_be_tuned_is_told(tune, arguments, message):
+def test_invalid_arguments_of_tuning_are_reported(tune, arguments, message):
     outcome = tune(*arguments)
     assert outcome.code == 2
     assert message in outcome.err

@@ -36,7 +36,7 @@ def test_a_whitening_of_a_dataset_is_pca_applied_and_labelled(command, words, tm
     assert "whitening learnt on this database itself" in table.out
 
 
-def test_what_cannot_be_learnt_is_told(command, words, tmp_path):
+def test_invalid_input_of_a_whitening_is_rejected(command, words, tmp_path):
     outcome = command("tools/whiten.py", "--from", "roxford5k", "--dim", 100, "--out", "w.pth", *words)
     assert outcome.code == 2
     assert re.search(r"error: --dim 100: .*23", outcome.err)

@@ -1,4 +1,4 @@
-"""MODEL.NAME in every command."""
+"""MODEL.NAME works in every command."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Every block of shell and Python in README and docs runs, on stand-ins for data, or says why not."""
+"""Every block of shell and Python code in README and docs runs with substitute data, or states why not."""
 
 import re
 import shlex
@@ -22,19 +22,19 @@ BLOCK = re.compile(
     r"(?:<!-- not run: (?P<reason>.+?) -->\n)?^```(?P<language>bash|python)\n(?P<code>.*?)^```", re.M | re.S
 )
 
-# What stands for a name of the reader's own, or for what a small stand-in does not have.
+# Replacements for names that stand for the reader's own, and for things that the substitute data lack.
 STAND_INS = {"--dim 512": "--dim 4", "--test NAME": "--test roxford5k", "--folds 5": "--folds 3"}
 
 
 def blocks(page: str) -> list[tuple[str, str]]:
-    """The language and the code of those that run."""
+    """Returns the language and the code of the blocks that run."""
     found = list(BLOCK.finditer((ROOT / page).read_text()))
     return [(each["language"], each["code"]) for each in found if each["reason"] is None]
 
 
 @pytest.fixture
 def work(tmp_path, checkpoint_50, checkpoint_101, monkeypatch) -> Path:
-    """A folder with small datasets, weights, vectors and images of all names that the documentation uses."""
+    """A folder with small datasets, weights, vectors and images under all names that the documentation uses."""
     folder = tmp_path / "work"
     data = folder / "revisitop"
     for name in ("roxford5k", "rparis6k"):
@@ -93,7 +93,7 @@ def test_every_block_runs(page, work, command, monkeypatch):
 
 
 def run_line(line: str, work: Path, command) -> None:
-    """Runs a command of ours in this process."""
+    """Runs a command of the project in this process."""
     line, _, comment = line.partition("  #")
     if not line.strip() or "needs the network" in comment:
         return
@@ -110,7 +110,7 @@ def run_line(line: str, work: Path, command) -> None:
     assert python == "python", f"{line}: only commands of ours run here, mark the block with the reason"
     script, words = (f"{words[1].replace('.', '/')}.py", words[2:]) if words[0] == "-m" else (words[0], words[1:])
     networks = [word for word in words if word.startswith(("timm:", "torchvision:"))]
-    if networks and "TEST.WEIGHTS" not in words:  # instead of the library's download
+    if networks and "TEST.WEIGHTS" not in words:  # instead of a download by the library
         words += ["TEST.WEIGHTS", "untrained"]
     if "trained.pth" in words:
         torch.save(torchvision.models.resnet101().state_dict(), work / "trained.pth")
@@ -154,7 +154,7 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().split()) < 1200
 
 
-# ---- CONTRIBUTING: what it says to write is enough ----
+# ---- CONTRIBUTING: its instructions are complete ----
 
 
 def block_of_contributing(mark: str) -> str:

@@ -1,4 +1,4 @@
-"""The command line of test.py, from files to figures."""
+"""The command line of test.py, from files to metrics."""
 
 import json
 import os
@@ -21,13 +21,13 @@ MODULES = ("SupG.gemp", "SupG.rgem", "SupG.sgem", "SupG.relup", "SupG.rerank", "
 
 
 def logged(work, stage: str) -> dict[str, float]:
-    """The figures of the log's last line of this stage."""
+    """Returns the metrics in the last line of this stage in the log."""
     lines = re.findall(rf"{stage} results: mAP E: ([\d.]+), M: ([\d.]+), H: ([\d.]+)", (work / "log.txt").read_text())
     return dict(zip("EMH", map(float, lines[-1]), strict=True))
 
 
 def evaluate_saved(work, layout, rerank: tuple | None = None) -> dict[str, float]:
-    """The protocol's figures for the descriptors that a run saved, by the textbook."""
+    """Returns the metrics of the protocol for the descriptors that a run saved, computed by the textbook formulas."""
     queries, rows = (np.load(kept(work / "output", "roxford5k") / f"roxford5k_{kind}.npy") for kind in ("query", "db"))
     ranking = full_ranking(queries, rows)
     if rerank:
@@ -66,7 +66,7 @@ def test_reranking_can_be_set_and_switched_off_and_descriptors_are_reused(comman
     assert logged(work, "Reranking") == pytest.approx(evaluate_saved(work, layout, (10, 3, 0.5)), abs=0.0051)
 
     before = np.load(kept(work / "output", "roxford5k") / "roxford5k_db.npy")
-    shutil.copy(layout.image("db_3"), layout.image("db_4"))  # one image changed: it alone is extracted again
+    shutil.copy(layout.image("db_3"), layout.image("db_4"))  # only the changed image is extracted again
     assert "roxford5k database: 1 images extracted" in command("test.py", *base, *quick).out
     after = np.load(kept(work / "output", "roxford5k") / "roxford5k_db.npy")
     assert np.flatnonzero((before != after).any(axis=1)).tolist() == [4]
@@ -107,7 +107,7 @@ def test_the_script_starts_from_another_folder_and_ends_with_code_2_and_one_line
 
 @pytest.fixture
 def refused(command, layout, checkpoint_50):
-    """Runs on roxford5k, with a good checkpoint unless the test names another; returns the error's line."""
+    """Runs on roxford5k, with a valid checkpoint unless the test gives another; returns the line of the error."""
 
     def run(*arguments, weights=checkpoint_50) -> str:
         outcome = command(
@@ -116,7 +116,7 @@ def refused(command, layout, checkpoint_50):
         )  # fmt: skip
         assert outcome.code == 2
         assert "Traceback" not in outcome.err
-        last = outcome.err.splitlines()[-1]  # before it there may be a progress bar
+        last = outcome.err.splitlines()[-1]  # a progress bar may precede it
         assert last.startswith("error: ")
         return last
 
@@ -268,7 +268,7 @@ def test_roxford5k_never_takes_the_toys_weights(command, layout):
     assert "see weights/README.md for the download of CVPR2022_CVNet_R50.pyth" in outcome.err
 
 
-# ---- descriptors from elsewhere ----
+# ---- saved descriptors ----
 
 
 @pytest.fixture
@@ -380,7 +380,7 @@ def test_with_as_many_dimensions_as_images_descriptors_are_recognised_by_unit_le
     assert "rows and columns cannot be distinguished by the shape (16, 16); save them with unit length" in outcome.err
 
 
-# The second process is killed amid its images, at the first start.
+# At the first start, the second process is killed while it extracts.
 KILLED = f"""
 import os, runpy, signal, sys
 sys.path.insert(0, {str(ROOT)!r})

@@ -1,4 +1,4 @@
-"""The command line of extract_rop1m.py, killed and restarted, and the evaluation that reads its file."""
+"""The command line of extract_rop1m.py, killed and restarted, and the evaluation that uses its file."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from model.store import provenance_path
 
 COUNT = 40
 
-# Blocks of three rows, so that a kill comes between blocks.
+# Blocks of three rows, so that it is killed between blocks.
 DRIVER = f"""
 import runpy, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -62,7 +62,7 @@ def work(tmp_path):
 
 @pytest.fixture(scope="session")
 def whole(distractors, checkpoint_50, tmp_path_factory):
-    """The file of a run that nothing interrupted, with other batches than those of `arguments`."""
+    """The file of an uninterrupted run, with other batches than those of `arguments`."""
     folder = tmp_path_factory.mktemp("whole")
     command = [
         sys.executable, ROOT / "extract_rop1m.py", "--weight", checkpoint_50, "--depth", "50",
@@ -73,19 +73,19 @@ def whole(distractors, checkpoint_50, tmp_path_factory):
 
 
 def one_thread() -> dict[str, str]:
-    """What torchrun gives each of its processes."""
+    """Returns the environment that torchrun gives to each of its processes."""
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def lines_of(path) -> int:
     try:
         return path.read_bytes().count(b"\n")
-    except FileNotFoundError:  # a journal that was just joined with another
+    except FileNotFoundError:  # the journal has just been joined with another
         return 1
 
 
 def run_until(command: list, work, blocks: int | None) -> int | None:
-    """Starts a command; kills it, and all its processes, once the journals hold so many blocks of rows."""
+    """Starts a command; kills it and all its processes when the journals contain that many blocks of rows."""
     process = subprocess.Popen(command, cwd=work, env=one_thread(), start_new_session=True)
     while blocks is not None and process.poll() is None:
         if sum(lines_of(path) - 1 for path in work.glob("*.journal*")) >= blocks:
@@ -295,7 +295,7 @@ def far_rows(count: int, dim: int = 2048) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["pth", "npy", "half", "old.pth"])
 def test_distractors_follow_the_database(evaluate, layout, tmp_path, kind):
     rows = far_rows(500)
-    rows[7] = evaluate.rows[3]  # the same score as a database image, which stands before it
+    rows[7] = evaluate.rows[3]  # the same score as a database image, which precedes it
     rows[9] = 0
     work = tmp_path / "work"
     work.mkdir()

@@ -1,4 +1,4 @@
-"""Disks that are full, folders that vanish, file systems that lack something: one line, and nothing is lost."""
+"""Full disks, vanished folders and limited file systems are reported in one line, and nothing is lost."""
 
 import errno
 import os
@@ -23,7 +23,7 @@ def words(layout, checkpoint_50) -> list[str]:
 
 
 def limited(work: Path, words: list[str], most_bytes: int) -> subprocess.CompletedProcess:
-    """Runs test.py where no file can be larger than so many bytes, as on a full disk."""
+    """Runs test.py with a limit on the size of files, which has the effect of a full disk."""
     work.mkdir(exist_ok=True)
     return subprocess.run(
         [sys.executable, ROOT / "test.py", *words], cwd=work, capture_output=True, text=True, check=False,

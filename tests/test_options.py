@@ -1,4 +1,4 @@
-"""Every option in every command is used, or refused with a line that names it; and what errors advise works."""
+"""Every command uses or refuses each option, with a line that names it; and the advice in errors works."""
 
 import re
 import shlex
@@ -35,7 +35,7 @@ CHANGED = {
 
 
 class Recording(config.CfgNode):
-    """Options that tell which of them are read by what is not the parser."""
+    """Options that record which of them are read outside of the parser."""
 
     read: set[str]
 
@@ -58,7 +58,7 @@ def tiny(tmp_path) -> Layout:
 
 @pytest.fixture
 def runs(tiny, checkpoint_50, tmp_path) -> dict[str, list[tuple]]:
-    """Command lines of each command that together take all of its ways."""
+    """Command lines of each command that together cover all its branches."""
     rows = np.random.default_rng(0).standard_normal((5, 2048)).astype(np.float32)
     torch.save(torch.from_numpy(rows / np.linalg.norm(rows, axis=1, keepdims=True)), tmp_path / "far.pth")
     million = tiny.data_dir / "revisitop1m"
@@ -154,11 +154,11 @@ def test_an_option_without_effect_is_reported(command, tiny, checkpoint_50):
     assert "SupG.rerank_m 30 has no effect with TEST.RERANKER none\n" in outcome.out
 
 
-# ---- whatever an error advises works ----
+# ---- the advice of errors works ----
 
 
 def advised(outcome) -> list[str]:
-    """The words of the first thing that the error's line advises."""
+    """Returns the words of the first advice in the line of the error."""
     assert outcome.code == 2
     return shlex.split(re.search(r"; try (.*?)(?: or .*)?$", outcome.err.splitlines()[-1])[1])
 
@@ -189,7 +189,7 @@ def test_an_interrupted_run_is_not_affected_by_a_run_with_other_settings(command
     words, damaged = runs["test.py"][1], tiny.image("db_3")
     whole = damaged.read_bytes()
     damaged.write_text("not an image")
-    assert command("test.py", *words).code == 2  # the images before it are kept
+    assert command("test.py", *words).code == 2  # the descriptors of images before it are kept
     damaged.write_bytes(whole)
     assert command("test.py", *words, "SupG.gemp", "False").code == 0
     assert "3 of 4 are there from an earlier run" in command("test.py", *words).out

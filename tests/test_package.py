@@ -24,7 +24,7 @@ def test_the_wheel_contains_only_superglobal_and_needs_only_torch(wheel):
 
 
 def run_installed(site, folder, code: str) -> str:
-    """What the code prints in a fresh process that sees PyTorch and the installed package, and nothing of ours."""
+    """Returns the output of the code in a new process with PyTorch and the installed package, outside the checkout."""
     hidden = "import sys\nsys.modules.update(dict.fromkeys(['torchvision', 'yacs', 'modules', 'model', 'PIL'], None))\n"
     done = subprocess.run(
         [sys.executable, "-c", hidden + code], cwd=folder, env={**os.environ, "PYTHONPATH": str(site)},

@@ -1,4 +1,4 @@
-"""The program of one's own in the documentation gives what it says."""
+"""The program in the documentation gives the documented results."""
 
 import re
 
@@ -6,7 +6,7 @@ from conftest import ROOT, Layout
 
 
 def program(mark: str) -> str:
-    """The page's Python block that holds the mark."""
+    """Returns the Python block of the page that contains the mark."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "modules.md").read_text(), re.DOTALL)
     (code,) = [block for block in blocks if mark in block]
     return code

@@ -1,7 +1,7 @@
-"""Everything that runs on a GPU, on a simulated one: results are the CPU's, and nobody waits more often than is known.
+"""All code for GPUs on a simulated one: results equal the CPU's, and the number of waits for the device is known.
 
-What waits for the device is asserted per function of the project. A wait lets the GPU run dry, so a
-new one has to be worth that, and to be written down here with its reason.
+The waits for the device are asserted per function of the project. A wait leaves the GPU idle, so that a new one
+needs a good reason, which is documented here.
 """
 
 import runpy
@@ -37,14 +37,14 @@ from modules.reciprocal import KReciprocalReranker
 from modules.reranking import SuperGlobalReranker
 from modules.search import Database, search
 
-# ---- what is known to wait ----
+# ---- the known waits ----
 
-# A batch of extraction: nothing, where the images come in pinned memory.
+# A batch of extraction: none, if the images are in pinned memory.
 A_BATCH = {}
-# Images that are not pinned: each is sent before the next.
+# Images that are not pinned: each copy waits.
 UNPINNED_IMAGE = "<listcomp>"
-# Modules of one's own program look for NaN in what they are given: the images and the vectors of the scales; and
-# whether descriptors are finite. (Regional-GeM and GeM+ are one kernel, which does not look into the map.)
+# In a user's program, the modules look for NaN in their input, the images and the vectors of the scales, and check
+# that descriptors are finite. (Regional-GeM and GeM+ are one kernel, which does not check the feature map.)
 A_CALL_OF_A_NETWORK = {"check_tensor": 2, "multi_scale_descriptor": 1}
 # hub: the range of each tensor on the device; whether all descriptors are finite.
 HUB_TENSOR, HUB_CALL = {"_pixels": 1}, {"forward": 1}
@@ -55,11 +55,11 @@ RERANK_CALL, RERANK_CALL_ABSENT = {"_by_blocks": 1}, {"_by_blocks": 2}
 RERANK_BLOCK = {"_fetched": 1, "_warn_of_long_rows": 1, "check_finite": 1}
 # And where candidates are absent: the numbers of those that are there are counted, twice.
 RERANK_BLOCK_ABSENT = {**RERANK_BLOCK, "_fetched": 3}
-# A chunk of search: which scores may be near to a listed one.
+# A chunk of search: which scores may be close to a listed one.
 SEARCH_CHUNK = {"_count_clear": 1}
 # CVNet's ResNet adds biases in another order on a GPU, see model/folding.py.
 OTHER_ROUNDING, MAP_ROUNDING = {"atol": 2e-6, "rtol": 1e-5}, {"atol": 2e-5, "rtol": 1e-5}
-# Diffusion looks at every 16th step.
+# Diffusion tests for convergence at every 16th step.
 DIFFUSION_STEPS = 16
 
 
@@ -90,7 +90,7 @@ def unit_rows(*shape: int, seed: int = 0) -> Tensor:
 
 def test_tensors_of_two_devices_do_not_mix(device):
     x = torch.ones(2, 3, device=DEVICE)
-    assert (x + torch.tensor(1.0)).sum().item() == 12  # numbers do
+    assert (x + torch.tensor(1.0)).sum().item() == 12  # numbers on the CPU are allowed
     for operation in (lambda y: x + y, lambda y: y + x, lambda y: x @ y.T, lambda y: torch.cat([x, y])):
         with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
             operation(torch.ones(2, 3))
@@ -149,7 +149,7 @@ def recipe(checkpoint_50) -> Recipe:
 
 
 def unfused(network: nn.Module) -> nn.Module:
-    """The network on the CPU with the arithmetic that the device has, too."""
+    """Returns the network on the CPU with the arithmetic of the device."""
     for layer in network.modules():
         if isinstance(layer, FoldedConv):
             layer.fused = False
@@ -215,7 +215,7 @@ def test_scale_gem_is_the_cpus(device, p):
 
 
 class SmallNetwork(nn.Module):
-    """Pixels -> unit descriptors, in a moment."""
+    """A fast extractor: pixels -> unit descriptors."""
 
     def __init__(self):
         super().__init__()
@@ -300,7 +300,7 @@ ROWS, QUERIES = 900, 4
 
 @pytest.fixture(scope="module")
 def problem() -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Queries, rows with some that are equal, and a list of rows for each query."""
+    """Returns queries, rows (some of them equal), and a list of rows for each query."""
     rows = unit_rows(ROWS, 32, seed=1)
     rows[500:600] = rows[:100]
     listed = [torch.tensor([7, 507, 3 * query, 800]) for query in range(QUERIES - 1)]
@@ -347,7 +347,7 @@ def ids(problem) -> Tensor:
 
 
 def absent(ids: Tensor) -> Tensor:
-    """The same with candidates that are not there, some of them between others."""
+    """The same with absent candidates, some of them between present ones."""
     out = ids.clone()
     out[1, 3:] = -1
     out[2, 5:30:2] = -1

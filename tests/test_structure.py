@@ -1,4 +1,4 @@
-"""The floors of the house: a file imports from its own floor and below, and no circle of files exists."""
+"""The layers of the project: a file imports from its own layer and below, and imports are never circular."""
 
 import ast
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-# What the files of each place import beside Python's own, from the bottom up. Commands may import everything.
+# What the files of each layer import beside Python's standard library, from the bottom up. Commands import anything.
 ALLOWED = {
     "modules": {"torch", "modules"},
     "model": {"torch", "torchvision", "timm", "numpy", "PIL", "pillow_heif", "filelock", "tqdm", "modules", "model"},
@@ -26,7 +26,7 @@ def files_of(place: str) -> list[Path]:
 
 
 def imported(path: Path) -> set[str]:
-    """The dotted names of the modules that a file imports, wherever in it."""
+    """Returns the dotted names of all modules that a file imports."""
     package, names = path.relative_to(ROOT).parts[0], set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

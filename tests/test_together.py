@@ -1,4 +1,4 @@
-"""Several runs at once in one folder: each ends with the right metrics."""
+"""Several simultaneous runs in one folder: each ends with the correct metrics."""
 
 import json
 import re

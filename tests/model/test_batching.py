@@ -7,7 +7,7 @@ from model.batching import BatchSize, equal_sizes, in_fitting_parts
 
 
 def images(sizes: list[tuple[int, int]]) -> list[tuple[int, torch.Tensor]]:
-    """Numbered, each filled with its number."""
+    """Returns numbered images, each filled with its number."""
     return [(number, torch.full((*size, 3), number, dtype=torch.uint8)) for number, size in enumerate(sizes)]
 
 
@@ -16,7 +16,7 @@ def brightness(batch) -> torch.Tensor:
 
 
 class SmallDevice:
-    """Runs out of memory with more than `most` images."""
+    """An extractor that runs out of memory with more than `most` images."""
 
     def __init__(self, most: int, error: Exception):
         self.most, self.error, self.tried = most, error, []
@@ -95,7 +95,7 @@ def test_out_of_memory_halves_the_batch_and_continues(error):
     assert torch.cat([vectors for _, vectors in parts]).flatten().tolist() == list(range(13))
     device.tried.clear()
     list(in_fitting_parts(device.extract, batch, range(13), size))
-    assert max(device.tried) <= 3  # what did not fit is not tried again
+    assert max(device.tried) <= 3  # sizes that did not fit are not tried again
 
 
 def test_a_single_image_that_does_not_fit_is_named():

@@ -17,7 +17,7 @@ def network(checkpoint_50) -> CVNetRerank:
 
 @pytest.fixture(scope="module")
 def maps(network, reference) -> list[Tensor]:
-    """Of image_0 and image_1, (1, 1024, 12, 18) and (1, 1024, 17, 11)."""
+    """The feature maps of image_0 and image_1, (1, 1024, 12, 18) and (1, 1024, 17, 11)."""
     return [feature_map(network, reference[f"image_{i}"]) for i in (0, 1)]
 
 

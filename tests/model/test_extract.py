@@ -120,7 +120,7 @@ def test_an_image_too_large_for_the_memory_is_skipped_or_named(model, tmp_path, 
 
 
 class DeadlyFile(ImageFile):
-    """A file at which the process that decodes it dies, as when the system's memory ends."""
+    """A file that kills the process that decodes it, as when the system runs out of memory."""
 
     def read(self) -> np.ndarray:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -207,7 +207,7 @@ def test_a_missing_gpu_is_reported():
         choose_device("cuda:99")
 
 
-# ---- extractors of others ----
+# ---- other extractors ----
 
 COLOURS = """
 import torch

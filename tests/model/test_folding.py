@@ -15,7 +15,7 @@ def pixels(reference):
 
 
 def use_kernels_of_a_gpu(network: torch.nn.Module) -> None:
-    """Convolution, shortcut and rectifier one after the other, as where the CPU has no kernel for all three."""
+    """Applies convolution, shortcut and rectifier one after the other, as without a fused kernel."""
     for module in network.modules():
         if isinstance(module, FoldedConv):
             module.fused = False
@@ -79,7 +79,7 @@ def test_half_precision_keeps_the_direction_of_a_descriptor(checkpoint_50, refer
         assert out.dtype == np.float32
         assert np.linalg.norm(out) == pytest.approx(1, abs=1e-6)
         assert out @ exact >= 0.9999
-        assert np.abs(out - exact).max() > 2e-6  # or nothing was computed in half precision
+        assert np.abs(out - exact).max() > 2e-6  # otherwise nothing was computed in half precision
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

@@ -1,4 +1,4 @@
-"""The kernel of a GPU, run by Triton's interpreter, and compiled for GPUs that are not here."""
+"""The kernel for GPUs, run by Triton's interpreter, and compiled for GPUs without having one."""
 
 import os
 import subprocess
@@ -39,7 +39,7 @@ assert pooled[0, 0].isfinite() and pooled[0, 1].isnan()
 
 
 def test_one_kernel_gives_what_both_modules_give():
-    """In a process of its own: Triton takes its interpreter for good when it is imported."""
+    """Runs in a process of its own, because Triton selects its interpreter when it is imported."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", _CASES], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

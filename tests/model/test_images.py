@@ -36,7 +36,7 @@ def test_16_bit_images_are_reduced_to_the_upper_8_bits(tmp_path, name):
 
 
 def test_jpeg_files_whole_or_damaged_are_what_pillow_makes_of_them(tmp_path, monkeypatch):
-    """simplejpeg decodes the whole ones, and the damaged ones as far as it sees nothing to complain of."""
+    """simplejpeg decodes intact files, and damaged ones in which it detects no damage."""
     pytest.importorskip("simplejpeg")
     random, path, outcomes = np.random.default_rng(1), tmp_path / "x.jpg", []
     smooth = Image.fromarray(RGB).resize((67, 45), Image.Resampling.BICUBIC)

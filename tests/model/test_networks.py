@@ -1,4 +1,4 @@
-"""Any network in the place of CVNet's: its descriptors are those of attach called by hand."""
+"""Other networks instead of CVNet's: their descriptors are those of a direct call of attach."""
 
 import re
 

@@ -37,7 +37,7 @@ def evaluate(command, layout, checkpoint_50):
 
 
 def pair_scores(network, layout: Layout) -> np.ndarray:
-    """The score of each query with each database image, a pair at a time, (Q, N)."""
+    """Returns the score of each query with each database image, computed pair by pair, (Q, N)."""
     dataset = load_dataset("roxford5k", layout.data_dir)
 
     def feature_map(image) -> torch.Tensor:
@@ -50,8 +50,8 @@ def pair_scores(network, layout: Layout) -> np.ndarray:
 
 
 def by_the_book(ranking, cosine, scores, ground_truth, topk) -> dict[str, float]:
-    """mAP of each protocol, on a ranking that is made for it alone."""
-    figures = {}
+    """Returns the metrics of each protocol, from a ranking that is sorted separately for it."""
+    metrics = {}
     for name, ignored in {"E": ("junk", "hard"), "M": ("junk",), "H": ("junk", "easy")}.items():
         rankings = []
         for query, truth in enumerate(ground_truth):
@@ -59,8 +59,8 @@ def by_the_book(ranking, cosine, scores, ground_truth, topk) -> dict[str, float]
             kept = [number for number in ranking[query] if number not in out]
             first = sorted(kept[:topk], key=lambda n, q=query: -(cosine[q, n] + 0.5 * scores[q, n]))
             rankings.append([*first, *kept[topk:], *sorted(out)])
-        figures[name] = all_protocols(np.array(rankings), ground_truth)[name]
-    return figures
+        metrics[name] = all_protocols(np.array(rankings), ground_truth)[name]
+    return metrics
 
 
 def test_metrics_follow_the_protocol_for_each_number_of_candidates(evaluate, layout, network, tmp_path):
@@ -139,7 +139,7 @@ def test_an_interrupted_run_resumes_at_the_next_query(layout, checkpoint_50, net
     with pytest.raises(KeyboardInterrupt):
         score(tmp_path / "b", interrupted)
     resumed, resumed_scores = score(tmp_path / "b", interrupted)
-    assert Interrupted.asked == 4  # of the last query alone
+    assert Interrupted.asked == 4  # only those of the last query
     np.testing.assert_allclose(resumed_scores, scores, atol=1e-6, rtol=0)  # batches may differ
     assert torch.equal(whole.ids, resumed.ids)
     whole_metrics, resumed_metrics = (metrics_of(each, dataset.ground_truth) for each in (whole, resumed))
@@ -158,7 +158,7 @@ def test_maps_on_disk_stay_within_their_limit_and_are_reused(layout, network, tm
     files[0].write_bytes(b"damaged")
     again = FeatureMaps(network, {}, tmp_path / "maps", limit)
     maps = list(again.of(images))
-    assert len([number for number, _ in maps[:4] if number < 5]) == 4  # those on the disk come first
+    assert len([number for number, _ in maps[:4] if number < 5]) == 4  # saved maps come first
     for number, each in maps:
         torch.testing.assert_close(each, made[number])
     assert len(list((tmp_path / "maps").iterdir())) == 5
@@ -196,7 +196,7 @@ def test_a_damaged_candidate_is_named(evaluate, layout):
     content = layout.image("db_7").read_bytes()
     stat = layout.image("db_7").stat()
     layout.image("db_7").write_bytes(b"x" * len(content))
-    os.utime(layout.image("db_7"), ns=(stat.st_atime_ns, stat.st_mtime_ns))  # its descriptor is used again
+    os.utime(layout.image("db_7"), ns=(stat.st_atime_ns, stat.st_mtime_ns))  # so that its descriptor is reused
     outcome = evaluate("TEST.RERANKER", "cvnet")
     assert outcome.code == 2
     assert "db_7.jpg: not an image" in outcome.err

@@ -18,7 +18,7 @@ def path(tmp_path):
 
 
 def begin(path, count: int, blocks: int = 1) -> None:
-    """An interrupted run that described the first `count` rows, in so many blocks."""
+    """Simulates an interrupted run that wrote the first `count` rows, in the given number of blocks."""
     store = DescriptorStore(path, 10, 4, SOURCE)
     for part in np.array_split(np.arange(count), blocks):
         for row in part:

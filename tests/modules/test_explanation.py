@@ -1,4 +1,4 @@
-"""The explanation of a candidate's place adds up to the reranker's own score."""
+"""The explanation of a candidate's place adds up to the score of the reranker."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def rows(n: int, d: int = 24, seed: int = 0) -> torch.Tensor:
 
 
 def check(query, candidates, reranker, mask=None):
-    """Compares the explanation of every candidate that is there with the reranker's order and scores."""
+    """Compares the explanation of every present candidate with the order and scores of the reranker."""
     batch = None if mask is None else mask[None]
     order, scores = (each[0] for each in reranker(query[None], candidates[None], batch))
     for after, (before, score) in enumerate(zip(order.tolist(), scores.tolist(), strict=True)):
@@ -40,7 +40,7 @@ def check(query, candidates, reranker, mask=None):
 
 
 @pytest.mark.parametrize("s2", ["refined", "original"])
-@pytest.mark.parametrize("m", [1, 2, 9, 10, 60])  # fewer than K + 1 among them
+@pytest.mark.parametrize("m", [1, 2, 9, 10, 60])  # some below K + 1
 def test_the_sums_are_the_rerankers_scores(m, s2):
     check(rows(1, seed=3)[0], rows(m), SuperGlobalReranker(m=60, s2=s2))
 

@@ -123,7 +123,7 @@ POWERS = [0.5, 2.5, 4.6, 8, 9, 30, 60, 300, 1e4]
 
 
 def in_float64(values: torch.Tensor, p: float, axis: int) -> torch.Tensor:
-    """(mean of values^p)^(1/p), in logarithms."""
+    """Returns (mean of values^p)^(1/p), computed in logarithms."""
     logarithms = p * values.double().log()
     return ((torch.logsumexp(logarithms, dim=axis) - math.log(values.shape[axis])) / p).exp()
 

@@ -159,7 +159,7 @@ def test_the_largest_are_those_of_a_sort(m, k):
 
 
 def ragged(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries and candidates, the candidates that the mask leaves out full of NaN."""
+    """Returns queries and candidates; candidates outside the mask are filled with NaN."""
     queries, candidates = clustered(len(mask), 32, seed=1), clustered(mask.numel(), 32).view(*mask.shape, 32)
     candidates[~mask] = torch.nan
     return queries, candidates
@@ -209,7 +209,7 @@ def test_numpy_input_gives_numpy_output():
     reranker = SuperGlobalReranker(m=20)
     expected = reranker.rerank(queries, ids, Database(rows).rows)
     array = rows.numpy()
-    array.flags.writeable = False  # a memory map is, as a rule
+    array.flags.writeable = False  # as memory maps usually are
     kinds = []
 
     def fetch(wanted):

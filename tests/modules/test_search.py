@@ -34,7 +34,7 @@ def test_results_do_not_depend_on_the_chunk_size(chunk_size):
 
 
 def random_problem(seed: int) -> tuple[torch.Tensor, Database, int, list[torch.Tensor]]:
-    """Queries, a database of two parts, with ties in every third, a number of results, and listed rows."""
+    """Returns queries, a database of two parts (with ties in every third problem), m, and listed rows."""
     random = torch.Generator().manual_seed(seed)
     n, d, q, m = (int(torch.randint(*span, (1,), generator=random)) for span in ((1, 900), (2, 64), (1, 9), (1, 600)))
     rows = unit(n, d, seed=seed + 1)

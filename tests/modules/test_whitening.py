@@ -12,14 +12,14 @@ N, D = 300, 12
 
 
 def some_rows(seed: int = 0, n: int = N) -> torch.Tensor:
-    """Correlated descriptors whose mean is not 0, (n, D) float64."""
+    """Returns correlated descriptors whose mean is not 0, (n, D) float64."""
     random = torch.Generator().manual_seed(seed)
     mixing = torch.randn(D, D, generator=random, dtype=torch.float64) * torch.logspace(0, -2, D, dtype=torch.float64)
     return torch.randn(n, D, generator=random, dtype=torch.float64) @ mixing.T + 0.3
 
 
 def some_labels(n: int = N, classes: int = 20) -> torch.Tensor:
-    """Classes of unequal sizes, unsorted, with labels that are not 0, 1, 2."""
+    """Returns descriptors of classes of unequal sizes, unsorted, with labels other than 0, 1, 2."""
     random = torch.Generator().manual_seed(9)
     return 1000 - 7 * (classes * torch.rand(n, generator=random).square()).long()
 
@@ -34,7 +34,7 @@ def assert_equal_up_to_sign(got: torch.Tensor, expected: np.ndarray, atol: float
 
 
 def assert_same_direction(got: torch.Tensor, expected: np.ndarray) -> None:
-    """The axes are equal up to their signs and one factor for all."""
+    """Checks that the axes are equal up to signs and a common factor."""
     assert_equal_up_to_sign((got / got.norm()).T, (expected / np.linalg.norm(expected)).T, atol=1e-8)
 
 
@@ -141,7 +141,7 @@ def test_descriptors_of_any_dtype_are_added_in_float64(labels, dtype):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes the bytes of the largest storage that an operation returns."""
+    """Records the bytes of the largest storage that an operation returns."""
 
     def __init__(self):
         super().__init__()
@@ -202,7 +202,7 @@ def test_pca_whitening_rejects_invalid_input(covariance, dim, message):
 @pytest.mark.parametrize("dim", [1, 6, D])
 def test_discriminative_whitening_is_the_textbooks(dim):
     rows, labels = some_rows(n=90), some_labels(90)
-    assert labels.unique(return_counts=True)[1].min() == 1  # a class of one, too
+    assert labels.unique(return_counts=True)[1].min() == 1  # also a class of one
     got = discriminative_whitening(ClassMoments(D).update(rows, labels), dim).projection
     assert_same_direction(got, oracles.discriminative_projection(rows.numpy(), labels.numpy(), dim, balanced=True))
 
@@ -216,7 +216,7 @@ def test_in_classes_of_equal_size_it_is_the_papers_formula():
 def test_matching_descriptors_become_more_similar():
     random = torch.Generator().manual_seed(0)
     labels = torch.arange(200) % 20
-    noise = torch.randn(200, D, generator=random) * torch.logspace(1, -1, D)  # loudest where classes differ least
+    noise = torch.randn(200, D, generator=random) * torch.logspace(1, -1, D)  # largest where classes differ least
     rows = (torch.randn(20, D, generator=random) * torch.logspace(-1, 1, D))[labels] + noise
     white = discriminative_whitening(ClassMoments(D).update(rows, labels), 6)(rows)
 

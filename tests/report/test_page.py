@@ -1,4 +1,4 @@
-"""The page of TEST.REPORT: what it says, and how a browser shows it."""
+"""The page of TEST.REPORT: its content, and its display in a browser."""
 
 import json
 import re
@@ -23,7 +23,7 @@ LABELS = {"easy", "hard", "ignored", "wrong"}
 
 
 class Parsed(HTMLParser):
-    """Tags with their attributes in order, the classes' texts, and whether every tag is closed."""
+    """Parses a page into its tags with attributes, texts by class, and whether every tag is closed."""
 
     def __init__(self, path):
         super().__init__()
@@ -148,7 +148,7 @@ def test_without_superglobal_nothing_is_explained(evaluated):
 
 
 def aps(entry: dict, stage: str) -> list[float]:
-    """The AP (Medium) of each query, in their order."""
+    """Returns the AP (Medium) of each query, in order."""
     by_name = entry[stage]["M"]["AP"]
     assert [*by_name] == [f"query_{number}" for number in range(len(by_name))]
     return [*by_name.values()]
@@ -254,7 +254,7 @@ def test_a_report_that_cannot_be_written_is_reported_in_one_line(tmp_path):
 
 
 def noise(folder, count: int, side: int = 192) -> list[ImageFile]:
-    """Images that no JPEG makes small."""
+    """Images of noise, which JPEG cannot compress."""
     images = [ImageFile(folder / f"{i}.jpg") for i in range(count)]
     for i, image in enumerate(images):
         pixels = np.random.default_rng(i).integers(0, 256, (side, side, 3), dtype=np.uint8)
@@ -263,7 +263,7 @@ def noise(folder, count: int, side: int = 192) -> list[ImageFile]:
 
 
 def unlabelled(images: list[ImageFile], queries: int, results: int = 20) -> Page:
-    """What a search of a folder without ground truth shows."""
+    """Returns a page like that of a search in a folder, without ground truth."""
     hits = [Hit(image.path.name, image, 1 - i / 99) for i, image in enumerate(images[:results])]
     found = [Query(f"query {i}", images[i % len(images)], {"retrieval": hits}) for i in range(queries)]
     return Page("Search", {"folder": "/tmp"}, [Section("images", found)])
@@ -337,7 +337,7 @@ def browser():
 
 @pytest.fixture
 def opened(browser, evaluated):
-    """Opens the command's page in a context of its own; returns the page and what its console said."""
+    """Opens the page of the command in a new context; returns the page and the messages of its console."""
     _, out_dir = evaluated()
     contexts = []
 

@@ -1,4 +1,4 @@
-"""Saved descriptors of as many dimensions as images, some of them damaged, or of unit length either way."""
+"""Saved descriptors with as many dimensions as images, some damaged, or with unit length along both axes."""
 
 import numpy as np
 import pytest

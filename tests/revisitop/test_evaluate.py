@@ -13,9 +13,9 @@ def truth(lists: dict) -> GroundTruth:
 
 def test_metrics_equal_revisitops(evaluation):
     ground_truth = [truth(lists) for lists in evaluation["gnd"]]
-    figures = evaluate_ranks(np.array(evaluation["ranks"]).T, ground_truth)
+    metrics = evaluate_ranks(np.array(evaluation["ranks"]).T, ground_truth)
     for protocol, expected in evaluation["expected"].items():
-        result = figures[protocol]
+        result = metrics[protocol]
         assert result.map == pytest.approx(expected["map"], abs=1e-12)
         np.testing.assert_allclose(result.at_k, expected["mp_at_k"], atol=1e-12)
         np.testing.assert_allclose(result.ap, np.array(expected["ap"], dtype=float), atol=1e-12)
@@ -38,15 +38,15 @@ def test_metrics_equal_those_of_walking_down_the_ranking():
         numbers, ends = rng.permutation(80), np.sort(rng.integers(0, 30, 3))
         kinds = ("easy", "hard", "junk")
         lists.append({kind: part.tolist() for kind, part in zip(kinds, np.split(numbers, ends)[:3], strict=True)})
-    figures = evaluate_ranks(rankings.T, [truth(entry) for entry in lists])
+    metrics = evaluate_ranks(rankings.T, [truth(entry) for entry in lists])
     for protocol, expected in all_protocols(rankings, lists).items():
-        assert 100 * figures[protocol].map == pytest.approx(expected, abs=1e-9)
+        assert 100 * metrics[protocol].map == pytest.approx(expected, abs=1e-9)
 
 
 def test_a_protocol_without_any_positive_has_no_metrics():
-    figures = evaluate_positions([np.array([3, 0])], [truth({"easy": [1, 2], "hard": [], "junk": []})])
-    assert np.isnan(figures["H"].map)
-    assert not np.isnan(figures["E"].map)
+    metrics = evaluate_positions([np.array([3, 0])], [truth({"easy": [1, 2], "hard": [], "junk": []})])
+    assert np.isnan(metrics["H"].map)
+    assert not np.isnan(metrics["E"].map)
 
 
 def test_positions_of_another_number_of_images_are_refused():
@@ -62,9 +62,9 @@ def test_precision_over_recall_equals_a_calculation_by_hand():
 
 
 def test_curves_are_means_over_the_queries_without_their_ignored_images():
-    # Easy: junk and hard leave the first ranking, so that its positive comes first; the second has its at rank 3.
+    # Easy: without junk and hard, the positive of the first ranking comes first; in the second it has rank 3.
     ground_truth = [truth({"easy": [5], "hard": [6], "junk": [7]}), truth({"easy": [5], "hard": [], "junk": []})]
-    figures = evaluate_positions([np.array([2, 0, 1]), np.array([3])], ground_truth)
-    np.testing.assert_allclose(figures["E"].precision, np.full(101, (1 + 1 / 4) / 2))
-    np.testing.assert_allclose(figures["M"].precision, np.full(101, (1 + 1 / 4) / 2))  # 6 stands before 5: ranks 0, 1
-    np.testing.assert_allclose(figures["H"].precision, np.ones(101))  # the second query has no hard image
+    metrics = evaluate_positions([np.array([2, 0, 1]), np.array([3])], ground_truth)
+    np.testing.assert_allclose(metrics["E"].precision, np.full(101, (1 + 1 / 4) / 2))
+    np.testing.assert_allclose(metrics["M"].precision, np.full(101, (1 + 1 / 4) / 2))  # 6 precedes 5: ranks 0, 1
+    np.testing.assert_allclose(metrics["H"].precision, np.ones(101))  # the second query has no hard image

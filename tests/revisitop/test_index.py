@@ -77,7 +77,7 @@ def test_more_lists_find_more_and_all_of_them_everything(database, tmp_path):
         assert ((found.ids < 0) == (found.scores == -torch.inf)).all()
         same = [np.isin(a, b).mean() for a, b in zip(exact.numpy(), found.ids.numpy(), strict=True)]
         recalls.append(np.mean(same))
-        rerank(found, SuperGlobalReranker(), queries, database)  # where fewer than M are found, too
+        rerank(found, SuperGlobalReranker(), queries, database)  # also if fewer than M are found
     assert recalls[0] < recalls[1] < recalls[2] == 1
 
 
@@ -145,7 +145,7 @@ def test_a_row_or_a_query_with_nan_is_named(database, tmp_path, factory):
     assert not list(tmp_path.glob("y*.json"))
 
 
-# ---- as test.py and rerank have it ----
+# ---- in test.py and tools.rerank ----
 
 
 @pytest.fixture

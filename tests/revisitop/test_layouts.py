@@ -1,4 +1,4 @@
-"""Datasets in each layout: what is understood, what is refused, and that metrics are the textbook's."""
+"""Datasets in each layout: how they are read, which are rejected, and that metrics equal the textbook formulas."""
 
 import csv
 import pickle
@@ -192,7 +192,7 @@ def test_map_at_100_is_the_textbooks():
     for _ in range(1500):
         n, q = int(rng.integers(1, 260)), int(rng.integers(1, 5))
         positives = [rng.choice(n, int(rng.integers(1, n + 1)), replace=False) for _ in range(q)]
-        # Some images are unknown, some stand there twice; fewer and more than 100, or none.
+        # Some images are unknown, some are repeated; fewer or more than 100, or none.
         named = [rng.integers(0, n + 9, int(rng.integers(0, 140))).tolist() for _ in range(q)]
         known = []
         for row in named:
@@ -247,7 +247,7 @@ def test_each_layout_goes_from_folder_to_metrics_and_report(own, classes, comman
     assert outcome.code == 0, outcome.err
     found = re.search(r"Retrieval results: mAP@100 Public: ([\d.]+), Private: ([\d.]+)\n", outcome.out)
     run = latest(tmp_path / "work" / "output")
-    # q0 and q1 show what the first image that they should find shows, or a part of it.
+    # q0 and q1 are their first positive image, or a part of it.
     dataset = load(own)
     predictions = read_predictions(run / "own_retrieval_predictions.csv", dataset)
     metrics = evaluate_predictions(predictions, dataset.ground_truth, dataset.protocols)

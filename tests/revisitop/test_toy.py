@@ -97,12 +97,12 @@ def test_toy_runs_without_any_data_and_separates_easy_from_hard(toy_run, data_di
 
 def test_toy_metrics_are_the_same_on_every_machine(toy_run):
     _, screen = toy_run
-    figures = re.findall(r"(\w+) results: mAP E: ([\d.]+), M: ([\d.]+), H: ([\d.]+)", screen)
-    assert figures == [("Retrieval", "74.12", "72.03", "53.54"), ("Reranking", "76.52", "73.51", "55.63")]
+    found = re.findall(r"(\w+) results: mAP E: ([\d.]+), M: ([\d.]+), H: ([\d.]+)", screen)
+    assert found == [("Retrieval", "74.12", "72.03", "53.54"), ("Reranking", "76.52", "73.51", "55.63")]
 
 
 def test_positives_and_negatives_of_a_query_never_nearly_tie(toy_run, data_dir):
-    """Another CPU's instructions move a cosine by 1e-7 or 2e-7."""
+    """On another CPU, a cosine may differ by 1e-7 or 2e-7."""
     folder, _ = toy_run
     queries, rows = (torch.from_numpy(np.load(folder / f"toy_{kind}.npy")) for kind in ("query", "db"))
     truths = load_dataset("toy", data_dir).ground_truth

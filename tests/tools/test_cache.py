@@ -1,4 +1,4 @@
-"""Descriptors are kept by content: no setting touches another's, and python -m tools.cache tells of them."""
+"""Descriptors are kept by content, separately for each setting; python -m tools.cache lists them."""
 
 from pathlib import Path
 
@@ -57,5 +57,7 @@ def test_the_cache_is_listed_and_deleted_by_name(command, quick):
     outcome = command("tools/cache.py", "--delete", gone.name)
     assert outcome.code == 2
     assert stays.name in outcome.err
-    assert command("test.py", "TEST.FEATURES", stays, *quick[2:6]).code == 0  # a kept folder is a pair to evaluate
+    assert (
+        command("test.py", "TEST.FEATURES", stays, *quick[2:6]).code == 0
+    )  # the folder can be evaluated as saved descriptors
     assert np.load(stays / "roxford5k_db.npy").shape == (24, 2048)

@@ -10,7 +10,7 @@ from drawn_descriptors import draw_descriptors
 
 @pytest.fixture
 def evaluate(command, tmp_path):
-    """Evaluates saved descriptors of a dataset and returns the run's folder."""
+    """Evaluates saved descriptors of a dataset and returns the folder of the run."""
     where = (tmp_path / "data", tmp_path / "features")
     draw_descriptors(*where, "new", 0)
     draw_descriptors(*where, "other", 1)
@@ -60,7 +60,7 @@ def test_stages_of_one_run_are_compared_and_the_page_has_both_rankings(command, 
     assert f"B: reranking of {run.name}" in text
     first = np.load(run / "new_retrieval_ranks.npy")[:, 0]
     assert all(f"new_{number}" in text for number in first)
-    assert newest.resolve() == run  # comparing is no run
+    assert newest.resolve() == run  # a comparison is not a run
 
 
 def test_runs_that_cannot_be_compared_are_reported(command, evaluate, tmp_path):

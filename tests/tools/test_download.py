@@ -1,4 +1,4 @@
-"""The download command against a local server that stands in, as a proxy, for every host, and misbehaves as told."""
+"""The download command with a local server, a proxy for all hosts, that misbehaves in configured ways."""
 
 import gzip
 import hashlib
@@ -40,13 +40,13 @@ PAGE = b"<!DOCTYPE html><html><body>Please log in</body></html>"
 
 @dataclass
 class Answer:
-    """What the server says to a GET; `cuts` are the bytes after which its next answers end."""
+    """The answer of the server to a GET; `cuts` are the numbers of bytes after which its next answers end."""
 
     body: bytes
     status: int = 200
     ranges: bool = True
     cuts: list[int] = field(default_factory=list)
-    excess: int = 0  # of the length that is promised over the true one
+    excess: int = 0  # by which the declared length exceeds the true one
     headers: dict[str, str] = field(default_factory=dict)
 
 
@@ -57,7 +57,7 @@ class Request(NamedTuple):
 
 
 class Site:
-    """`answers` by address, or by path for any host; `requests` are the GETs that came, in order."""
+    """A server with `answers` by address, or by path for any host; `requests` are the received GETs, in order."""
 
     def __init__(self):
         self.answers: dict[str, Answer] = {}
@@ -103,7 +103,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def site(monkeypatch):
-    """A Site behind http_proxy, so that the published addresses are asked, and no other host is."""
+    """A Site behind http_proxy, so that the published addresses are requested, but no other host is contacted."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.site = Site()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -122,7 +122,7 @@ def site(monkeypatch):
 
 @pytest.fixture
 def here(tmp_path):
-    """The data folder that the command fills."""
+    """The data folder for the command."""
     folder = tmp_path / "here"
     folder.mkdir()
     return folder
@@ -172,7 +172,7 @@ def paris(site, tmp_path) -> Layout:
 
 @pytest.fixture
 def million(site, here) -> list[str]:
-    """Archives 1 to 6 hold two images each, with the names returned; the marker says that the others are unpacked."""
+    """Archives 1 to 6 contain two images each, with the returned names; the others are marked as unpacked."""
     names = [f"{n}/{i}/{n}_{i}.jpg" for n in range(1, 7) for i in range(2)]
     site.put(MILLION_LIST, "\n".join(names).encode())
     for n, path in enumerate(MILLION_IMAGES[:6], start=1):
@@ -190,7 +190,7 @@ def files(folder) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
 
 
-# Where things go
+# Places of files
 
 
 def test_images_of_both_benchmarks_are_in_one_folder_beside_the_ground_truth(download, here, oxford, paris):
@@ -299,7 +299,7 @@ def test_a_server_that_always_cuts_at_the_same_place_is_abandoned(download, here
 
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_content_length_above_the_true_one_is_detected(download, here, site, oxford, ranges):
-    """A server with ranges can tell on asking that nothing is lacking; one without is not believed."""
+    """A server with ranges can confirm that the file is complete; one without ranges cannot."""
     good = site.answers[OXFORD_TRUTH].body
     site.put(f"{CMP}{OXFORD_TRUTH}", good, excess=100, ranges=ranges)
     outcome = download("roxford5k")
@@ -329,7 +329,7 @@ def test_a_request_to_a_busy_server_is_repeated(download, site, oxford):
     assert site.asked(OXFORD_TRUTH) == [f"{CMP}{OXFORD_TRUTH}"] * (transfer.RETRIES + 1) + [f"{PTAK}{OXFORD_TRUTH}"]
 
 
-# Wrong bytes
+# Invalid bytes
 
 
 class Harmful:
@@ -421,7 +421,7 @@ def test_a_hostile_archive_is_refused_by_the_name_of_its_member(download, here, 
     assert files(here.parent) - before == {f"here/{item}/{'gnd_roxford5k.pkl' if flat else 'revisitop1m.txt'}"}
 
 
-# Again, and after an interruption
+# Repeated and interrupted runs
 
 
 def test_a_second_run_downloads_nothing_and_says_so(download, here, site, oxford, paris, million):
@@ -504,7 +504,7 @@ def test_an_interrupted_unpacking_is_done_again_without_a_download(download, her
     assert len(files(here / "roxford5k/jpg")) == 27
 
 
-# The look at the images
+# The check of the images
 
 
 def test_an_image_that_no_archive_has_is_named(download, here, site, oxford):
@@ -582,7 +582,7 @@ def test_the_drive_is_opened_in_a_browser_if_there_is_one(download, monkeypatch,
     assert opened == (["https://github.com/sungonce/CVNet"] if attended else [])
 
 
-# Words and exit codes
+# Messages and exit codes
 
 
 def test_one_item_that_fails_does_not_stop_the_others(download, here, site, oxford, paris):
@@ -708,11 +708,11 @@ def test_an_invalid_archive_of_gldv2_is_never_used(download, landmarks, here, si
     outcome = download(*landmarks)
     assert outcome.code == 2
     assert "images_001" in outcome.err
-    assert len(list((here / "gldv2" / "index").rglob("*.jpg"))) == 4  # of the other archives
+    assert len(list((here / "gldv2" / "index").rglob("*.jpg"))) == 4  # those of the other archives
     site.answers[name] = whole
     before = len(site.asked("index/images_000.tar"))
     assert download(*landmarks).code == 0
-    assert len(site.asked("index/images_000.tar")) == before  # what is unpacked is not fetched again
+    assert len(site.asked("index/images_000.tar")) == before  # unpacked archives are not downloaded again
     load_dataset("gldv2", here).check_files()
 
 

@@ -23,7 +23,7 @@ def draw(path, seed: int) -> None:
 
 @pytest.fixture
 def folder(tmp_path):
-    """Nine images in folders, two broken ones, and files that are no images."""
+    """Nine images in folders, two damaged ones, and files that are not images."""
     folder = tmp_path / "my images"
     for seed, name in enumerate(NAMES):
         draw(folder / name, seed)
@@ -79,7 +79,7 @@ def test_only_new_and_changed_images_are_extracted(search, folder):
 
     draw(folder / "new.jpg", 20)  # in the middle of the list
     draw(folder / NAMES[4], 21)  # another image under the same name: also the query
-    draw(folder / BROKEN[0], 22)  # mended
+    draw(folder / BROKEN[0], 22)  # repaired
     (folder / NAMES[0]).unlink()
     outcome = search("--top", 11)
     assert extracted(outcome) == {"database": 3, "queries": 1}
@@ -168,7 +168,7 @@ def test_skipped_files_are_counted_by_reason_and_named(search, folder, monkeypat
     (folder / "folder.jpg").mkdir()
     draw(folder / "folder.jpg" / "inside.png", 30)
     (folder / "a\nforged  line\x1b[2J.jpg").write_bytes((folder / NAMES[0]).read_bytes())
-    monkeypatch.setattr("model.images.FORMATS", ("JPEG", "PNG", "WEBP"))  # as without pillow-heif
+    monkeypatch.setattr("model.images.FORMATS", ("JPEG", "PNG", "WEBP"))  # like without pillow-heif
     outcome = search("--top", 400)
     assert outcome.code == 0, outcome.err
     assert re.search(r"2 skipped, unsupported image formats: photo.HEIC, raw.cr2; pip install pillow-heif", outcome.out)
@@ -236,7 +236,7 @@ def pymilvus():
 
 @pytest.fixture
 def entities(pymilvus):
-    """Gives the names that each collection of a file holds."""
+    """Returns the names in each collection of a file."""
     from milvus_lite.server_manager import server_manager_instance
 
     def read(file: Path) -> dict[str, list[str]]:
@@ -246,7 +246,7 @@ def entities(pymilvus):
             rows = client.query(collection, output_fields=["name"], limit=1000)
             found[collection] = sorted(row["name"] for row in rows)
         client.close()
-        server_manager_instance.release_all()  # the next command opens the file as a process of its own would
+        server_manager_instance.release_all()  # so that the next command opens the file like a new process
         return found
 
     return read

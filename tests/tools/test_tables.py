@@ -16,7 +16,7 @@ QUICK = ("TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0)
 
 
 def rows_of(text: str, costs: bool = False) -> dict[tuple, list[str]]:
-    """The cells of the Markdown table's rows, by network, dataset and setting."""
+    """Returns the cells of the rows of a Markdown table, by network, dataset and setting."""
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
     assert {len(line) for line in lines} == {tables.heading(REVISITED_PROTOCOLS, costs)[0].count(" | ") + 1}
     return {tuple(line[:3]): line[3:] for line in lines[2:]}
@@ -87,8 +87,8 @@ def test_images_are_extracted_once_and_metrics_equal_those_of_test_py(table, com
     results = json.loads((latest(layout.data_dir.parent / "work" / "output") / "results.json").read_text())
     for stage in ("retrieval", "reranking"):
         entry = results["datasets"]["roxford5k"][stage]
-        figures = rows_of(first.out)["R50", "roxford5k", stage]
-        assert (figures[0], figures[1], figures[4]) == tuple(f"{entry[name]['mAP']:.2f}" for name in "EMH")
+        metrics = rows_of(first.out)["R50", "roxford5k", stage]
+        assert (metrics[0], metrics[1], metrics[4]) == tuple(f"{entry[name]['mAP']:.2f}" for name in "EMH")
 
 
 def test_ablation_switches_each_module_and_has_both_forms_of_s2_and_other_rerankers(table, layout):
@@ -167,11 +167,11 @@ def test_missing_weights_are_reported_in_a_row(table, tmp_path):
 
 
 def test_published_numbers_are_shown_with_the_difference():
-    figures = {
+    metrics = {
         protocol.name: Metrics(protocol, value, np.zeros(0), np.zeros(0), np.zeros(0))
         for protocol, value in zip(REVISITED_PROTOCOLS, (0.9, 0.84, 0.67), strict=True)
     }
-    row = tables.Row("R50", "roxford5k", "retrieval", REVISITED_PROTOCOLS, figures, {"M": 83.9, "H": 67.7})
+    row = tables.Row("R50", "roxford5k", "retrieval", REVISITED_PROTOCOLS, metrics, {"M": 83.9, "H": 67.7})
     assert row.cells(with_costs=False) == [
         "R50",
         "roxford5k",

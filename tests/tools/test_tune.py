@@ -32,7 +32,7 @@ def results(tmp_path) -> dict:
 
 
 def by_the_book(tmp_path, name: str, truth: dict, k: int, beta: float, query: int | None = None) -> dict[str, float]:
-    """mAP in percent of the reranked rankings, or one query's AP."""
+    """Returns the mAP of the reranked rankings in percent, or the AP of one query."""
     queries, rows = (np.load(tmp_path / "features" / f"{name}_{kind}.npy") for kind in ("query", "db"))
     rankings = [
         ranking[dense_reranking(query.astype(float), rows[ranking].astype(float), k, beta)]
@@ -47,12 +47,12 @@ def test_the_best_of_the_validation_set_is_chosen_and_judged_beside_the_papers_v
     assert outcome.code == 0, outcome.err
     pairs = list(itertools.product((2, 5, 9), (0.15, 2.0)))
     expected = {pair: by_the_book(tmp_path, "val", sets["val"], *pair) for pair in pairs}
-    figures = {pair: (each["M"] + each["H"]) / 2 for pair, each in expected.items()}
+    metrics = {pair: (each["M"] + each["H"]) / 2 for pair, each in expected.items()}
     content = results(tmp_path)
     tuning = content["tuning"]
     listed = {(each["SupG.rerank_k"], each["SupG.rerank_beta"]): each["figure"] for each in tuning["settings"]}
-    assert listed == pytest.approx(figures, abs=1e-6)
-    best = max(figures, key=figures.get)
+    assert listed == pytest.approx(metrics, abs=1e-6)
+    best = max(metrics, key=metrics.get)
     assert tuning["chosen"] == dict(zip(("SupG.rerank_k", "SupG.rerank_beta"), best, strict=True))
     for stage, pair in (("paper's", (9, 0.15)), ("chosen", best)):
         entry = content["datasets"]["new"][f"reranking with the {stage} values"]
@@ -92,7 +92,7 @@ def test_with_folds_each_query_uses_the_best_setting_of_the_others(tune, sets, t
         for place, name in enumerate("EMH"):
             ap = chosen[name]["AP"][f"new_query_{query}"]
             assert ap == pytest.approx(aps[others.argmax(), query, place], abs=1e-6)
-    assert len({tuple(each.values()) for each in content["tuning"]["by fold"]}) > 1  # else the test shows nothing
+    assert len({tuple(each.values()) for each in content["tuning"]["by fold"]}) > 1  # otherwise the test shows nothing
 
 
 def test_a_gain_within_the_interval_is_reported_as_possible_chance(tune, tmp_path):
@@ -154,4 +154,4 @@ def test_another_reranker_and_options_of_the_network_are_tuned(command, layout, 
     assert outcome.err.count("roxford5k database: 24 images extracted") == 2 or (
         outcome.out.count("roxford5k database: 24 images extracted") == 2
     )
-    assert len(results(tmp_path)["tuning"]["settings"]) == 6  # the paper's 10 results, too
+    assert len(results(tmp_path)["tuning"]["settings"]) == 6  # including the one with the paper's 10 results

@@ -1,4 +1,4 @@
-"""Whitening is learnt by a command, and applied to descriptors by an option."""
+"""A command learns whitening, and an option applies it to descriptors."""
 
 import json
 import re

@@ -51,9 +51,9 @@ HUB_TENSOR, HUB_CALL = {"_pixels": 1}, {"forward": 1}
 # A call of rerank with everything on the device: whether there are ids below 0, and then whether there are any of the
 # first m.
 RERANK_CALL, RERANK_CALL_ABSENT = {"_by_blocks": 1}, {"_by_blocks": 2}
-# Each block of queries: the distinct ids that are fetched, whether rows are of unit length, whether scores are finite.
+# Each block of queries: the distinct ids to fetch, whether rows have unit length, whether scores are finite.
 RERANK_BLOCK = {"_fetched": 1, "_warn_of_long_rows": 1, "check_finite": 1}
-# And where candidates are absent: the numbers of those that are there are counted, twice.
+# And if candidates are absent: the present ones are counted, twice.
 RERANK_BLOCK_ABSENT = {**RERANK_BLOCK, "_fetched": 3}
 # A chunk of search: which scores may be close to a listed one.
 SEARCH_CHUNK = {"_count_clear": 1}

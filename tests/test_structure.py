@@ -11,7 +11,20 @@ from conftest import ROOT
 # What the files of each layer import beside Python's standard library, from the bottom up. Commands import anything.
 ALLOWED = {
     "modules": {"torch", "modules"},
-    "model": {"torch", "torchvision", "timm", "numpy", "PIL", "pillow_heif", "filelock", "tqdm", "modules", "model"},
+    "model": {
+        "torch",
+        "torchvision",
+        "timm",
+        "numpy",
+        "PIL",
+        "pillow_heif",
+        "filelock",
+        "simplejpeg",
+        "tqdm",
+        "triton",
+        "modules",
+        "model",
+    },
     "revisitop": {"torch", "numpy", "faiss", "scipy", "PIL", "tqdm", "modules", "model", "revisitop"},
     "report": {"numpy", "PIL", "tqdm", "matplotlib", "jinja2", "yaml", "model", "revisitop", "report"},
     "config.py": {"yaml", "yacs", "model"},
@@ -86,3 +99,33 @@ def test_library_code_names_no_option():
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and OPTION.search(node.value):
                 named[f"{path.relative_to(ROOT)}:{node.lineno}"] = node.value
     assert named == {}
+
+
+# Expressions that the project avoids in favour of the terms of the field, with what to write instead.
+AVOIDED = {
+    r"pictures?": "image",
+    r"describ(e|es|ed|ing)": "extract (descriptors)",
+    r"stamps?": "fingerprint",
+    r"maps? of local features": "feature map",
+    r"what made it": "provenance",
+    r"go(es|ing|ne)? on with": "resume, continue",
+    r"(is|are|was|were) not there": "missing",
+    r"cannot take": "unsupported, invalid",
+    r"theirs": "the name of whose it is",
+}
+# An element of HTML, and a key in the provenance files of earlier versions.
+UNAVOIDABLE = re.compile(r"</?picture>|\"stamps\"")
+
+
+def test_texts_use_the_terms_of_the_field():
+    avoided = re.compile("|".join(rf"\b({words})\b" for words in AVOIDED), re.IGNORECASE)
+    folders = ("benchmarks", "docs", "examples", "model", "modules", "report", "revisitop", "tests", "tools", "weights")
+    files = [path for folder in ("", *folders) for path in (ROOT / folder).glob("**/*" if folder else "*")]
+    found = {
+        f"{path.relative_to(ROOT)}:{number}": match[0]
+        for path in files
+        if path.suffix in (".py", ".md", ".html", ".yml", ".toml") and path != Path(__file__) and path.is_file()
+        for number, line in enumerate(path.read_text().splitlines(), start=1)
+        if (match := avoided.search(UNAVOIDABLE.sub("", line)))
+    }
+    assert found == {}, f"write instead: {AVOIDED}"

@@ -269,8 +269,8 @@ def test_toy_in_the_layout_of_gldv2_has_the_ground_truth_of_toy(toy_data, comman
     assert command("tools/check.py", "toy_gldv2", "TEST.DATA_DIR", toy_data).code == 0
     dataset = load_dataset("toy_gldv2", toy_data)
     truth = load_dataset("toy", toy_data).ground_truth
-    for own, theirs in zip(dataset.ground_truth, truth, strict=True):
-        assert own.kinds["relevant"].tolist() == [*theirs.kinds["easy"], *theirs.kinds["hard"]]
+    for own, original in zip(dataset.ground_truth, truth, strict=True):
+        assert own.kinds["relevant"].tolist() == [*original.kinds["easy"], *original.kinds["hard"]]
     assert [entry.usage for entry in dataset.ground_truth[:3]] == ["Public", "Private", "Public"]
 
 

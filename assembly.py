@@ -276,12 +276,12 @@ def check_index(cfg: CfgNode, dim: int | None) -> None:
 def with_index(
     cfg: CfgNode, database: Database, path: Path, files: Iterable[Path], device: torch.device, **made_from: Any
 ) -> Database:
-    """Returns the database with the index of TEST.INDEX, kept as `path` with an ending; on the device without one.
+    """Returns the database with the index of TEST.INDEX, whose file name begins with `path`; on the device without it.
 
     Args:
-        files: that hold the rows; with their sizes and times they tell whether an index that is kept is of these.
+        files: the files of the rows; their sizes and times tell whether a saved index fits.
         device: where the database is searched if it has no index, see Database.fitted.
-        made_from: what else the rows depend on.
+        made_from: further provenance of the rows.
     """
     if not cfg.TEST.INDEX:
         return database.fitted(device)
@@ -293,7 +293,7 @@ def with_index(
 
 
 def own_images(folder: Path, images: Sequence[ImageFile], recipe: AnyRecipe, output: Output) -> ImageSet:
-    """Returns the set of a folder's images: each recipe and folder, by its path, has descriptors of its own."""
+    """Returns the images of a folder as a set; each recipe and folder path has its own descriptors."""
     place = folder.resolve()
     kept = content_folder(output.descriptors, place.name, {"folder": str(place), **recipe.provenance()})
     return ImageSet(kept / "database.npy", "database", images, folder)
@@ -307,11 +307,11 @@ def extract_together(
     processes: Processes | None = None,
     on_error: str = "list",
 ) -> list[Tensor]:
-    """Returns the descriptors of sets that are kept in one folder, (N, D) each, extracting what is missing.
+    """Returns the descriptors of sets that are kept in one folder, (N, D) each; extracts missing descriptors.
 
     Args:
-        processes: of a `torchrun`, which share the work; by default this one alone.
-        on_error: what a damaged image does, see model.extract.extract_images.
+        processes: the processes of a `torchrun`, which share the extraction; by default only this one.
+        on_error: how damaged images are handled, see model.extract.extract_images.
     """
     loading, resume, first = make_loading(cfg, device), cfg.TEST.RESUME, processes is None or processes.rank == 0
     with owned(sets[0].path.parent) if first else nullcontext():
@@ -320,7 +320,7 @@ def extract_together(
                 store = extract_shared(each, recipe, device, processes, loading, resume, on_error)
                 if store is not None and not store.complete:
                     store.finish()
-            resume = True  # what was just made
+            resume = True  # reuses the descriptors that have just been extracted
         with processes.first_alone() if processes else nullcontext():
             return extract_sets(sets, recipe, device, loading, resume, on_error)
 
@@ -378,10 +378,10 @@ class Experiment:
         return sets
 
     def descriptors(self, processes: Processes | None = None) -> tuple[Tensor, Database]:
-        """Returns the query descriptors (Q, D) and the database with the distractors, extracting what is missing.
+        """Returns the query descriptors (Q, D) and the database with the distractors; extracts missing descriptors.
 
         Args:
-            processes: of a `torchrun`, which share the extraction; by default this one alone.
+            processes: the processes of a `torchrun`, which share the extraction; by default only this one.
         """
         if self.recipe is None:
             with option("TEST.FEATURES"):
@@ -395,12 +395,12 @@ class Experiment:
         return queries, self._indexed(database)
 
     def search(self, processes: Processes | None = None) -> Searched:
-        """Returns the search for what the stages need; the processes of a `torchrun` share it, see descriptors."""
+        """Searches for the results that the stages need; the processes of a `torchrun` share it, see descriptors."""
         queries, database = self.descriptors(processes)
         return search_for(self.stages.values(), queries, database, self.dataset.listed, self.device, processes)
 
     def _indexed(self, database: Database) -> Database:
-        """The database on the device, or with the index of TEST.INDEX, which is kept beside the descriptors."""
+        """Returns the database on the device, or with its TEST.INDEX, which is saved beside the descriptors."""
         if not self.cfg.TEST.INDEX:
             return database.fitted(self.device)
         name = f"{self.dataset.name}_db"

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 def main(argv: list[str]) -> None:
     cfg = parse_config(argv, __doc__)
 
-    # Imported here, so that --help and a mistyped option are answered at once.
+    # Imported here, so that --help and errors about options appear at once.
     from assembly import make_output, network_title, prepare, start_device
     from model.distributed import Processes
     from report.log import start_log

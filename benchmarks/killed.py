@@ -3,13 +3,13 @@
     python benchmarks/killed.py --tries 200
     python benchmarks/killed.py --tries 0 --together 20
 
-Each try takes one of the commands (test.py, extract_rop1m.py alone and as two processes, search with a list that
-changes, tables, test.py with distractors as two and three ranks) on a few drawn images, kills it and all its processes
-at a random moment, up to three times, starts it once more to its end, and compares every descriptor file, and the
-metrics, with those of an uninterrupted run; of ranks, with those of one process. "a rank" is two ranks of which one
-is killed under --max-restarts 3, and nothing is started again.
-With --together, two and four runs of test.py with equal and with different settings begin at once in one folder,
-so many times; each must end with the metrics, and leave the descriptors, of a run alone.
+Each try runs one of the commands (test.py, extract_rop1m.py as one and as two processes, search with a changing list,
+tables, test.py with distractors as two and three ranks) on a few drawn images, kills it and all its processes (SIGKILL)
+at a random moment, up to three times, then runs it to its end, and compares every descriptor file, and the metrics,
+with those of an uninterrupted run (for ranks, of a single process). In "a rank", one of two ranks is killed under
+--max-restarts 3, and the command is not started again.
+With --together TIMES, two and four runs of test.py, with equal and with different settings, are started at once in one
+folder, that many times; each must produce the metrics and descriptors of a run on its own.
 """
 
 import argparse
@@ -176,10 +176,10 @@ def start(command: list[str], place: Path, log: str = "said.txt") -> subprocess.
 
 
 def kill(command: list[str], place: Path, seconds: float, a_rank: bool = False) -> bool:
-    """Starts the command, and kills it and its processes after so many seconds; whether it still ran then.
+    """Starts the command, and kills it and its processes after `seconds`; returns whether it was still running.
 
     Args:
-        a_rank: kill the last process that it started, and wait for its end.
+        a_rank: kills only the last process that it started, and waits for the end of the command.
     """
     process = start(command, place)
     try:

@@ -167,7 +167,7 @@ class CVNetRerank(nn.Module):
         (3, 256, hq, wq) from query_inputs, (K, 1024, hk, wk) from feature_map, in any precision -> (K,) float32
 
         Raises:
-            ValueError: where a shape does not fit.
+            ValueError: if a shape does not fit.
             InputError: if the memory is too small for a single pair.
         """
         _check("a query's inputs", query, (len(MAP_SCALES), LOCAL_DIM))

@@ -50,7 +50,7 @@ class Processes:
 
     @contextmanager
     def agreeing(self) -> Iterator[None]:
-        """What stands inside is done by the first process, and then by the others; an InputError of one is all's."""
+        """A context that the first process runs before the others; an InputError in one is raised in all."""
         error = None
         if self.rank > 0:
             self._raise_any(None)

@@ -33,7 +33,7 @@ class Reranker(Protocol):
     """The interface of a reranker, for example of :class:`SuperGlobalReranker`.
 
     Attributes:
-        m: number of candidates per query that are sorted anew.
+        m: number of candidates per query that are sorted again.
         spare: number of further candidates that are scored, so that a benchmark that drops some images
             from a ranking still has m to sort. 0 if a score depends on the other candidates; then exactly
             the first m are sorted.

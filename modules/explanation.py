@@ -79,12 +79,12 @@ def explain(
     """
     reranker = SuperGlobalReranker() if reranker is None else reranker
     q, x = as_tensor(query, "query")[None], as_tensor(candidates, "candidates")[None]
-    q, x, there = reranker.checked(q, x, None if mask is None else as_tensor(mask, "mask")[None])
+    q, x, present = reranker.checked(q, x, None if mask is None else as_tensor(mask, "mask")[None])
     count = x.shape[1]
-    if not 0 <= place < count or (there is not None and not there[0, place]):
+    if not 0 <= place < count or (present is not None and not present[0, place]):
         raise ValueError(f"there is no candidate at place {place}, counted from 0; {count} are reranked")
     with torch.no_grad():
-        scores = superglobal_scores(q, x, reranker.k, reranker.beta, reranker.s2, there)
+        scores = superglobal_scores(q, x, reranker.k, reranker.beta, reranker.s2, present)
         total = (scores.s1 + scores.s2) / 2  # -inf for absent candidates, like s1
         order = total.argsort(dim=1, descending=True, stable=True)[0].tolist()
         to_query, to_expanded = x[0] @ q[0], x[0] @ scores.expanded[0]
@@ -100,7 +100,7 @@ def explain(
         neighbours=tuple(
             Neighbour(other, weight, to_query[other].item(), to_expanded[other].item())
             for other, weight in terms
-            if there is None or there[0, other]
+            if present is None or present[0, other]
         ),
         chosen=tuple(dict.fromkeys(scores.chosen[0].tolist())),
     )

@@ -275,7 +275,7 @@ def _on_device(
 
 
 def _products(queries: Tensor, chunk: Tensor) -> Tensor:
-    """The scores of a chunk in float32, (Q, C), by products in the type of the queries, see _work_type."""
+    """Returns the float32 scores of a chunk, (Q, C), from products in the dtype of the queries, see _work_type."""
     return (queries @ chunk.to(queries.dtype).T).to(torch.float32)
 
 

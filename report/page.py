@@ -319,7 +319,7 @@ def labelled_hits(
 
 
 def explained_hit(dataset: Dataset, explained: Explained, distractors: Sequence[ImageFile] = ()) -> Why:
-    """The explanation with its images, and what the ground truth says of them."""
+    """Returns the explanation with its images, labelled by the ground truth."""
 
     def hits(places: Sequence[int]) -> list[Hit]:
         return labelled_hits(dataset, explained.query, explained.ids[list(places)].tolist(), None, distractors)

@@ -21,8 +21,8 @@ class Evaluated:
     """The rankings of a dataset and their metrics by stage: "retrieval", then one stage per reranker.
 
     Attributes:
-        facts: what else is told of the dataset's run, for results.json.
-        explained: why one result stands where it does, for the page; or None.
+        facts: further facts about the run on this dataset, for results.json.
+        explained: the explanation of one result for the page, or None.
     """
 
     dataset: Dataset

@@ -24,14 +24,14 @@ from revisitop.retrieve import SAVED_RANKS, Ranking, rerank, retrieve
 
 @dataclass(frozen=True)
 class Searched:
-    """A search: what it found, and what it was given.
+    """A search: its result, and its input.
 
     Attributes:
-        ranking: by cosine similarity.
-        queries: (Q, D), unit rows.
-        database: the rows that the ranking's ids count.
-        listed: per query the row numbers (L,) int64 whose rank is wanted; None for none.
-        device: where the work is done.
+        ranking: the ranking by cosine similarity.
+        queries: (Q, D), unit descriptors.
+        database: the rows to which the ids of the ranking refer.
+        listed: per query, the row numbers (L,) int64 whose rank is wanted, or None.
+        device: the device of the computation.
     """
 
     ranking: Ranking
@@ -41,7 +41,7 @@ class Searched:
     device: torch.device | str = "cpu"
 
     def again(self, queries: Tensor, database: Database) -> Ranking:
-        """Returns the ranking of another search, for as many results of each query."""
+        """Returns the ranking of another search with the same number of results per query."""
         return retrieve(queries, database, self.ranking.ids.shape[1], self.listed, self.device)
 
 
@@ -60,7 +60,7 @@ class Stage(Protocol):
     def shortlist(self) -> str: ...
 
     def __call__(self, searched: Searched) -> Ranking:
-        """Returns the new ranking of a search that gave at least `needed` results, or all there are.
+        """Returns the new ranking, given a search with at least `needed` results, or all of them.
 
         Raises:
             InputError: if a descriptor has NaN.
@@ -76,7 +76,7 @@ def search_for(
     device: torch.device | str = "cpu",
     processes: Processes | None = None,
 ) -> Searched:
-    """Searches, see revisitop.retrieve, for as many results as the stages and the files of rankings need."""
+    """Searches for as many results as the stages and the saved rankings need, see revisitop.retrieve."""
     m = max([SAVED_RANKS, *(each.needed for each in stages)])
     return Searched(retrieve(queries, database, m, listed, device, processes), queries, database, listed, device)
 

@@ -440,7 +440,7 @@ def test_the_processes_of_a_torchrun_share_extraction_and_search(
 
 
 def test_the_processes_of_a_torchrun_share_a_table(command, layout, checkpoint_50, tmp_path, one_thread):
-    """A dataset that is not there has its row, as in one process."""
+    """A missing dataset has its row, as with one process."""
     words = ("rerank", "TEST.WEIGHTS", checkpoint_50, "TEST.DATA_DIR", layout.data_dir)
     words += ("TEST.DATASET_LIST", "['roxford5k', 'rparis6k']", "TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0)
     (tmp_path / "shared").mkdir()

@@ -21,8 +21,8 @@ from model.errors import InputError, run_command
 log = logging.getLogger(__name__)
 
 UPLOAD_BYTES = 20 << 20
-_SHOWN = 48  # queries
-_VISITORS = 200  # whose results are kept
+_SHOWN = 48  # number of queries shown
+_VISITORS = 200  # number of visitors whose results are kept
 _CHOICE = """
 element.addEventListener('click', event => {
   const chosen = event.target.closest('[data-choice]');
@@ -69,7 +69,7 @@ element.addEventListener('pointercancel', () => { start = null; });
 
 def main(argv: list[str]) -> None:
     args, cfg, given = parse(argv)
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nothing is sent anywhere
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # sends no data anywhere
     try:
         import gradio
     except ImportError:
@@ -91,7 +91,7 @@ def main(argv: list[str]) -> None:
 
     head = start_log(Path("log.txt"), plain(cfg))
     library = Library(cfg, make_output(cfg), start_device(cfg, head), args.database)
-    for chatty in ("httpx", "httpcore"):  # Gradio asks itself whether it is there
+    for chatty in ("httpx", "httpcore"):  # Gradio sends requests to itself
         logging.getLogger(chatty).setLevel(logging.WARNING)
     page = build(gradio, library)
     try:
@@ -276,7 +276,7 @@ def build(gr: Any, library: Any) -> Any:
         def filtered(found: Any, text: str):
             return [gr.skip() if found is None else strip(found.collection, text, found.asked.number)]
 
-        # Nobody but the page itself calls these. What is cheap shows no spinner; of many moves the last one counts.
+        # Only the page itself calls these. Fast actions show no spinner; of many slider moves, only the last is used.
         settings, shows = [name, modules, text], [*everything, message]
         own = {"api_visibility": "private"}
         quick = {**own, "show_progress": "hidden"}

@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
     if ids is None:
         rows = unit_rows(rows, args.database, args.normalize)
     elif args.normalize:
-        raise InputError("--normalize reads the whole database, which --ids is to save: give rows of unit length")
+        raise InputError("--normalize reads the whole database, which --ids avoids: give rows of unit length")
     database = Database(rows)
     if ids is None:
         database = with_index(cfg, database, args.database, [args.database], device, normalized=args.normalize)

@@ -101,7 +101,7 @@ def main(argv: list[str]) -> None:
         names = [database.name(number) for number in range(len(database.images))]
         with owned(cache):
             rows = milvus.update(collection_name(cache.name), names, database.descriptors)
-    elif args.index:  # one process keeps the vector database, and asks it
+    elif args.index:  # only one process updates and searches the vector database
         processes.end()
         return
     else:
@@ -118,7 +118,7 @@ def main(argv: list[str]) -> None:
 
     title, final = list(rankings.items())[-1]
     reranked = final is not searched.ranking
-    scores = f"of the {title}, which depend on the other results" if reranked else "cosine similarity"
+    scores = f"those of the {title}, which depend on the other results" if reranked else "cosine similarity"
     if args.json:
         print(json.dumps({"scores": scores, **as_dict(queries, database, final, args.top)}, indent=1))
     else:
@@ -237,10 +237,10 @@ def extract_folders(
     cfg: CfgNode,
     processes: Processes | None = None,
 ) -> list[Folder]:
-    """Returns the images that can be read, with their descriptors; the others are named, and left out.
+    """Returns the readable images of each set, with their descriptors; the others are logged and skipped.
 
     Args:
-        processes: of a `torchrun`, which share the work; by default this one alone.
+        processes: the processes of a `torchrun`, which share the extraction; by default only this one.
 
     Raises:
         InputError: if none can be read.

@@ -292,9 +292,9 @@ def heading(protocols: Sequence[Protocol], costs: bool) -> list[str]:
 def rows(
     part: Part, name: str, protocols: Sequence[Protocol], output: Output, device: torch.device, processes: Processes
 ) -> Iterator[Row]:
-    """A row of retrieval and one per reranker, all from one search; or one that says what is missing.
+    """Yields a row for retrieval and one per reranker, from a single search; or a row that says what is missing.
 
-    The processes of a `torchrun` share extraction and search; the first one has the rows.
+    The processes of a `torchrun` share extraction and search; only the first one yields rows.
     """
     cfg = part.cfg
 
@@ -313,7 +313,7 @@ def rows(
         stages = "retrieval, reranking" if reranks else "retrieval"
         yield Row(network_title(cfg), name, setting(stages), protocols, note=error.in_options(ADVICE))
         return
-    if processes.count > 1:  # what only one of them meets, a damaged image say, ends them all
+    if processes.count > 1:  # an error in only one of them, such as a damaged image, ends all of them
         queries, database = experiment.descriptors(processes)
     variants, truth = part.variants(experiment), experiment.dataset.ground_truth
     stages = [each.stage for each in variants]

@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
         classes = read_labels(args.labels, len(rows))
     discriminative = bool(args.discriminative or args.labels)
     if discriminative and classes is None:
-        raise InputError(f"--discriminative needs classes, which {args.source} has not; give --labels FILE")
+        raise InputError(f"--discriminative needs classes, which {args.source} does not have; give --labels FILE")
     dim = rows.shape[1]
     try:
         if discriminative:

@@ -35,7 +35,7 @@ def test_16_bit_images_are_reduced_to_the_upper_8_bits(tmp_path, name):
     np.testing.assert_array_equal(read_image(tmp_path / name), np.repeat((values >> 8)[:, :, None], 3, axis=2))
 
 
-def test_jpeg_files_whole_or_damaged_are_what_pillow_makes_of_them(tmp_path, monkeypatch):
+def test_jpeg_files_intact_or_damaged_are_decoded_as_by_pillow(tmp_path, monkeypatch):
     """simplejpeg decodes intact files, and damaged ones in which it detects no damage."""
     pytest.importorskip("simplejpeg")
     random, path, outcomes = np.random.default_rng(1), tmp_path / "x.jpg", []

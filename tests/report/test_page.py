@@ -109,7 +109,7 @@ def test_results_are_in_order_with_labels_and_scores(evaluated, layout):
     np.testing.assert_allclose(scores[:2], torch.cat([before[:, :10], after.scores[:, :10]]), atol=6e-5)
 
 
-def test_places_gained_and_lost_stand_beside_each_result(evaluated):
+def test_places_gained_and_lost_are_shown_with_each_result(evaluated):
     page, out_dir = evaluated()
     order = [int(text.removeprefix("query_")) for text in page.text("h3")[1:]]
     before, after = (np.load(out_dir / f"roxford5k_{stage}_ranks.npy") for stage in ("retrieval", "reranking"))

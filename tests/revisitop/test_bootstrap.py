@@ -17,10 +17,10 @@ def test_the_difference_is_paired_antisymmetric_and_reproducible():
     rng = np.random.default_rng(1)
     a = rng.random(70)
     b = a + 0.01 + 0.001 * rng.standard_normal(70)  # tiny, but nearly the same for each query
-    there, back = paired_difference(a, b), paired_difference(b, a)
-    assert not there.is_within_chance
-    assert there == paired_difference(a, b)
-    assert (there.mean, there.low, there.high) == pytest.approx((-back.mean, -back.high, -back.low))
+    forward, back = paired_difference(a, b), paired_difference(b, a)
+    assert not forward.is_within_chance
+    assert forward == paired_difference(a, b)
+    assert (forward.mean, forward.low, forward.high) == pytest.approx((-back.mean, -back.high, -back.low))
 
 
 def test_queries_without_a_value_in_both_are_left_out():

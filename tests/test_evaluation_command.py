@@ -61,7 +61,7 @@ def test_reranking_can_be_set_and_switched_off_and_descriptors_are_reused(comman
     assert outcome.code == 0, outcome.err
     assert "Reranking" not in outcome.out
     outcome = command("test.py", *base, *quick, "SupG.rerank_m", 10, "SupG.rerank_k", 3, "SupG.rerank_beta", 0.5)
-    assert "reused" in outcome.out
+    assert ": reused" in outcome.out
     work = tmp_path / "work"
     assert logged(work, "Reranking") == pytest.approx(evaluate_saved(work, layout, (10, 3, 0.5)), abs=0.0051)
 
@@ -211,7 +211,7 @@ def test_after_a_damaged_image_is_replaced_the_run_resumes(refused, layout, tmp_
     image.write_bytes(whole)
     layout.image("db_22").write_text("not an image")
     refused()
-    assert "20 of 24 are there from an earlier run" in (tmp_path / "work" / "log.txt").read_text()
+    assert "20 of 24 rows exist from an earlier run" in (tmp_path / "work" / "log.txt").read_text()
 
 
 def test_an_image_of_too_many_pixels_is_read_with_the_limit_that_the_error_advises(

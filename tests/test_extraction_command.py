@@ -121,7 +121,7 @@ def test_killed_at_several_moments_it_ends_with_the_same_file(work, arguments, w
         assert run_until(command, work, blocks) is None
         assert not (work / "feats_1m_RN50.pth").exists()
     assert run_until(command, work, None) == 0
-    assert "are there from an earlier run" in (work / "log.txt").read_text()
+    assert "rows exist from an earlier run" in (work / "log.txt").read_text()
     assert same_tensor_file(work / "feats_1m_RN50.pth", whole)
 
 
@@ -145,7 +145,7 @@ def test_damage_between_two_runs_is_reported_and_damaged_rows_are_never_used(wor
     lines[2] = lines[2].replace(b" ", b"  ", 1)
     journal.write_bytes(b"\n".join(lines)[:-3])
     assert run_until(command, work, None) == 0
-    assert "2 damaged blocks are not used; their rows are made again" in (work / "log.txt").read_text()
+    assert "2 damaged blocks are ignored; their rows are extracted again" in (work / "log.txt").read_text()
     assert same_tensor_file(work / "feats_1m_RN50.pth", whole)
 
 

@@ -40,7 +40,7 @@ def benchmarks(monkeypatch):
 def test_every_part_gives_a_result_or_the_reason_for_none(results):
     printed, kept = results
     assert kept["failures"] == {}
-    reasons = {name for name, lines in kept["lines"].items() if lines == ["a GPU is needed"]}
+    reasons = {name for name, lines in kept["lines"].items() if lines == ["this needs a GPU"]}
     assert reasons == {"synchronisations", "out_of_memory"}
     for name, lines in kept["lines"].items():
         assert f"\n{name} (" in printed
@@ -64,7 +64,7 @@ def test_the_rows_fit_the_table_of_the_readme(results):
 
 def test_a_part_that_would_not_fit_is_skipped_with_a_message():
     printed = run("--minutes", "0")
-    assert printed.count("left out: it takes about") == 10
+    assert printed.count("skipped: it takes about") == 10
     assert "FAILED" not in printed
 
 

@@ -80,7 +80,7 @@ def test_a_clock_that_was_set_back_has_no_effect(command, words, tmp_path):
     assert command("test.py", *words).code == 0
     for path in (tmp_path / "work" / "output").rglob("*"):
         os.utime(path, (4e9, 4e9), follow_symlinks=False)
-    assert command("test.py", *words).out.count("reused") == 2
+    assert command("test.py", *words).out.count(": reused") == 2
 
 
 @pytest.mark.parametrize("error", [errno.EOPNOTSUPP, errno.EINVAL, None])

@@ -192,7 +192,7 @@ def test_an_interrupted_run_is_not_affected_by_a_run_with_other_settings(command
     assert command("test.py", *words).code == 2  # the descriptors of images before it are kept
     damaged.write_bytes(whole)
     assert command("test.py", *words, "SupG.gemp", "False").code == 0
-    assert "3 of 4 are there from an earlier run" in command("test.py", *words).out
+    assert "3 of 4 rows exist from an earlier run" in command("test.py", *words).out
 
 
 @pytest.mark.parametrize(("flag", "key"), [("--depth", "MODEL.DEPTH"), ("--weights", "TEST.WEIGHTS")])
@@ -222,7 +222,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_saved_descriptors_unchanged(comma
     words = runs["test.py"][1]
     assert command("test.py", *words).code == 0
     assert command("test.py", *words, "MODEL.DEPTH", 101).code == 2
-    assert command("test.py", *words).out.count("reused") == 3  # queries, database, cvnet's scores
+    assert command("test.py", *words).out.count(": reused") == 3  # queries, database, cvnet's scores
     words = runs["extract_rop1m.py"][0]
     assert command("extract_rop1m.py", *words, "--depth", 101).code == 2
     assert not list(Path().glob("feats_1m_RN101*"))

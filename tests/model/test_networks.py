@@ -190,7 +190,7 @@ def test_cvnet_from_a_users_file_gives_the_papers_descriptors(reference, checkpo
         ("none.py:build", "no file none.py"),
         ("MINE:buidl", "has no function buidl; did you mean build?"),
         ("MINE:fails", "mine.py, line 10: OSError: no room for 3"),
-        ("MINE:logits", "it gives shape (1, 3), not a map (N, C, H, W)"),
+        ("MINE:logits", "it returns shape (1, 3), not a feature map (N, C, H, W)"),
         ("MINE:nothing", "nothing returns int, not a network"),
     ],
 )
@@ -203,7 +203,10 @@ def test_invalid_networks_are_rejected(mine, name, message):
     ("options", "message"),
     [
         ({}, "GeM needs a positive feature map, and tokens have both signs; try pooling='average'"),
-        ({"pooling": "average"}, "Regional-GeM is for maps that are positive; try rgem=None"),
+        (
+            {"pooling": "average"},
+            "Regional-GeM needs a positive feature map, and tokens have both signs; try rgem=None",
+        ),
         ({"pooling": "average", "rgem": None, "relup_stages": ("network.blocks",)}, "has no submodule"),
     ],
 )

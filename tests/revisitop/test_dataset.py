@@ -113,7 +113,7 @@ def test_recursive_lists_are_rejected(layout, kind):
         (lambda gnd: gnd["gnd"][1].update(easy=[True]), "'easy'"),
         (lambda gnd: gnd["gnd"][1].update(easy=[1.5]), "'easy'"),
         (lambda gnd: gnd["gnd"][1].update(bbx=["1", "2", "3", "4"]), "has no box"),
-        (lambda gnd: gnd["imlist"].append("a\0b"), "must hold names of images"),
+        (lambda gnd: gnd["imlist"].append("a\0b"), "must contain names of images"),
         (lambda gnd: gnd.pop("imlist"), "imlist, qimlist and gnd"),
         (lambda gnd: gnd["gnd"].pop(), "3 queries but 2 entries"),
         (lambda gnd: gnd["gnd"][1].pop("bbx"), "query query_1 has no box"),

@@ -28,7 +28,9 @@ def test_a_damaged_image_of_a_square_array_is_named_for_rows_and_columns(dataset
     rows[5] = bad
     for values in (rows, rows.T):
         np.savez(tmp_path / "features.npz", Q=unit_rows(3), X=values)
-        with pytest.raises(InputError, match=r"database descriptors of .*: image 5 \(from 0\) has a zero or a number"):
+        with pytest.raises(
+            InputError, match=r"database descriptors of .*: the descriptor of image 5 \(from 0\) is zero or not finite"
+        ):
             load_descriptors(tmp_path / "features.npz", dataset)
 
 
@@ -43,7 +45,7 @@ def test_rows_of_a_square_array_in_another_precision_are_recognised(dataset, tmp
 def test_a_square_array_of_unit_length_both_ways_is_refused_and_read_after_the_advice(dataset, tmp_path):
     path, (rows, _) = tmp_path / "features.mat", np.linalg.qr(unit_rows(N))
     scipy.io.savemat(path, {"Q": unit_rows(3).T, "X": rows.T})
-    with pytest.raises(InputError, match="both are of unit length, add a dimension of zeros"):
+    with pytest.raises(InputError, match="both have unit length; add a dimension of zeros"):
         load_descriptors(path, dataset)
     wider = [np.pad(each, ((0, 0), (0, 1))) for each in (unit_rows(3), rows)]
     scipy.io.savemat(path, {"Q": wider[0].T, "X": wider[1].T})

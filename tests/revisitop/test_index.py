@@ -87,7 +87,7 @@ def test_an_index_is_reused_only_for_the_same_rows(database, tmp_path, caplog):
     def outcome(*arguments) -> str:
         caplog.clear()
         indexed(*arguments)
-        return "reused" if "reused" in caplog.text else "built"
+        return "reused" if ": reused" in caplog.text else "built"
 
     file = tmp_path / "x.IVF8_Flat.faiss"
     assert outcome(database, "IVF8,Flat", tmp_path / "x", {"files": 1}) == "built"
@@ -172,7 +172,7 @@ def test_a_flat_index_gives_the_metrics_of_exact_search(evaluate):
     assert flat.code == 0, flat.err
     assert metrics(flat) == metrics(exact)
     assert all((a == b).all() for a, b in zip(ranks, found, strict=True))
-    assert "0 of 120 images that metrics ask for are not among the index's first 120" in flat.out
+    assert "0 of 120 images that metrics need are not among the first 120 of the index" in flat.out
     assert "reused, built from the same rows" in evaluate("TEST.INDEX", "Flat")[0].out
 
 
@@ -180,7 +180,7 @@ def test_images_that_the_index_misses_count_as_never_found(evaluate, tmp_path):
     exact, _ = evaluate("TEST.RERANKER", "none")
     outcome, (ranks,) = evaluate("TEST.RERANKER", "none", "TEST.INDEX", "IVF12,Flat", "TEST.INDEX_SEARCH", "nprobe=1")
     assert outcome.code == 0, outcome.err
-    lost = int(re.search(r"(\d+) of 120 images that metrics ask for are not among", outcome.out)[1])
+    lost = int(re.search(r"(\d+) of 120 images that metrics need are not among", outcome.out)[1])
     assert lost > 0
     assert (ranks == -1).any()
     values = [float(re.search(r"mAP E: ([\d.]+)", each.out)[1]) for each in (exact, outcome)]
@@ -221,4 +221,4 @@ def test_rerank_searches_with_an_index_beside_the_file(evaluate, command, tmp_pa
     np.save(tmp_path / "ids.npy", exact)
     outcome = command("tools/rerank.py", *words, "--ids", tmp_path / "ids.npy", "TEST.INDEX", "Flat")
     assert outcome.code == 2
-    assert "--ids are what an index found: leave TEST.INDEX out" in outcome.err
+    assert "--ids are the results of an index: leave TEST.INDEX out" in outcome.err

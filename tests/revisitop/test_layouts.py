@@ -289,7 +289,7 @@ def test_a_saved_ranking_of_another_system_is_evaluated(command, layout, tmp_pat
     assert line in outcome.out
     saved[1, 2, 0] = 24
     torch.save(torch.from_numpy(saved), path)
-    assert "whole, from 0 to 23" in command("test.py", *words).err
+    assert "whole numbers from 0 to 23" in command("test.py", *words).err
     saved[1, 2, 0] = saved[1, 2, 1]
     torch.save(torch.from_numpy(saved), path)
     assert "query 2 (from 0) has the same image twice" in command("test.py", *words).err

@@ -25,7 +25,7 @@ def test_every_setting_keeps_its_descriptors_and_every_run_its_results(command, 
     assert len(folders()) == 2
     assert {file.name: file.read_bytes() for file in kept.glob("*.npy")} == before
     again = command("test.py", *quick)
-    assert again.out.count("reused") == 2
+    assert again.out.count(": reused") == 2
     assert [line for line in again.out.splitlines() if "mAP" in line] == [
         line for line in first.out.splitlines() if "mAP" in line
     ]
@@ -40,7 +40,7 @@ def test_tables_reuse_descriptors_of_test_py(command, quick):
     outcome = command("tools/tables.py", "rerank", *quick)
     assert outcome.code == 0, outcome.err
     assert len(folders()) == 1
-    assert outcome.err.count("reused") + outcome.out.count("reused") == 2
+    assert outcome.err.count(": reused") + outcome.out.count(": reused") == 2
 
 
 def test_the_cache_is_listed_and_deleted_by_name(command, quick):

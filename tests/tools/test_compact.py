@@ -34,7 +34,7 @@ def test_compact_rows_are_smaller_and_the_loss_is_reported(compact, vectors, tmp
     assert f"5000 rows of 64 as {dtype}" in outcome.out
     assert f", {size} bytes per image" in outcome.out
     largest, mean, kept = map(
-        float, re.search(r"cosine: (\S+) at most, (\S+) in the mean; of the first 10, (\S+) stay", outcome.out).groups()
+        float, re.search(r"cosine: (\S+) at most, (\S+) on average; of the first 10, (\S+) stay", outcome.out).groups()
     )
     assert 0 < mean < largest < most
     assert 9 < kept <= 10

@@ -103,7 +103,7 @@ def test_the_explanation_belongs_to_the_place_on_the_page(collection):
         why = explained(here, reranker, place)
         assert (why.after, why.score) == (rank, pytest.approx(hit.score, abs=1e-6))
         assert len(why.neighbours) == len(why.chosen) == 4
-    with pytest.raises(InputError, match="the result at place 13 keeps it: the first 12 are reranked"):
+    with pytest.raises(InputError, match="the result at place 13 keeps its place: only the first 12 are reranked"):
         explained(here, reranker, 12)
 
 

@@ -346,20 +346,20 @@ def damaged(body: bytes) -> bytes:
     ("item", "path", "make", "words"),
     [
         ("roxford5k", OXFORD_TRUTH, lambda body: PAGE, "a web page was received instead"),
-        ("roxford5k", OXFORD_TRUTH, lambda body: body[:-100], "damaged or no pickle"),
+        ("roxford5k", OXFORD_TRUTH, lambda body: body[:-100], "damaged or not a pickle"),
         ("roxford5k", OXFORD_TRUTH, lambda body: pickle.dumps(["a", "b"]), "is not a ground truth"),
         ("roxford5k", OXFORD_TRUTH, lambda body: pickle.dumps(Harmful()), "refused: it would call posix.system"),
         ("roxford5k", OXFORD_IMAGES, lambda body: PAGE, "a web page was received instead"),
-        ("roxford5k", OXFORD_IMAGES, lambda body: b"", "damaged or no archive"),
-        ("roxford5k", OXFORD_IMAGES, lambda body: body[:-5000], "damaged or no archive"),
+        ("roxford5k", OXFORD_IMAGES, lambda body: b"", "damaged or not an archive"),
+        ("roxford5k", OXFORD_IMAGES, lambda body: body[:-5000], "damaged or not an archive"),
         ("roxford5k", OXFORD_IMAGES, lambda body: body[:-6] + b"\0\0" + body[-4:], "CRC check failed"),
-        ("roxford5k", OXFORD_IMAGES, damaged, "damaged or no archive"),
-        ("roxford5k", OXFORD_IMAGES, lambda body: gzip.compress(b"no tar" * 1000), "damaged or no archive"),
+        ("roxford5k", OXFORD_IMAGES, damaged, "damaged or not an archive"),
+        ("roxford5k", OXFORD_IMAGES, lambda body: gzip.compress(b"no tar" * 1000), "damaged or not an archive"),
         ("roxford5k", OXFORD_IMAGES, lambda body: tgz({}), "contains no file"),
-        ("revisitop1m", MILLION_IMAGES[0], lambda body: tgz({"a": b"file", "a/b.jpg": b""}), "damaged or no archive"),
+        ("revisitop1m", MILLION_IMAGES[0], lambda body: tgz({"a": b"file", "a/b.jpg": b""}), "or not an archive"),
         ("revisitop1m", MILLION_LIST, lambda body: b"1/1.jpg\n1/2.jpg\n1/3.j", "is not a list of images"),
         ("revisitop1m", MILLION_LIST, lambda body: b"\n", "is not a list of images"),
-        ("features", FEATURES[0], lambda body: b"MATLAB" * 100, "damaged or no MATLAB file"),
+        ("features", FEATURES[0], lambda body: b"MATLAB" * 100, "damaged or not a MATLAB file"),
         ("weights", NETWORK, lambda body: PAGE, "a web page was received instead"),
         ("weights", NETWORK, lambda body: b"PK\x03\x04" + b"no checkpoint", "is truncated or damaged"),
     ],
@@ -645,7 +645,7 @@ def test_help_lists_the_items_and_the_paths_on_a_mirror(download):
     outcome = download("--help")
     assert outcome.code == 0
     assert "rparis6k     ground truth and images" in outcome.out
-    assert f"is looked for as URL{FEATURES[0]}" in outcome.out
+    assert f"is requested as URL{FEATURES[0]}" in outcome.out
 
 
 def test_a_host_that_refuses_connections_is_tried_for_only_one_file(download, site, monkeypatch):

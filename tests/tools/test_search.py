@@ -134,7 +134,7 @@ def test_without_reranking_scores_are_cosines(search, arguments):
 def test_options_that_need_ground_truth_are_refused(search, arguments):
     outcome = search(*arguments)
     assert outcome.code == 2
-    assert "for test.py, which has ground truth" in outcome.err
+    assert "needs ground truth, as in test.py" in outcome.err
 
 
 @pytest.mark.parametrize("top", ["0", "401", "x"])
@@ -307,8 +307,8 @@ def test_an_interrupted_insertion_is_resumed_without_duplicates(search, pymilvus
         (("--index", "milvus:http://localhost:1"), "Milvus at http://localhost:1: Fail connecting to server"),
         (("--index", "milvus:/nowhere/x.db"), "Milvus at /nowhere/x.db: Open local milvus failed"),
         (("--index", "faiss:x"), "argument --index: 'faiss:x' is not milvus:FILE.db or milvus:http://HOST:PORT"),
-        (("--index", "milvus:x.db", "TEST.INDEX", "Flat"), "--index and TEST.INDEX do not go together"),
-        (("--index", "milvus:x.db", "TEST.RERANKER", "dba"), "--index and TEST.RERANKER dba do not go together"),
+        (("--index", "milvus:x.db", "TEST.INDEX", "Flat"), "--index and TEST.INDEX cannot be combined"),
+        (("--index", "milvus:x.db", "TEST.RERANKER", "dba"), "--index and TEST.RERANKER dba cannot be combined"),
     ],
 )
 def test_an_unusable_vector_database_is_reported_in_one_line(search, pymilvus, words, message):

@@ -118,7 +118,7 @@ def test_rerankers_are_compared_from_one_search_with_their_costs(table):
         assert float(cells[3]) > 0
         assert cells[5] == "8,192"
     assert "s once for the database" in rows["reranking, DBA"][-1]
-    assert "the first 400 results, ignored images among them" in outcome.out
+    assert "the first 400 results, including ignored images" in outcome.out
     few = rows_of(table("rerankers", "TEST.RERANKER", "diffusion", "RERANK.DIFFUSION_K", 5).out, costs=True)
     assert [key[2] for key in few if key[1] == "roxford5k"] == [
         *("retrieval", "reranking", "reranking, S2 of the original rows", "reranking, diffusion")
@@ -156,7 +156,7 @@ def test_without_reranking_there_are_only_rows_of_retrieval(table, layout, task,
 def test_the_table_rerank_rejects_other_rerankers(table, other):
     outcome = table("rerank", *other)
     assert outcome.code == 2
-    assert "rerank sweeps SuperGlobal's reranking" in outcome.err
+    assert "rerank varies SuperGlobal's reranking" in outcome.err
 
 
 def test_missing_weights_are_reported_in_a_row(table, tmp_path):

@@ -20,7 +20,7 @@ def test_a_whitening_of_a_dataset_is_pca_applied_and_labelled(command, words, tm
     outcome = command("tools/whiten.py", "--from", "roxford5k", "--dim", 8, "--out", "w.pth", *words)
     assert outcome.code == 0, outcome.err
     words = (*words, "TEST.DATASET_LIST", "roxford5k")
-    assert command("test.py", *words).out.count("reused") == 1  # the database's descriptors
+    assert command("test.py", *words).out.count(": reused") == 1  # the database's descriptors
     plain = np.load(kept(output, "roxford5k") / "roxford5k_db.npy")
     outcome = command("test.py", *words, "MODEL.WHITENING", "w.pth")
     assert outcome.code == 0, outcome.err

@@ -251,12 +251,13 @@ class DescriptorStore:
         """
         new = Path(f"{self.part}.new")
         self._allocate(new)
+        own = self.stamps or [""] * self.rows
         place = {stamp: row for row, stamp in enumerate(stamps) if done[row] and stamp}
-        self.gone = len(set(stamps) - set(self.stamps))
+        self.gone = len(set(stamps) - set(own))
         carried = np.load(new, mmap_mode="r+")
-        self.done[:] = [stamp in place for stamp in self.stamps]
+        self.done[:] = [stamp in place for stamp in own]
         for row in np.flatnonzero(self.done):
-            carried[row] = rows[place[self.stamps[row]]]
+            carried[row] = rows[place[own[row]]]
         carried.flush()
         self._write_journal(_blocks(carried, self.done), self._next_journal)
         os.replace(new, self.part)
@@ -503,6 +504,6 @@ def _parse(line: bytes) -> tuple[int, int, int] | None:
     return None
 
 
-def _sync(file) -> None:
+def _sync(file: IO) -> None:
     file.flush()
     os.fsync(file.fileno())

@@ -1,5 +1,6 @@
 """Every block of shell and Python in README and docs runs, on stand-ins for data, or says why not."""
 
+import importlib
 import re
 import shlex
 import shutil
@@ -144,10 +145,39 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert "SupG.rerank_beta" in options
 
 
-def test_links_of_the_readme_lead_somewhere():
+def test_links_outside_the_site_lead_somewhere():
     for page in ("README.md", "CONTRIBUTING.md"):
-        for target in re.findall(r"\]\((?!http)([^)#]+)(?:#[^)]*)?\)", (ROOT / page).read_text()):
-            assert (ROOT / target).exists(), f"{page}: {target}"
+        for target, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", (ROOT / page).read_text()):
+            path = ROOT / (target or page)
+            assert path.exists(), f"{page}: {target}"
+            assert not anchor or anchor in anchors(path), f"{page}: {target}#{anchor}"
+
+
+def anchors(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+
+
+def test_python_files_that_the_documentation_names_are_there():
+    folders = [path.name for path in ROOT.iterdir() if list(path.glob("*.py")) or list(path.glob("*/*.py"))]
+    named = re.compile(rf"`((?:{'|'.join(folders)})/[a-z0-9_/]+\.py)`")
+    assert {
+        f"{page}: {name}"
+        for page in (*PAGES, "CONTRIBUTING.md", "benchmarks/README.md")
+        for name in named.findall((ROOT / page).read_text())
+        if not (ROOT / name).exists()
+    } == set()
+
+
+def test_the_api_page_has_every_public_name():
+    page, shown = (ROOT / "docs" / "api.md").read_text(), set()
+    for name, members in re.findall(r"^::: ([\w.]+)$(?:\n    options: \{members: \[(.*)\]\})?", page, re.MULTILINE):
+        module, _, own = name.rpartition(".")
+        names = members.split(", ") if members else [own]
+        source = importlib.import_module(name if members else module)
+        assert [each for each in names if not hasattr(source, each)] == []
+        shown |= set(names)
+    assert set(modules.__all__) <= shown
 
 
 def test_the_readme_is_short():

@@ -13,6 +13,7 @@ import pytest
 import scipy.io
 import torch
 import torchvision
+import yaml
 from conftest import ROOT, Layout, latest
 from described import describe
 
@@ -169,6 +170,15 @@ def test_python_files_that_the_documentation_names_are_there():
     } == set()
 
 
+def test_contributing_says_where_things_are():
+    table = re.findall(r"^\| .* \| (`.*) \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.M)
+    named = [pair for row in table for pair in re.findall(r"`([\w/]+\.py)`, `(\w+)`(?: and `(\w+)`)?", row)]
+    assert len(named) >= 5
+    for file, *names in named:
+        for name in filter(None, names):
+            assert re.search(rf"^(def|class) {name}\b", (ROOT / file).read_text(), re.M), f"{file}: {name}"
+
+
 def test_the_api_page_has_every_public_name():
     page, shown = (ROOT / "docs" / "api.md").read_text(), set()
     for name, members in re.findall(r"^::: ([\w.]+)$(?:\n    options: \{members: \[(.*)\]\})?", page, re.MULTILINE):
@@ -234,3 +244,15 @@ def test_a_reranker_is_a_class_and_two_lines(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "new, reranking" in done.stdout
+
+
+def test_every_ci_runs_the_commands_of_contributing():
+    block = re.search(r"```\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)[1]
+    commands = [line.partition("  #")[0].strip() for line in block.splitlines()[1:]]
+    hosted = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]["tests"]
+    ours = (ROOT / ".ci" / "run").read_text()
+    steps = [step["run"] for step in hosted["steps"] if "run" in step]
+    assert [line for line in commands if line not in steps] == []
+    assert [line for each in commands for line in each.split(" && ") if line not in ours] == []
+    oldest, _ = (each["python"] for each in hosted["strategy"]["matrix"]["include"])
+    assert f'requires-python = ">={oldest}"' in (ROOT / "pyproject.toml").read_text()

@@ -60,7 +60,7 @@ class SuperGlobal(nn.Module):
 
     def pool(self, feature_map: Tensor) -> Tensor:
         """Returns the pooled map: Regional-GeM and GeM+, on a GPU in one kernel. (N, C, h, w) -> (N, C)."""
-        if self.fused_pooling and feature_map.is_cuda and not feature_map.requires_grad:
+        if self.fused_pooling and self.rgem is not None and feature_map.is_cuda and not feature_map.requires_grad:
             try:
                 return regional_gem(feature_map, self.rgem.p, self.rgem.window, self.pooling.p, self.pooling.eps)
             except Exception as error:  # of Triton: whatever a missing compiler or an old GPU makes it raise

@@ -11,7 +11,10 @@ from conftest import ROOT
 # What the files of each place import beside Python's own, from the bottom up. Commands may import everything.
 ALLOWED = {
     "modules": {"torch", "modules"},
-    "model": {"torch", "torchvision", "timm", "numpy", "PIL", "pillow_heif", "filelock", "tqdm", "modules", "model"},
+    "model": {
+        *("torch", "torchvision", "timm", "triton", "numpy", "PIL", "pillow_heif", "simplejpeg", "filelock", "tqdm"),
+        *("modules", "model"),
+    },
     "revisitop": {"torch", "numpy", "faiss", "scipy", "PIL", "tqdm", "modules", "model", "revisitop"},
     "report": {"numpy", "PIL", "tqdm", "matplotlib", "jinja2", "yaml", "model", "revisitop", "report"},
     "config.py": {"yaml", "yacs", "model"},

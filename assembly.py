@@ -1,4 +1,4 @@
-"""From options to objects: what the commands share. Library code knows no option; this module knows them all."""
+"""Create objects from options, for the commands. Library code does not know options; this module knows all."""
 
 import difflib
 import logging
@@ -62,12 +62,12 @@ log = logging.getLogger(__name__)
 AnyRecipe = Recipe | NetworkRecipe | WhitenedRecipe
 
 DEFAULT_WEIGHTS = Path("weights")
-DOWNLOADED = ("roxford5k", "rparis6k", "gldv2")  # what tools.download fetches
+DOWNLOADED = ("roxford5k", "rparis6k", "gldv2")  # datasets that tools.download provides
 
 
 @contextmanager
 def option(key: str) -> Iterator[None]:
-    """Errors of what stands inside name the option that they are about."""
+    """A context that adds the name of the option to an InputError."""
     try:
         yield
     except InputError as error:
@@ -75,7 +75,7 @@ def option(key: str) -> Iterator[None]:
 
 
 def start_device(cfg: CfgNode, head: dict[str, Any], local_rank: int = 0) -> torch.device:
-    """Returns the device of TEST.DEVICE, with the process prepared for it; the log and the run's head name it."""
+    """Prepares the process for the device of TEST.DEVICE, records it in the log and the head, and returns it."""
     with option("TEST.DEVICE"):
         device = choose_device(cfg.TEST.DEVICE, local_rank)
     prepare_process(device)
@@ -86,7 +86,7 @@ def start_device(cfg: CfgNode, head: dict[str, Any], local_rank: int = 0) -> tor
 
 
 def make_recipe(cfg: CfgNode, weights: Path | str) -> AnyRecipe:
-    """Returns the recipe of descriptors that the options ask for."""
+    """Returns the recipe of descriptors for the options."""
     method, scales = cfg.SupG, cfg.TEST.SCALE_LIST
     common = {
         "scales": SCALE_SETS[scales] if isinstance(scales, int) else tuple(scales),
@@ -116,10 +116,10 @@ def make_loading(cfg: CfgNode, device: torch.device) -> Loading:
 
 
 def find_recipe(cfg: CfgNode, dataset: Dataset | None = None) -> AnyRecipe:
-    """Returns the recipe with the weights that the options name, which fit it.
+    """Returns the recipe with the weights of the options, after checking that they fit.
 
     Raises:
-        InputError: if there are none, or they do not fit.
+        InputError: if the weights are missing or do not fit.
     """
     recipe = make_recipe(cfg, find_weights(cfg, dataset))
     recipe.check()
@@ -127,9 +127,9 @@ def find_recipe(cfg: CfgNode, dataset: Dataset | None = None) -> AnyRecipe:
 
 
 def find_weights(cfg: CfgNode, dataset: Dataset | None = None) -> Path | str:
-    """Returns the checkpoint, or how another network gets its weights.
+    """Returns the checkpoint, or for other networks a file, "pretrained" or "untrained".
 
-    By default the checkpoint is in ./weights, and other networks are pretrained; toy has random weights.
+    By default, the checkpoint is in ./weights, and other networks are pretrained; toy uses random weights.
     """
     given = cfg.TEST.WEIGHTS != "auto"
     if cfg.MODEL.NAME != "cvnet":
@@ -143,7 +143,7 @@ def find_weights(cfg: CfgNode, dataset: Dataset | None = None) -> Path | str:
 
 
 def find_dataset(cfg: CfgNode, name: str) -> Dataset:
-    """Returns the dataset; toy is drawn if it is not there yet."""
+    """Returns the dataset; toy is drawn if it is missing."""
     with option("TEST.DATA_DIR"):
         if name in toy.NAMES:
             draw = toy.ensure_dataset if name == "toy" else toy.ensure_landmarks
@@ -152,7 +152,7 @@ def find_dataset(cfg: CfgNode, name: str) -> Dataset:
         if dataset_folder(folder, name) is None:
             if name in DOWNLOADED:
                 raise InputError(
-                    f"no dataset {name} in {folder}; python -m tools.download {name} --data-dir {folder} fetches it"
+                    f"no dataset {name} in {folder}; get it with python -m tools.download {name} --data-dir {folder}"
                 )
             there = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
             if near := difflib.get_close_matches(name, [*DOWNLOADED, *toy.NAMES, *there], 1):
@@ -162,10 +162,10 @@ def find_dataset(cfg: CfgNode, name: str) -> Dataset:
 
 @dataclass(frozen=True)
 class Output:
-    """TEST.OUT_DIR: descriptors by content, which runs share, and a folder of results for each run.
+    """TEST.OUT_DIR: descriptors, which runs share, and a folder of results for each run.
 
     Attributes:
-        folder: TEST.OUT_DIR itself.
+        folder: TEST.OUT_DIR.
     """
 
     folder: Path
@@ -175,18 +175,18 @@ class Output:
         return self.folder / "descriptors"
 
     def new_run(self, title: str) -> Path:
-        """Makes the folder of this run's results, runs/<date>-<title>, and returns it."""
+        """Creates and returns the folder for the results of this run, runs/<date>-<title>."""
         start = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
         for number in count(1):
             run = self.folder / "runs" / f"{start}-{plain_name(title)}{f'-{number}' if number > 1 else ''}"
             try:
                 run.mkdir(parents=True)
                 return run
-            except FileExistsError:  # another process began in the same second
+            except FileExistsError:  # another process started in the same second
                 continue
 
     def publish(self, run: Path) -> None:
-        """Lets runs/latest point to the run, where the file system has links."""
+        """Links runs/latest to the run, if the file system supports links."""
         new = run.parent / f".latest.{os.getpid()}"
         with suppress(OSError):
             new.unlink(missing_ok=True)
@@ -195,10 +195,10 @@ class Output:
 
 
 def make_output(cfg: CfgNode) -> Output:
-    """Makes TEST.OUT_DIR, with its parents.
+    """Creates TEST.OUT_DIR, with its parents.
 
     Raises:
-        InputError: if it cannot be made or written to.
+        InputError: if it cannot be created or written to.
     """
     folder = Path(cfg.TEST.OUT_DIR)
     with option("TEST.OUT_DIR"):
@@ -208,12 +208,12 @@ def make_output(cfg: CfgNode) -> Output:
             probe.touch()
             probe.unlink()
         except OSError as error:
-            raise InputError(f"{folder} cannot be made, or not be written to ({error.strerror})") from None
+            raise InputError(f"{folder} cannot be created or written to ({error.strerror})") from None
     return Output(folder)
 
 
 def network_title(cfg: CfgNode, cvnet: str = "R") -> str:
-    """A short name of the network, for files: R50."""
+    """Returns a short name of the network for file names, such as R50."""
     return f"{cvnet}{cfg.MODEL.DEPTH}" if cfg.MODEL.NAME == "cvnet" else plain_name(short_name(cfg.MODEL.NAME))
 
 
@@ -223,8 +223,8 @@ class Distractors:
 
     Attributes:
         paths: the file, or its shards.
-        parts: (N_i, D) each, memory-mapped: one, or one per shard; int8 with scales if they were made compact.
-        images: theirs, in the same order; empty if their list is not here, or is of another length.
+        parts: (N_i, D) each, memory-mapped: one, or one per shard; Int8Rows if they are stored as int8.
+        images: their images, in the same order; empty if the list is missing or has another length.
     """
 
     paths: list[Path]
@@ -248,14 +248,14 @@ def find_distractors(cfg: CfgNode) -> Distractors:
         raise InputError(f"TEST.DISTRACTORS: no file {candidates[0]}")
     if paths is None:
         raise InputError(
-            f"SupG.onemeval: no {candidates[0]} here; extract_rop1m.py makes it, TEST.DISTRACTORS names another"
+            f"SupG.onemeval: no file {candidates[0]}; create it with extract_rop1m.py, or set TEST.DISTRACTORS"
         )
     with option("TEST.DISTRACTORS"):
         if len(paths) > 1 or is_shard(paths[0]):
             check_shards(paths)
         parts = [load_distractors(path) for path in paths]
         if len(widths := {part.shape[1] for part in parts}) > 1:
-            raise InputError(f"{paths[0]} and its other shards have {short_list(sorted(widths))} dimensions")
+            raise InputError(f"{paths[0]} and its other shards differ in dimensions: {short_list(sorted(widths))}")
     try:
         images: Sequence[ImageFile] = load_distractor_list(Path(cfg.TEST.DATA_DIR) / "revisitop1m")[1]
     except InputError:
@@ -265,9 +265,9 @@ def find_distractors(cfg: CfgNode) -> Distractors:
 
 
 def check_index(cfg: CfgNode, dim: int | None) -> None:
-    """Raises InputError if TEST.INDEX names no index of so many dimensions, or does not go with the rerankers."""
+    """Raises InputError if TEST.INDEX is invalid for this number of dimensions, or conflicts with the rerankers."""
     if cfg.TEST.INDEX and "dba" in cfg.TEST.RERANKER:
-        raise InputError("TEST.RERANKER dba makes every row anew and searches them all: leave TEST.INDEX out")
+        raise InputError("TEST.RERANKER dba replaces all rows and searches them exactly: leave TEST.INDEX out")
     if cfg.TEST.INDEX and dim:
         with option("TEST.INDEX"):
             new_index(cfg.TEST.INDEX, dim)
@@ -276,12 +276,12 @@ def check_index(cfg: CfgNode, dim: int | None) -> None:
 def with_index(
     cfg: CfgNode, database: Database, path: Path, files: Iterable[Path], device: torch.device, **made_from: Any
 ) -> Database:
-    """Returns the database with the index of TEST.INDEX, kept as `path` with an ending; on the device without one.
+    """Returns the database with the index of TEST.INDEX, whose file name begins with `path`; on the device without it.
 
     Args:
-        files: that hold the rows; with their sizes and times they tell whether an index that is kept is of these.
+        files: the files of the rows; their sizes and times tell whether a saved index fits.
         device: where the database is searched if it has no index, see Database.fitted.
-        made_from: what else the rows depend on.
+        made_from: further provenance of the rows.
     """
     if not cfg.TEST.INDEX:
         return database.fitted(device)
@@ -293,7 +293,7 @@ def with_index(
 
 
 def own_images(folder: Path, images: Sequence[ImageFile], recipe: AnyRecipe, output: Output) -> ImageSet:
-    """Returns the set of a folder's images: each recipe and folder, by its path, has descriptors of its own."""
+    """Returns the images of a folder as a set; each recipe and folder path has its own descriptors."""
     place = folder.resolve()
     kept = content_folder(output.descriptors, place.name, {"folder": str(place), **recipe.provenance()})
     return ImageSet(kept / "database.npy", "database", images, folder)
@@ -307,11 +307,11 @@ def extract_together(
     processes: Processes | None = None,
     on_error: str = "list",
 ) -> list[Tensor]:
-    """Returns the descriptors of sets that are kept in one folder, (N, D) each, extracting what is missing.
+    """Returns the descriptors of sets that are kept in one folder, (N, D) each; extracts missing descriptors.
 
     Args:
-        processes: of a `torchrun`, which share the work; by default this one alone.
-        on_error: what a damaged image does, see model.extract.extract_images.
+        processes: the processes of a `torchrun`, which share the extraction; by default only this one.
+        on_error: how damaged images are handled, see model.extract.extract_images.
     """
     loading, resume, first = make_loading(cfg, device), cfg.TEST.RESUME, processes is None or processes.rank == 0
     with owned(sets[0].path.parent) if first else nullcontext():
@@ -320,22 +320,22 @@ def extract_together(
                 store = extract_shared(each, recipe, device, processes, loading, resume, on_error)
                 if store is not None and not store.complete:
                     store.finish()
-            resume = True  # what was just made
+            resume = True  # reuses the descriptors that have just been extracted
         with processes.first_alone() if processes else nullcontext():
             return extract_sets(sets, recipe, device, loading, resume, on_error)
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One dataset with all that its evaluation needs, found before the long work begins.
+    """One dataset with everything that its evaluation needs, checked before the long computations begin.
 
     Attributes:
         cfg: the options.
         dataset: images and ground truth.
-        recipe: of the descriptors; None if saved ones are evaluated.
-        distractors: to be added, or None.
+        recipe: the recipe of the descriptors; None if saved ones are evaluated.
+        distractors: the distractors, or None.
         output: where descriptors and scores are kept.
-        device: what the work is done on.
+        device: the device of the computations.
     """
 
     cfg: CfgNode
@@ -347,7 +347,7 @@ class Experiment:
 
     @cached_property
     def folder(self) -> Path:
-        """Of this recipe's descriptors of these images, and of what is made from them."""
+        """The folder for the descriptors of these images by this recipe, and for scores computed from them."""
         return content_folder(
             self.output.descriptors,
             self.dataset.name,
@@ -355,22 +355,22 @@ class Experiment:
         )
 
     def saved_ranking(self) -> Ranking | None:
-        """Returns the ranking that TEST.FEATURES holds, if it holds one instead of descriptors."""
+        """Returns the ranking in TEST.FEATURES, or None if it contains descriptors."""
         path = Path(self.cfg.TEST.FEATURES)
         if self.recipe is not None or path.suffix.lower() != ".pkl":
             return None
         with option("TEST.FEATURES"):
             ranking = load_ranking(path, self.dataset)
         if self.stages:
-            log.warning("%s holds a ranking and no descriptors: it is not reranked", path)
+            log.warning("%s contains a ranking instead of descriptors: it is not reranked", path)
         if self.cfg.TEST.INDEX:
-            log.warning("%s holds a ranking: TEST.INDEX has no effect", path)
+            log.warning("%s contains a ranking: TEST.INDEX has no effect", path)
         return ranking
 
     @property
     def sets(self) -> list[ImageSet]:
-        """The images to be extracted: the queries, if they are no database images, and the database."""
-        name, folder = self.dataset.name, self.dataset.folder  # images of two classes may have one name
+        """Returns the images to extract: the queries, unless they are database images, and the database."""
+        name, folder = self.dataset.name, self.dataset.folder  # images of different classes may have equal names
         sets = [ImageSet(self.folder / f"{name}_db.npy", f"{name} database", self.dataset.database, folder)]
         if self.dataset.in_database is None:
             queries = self.folder / f"{name}_query.npy"
@@ -378,10 +378,10 @@ class Experiment:
         return sets
 
     def descriptors(self, processes: Processes | None = None) -> tuple[Tensor, Database]:
-        """Returns the query descriptors (Q, D) and the database with the distractors, extracting what is missing.
+        """Returns the query descriptors (Q, D) and the database with the distractors; extracts missing descriptors.
 
         Args:
-            processes: of a `torchrun`, which share the extraction; by default this one alone.
+            processes: the processes of a `torchrun`, which share the extraction; by default only this one.
         """
         if self.recipe is None:
             with option("TEST.FEATURES"):
@@ -395,12 +395,12 @@ class Experiment:
         return queries, self._indexed(database)
 
     def search(self, processes: Processes | None = None) -> Searched:
-        """Returns the search for what the stages need; the processes of a `torchrun` share it, see descriptors."""
+        """Searches for the results that the stages need; the processes of a `torchrun` share it, see descriptors."""
         queries, database = self.descriptors(processes)
         return search_for(self.stages.values(), queries, database, self.dataset.listed, self.device, processes)
 
     def _indexed(self, database: Database) -> Database:
-        """The database on the device, or with the index of TEST.INDEX, which is kept beside the descriptors."""
+        """Returns the database on the device, or with its TEST.INDEX, which is saved beside the descriptors."""
         if not self.cfg.TEST.INDEX:
             return database.fitted(self.device)
         name = f"{self.dataset.name}_db"
@@ -416,7 +416,7 @@ class Experiment:
         return with_index(self.cfg, database, folder / name, files, self.device)
 
     def whitening_facts(self) -> dict[str, Any]:
-        """What the whitening was learnt from; whether that is this dataset's own database."""
+        """Returns the provenance of the whitening, and whether it was learnt on this dataset's own database."""
         learnt = self.recipe.learnt_from
         own = learnt.get("dataset") == self.dataset.name
         facts = {"path": str(self.recipe.path), "kind": learnt.get("kind"), "source": learnt.get("source")}
@@ -424,7 +424,7 @@ class Experiment:
 
     @property
     def subject(self) -> "Subject":
-        """What a stage may need to know of the images."""
+        """Returns the information about the images for the stages."""
         database: Sequence[ImageFile] = self.dataset.database
         if self.distractors is not None:
             known = len(self.distractors.images)
@@ -435,11 +435,11 @@ class Experiment:
 
     @cached_property
     def stages(self) -> dict[str, Stage]:
-        """What TEST.RERANKER asks for, by its title."""
+        """The stages of TEST.RERANKER, by title."""
         return make_stages(self.cfg, self.subject, self.device)
 
     def facts(self) -> dict[str, Any]:
-        """What results.json tells of this dataset beside metrics."""
+        """Returns the facts about this dataset in results.json beside the metrics."""
         facts: dict[str, Any] = {}
         if self.recipe is None:
             path = Path(self.cfg.TEST.FEATURES)
@@ -462,10 +462,10 @@ class Experiment:
 
 
 def prepare(cfg: CfgNode, name: str, output: Output, device: torch.device) -> Experiment:
-    """Returns the experiment on a dataset.
+    """Creates the experiment on a dataset.
 
     Raises:
-        InputError: if anything is missing or does not fit, before the long work.
+        InputError: if anything is missing or does not fit, before the long computations.
     """
     dataset = find_dataset(cfg, name)
     if cfg.TEST.MAX_SIDE and name in DOWNLOADED:
@@ -480,27 +480,27 @@ def prepare(cfg: CfgNode, name: str, output: Output, device: torch.device) -> Ex
         distractors = find_distractors(cfg)
         if recipe is None:
             log.warning(
-                "TEST.FEATURES: whether %s was made by the same network cannot be checked", distractors.paths[0]
+                "TEST.FEATURES: it cannot be checked whether %s was extracted by the same network", distractors.paths[0]
             )
         else:
             with option("TEST.DISTRACTORS"):
                 check_distractors(distractors.paths[0], recipe.provenance())
     experiment = Experiment(cfg, dataset, recipe, distractors, output, device)
-    _ = experiment.stages  # raises for what cannot be had
+    _ = experiment.stages  # raises if a stage is impossible
     return experiment
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What a stage may need to know of the images whose ranking it makes anew.
+    """What a stage may need to know about the images whose ranking it changes.
 
     Attributes:
-        recipe: of their descriptors; None for saved ones of unknown origin.
+        recipe: the recipe of their descriptors; None for saved ones of unknown origin.
         queries: the query images.
-        database: the images behind the rows; empty if they are not known.
-        spare: the most images that a protocol drops from a ranking.
-        scores: a file for scores that take long to make; None without a recipe.
-        folder: TEST.OUT_DIR, where there is room for what a stage needs.
+        database: the images of the rows; empty if unknown.
+        spare: the largest number of images that a protocol drops from a ranking.
+        scores: a file for scores that take long to compute; None without a recipe.
+        folder: TEST.OUT_DIR, where a stage can store files.
     """
 
     recipe: AnyRecipe | None
@@ -512,7 +512,7 @@ class Subject:
 
 
 def make_stages(cfg: CfgNode, subject: Subject, device: torch.device) -> dict[str, Stage]:
-    """Returns what TEST.RERANKER asks for, by its title: "reranking", or "reranking by aqe" where there are several."""
+    """Creates the stages of TEST.RERANKER, by title: "reranking", or "reranking by aqe" if there are several."""
     stages: dict[str, Stage] = {}
     names = [name for name in cfg.TEST.RERANKER if name in STAGES and (cfg.SupG.rerank or name != "superglobal")]
     for name in names:
@@ -524,12 +524,12 @@ def make_stages(cfg: CfgNode, subject: Subject, device: torch.device) -> dict[st
 
 def cvnet_stages(cfg: CfgNode, subject: Subject, device: torch.device) -> dict[str, Stage]:
     if subject.recipe is None:
-        raise InputError("TEST.RERANKER cvnet needs images and weights, which TEST.FEATURES has not")
+        raise InputError("TEST.RERANKER cvnet needs images and weights, which TEST.FEATURES does not provide")
     if not isinstance(subject.recipe, Recipe):
         raise InputError("TEST.RERANKER cvnet needs CVNet's own network, MODEL.NAME cvnet without MODEL.WHITENING")
     if not len(subject.database):
         raise InputError(
-            "TEST.RERANKER cvnet needs the distractors' images in the order of their descriptors, as listed in "
+            "TEST.RERANKER cvnet needs the images of the distractors in the order of their descriptors, as listed in "
             f"{cfg.TEST.DATA_DIR}/revisitop1m/revisitop1m.txt"
         )
     counts = sorted({int(count) for count in cfg.TEST.TOPK_LIST})
@@ -552,8 +552,8 @@ class StageKind(NamedTuple):
     """A choice of TEST.RERANKER.
 
     Attributes:
-        title: for tables.
-        make: gives its stages, by what is added to their title.
+        title: the name in tables.
+        make: creates its stages, by the suffix of their title.
     """
 
     title: str

@@ -1,4 +1,4 @@
-"""Every option once: default, one-line meaning, check; and the parser of the commands. Nothing heavy is imported."""
+"""All options with default, meaning and check, and the parser of the commands. Imports nothing slow."""
 
 import argparse
 import difflib
@@ -19,12 +19,12 @@ from model.errors import InputError, as_typed
 
 @dataclass(frozen=True)
 class Option:
-    """A key of the command line.
+    """An option of the command line.
 
     Attributes:
-        check: gives the reason why a value is refused, or None.
+        check: returns why a value is invalid, or None.
         needs: values of other options without which it has no effect.
-        parse: makes its value of what was given, if the type of the default does not tell how.
+        parse: converts the given value, if the type of the default does not determine how.
     """
 
     key: str
@@ -47,7 +47,7 @@ _size, _count = _between(1, 1 << 20), _between(0, 1 << 20)
 
 
 def _scales(value: Any) -> int | list[float]:
-    """A number of scales, or factors: "(0.5, 1, 2.5)"."""
+    """Parses a number of scales, or their factors: "(0.5, 1, 2.5)"."""
     if isinstance(value, str) and re.fullmatch(r"\d{1,3}", value.strip()):
         return int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) else [float(each) for each in _list(value)]
@@ -57,7 +57,7 @@ def _known_scales(value: int | list[float]) -> str | None:
     if isinstance(value, int):
         return None if value in (1, 3, 5) else "is not one of 1, 3, 5"
     if not value or len(value) > 20 or not all(0.01 <= factor <= 16 for factor in value):
-        return "is no list of 1 to 20 factors between 0.01 and 16"
+        return "is not a list of 1 to 20 factors between 0.01 and 16"
     twice = [factor for factor in value if value.count(factor) > 1]
     return f"has {twice[0]:g} twice" if twice else None
 
@@ -75,11 +75,11 @@ def _odd(value: int) -> str | None:
 
 
 def _not_empty(value: str) -> str | None:
-    return "is empty" if not value else "holds a zero byte" if "\0" in value else None
+    return "is empty" if not value else "contains a zero byte" if "\0" in value else None
 
 
 def _no_zero_byte(value: str) -> str | None:
-    return "holds a zero byte" if "\0" in value else None
+    return "contains a zero byte" if "\0" in value else None
 
 
 def _datasets(value: list) -> str | None:
@@ -90,7 +90,7 @@ def _datasets(value: list) -> str | None:
         for name in value
         if name in (".", "..") or re.search(r"[/\\\0]", name) or len(name.encode(errors="replace")) > 200
     ]
-    return f"has {wrong[0]!r}, which is no name of a folder" if wrong else None
+    return f"has {wrong[0]!r}, which is not the name of a folder" if wrong else None
 
 
 def _device(value: str) -> str | None:
@@ -105,10 +105,10 @@ def _counts(value: list) -> str | None:
     if not value:
         return "is empty"
     wrong = [item for item in value if not re.fullmatch(r"[1-9][0-9]{0,8}", str(item))]
-    return f"has {wrong[0]!r}, which is no number from 1" if wrong else None
+    return f"has {wrong[0]!r}, which is not a number from 1" if wrong else None
 
 
-# What follows a search; the modules that make them are named in assembly.py.
+# The stages that can follow a search; assembly.py creates them.
 RERANKER_NAMES = ("superglobal", "aqe", "alpha-qe", "dba", "k-reciprocal", "diffusion", "cvnet")
 
 
@@ -116,17 +116,17 @@ def _rerankers(value: list) -> str | None:
     if value == ["none"]:
         return None
     if not value:
-        return "is empty; none is the word for no reranker"
+        return "is empty; for no reranker use none"
     wrong = [name for name in value if name not in RERANKER_NAMES]
     if wrong == ["none"]:
-        return "has none beside others"
+        return "has none together with others"
     if wrong:
         return f"has {wrong[0]!r}, which is not one of {', '.join(RERANKER_NAMES)}, none"
-    return "names one twice" if len(set(value)) < len(value) else None
+    return "has one twice" if len(set(value)) < len(value) else None
 
 
 class _Having:
-    """Equal to every list with one of these items: what an option of a reranker needs."""
+    """Equals every list with one of these items; used in `needs` of options of a reranker."""
 
     def __init__(self, *items: str):
         self.items = items
@@ -141,7 +141,7 @@ class _Having:
 
 
 class _OtherThan:
-    """Equal to every other value: what an option needs that has no effect with this one."""
+    """Equals every other value; used in `needs` of options that have no effect with this value."""
 
     def __init__(self, value: Any):
         self.value = value
@@ -172,9 +172,9 @@ _EXPANSION, _DIFFUSION, _RECIPROCAL = (
     _with_reranker(*names) for names in (("aqe", "alpha-qe"), ("diffusion",), ("k-reciprocal",))
 )
 
-# The numbers of the method are those of modules/; a test compares them.
+# The defaults of the method are those of modules/; a test compares them.
 OPTIONS = (
-    Option("MODEL.NAME", "cvnet", "network: cvnet, timm:NAME, torchvision:NAME or FILE.py:FUNCTION of yours", _network),
+    Option("MODEL.NAME", "cvnet", "network: cvnet, timm:NAME, torchvision:NAME or your own FILE.py:FUNCTION", _network),
     Option("MODEL.DEPTH", 50, "layers of the ResNet encoder: 50 or 101", _one_of(50, 101), _OWN),
     Option("MODEL.HEADS.REDUCTION_DIM", 2048, "dimensions of the descriptor, as in the checkpoint", _size, _OWN),
     Option(
@@ -184,46 +184,46 @@ OPTIONS = (
     Option("MODEL.WHITENING", "", "whitening of the descriptors, a file of python -m tools.whiten", _no_zero_byte),
     Option(
         "TEST.WEIGHTS", "auto",
-        "checkpoint, or a folder in which exactly one fits the depth; auto: ./weights, and for toy its own; "
+        "checkpoint, or a folder in which exactly one fits the depth; auto: ./weights, for toy random weights; "
         "of another network: a file, pretrained (auto) or untrained", _not_empty,
     ),
     Option("TEST.DATA_DIR", "./revisitop", "folder of the datasets", _not_empty),
     Option("TEST.DATASET_LIST", ["roxford5k", "rparis6k"],
-        "datasets to run: roxford5k, rparis6k, gldv2, toy, or any folder in TEST.DATA_DIR", _datasets),
+        "datasets to evaluate: roxford5k, rparis6k, gldv2, toy, or any folder in TEST.DATA_DIR", _datasets),
     Option(
         "TEST.SCALE_LIST", 3, "number of scales, 1, 3 or 5, or their factors, '(0.5, 1, 2.5)'", _known_scales,
         parse=_scales,
     ),
-    Option("TEST.MAX_SIDE", 0, "images with a longer side are made smaller, in pixels; 0: as they are", _count),
+    Option("TEST.MAX_SIDE", 0, "longer side to which larger images are reduced, in pixels; 0: no limit", _count),
     Option(
         "TEST.FEATURES", "",
-        "evaluate saved descriptors (.mat, .npy, .npz, .pth, a folder of ours) or a ranking (.pkl); no network",
+        "evaluate saved descriptors (.mat, .npy, .npz, .pth, a folder of a run) or a ranking (.pkl); no network",
         _no_zero_byte,
     ),
-    Option("TEST.DEVICE", "auto", "auto (GPU where there is one), cpu, cuda or cuda:N", _device),
+    Option("TEST.DEVICE", "auto", "auto (a GPU if there is one), cpu, cuda or cuda:N", _device),
     Option("TEST.PRECISION", "fp32", "precision of the network: fp32, bf16 or fp16", _one_of("fp32", "bf16", "fp16")),
-    Option("TEST.BATCH_SIZE", 0, "images (of equal size) in a batch at most; 0: as the memory allows", _count),
-    Option("TEST.OUT_DIR", "./output", "folder of descriptors, and of each run's results", _not_empty),
+    Option("TEST.BATCH_SIZE", 0, "most images (of equal size) in a batch; 0: as the memory allows", _count),
+    Option("TEST.OUT_DIR", "./output", "folder for descriptors and the results of each run", _not_empty),
     Option(
         "TEST.DISTRACTORS", "",
-        "descriptors for SupG.onemeval; default: feats_1m_RN<depth>.pth or .npy here", _no_zero_byte,
+        "descriptors for SupG.onemeval; default: feats_1m_RN<depth>.pth or .npy in the current folder", _no_zero_byte,
         {"SupG.onemeval": True},
     ),
     Option(
         "TEST.INDEX", "",
-        "approximate search: FAISS's name of an index (IVF4096,PQ64; HNSW32; Flat); default: exact search",
+        "approximate search: factory string of a FAISS index (IVF4096,PQ64; HNSW32; Flat); default: exact search",
         _no_zero_byte,
     ),
     Option(
         "TEST.INDEX_SEARCH", "",
-        "parameters of its search, as FAISS has them (nprobe=64); default: a 16th of an IVF's lists",
+        "FAISS's search parameters for the index (nprobe=64); default: a 16th of an IVF's lists",
         _no_zero_byte, _INDEX,
     ),
     Option(
-        "TEST.INDEX_ROWS", "exact", "rows that are reranked: exact (as saved) or decoded (as the index holds them)",
+        "TEST.INDEX_ROWS", "exact", "rows that are reranked: exact (as saved) or decoded (from the index)",
         _one_of("exact", "decoded"), _INDEX,
     ),
-    Option("TEST.RESUME", True, "resume, and use again, descriptors of the same run in TEST.OUT_DIR"),
+    Option("TEST.RESUME", True, "reuse and resume descriptors of the same settings in TEST.OUT_DIR"),
     Option(
         "TEST.RERANKER", ["superglobal"],
         f"rerankers, a ranking for each: {', '.join(RERANKER_NAMES)} (local features); none for no reranking",
@@ -233,31 +233,31 @@ OPTIONS = (
         "TEST.TOPK_LIST", [400], "numbers of candidates that cvnet reranks, a ranking for each", _counts, _CVNET
     ),
     Option(
-        "TEST.MAPS_GB", 0.0, "feature maps of cvnet kept in TEST.OUT_DIR, in GB at most; 0 for none", _between(0, 1e6),
+        "TEST.MAPS_GB", 0.0, "room for cvnet's feature maps in TEST.OUT_DIR, in GB; 0 for none", _between(0, 1e6),
         _CVNET,
     ),
-    Option("TEST.REPORT", False, "write report/index.html into the run's folder: metrics, and what each query found"),
+    Option("TEST.REPORT", False, "write report/index.html in the folder of the run: metrics, results of each query"),
     Option("DATA_LOADER.NUM_WORKERS", 16, "processes that decode images, at most one per core", _between(0, 1024)),
     Option(
-        "DATA_LOADER.MAX_PIXELS", 178956970, "pixels of an image at most; a small file can claim billions",
+        "DATA_LOADER.MAX_PIXELS", 178956970, "largest number of pixels of an image; a small file can claim billions",
         _between(1, 1 << 36),
     ),
     Option("DATA_LOADER.PIN_MEMORY", True, "copy to the GPU from pinned memory"),
-    Option("SupG.gemp", True, "GeM+; False: GeM with the power that the checkpoint was trained with"),
+    Option("SupG.gemp", True, "GeM+; False: GeM with the trained power of the checkpoint"),
     Option("SupG.gemp_p", 4.6, "power of GeM+", _positive_finite, {"SupG.gemp": True}),
     Option("SupG.rgem", True, "Regional-GeM"),
     Option("SupG.rgem_p", 2.5, "power of Regional-GeM", _positive_finite, {"SupG.rgem": True}),
-    Option("SupG.rgem_window", 5, "side of Regional-GeM's window, in positions of the map", _odd, {"SupG.rgem": True}),
+    Option("SupG.rgem_window", 5, "side of Regional-GeM's window, in map positions", _odd, {"SupG.rgem": True}),
     Option("SupG.sgem", True, "Scale-GeM; False: mean over the scales"),
     Option("SupG.sgem_p", math.inf, "power of Scale-GeM; inf is the maximum", _positive, {"SupG.sgem": True}),
     Option("SupG.relup", True, "ReLU+; False: plain ReLU everywhere"),
     Option("SupG.relup_threshold", 0.014, "threshold of ReLU+", _between(0, 1e30), {"SupG.relup": True}),
     Option(
-        "SupG.relup_stages", ["auto"], "of another network, modules whose ReLUs become ReLU+; auto: a ResNet's layer1",
+        "SupG.relup_stages", ["auto"], "submodules of other networks whose ReLUs become ReLU+; auto: a ResNet's layer1",
         needs=_OTHER,
     ),
     Option(
-        "SupG.relup_ends", ["auto"], "of another network, stages that end in ReLU+; auto: a ResNet's layer2, layer3",
+        "SupG.relup_ends", ["auto"], "stages of other networks that end in ReLU+; auto: a ResNet's layer2, layer3",
         needs=_OTHER,
     ),
     Option(
@@ -271,17 +271,17 @@ OPTIONS = (
     Option("SupG.rerank_beta", 0.15, "beta, weight of the neighbours", _between(0, 1e6), _SUPERGLOBAL),
     Option(
         "SupG.rerank_s2", "refined",
-        "rows that the expanded query meets: refined (the paper's released code) or original (its text)",
+        "descriptors compared with the expanded query: refined (the paper's released code) or original (its text)",
         _one_of("refined", "original"), _SUPERGLOBAL,
     ),
-    Option("RERANK.QE_N", 10, "results that expand a query of aqe and alpha-qe", _size, _EXPANSION),
+    Option("RERANK.QE_N", 10, "number of results that expand a query with aqe and alpha-qe", _size, _EXPANSION),
     Option("RERANK.QE_ALPHA", 3.0, "power of their similarities", _between(0, 1e3), _with_reranker("alpha-qe")),
-    Option("RERANK.DBA_K", 10, "rows that make up a new row of dba, itself among them", _size, _with_reranker("dba")),
-    Option("RERANK.K1", 20, "neighbours whose reciprocity k-reciprocal looks at", _size, _RECIPROCAL),
+    Option("RERANK.DBA_K", 10, "rows averaged by dba, including the row itself", _size, _with_reranker("dba")),
+    Option("RERANK.K1", 20, "neighbours that k-reciprocal tests for reciprocity", _size, _RECIPROCAL),
     Option("RERANK.K2", 6, "neighbours over which its encodings are averaged", _size, _RECIPROCAL),
     Option("RERANK.LAMBDA", 0.3, "weight of its cosine distance", _between(0, 1), _RECIPROCAL),
     Option("RERANK.DIFFUSION_K", 50, "neighbours of a candidate in the graph of diffusion", _size, _DIFFUSION),
-    Option("RERANK.DIFFUSION_KQ", 10, "candidates that diffusion starts from", _size, _DIFFUSION),
+    Option("RERANK.DIFFUSION_KQ", 10, "candidates from which diffusion starts", _size, _DIFFUSION),
     Option("RERANK.DIFFUSION_GAMMA", 3.0, "power of its similarities", _between(1e-3, 1e3), _DIFFUSION),
     Option(
         "RERANK.DIFFUSION_ALPHA", 0.99, "share of a score that comes from neighbours", _between(0, 0.9999), _DIFFUSION
@@ -291,7 +291,7 @@ OPTIONS = (
 _BY_KEY = {option.key: option for option in OPTIONS}
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
-# The options that commands have in common, by what they are for.
+# Groups of options that several commands use.
 NETWORK = (
     *("MODEL.NAME", "MODEL.DEPTH", "MODEL.HEADS.REDUCTION_DIM", "MODEL.POOLING", "MODEL.WHITENING"),
     *("TEST.WEIGHTS", "TEST.SCALE_LIST", "TEST.MAX_SIDE", "TEST.PRECISION", "SupG.relup_stages", "SupG.relup_ends"),
@@ -302,7 +302,7 @@ LOADING = ("TEST.BATCH_SIZE", "DATA_LOADER.NUM_WORKERS", "DATA_LOADER.MAX_PIXELS
 INDEX = ("TEST.INDEX", "TEST.INDEX_SEARCH", "TEST.INDEX_ROWS")
 RERANKING = ("TEST.RERANKER", *(key for key in _BY_KEY if key.startswith(("SupG.rerank", "RERANK."))))
 
-# How a command's user types the arguments that an InputError advises.
+# The options that correspond to the advice of an InputError, as a user types them.
 ADVICE: dict[str, Callable[[Any], str]] = {
     "depth": "MODEL.DEPTH {}".format,
     "dim": "MODEL.HEADS.REDUCTION_DIM {}".format,
@@ -319,7 +319,7 @@ ADVICE: dict[str, Callable[[Any], str]] = {
 
 
 class Parsed(NamedTuple):
-    """A command line: the command's own arguments, its options, and the keys of those that were given."""
+    """A parsed command line: the command's own arguments, the options, and the keys of the given options."""
 
     args: argparse.Namespace
     cfg: CfgNode
@@ -327,13 +327,13 @@ class Parsed(NamedTuple):
 
 
 class CommandLine:
-    """The command line of one command: ``[--config-file FILE] [KEY VALUE | BOOLEAN_KEY]...`` and what is added.
+    """The command line of one command: ``[--config-file FILE] [KEY VALUE | BOOLEAN_KEY]...`` and its own arguments.
 
     Args:
-        description: of the command, for its help.
-        uses: the options that the command uses; every other one is refused.
-        prog: how it is called, if that is not the script's name.
-        instead: for options that are refused, what the command has in their place.
+        description: the description of the command, for its help.
+        uses: the options that the command uses; all others are refused.
+        prog: the name of the command, if it is not that of the script.
+        instead: for refused options, what to use in their place.
     """
 
     def __init__(
@@ -353,24 +353,24 @@ class CommandLine:
         self._flags: dict[str, str] = {}
 
     def refuse(self, instead: Mapping[str, str]) -> None:
-        """Refuses further options, with what the command has in their place."""
+        """Refuses further options, given what to use in their place."""
         self.uses -= instead.keys()
         self.instead |= instead
 
     def add_flag(self, flag: str, key: str, **how: Any) -> None:
-        """Adds a flag that is another way to set an option."""
+        """Adds a flag that sets an option."""
         self._flags[flag] = key
         self.add(flag, dest=key, **how)
 
     def parse(self, argv: list[str]) -> Parsed:
-        """Returns the arguments and the config of a command line, see read and config."""
+        """Parses a command line, see read and config."""
         return self.config(self.read(argv))
 
     def read(self, argv: list[str]) -> argparse.Namespace:
-        """Returns the command's own arguments; its options are still words.
+        """Returns the command's own arguments; options are not parsed yet.
 
         Raises:
-            InputError: on unknown or missing arguments.
+            InputError: if arguments are unknown or missing.
         """
         self.parser.epilog = _options_help(self.uses)
         self.add("--config-file", type=Path, metavar="FILE", help="YAML file of options, merged first")
@@ -381,13 +381,13 @@ class CommandLine:
         """Returns the config: defaults, then the YAML file, then KEY VALUE pairs, then flags.
 
         Args:
-            args: what read gave.
-            assumed: options that the command itself sets, for the check whether others have an effect.
+            args: the result of read.
+            assumed: options that the command sets itself, to check whether others have an effect.
 
         Raises:
-            InputError: on an unknown key (suggesting the nearest), a wrong type, a refused value, an option
-                that the command does not use, one that has no effect, or a flag and an option that
-                contradict each other.
+            InputError: if a key is unknown (the message suggests the closest), a type or value is invalid, the
+                command does not use an option, an option has no effect, or a flag and an option contradict
+                each other.
         """
         written = pair_options(args.options)
         settings = [*(_read_yaml(args.config_file) if args.config_file else []), *written]
@@ -398,7 +398,7 @@ class CommandLine:
             if value is not None:
                 for other in (each for name, each in written if name == key):
                     if _typed(_option(key), other) != _typed(_option(key), value):
-                        raise InputError(f"{flag} {value} and {key} {other} contradict each other; name one of them")
+                        raise InputError(f"{flag} {value} and {key} {other} contradict each other; give only one")
                 settings.append((key, value))
         cfg = make_config(settings)
         _refuse_idle(varied(cfg, assumed or {}))
@@ -411,12 +411,12 @@ class CommandLine:
 
 
 def parse_config(argv: list[str], description: str) -> CfgNode:
-    """Returns the config of a command that uses every option, see CommandLine.parse."""
+    """Parses the command line of a command that uses all options, see CommandLine.parse."""
     return CommandLine(description).parse(argv).cfg
 
 
 def default_config() -> CfgNode:
-    """All options at their defaults."""
+    """Returns the config with all defaults."""
     cfg = CfgNode()
     for option in OPTIONS:
         *sections, leaf = option.key.split(".")
@@ -428,7 +428,7 @@ def default_config() -> CfgNode:
 
 
 def make_config(settings: Sequence[tuple[str, Any]]) -> CfgNode:
-    """The defaults with these settings, checked and frozen. Later ones win."""
+    """Returns the defaults changed by these settings, checked and frozen. Later settings override earlier ones."""
     return _with(default_config(), settings)
 
 
@@ -440,17 +440,17 @@ def varied(cfg: CfgNode, changes: Mapping[str, Any]) -> CfgNode:
 
 
 def option_values(cfg: CfgNode) -> dict[str, Any]:
-    """Each option's value by its key: {"MODEL.DEPTH": 50, ...}."""
+    """Returns the value of each option by its key: {"MODEL.DEPTH": 50, ...}."""
     return {option.key: reduce(getattr, option.key.split("."), cfg) for option in OPTIONS}
 
 
 def plain(cfg: CfgNode) -> dict[str, Any]:
-    """The config as nested dicts."""
+    """Returns the config as nested dicts."""
     return {key: plain(value) if isinstance(value, CfgNode) else value for key, value in cfg.items()}
 
 
 def idle_options(cfg: CfgNode) -> list[str]:
-    """A line for each option that was changed and has no effect, because of what it has no effect."""
+    """Returns a line for each changed option that has no effect, with the reason."""
     values, lines = option_values(cfg), []
     for option in OPTIONS:
         if values[option.key] != option.default:
@@ -466,18 +466,18 @@ def idle_options(cfg: CfgNode) -> list[str]:
 
 
 def _as_typed(value: Any) -> str:
-    """As a user would type it: a list without brackets."""
+    """Returns the value as a user types it: a list without brackets."""
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def used_options(cfg: CfgNode) -> dict[str, Any]:
-    """Each option's value by its key, without those of a network if saved descriptors take its place."""
+    """Returns the value of each option by its key; without those of the network if saved descriptors are evaluated."""
     without = (*NETWORK, *LOADING) if cfg.TEST.FEATURES else ()
     return {key: value for key, value in option_values(cfg).items() if key not in without}
 
 
 def pair_options(words: list[str]) -> list[tuple[str, Any]]:
-    """KEY VALUE pairs; a boolean key that another key, or nothing, follows is True."""
+    """Parses KEY VALUE pairs; a boolean key is True if it is followed by another key or by nothing."""
     settings, rest = [], list(words)
     while rest:
         option = _option(rest.pop(0))
@@ -492,7 +492,7 @@ def pair_options(words: list[str]) -> list[tuple[str, Any]]:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        raise InputError(f"{message}; options are KEY VALUE, MODEL.DEPTH 50 say, and --help lists them")
+        raise InputError(f"{message}; options are given as KEY VALUE, such as MODEL.DEPTH 50; see --help")
 
 
 def _with(cfg: CfgNode, settings: Sequence[tuple[str, Any]]) -> CfgNode:
@@ -501,14 +501,14 @@ def _with(cfg: CfgNode, settings: Sequence[tuple[str, Any]]) -> CfgNode:
         reduce(getattr, sections, cfg)[leaf] = _typed(_option(key), value)
     if cfg.SupG.rerank_k > cfg.SupG.rerank_m:
         raise InputError(
-            f"SupG.rerank_k {cfg.SupG.rerank_k} is above SupG.rerank_m {cfg.SupG.rerank_m}: give K of M at most"
+            f"SupG.rerank_k {cfg.SupG.rerank_k} is above SupG.rerank_m {cfg.SupG.rerank_m}: K can be M at most"
         )
     cfg.freeze()
     return cfg
 
 
 def _refuse_idle(cfg: CfgNode) -> None:
-    """An option that only another one, off by default, brings to life was meant to do something."""
+    """Raises InputError if an option was changed that has no effect without another one, which is off by default."""
     for key, value in option_values(cfg).items():
         option = _BY_KEY[key]
         for needed, wanted in (option.needs or {}).items():
@@ -534,7 +534,7 @@ def _option(key: str) -> Option:
 
 
 def _typed(option: Option, value: Any) -> Any:
-    """The value in the type of the option's default, checked."""
+    """Returns the value in the type of the option's default, checked."""
     wanted = type(option.default)
     problem = None
     try:
@@ -551,9 +551,9 @@ def _typed(option: Option, value: Any) -> Any:
         elif wanted is list:
             value = _list(value)
         else:
-            problem = "has the wrong type"
+            problem = "has an invalid type"
     except (ValueError, TypeError):
-        problem = "has the wrong type"
+        problem = "has an invalid type"
     if problem is None:
         problem = option.check(value)
     if problem is not None:
@@ -563,7 +563,7 @@ def _typed(option: Option, value: Any) -> Any:
 
 
 def _list(value: Any) -> list:
-    """A list, or text: "['a', 'b']", "[a, b]", "a,b" or "a"."""
+    """Parses a list from a list or text: "['a', 'b']", "[a, b]", "a,b" or "a"."""
     if isinstance(value, str):
         value = [item.strip(" '\"") for item in value.strip("[]() ").split(",")]
     return [str(item) for item in value if item]
@@ -574,7 +574,7 @@ def _read_yaml(path: Path) -> list[tuple[str, Any]]:
         content = yaml.load(path.read_bytes(), _PlainLoader)
     except OSError as error:
         raise InputError(f"--config-file {path}: {error.strerror}") from None
-    except Exception as error:  # the YAML reader's own
+    except Exception as error:  # exceptions of the YAML reader
         text = " ".join(str(error).split())
         reason = f" ({text})" if "line" in text else ""
         raise _no_options(path, reason) from None
@@ -585,7 +585,7 @@ def _read_yaml(path: Path) -> list[tuple[str, Any]]:
         pairs = []
         for key, value in node.items():
             if not isinstance(value, str | int | float | bool | list | dict):
-                raise InputError(f"--config-file {path}: {prefix}{key} has no value that an option takes")
+                raise InputError(f"--config-file {path}: {prefix}{key} has a value that no option takes")
             pairs += flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
         return pairs
 
@@ -593,21 +593,21 @@ def _read_yaml(path: Path) -> list[tuple[str, Any]]:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML without references: a few lines of them can stand for more than any memory holds."""
+    """Reads YAML without references, a few lines of which can expand beyond any memory."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             line = self.peek_event().start_mark.line + 1
-            raise yaml.YAMLError(f"it refers to another place (*name) in line {line}")
+            raise yaml.YAMLError(f"it has a reference (*name) in line {line}")
         return super().compose_node(parent, index)
 
 
 def _no_options(path: Path, reason: str = "") -> InputError:
-    return InputError(f"--config-file {path} holds no YAML options such as 'MODEL: {{DEPTH: 50}}'{reason}")
+    return InputError(f"--config-file {path} contains no YAML options such as 'MODEL: {{DEPTH: 50}}'{reason}")
 
 
 def _options_help(uses: Collection[str]) -> str:
     used = [option for option in OPTIONS if option.key in uses]
     width = max(len(option.key) for option in used)
     lines = [f"  {option.key:<{width}}  {as_typed(option.meaning)} [{option.default!r}]" for option in used]
-    return "options, with their defaults (a boolean one alone means True):\n" + "\n".join(lines)
+    return "options, with their defaults (a boolean option without a value means True):\n" + "\n".join(lines)

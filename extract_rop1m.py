@@ -5,8 +5,8 @@ torchrun --nproc-per-node=8 extract_rop1m.py --weight ./weights/CVPR2022_CVNet_R
 python extract_rop1m.py --weight ./weights/CVPR2022_CVNet_R50.pyth --depth 50 --out feats.npy --shard 3/64
 python extract_rop1m.py MODEL.NAME timm:resnet50.a1_in1k
 
-It can be stopped, killed or lose power at any moment: the same command resumes where it ended. A shard, numbers from 0,
-needs no other machine: feats.00003-of-00064.npy; TEST.DISTRACTORS feats.npy then takes all shards together.
+It can be interrupted at any moment, by a power cut, too: the same command resumes. A shard, numbered from 0, is written
+to feats.00003-of-00064.npy, independently of the others; TEST.DISTRACTORS feats.npy then uses all shards together.
 """
 
 import argparse
@@ -31,7 +31,7 @@ OPTIONS_HERE |= {"resume": lambda resume: "--no-resume", "on_error": "--on-error
 
 def main(argv: list[str]) -> None:
     args, cfg, _ = parse(argv)
-    # Imported here, so that --help and a mistyped option are answered at once.
+    # Imported here, so that --help and errors about options appear at once.
     from assembly import find_recipe, make_loading, network_title, option, start_device
     from model.distributed import Processes
     from model.extract import ImageSet, extract_shared
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     device = start_device(cfg, head, processes.local)
     log.info("%r", processes)
 
-    # Everything that can be missing or does not fit is looked for before the long work begins.
+    # Everything is checked before the long computations begin.
     recipe = find_recipe(cfg)
     with option("--data-dir"):
         digest, images = load_distractor_list(args.data_dir)
@@ -59,12 +59,12 @@ def main(argv: list[str]) -> None:
             raise InputError(f"--shard {args.shard[0]}/{args.shard[1]} has no image: the list has {len(images)}")
         out, provenance["rows"] = shard_path(out, *args.shard), [start, stop, len(images)]
         images = images[start:stop]
-    distractors = ImageSet(out, "distractors", images, provenance=provenance, stamped=False)
+    distractors = ImageSet(out, "distractors", images, provenance=provenance, fingerprinted=False)
     log.info("checkpoint: %s, SHA-256 %s", recipe.checkpoint, recipe.checkpoint_sha256)
     with owned(out) if first else nullcontext():
         if first:
             if is_finished(out, {**recipe.provenance(), **distractors.provenance}, args.resume):
-                log.info("%s is complete already, made from the same checkpoint, settings and list", out)
+                log.info("%s is complete already, extracted from the same checkpoint, settings and list", out)
             else:
                 check_disk(out, len(images) * recipe.dim * 4)
                 if args.on_error == "stop":
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
         if store is not None and not store.complete:
             skipped = [images.name(row) for row in (~nonzero_rows(store.part_rows())).nonzero()[0].tolist()]
             if skipped:
-                log.warning("%d images could not be read and are zero rows: %s", len(skipped), short_list(skipped))
+                log.warning("%d images could not be read and have rows of zeros: %s", len(skipped), short_list(skipped))
             log.info("writing %s", out)
             store.finish({"skipped": skipped, **head})
             log.info("%s: %d descriptors of %d dimensions", out, len(images), recipe.dim)
@@ -93,24 +93,24 @@ def parse(argv: list[str]) -> Parsed:
         help="folder of revisitop1m.txt, with the images in it or in its jpg/ [revisitop/revisitop1m]",
     )  # fmt: skip
     line.add("--out", type=Path, metavar="FILE", help=".pth or .npy file [feats_1m_RN<depth>.pth]")
-    line.add("--shard", type=shard, metavar="I/N", help="extract one of N parts of the list alone, I from 0")
+    line.add("--shard", type=shard, metavar="I/N", help="extract only one of N parts of the list, I from 0")
     line.add(
         "--resume", action=argparse.BooleanOptionalAction, default=True,
-        help="resume what an interrupted run left; --no-resume starts over [--resume]",
+        help="resume an interrupted run; --no-resume starts over [--resume]",
     )  # fmt: skip
     line.add(
         "--on-error", choices=("stop", "skip"), default="stop",
-        help="what an image that cannot be read does: end the run, or become a zero row [stop]",
+        help="for an image that cannot be read: end the run, or write a row of zeros [stop]",
     )  # fmt: skip
     parsed = line.parse(argv)
     for flag, key in (("--weight FILE", "TEST.WEIGHTS"), ("--depth N", "MODEL.DEPTH")):
         if key not in parsed.given and parsed.cfg.MODEL.NAME == "cvnet":
-            raise InputError(f"{flag} is missing; --help tells more")
+            raise InputError(f"{flag} is missing; see --help")
     out = parsed.args.out
     if out is not None and out.suffix not in (".pth", ".npy"):
         raise InputError(f"--out {out} must end in .pth or .npy")
     if parsed.args.shard and (out is None or out.suffix != ".npy"):
-        raise InputError("--shard needs --out NAME.npy: a shard is named after it")
+        raise InputError("--shard needs --out NAME.npy, after which the shard is named")
     if out is not None and not out.parent.is_dir():
         raise InputError(f"--out {out}: there is no folder {out.parent}")
     return parsed
@@ -119,12 +119,12 @@ def parse(argv: list[str]) -> Parsed:
 def shard(text: str) -> tuple[int, int]:
     number, _, count = text.partition("/")
     if not (number.isdecimal() and count.isdecimal() and int(number) < int(count) <= 99999):
-        raise argparse.ArgumentTypeError(f"{text!r} is no I/N with I from 0 to N - 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N - 1")
     return int(number), int(count)
 
 
 def is_finished(out: Path, provenance: dict, resume: bool) -> bool:
-    """Whether the file is there, of the same provenance. Raises InputError rather than touch another's."""
+    """Returns whether the file exists with the same provenance. Raises InputError if its provenance differs."""
     from model.store import provenance_differences, provenance_path
 
     if not resume or not out.exists() or Path(f"{out}.part").exists():
@@ -132,9 +132,9 @@ def is_finished(out: Path, provenance: dict, resume: bool) -> bool:
     differing = provenance_differences(out, provenance)
     another = {"resume": False, "path": out.with_stem(f"{out.stem}_2")}
     if differing is None:
-        raise InputError(f"{out} exists, and no {provenance_path(out).name} tells what made it", **another)
+        raise InputError(f"{out} exists without a provenance file {provenance_path(out).name}", **another)
     if differing:
-        raise InputError(f"{out} was made with other settings ({short_list(differing)})", **another)
+        raise InputError(f"{out} was extracted with other settings ({short_list(differing)})", **another)
     return True
 
 
@@ -145,19 +145,19 @@ def check_images(images: "Sequence[ImageFile]") -> None:
     missing = [image.path for image in bar if not image.path.is_file()]
     if missing:
         raise InputError(
-            f"{len(missing)} of {len(images)} images are missing ({short_list(missing)}); get them, or make them "
-            "zero rows",
+            f"{len(missing)} of {len(images)} images are missing ({short_list(missing)}); get them, or write "
+            "rows of zeros for them",
             on_error="skip",
         )
 
 
 def check_disk(out: Path, size: int) -> None:
-    """The rows are collected in one file, and written to a second one when all are there."""
+    """Raises InputError if there is not enough space: the rows of the .part file are copied to the final file."""
     there = sum(path.stat().st_size for path in (Path(f"{out}.part"), out) if path.exists())
     needed = size * (2 if out.suffix == ".pth" else 1) - there
     free = shutil.disk_usage(out.parent).free
     if needed > free:
-        raise InputError(f"{out.parent.absolute()} has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB are needed")
+        raise InputError(f"{out.parent.absolute()} has {free / 1e9:.1f} GB free, but {needed / 1e9:.1f} GB are needed")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """PyTorch Hub's entry points: torch.hub.load("<owner>/<repository>", "superglobal_resnet50", weights="FILE").
 
-From a checkout, without network: torch.hub.load(".", "superglobal_resnet50", source="local", weights="FILE").
+From a checkout, without a connection: torch.hub.load(".", "superglobal_resnet50", source="local", weights="FILE").
 """
 
 from dataclasses import replace
@@ -16,15 +16,13 @@ except ModuleNotFoundError as error:
     name = (error.name or "").split(".")[0]
     if name not in ("model", "modules"):
         raise
-    raise ImportError(
-        f"a module named {name!r} is imported already, and it is not this repository's; rename it"
-    ) from None
+    raise ImportError(f"another module named {name!r} is imported already; rename it") from None
 
 dependencies = ["torch", "torchvision", "numpy", "PIL", "tqdm"]
 
 
 def superglobal_resnet50(weights: str | Path, **options) -> ImageDescriptor:
-    """SuperGlobal on CVNet's ResNet-50: RGB tensors in 0..1 or PIL images -> unit descriptors (N, 2048).
+    """Returns SuperGlobal on CVNet's ResNet-50: RGB tensors in 0..1 or PIL images -> unit descriptors (N, 2048).
 
     Args:
         weights: the checkpoint (CVPR2022_CVNet_R50.pyth), or a folder in which exactly one fits.
@@ -35,34 +33,36 @@ def superglobal_resnet50(weights: str | Path, **options) -> ImageDescriptor:
 
 
 def superglobal_resnet101(weights: str | Path, **options) -> ImageDescriptor:
-    """SuperGlobal on CVNet's ResNet-101, see superglobal_resnet50."""
+    """Returns SuperGlobal on CVNet's ResNet-101, see superglobal_resnet50."""
     return _superglobal(101, weights, options)
 
 
 def superglobal(network: str, weights: str | Path = "pretrained", **options) -> ImageDescriptor:
-    """SuperGlobal on any network: RGB tensors in 0..1 or PIL images -> unit descriptors (N, D).
+    """Returns SuperGlobal on any network: RGB tensors in 0..1 or PIL images -> unit descriptors (N, D).
 
     Args:
         network: timm:NAME, torchvision:NAME or FILE.py:FUNCTION.
         weights: a file, "pretrained" or "untrained".
-        options: device, and the settings of model.network_recipe.NetworkRecipe, as superglobal_resnet50 takes them.
+        options: device, and the settings of model.network_recipe.NetworkRecipe, in the same form as above.
     """
     chosen, device = _settings(options)
     return ImageDescriptor(NetworkRecipe(network, str(weights), **chosen).extractor(device)).eval()
 
 
 def reranker(m: int = 400, k: int = 9, beta: float = 0.15) -> SuperGlobalReranker:
-    """SuperGlobal reranking of each query's first m results: (queries, candidates), or .rerank(queries, ids, fetch)."""
+    """Returns the reranker for each query's first m results: (queries, candidates), or .rerank(queries, ids, fetch)."""
     return SuperGlobalReranker(m, k, beta)
 
 
 def _settings(options: dict) -> tuple[dict, str]:
-    """The settings of a recipe, and the device."""
+    """Returns the settings of a recipe, and the device."""
     chosen = {key: None if value is False else value for key, value in options.items() if value is not True}
     device = chosen.pop("device", "cpu")
     if isinstance(chosen.get("scales"), int):
         if chosen["scales"] not in SCALE_SETS:
-            raise ValueError(f"scales is one of {', '.join(map(str, SCALE_SETS))}, or factors, got {chosen['scales']}")
+            raise ValueError(
+                f"scales must be one of {', '.join(map(str, SCALE_SETS))}, or factors, got {chosen['scales']}"
+            )
         chosen["scales"] = SCALE_SETS[chosen["scales"]]
     return chosen, device
 

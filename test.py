@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 def main(argv: list[str]) -> None:
     cfg = parse_config(argv, __doc__)
 
-    # Imported here, so that --help and a mistyped option are answered at once.
+    # Imported here, so that --help and errors about options appear at once.
     from assembly import make_output, network_title, prepare, start_device
     from model.distributed import Processes
     from report.log import start_log
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     for line in idle_options(cfg) if first else ():
         log.warning("%s", line)
 
-    # Everything that can be missing is looked for before the long work begins; toy is drawn by one process.
+    # Everything is checked before the long computations begin; toy is drawn by one process.
     with processes.first_alone():
         experiments = [prepare(cfg, name, output, device) for name in cfg.TEST.DATASET_LIST]
 
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
             log.info("%s", line)
         if results[-1].facts.get("whitening", {}).get("learnt_on_the_test_set"):
             log.warning(
-                "the whitening was learnt on the database of %s itself: say so beside its figures", dataset.name
+                "the whitening was learnt on the database of %s itself: state this with its metrics", dataset.name
             )
         if "note" in results[-1].facts:
             log.info("%s", results[-1].facts["note"])

@@ -1,4 +1,4 @@
-"""Contenders timed in turn, each in a process of its own: medians, spread, and peak memory."""
+"""Time contenders in turn, each in a process of its own: medians, ranges, and peak memory."""
 
 import argparse
 import multiprocessing
@@ -14,18 +14,18 @@ from typing import Any
 
 import torch
 
-# Seconds before a run, until the threads of the one before have gone to sleep.
+# Seconds to wait before a run, until the threads of the previous one sleep.
 _REST = 0.5
-# Seconds that a measurement takes: shorter runs are repeated, and their mean is taken.
+# Shortest measurement in seconds: shorter runs are repeated and averaged.
 _AT_LEAST = 1.5
 
 
 @dataclass
 class Timing:
-    """Of one contender: seconds of each run, the most memory at any moment in MB, what the last run gave.
+    """The results of one contender: seconds of each run, peak memory in MB, and the result of the last run.
 
-    Memory is the process's anonymous memory (so without the page cache), or the GPU's where a run used one:
-    `megabytes` in all, `more` beyond what stood there before the first run.
+    Memory is the anonymous memory of the process (without the page cache), or the memory of the GPU if a run
+    used one: `megabytes` in total, `more` beyond the memory in use before the first run.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -39,11 +39,11 @@ class Timing:
 
 
 def alternate(contenders: dict[str, Callable[[], Callable[[], Any]]], repeat: int) -> dict[Hashable, Timing]:
-    """Times each contender `repeat` times, in turn, after a warm-up of each.
+    """Times each contender `repeat` times, in turn, after a warm-up.
 
     Args:
-        contenders: per name, what is called once in a new process (it must be picklable) and gives
-            the function to be timed, which gives something picklable without tensors.
+        contenders: per name, a picklable function that is called once in a new process and returns the
+            function to time, whose result must be picklable and contain no tensors.
     """
     context = multiprocessing.get_context("spawn")
     processes, pipes = [], {}
@@ -53,7 +53,7 @@ def alternate(contenders: dict[str, Callable[[], Callable[[], Any]]], repeat: in
         processes[-1].start()
         other.close()
     timings = {name: Timing() for name in contenders}
-    for name in contenders:  # one after another, so that no preparation disturbs a run
+    for name in contenders:  # one after another, so that the preparation does not disturb a run
         pipes[name].send("prepare")
         pipes[name].recv()
     for _ in range(repeat):
@@ -69,13 +69,13 @@ def alternate(contenders: dict[str, Callable[[], Callable[[], Any]]], repeat: in
 
 
 def report(timings: dict[str, Timing], baseline: str, unit: str, quantity: Callable[[float], float]) -> None:
-    """A line per contender: median and range of a quantity (of the seconds), ratio to the baseline, memory."""
+    """Prints a line per contender: median and range of a quantity computed from the seconds, ratio, memory."""
     for name, timing in timings.items():
         low, high = sorted(quantity(seconds) for seconds in (min(timing.seconds), max(timing.seconds)))
         print(
             f"{name:<12}{quantity(timing.median):10.3f} {unit} ({low:.3f} to {high:.3f})"
             f"{timings[baseline].median / timing.median:8.2f} x"
-            f"{timing.megabytes:9.0f} MB, {timing.more:.0f} of it for the run"
+            f"{timing.megabytes:9.0f} MB, {timing.more:.0f} of them for the run"
         )
 
 
@@ -84,20 +84,20 @@ def measure(run: Callable[[], Any], repeat: int = 3, at_least: float = 0.5) -> T
 
     Args:
         run: the function.
-        repeat: measurements, of which the median counts.
-        at_least: seconds that a measurement takes, see timed.
+        repeat: number of measurements, whose median is used.
+        at_least: shortest measurement in seconds, see timed.
     """
     before = memory()
     run()
     timing = Timing([timed(run, at_least) for _ in range(repeat)])
-    with PeakMemory() as peak:  # a run of its own: looking at the memory takes a core's time
+    with PeakMemory() as peak:  # a separate run, because watching the memory takes time of a core
         timing.value = run()
     timing.megabytes, timing.more = peak.megabytes, peak.megabytes - before
     return timing
 
 
 def timed(run: Callable[[], Any], at_least: float) -> float:
-    """Returns the mean seconds of a run; it is repeated until so many seconds have passed, and run once at least."""
+    """Returns the mean seconds of a run, which is repeated until `at_least` seconds have passed."""
     runs, start = 0, time.perf_counter()
     while runs == 0 or time.perf_counter() - start < at_least:
         run()
@@ -106,7 +106,7 @@ def timed(run: Callable[[], Any], at_least: float) -> float:
 
 
 def machine(device: torch.device) -> str:
-    """What the figures were made on."""
+    """Returns the machine and date of the measurements."""
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)
     else:
@@ -125,13 +125,13 @@ def _serve(prepare: Callable[[], Callable[[], Any]], pipe: Connection) -> None:
     pipe.send(None)
     while pipe.recv() == "run":
         pipe.send(timed(run, _AT_LEAST))
-    with PeakMemory() as peak:  # a run of its own: looking at the memory takes a core's time
+    with PeakMemory() as peak:  # a separate run, because watching the memory takes time of a core
         value = run()
     pipe.send((value, peak.megabytes, peak.megabytes - before))
 
 
 class PeakMemory:
-    """The most memory in MB at any moment within a block, see Timing; looked at every 10 ms on a CPU."""
+    """Measures the peak memory of a block in MB, see Timing; on a CPU it is sampled every 10 ms."""
 
     def __enter__(self) -> "PeakMemory":
         self.megabytes, self._stop = memory(), threading.Event()
@@ -153,7 +153,7 @@ class PeakMemory:
 
 
 def memory() -> float:
-    """MB in use now, see Timing; 0 where the system does not tell."""
+    """Returns the MB in use now, see Timing; 0 if unknown."""
     if torch.cuda.is_initialized():
         return torch.cuda.memory_allocated() / 2**20
     status = Path("/proc/self/status")
@@ -162,20 +162,20 @@ def memory() -> float:
 
 
 def positive(text: str) -> int:
-    """A whole number above 0, of a command line."""
+    """Parses a whole number above 0."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, side: int = 4096) -> float:
-    """FLOP per second of a product of two large square matrices, the best of several."""
+    """Returns the FLOP per second of a product of two large square matrices, the best of several."""
     a = torch.rand(side, side, device=device).to(dtype)
     return 2 * side**3 / best_seconds(lambda: a @ a, device)
 
 
 def best_seconds(run: Callable[[], Any], device: torch.device, times: int = 6) -> float:
-    """Returns the seconds of the fastest of several runs, until the device has done them."""
+    """Returns the seconds of the fastest of several runs, including the work of the device."""
 
     def whole() -> None:
         run()

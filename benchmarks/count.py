@@ -1,11 +1,11 @@
-"""Bytes that a GPU moves and kernels that it launches, counted without one.
+"""Count the bytes that a GPU moves and the kernels that it launches, without a GPU.
 
     python benchmarks/count.py
 
 Extraction and reranking run on a fake device, operator by operator: shapes and layouts are computed,
-values are not. An operator reads its inputs and writes its outputs, each once; a bias is added in a
-pass of its own, as cuDNN's convolutions have none in PyTorch; a gather reads what it writes. Views
-move nothing. An operator counts as one launch, so that launches are a lower bound (a sort takes more).
+values are not. An operator reads its inputs and writes its outputs once each; a bias is added in a
+separate pass, because cuDNN's convolutions have none in PyTorch; a gather reads as much as it writes.
+Views move nothing. An operator counts as one launch, a lower bound (a sort takes more).
 """
 
 import argparse
@@ -38,24 +38,24 @@ ROOT = Path(__file__).parents[1]
 DEVICE = "cuda:0"
 FREE = ("empty", "empty_like", "new_empty", "empty_strided", "lift_fresh", "_unsafe_view", "device")
 GATHERS = ("index", "index_select", "gather")
-POOLED = (6, 6)  # of model/fused_pooling.py, by hand: how often it goes over the map, and its launches
-FUSED = ("cudnn_convolution_relu", "cudnn_convolution_add_relu")  # for real devices alone
+POOLED = (6, 6)  # of model/fused_pooling.py, counted by hand: passes over the map, and launches
+FUSED = ("cudnn_convolution_relu", "cudnn_convolution_add_relu")  # only on real devices
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scales", type=positive, default=3, choices=SCALE_SETS, help="number of scales [3]")
     parser.add_argument("--size", type=sides, default="1024x768", help="WIDTHxHEIGHT of the images [1024x768]")
-    parser.add_argument("--batch", type=positive, default=21, help="images in a batch [21]")
-    parser.add_argument("--queries", type=positive, default=70, help="in a block of reranking [70]")
-    parser.add_argument("--m", type=positive, default=RERANK_M, help=f"candidates of a query [{RERANK_M}]")
+    parser.add_argument("--batch", type=positive, default=21, help="images per batch [21]")
+    parser.add_argument("--queries", type=positive, default=70, help="queries per block of reranking [70]")
+    parser.add_argument("--m", type=positive, default=RERANK_M, help=f"candidates per query [{RERANK_M}]")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         recipe = Recipe(random_checkpoint(folder, 50), scales=SCALE_SETS[args.scales])
         counts = [extraction(replace(recipe, precision=name), args.batch, *args.size) for name in ("fp32", "bf16")]
     width, height = args.size
-    print(f"Extraction, ResNet-50, {args.scales} scales, {width}x{height}, {args.batch} images in a batch:\n")
-    print("| operator | fp32: GB an image | launches a batch | bf16: GB an image | launches a batch |")
+    print(f"Extraction, ResNet-50, {args.scales} scales, {width}x{height}, {args.batch} images per batch:\n")
+    print("| operator | fp32: GB per image | launches per batch | bf16: GB per image | launches per batch |")
     print("| --- | --- | --- | --- | --- |")
     for kind in (*counts[0].moved, "all"):
         cells = [
@@ -65,18 +65,18 @@ def main(argv: list[str]) -> None:
         print(f"| {kind} | {' | '.join(cells)} |")
     count = reranking(args.queries, args.m, recipe.dim)
     print(f"\nReranking, a block of {args.queries} queries, M = {args.m}, D = {recipe.dim}, rows on the device:\n")
-    print("| operator | MB a block | launches a block |")
+    print("| operator | MB per block | launches per block |")
     print("| --- | --- | --- |")
     for kind in (*count.moved, "all"):
         print(f"| {kind} | {count.of(count.moved, kind) / 1e6:,.0f} | {count.of(count.launches, kind)} |")
 
 
 class Count(TorchDispatchMode):
-    """Counts the operators of all that is done inside, on fake tensors.
+    """Counts the operators inside the context, on fake tensors.
 
     Args:
-        kinds: of operators, in the order of the table.
-        kind_of: tells an operator's kind by its name and the file of the project that calls it.
+        kinds: the kinds of operators, in the order of the table.
+        kind_of: returns the kind of an operator, given its name and the calling file of the project.
 
     Attributes:
         moved, launches: bytes and kernels by kind.
@@ -125,12 +125,12 @@ def tensors(values: Any) -> list[Tensor]:
 
 
 def bytes_of(x: Tensor) -> int:
-    """In memory: an expanded axis is there once."""
+    """Returns the bytes in memory, in which an expanded axis counts once."""
     return x.element_size() * math.prod(side for side, stride in zip(x.shape, x.stride(), strict=True) if stride)
 
 
 def calling_file() -> str:
-    """Returns the name of the innermost file of the project that is running, this one left out."""
+    """Returns the name of the innermost running file of the project except this one."""
     frame = sys._getframe()
     while frame is not None:
         path = Path(frame.f_code.co_filename)
@@ -142,7 +142,7 @@ def calling_file() -> str:
 
 @torch.no_grad()
 def extraction(recipe: Recipe, batch: int, width: int, height: int) -> Count:
-    """Returns the counts of a batch of images, from their pixels to their descriptors."""
+    """Returns the counts for a batch of images, from pixels to descriptors."""
 
     def kind(name: str, file: str) -> str:
         if "conv" in name:
@@ -166,7 +166,7 @@ def extraction(recipe: Recipe, batch: int, width: int, height: int) -> Count:
 
 @torch.no_grad()
 def reranking(queries: int, m: int, dim: int) -> Count:
-    """Returns the counts of reranking a block of queries, from their candidates' numbers to the new order."""
+    """Returns the counts for reranking a block of queries, from the numbers of the candidates to the new order."""
     kinds = {"matrix product": ("bmm", "mm"), "gather": GATHERS, "copy": ("copy_", "clone"), "sort": ("sort", "topk")}
 
     def kind(name: str, _: str) -> str:

@@ -1,13 +1,13 @@
-"""Extraction: a plain network, image by image, beside ours, in every precision.
+"""Time extraction: a plain network, image by image, compared with this project in every precision.
 
     python benchmarks/extract.py
     python benchmarks/extract.py --device cuda --images 84
     python benchmarks/extract.py --name timm:resnet50 --scales 1
 
-The baseline is the network as it was trained, float32, an image at a time, and waits for each
-descriptor. Images are in memory, decoding is timed apart. Weights are random: they do not matter
-for speed. "of the floor" is the time that the network's FLOPs take at the device's measured matrix
-rate in that precision, over the time taken.
+The baseline is the network as it was trained, in float32, one image at a time, waiting for each
+descriptor. Images are in memory; decoding is timed separately. Weights are random, because they do not
+matter for speed. "of the floor" is the time for the network's FLOPs at the device's measured matrix
+rate in that precision, divided by the measured time.
 """
 
 import argparse
@@ -52,17 +52,17 @@ from revisitop.toy import seeded_checkpoint
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
-    parser.add_argument("--name", help="another network, timm:NAME say, untrained, instead of CVNet's")
+    parser.add_argument("--name", help="another network, such as timm:NAME, untrained, instead of CVNet's")
     parser.add_argument("--depth", type=positive, default=50, choices=STAGE_DEPTHS, help="layers of the ResNet [50]")
     parser.add_argument("--scales", type=positive, default=3, choices=SCALE_SETS, help="number of scales [3]")
     parser.add_argument("--size", type=sides, default="1024x768", help="WIDTHxHEIGHT of the images [1024x768]")
-    parser.add_argument("--images", type=positive, help="in a run [2, on a GPU 63]")
+    parser.add_argument("--images", type=positive, help="images per run [2, on a GPU 63]")
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=PRECISIONS, help="[fp32 bf16]")
-    parser.add_argument("--repeat", type=positive, default=5, help="runs of each, of which the median counts [5]")
+    parser.add_argument("--repeat", type=positive, default=5, help="runs of each, whose median is used [5]")
     args = parser.parse_args(argv)
     device = choose_device(args.device)
     width, height = args.size
-    count = args.images or (63 if device.type == "cuda" else 2)  # a GPU takes 21 of 1024x768 at a time
+    count = args.images or (63 if device.type == "cuda" else 2)  # a GPU processes 21 of 1024x768 at a time
     images = [InMemory(draw_image(width, height, seed)) for seed in range(count)]
     with tempfile.TemporaryDirectory() as folder:
         scales = SCALE_SETS[args.scales]
@@ -84,35 +84,35 @@ def main(argv: list[str]) -> None:
     report(timings, "baseline", "img/s", lambda seconds: count / seconds)
     reference = timings["baseline"].value
     for name in args.precision:
-        rate = max(rates[name], matrix_rate(device, PRECISIONS[name]))  # the machine's speed may have changed
+        rate = max(rates[name], matrix_rate(device, PRECISIONS[name]))  # the speed of the machine may have changed
         floor = count * flops / rate
         rows = timings[name].value
         print(
             f"{name:<12}{100 * floor / timings[name].median:.0f}% of the floor "
-            f"({flops / 1e9:.0f} GFLOP an image, {rate / 1e9:.0f} GFLOP/s); from the baseline's "
+            f"({flops / 1e9:.0f} GFLOP per image, {rate / 1e9:.0f} GFLOP/s); from the baseline's "
             f"descriptors: {np.abs(rows - reference).max():.1e} at most, cosine {(rows * reference).sum(1).min():.6f}"
         )
     decoding = decoding_seconds(width, height)
     for name in args.precision:
         needed = math.ceil(decoding * count / timings[name].median)
-        print(f"{name:<12}worker processes that keep it fed: {needed} ({1000 * decoding:.0f} ms to decode a JPEG)")
+        print(f"{name:<12}worker processes needed for decoding: {needed} ({1000 * decoding:.0f} ms per JPEG)")
 
 
 def sides(text: str) -> tuple[int, int]:
-    """WIDTHxHEIGHT of an image."""
+    """Parses WIDTHxHEIGHT."""
     width, _, height = text.partition("x")
     return positive(width), positive(height)
 
 
 def random_checkpoint(folder: str | Path, depth: int) -> Path:
-    """Writes weights that mean nothing, the same every time, and returns their file."""
+    """Writes a checkpoint of reproducible random weights, and returns its path."""
     path = Path(folder) / "random.pyth"
     torch.save(seeded_checkpoint(depth), path)
     return path
 
 
 class InMemory:
-    """What model.images.ImageFile is to a file."""
+    """Stands for a model.images.ImageFile, with pixels in memory."""
 
     def __init__(self, pixels: np.ndarray):
         self.pixels, self.path = pixels, Path("memory")
@@ -122,7 +122,7 @@ class InMemory:
 
 
 def draw_image(width: int, height: int, seed: int) -> np.ndarray:
-    """Smooth colours with some noise, about as hard to decode as a photograph."""
+    """Draws smooth colours with some noise, which take about as long to decode as a photograph."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (-(-height // 32), -(-width // 32), 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.int16)
@@ -173,7 +173,7 @@ def into_store(extractor: Extractor, images: list[InMemory] | list[ImageFile], l
 
 
 def network_flops(recipe: Recipe | NetworkRecipe, width: int, height: int) -> int:
-    """Of one image, convolutions and projection, without computing any of them."""
+    """Counts the FLOPs of one image, for convolutions and projection, without computing them."""
     model = recipe.network("meta") if isinstance(recipe, Recipe) else recipe.attached().to("meta")
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         model(torch.empty(1, 3, height, width, device="meta"))
@@ -181,7 +181,7 @@ def network_flops(recipe: Recipe | NetworkRecipe, width: int, height: int) -> in
 
 
 def decoding_seconds(width: int, height: int) -> float:
-    """To decode one JPEG in one process."""
+    """Returns the seconds to decode one JPEG in one process."""
     file = io.BytesIO()
     Image.fromarray(draw_image(width, height, 0)).save(file, "JPEG", quality=90)
     seconds = []

@@ -1,14 +1,14 @@
-"""Everything that a GPU should show, in one visit of less than ten minutes.
+"""All measurements that need a GPU, in less than ten minutes.
 
     python benchmarks/gpu.py --out results.json
     python benchmarks/gpu.py --device cpu --small
 
-Parts run in the order of their weight, each result is printed as it comes, and a part that fails does
-not end the others: rates of the device; descriptors, search and rerankers compared with those of a
-CPU; synchronisations; extraction, reranking, search and CVNet-Rerank beside their plain baselines; a
-memory that does not suffice; a folder of JPEG files; the kernels that take longest. Weights and images
-are random: they do not matter for speed. Goals stand beside the figures. "of the floor" is the time
-that the network's FLOPs take at the measured matrix rate of that precision, over the time taken.
+Parts run in order of importance, results are printed immediately, and a failing part does not end the
+others: rates of the device; descriptors, search and rerankers compared with those of a CPU;
+synchronisations; extraction, reranking, search and CVNet-Rerank compared with plain baselines; running
+out of memory; a folder of JPEG files; the slowest kernels. Weights and images are random, because they do
+not matter for speed. Goals are printed beside the results. "of the floor" is the time for the network's
+FLOPs at the measured matrix rate of that precision, divided by the measured time.
 """
 
 import argparse
@@ -66,13 +66,13 @@ SYNCHRONISATION = "called a synchronizing CUDA operation"
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the problems; the defaults are those of the README's figures."""
+    """The sizes of the problems; the defaults are those of the numbers in the README."""
 
     matrix: int = 8192
     buffer: int = 1 << 30  # bytes
     image: tuple[int, int] = (1024, 768)
     batches: tuple[int, ...] = (1, 8, 21, 42)
-    batch: int = 21  # of those parts that need one alone
+    batch: int = 21  # for the parts that use a single batch size
     queries: int = 70
     database: int = 5000
     dim: int = 2048
@@ -86,7 +86,7 @@ class Sizes:
     files: int = 1024
     workers: tuple[int, ...] = (4, 8, 16)
     caps: tuple[float, ...] = (3, 1, 0.6, 0.45)  # GiB
-    seconds: float = 0.5  # of a measurement
+    seconds: float = 0.5  # per measurement
     repeat: int = 3
     precisions: tuple[str, ...] = ("fp32", "bf16", "fp16")
 
@@ -100,13 +100,13 @@ SMALL = Sizes(
 
 @dataclass
 class Visit:
-    """The device, what is measured on it, and what came of it.
+    """The device, the settings of the measurements, and their results.
 
     Attributes:
-        device, sizes, folder: what the parts work on, and where they may write.
-        file: where the results are kept; None keeps none.
-        extractors: the networks made so far, by their precision.
-        lines, failures, figures: per part what was printed; what failed, with the error; the figures by name.
+        device, sizes, folder: the device, the sizes of the problems, and the folder for files.
+        file: the file for the results, or None.
+        extractors: the networks created so far, by precision.
+        lines, failures, figures: the printed lines per part; the errors of failed parts; the results by name.
     """
 
     device: torch.device
@@ -127,7 +127,7 @@ class Visit:
         next(reversed(self.lines.values())).append(text)
 
     def figure(self, name: str, value: float, unit: str, at_least: float | None = None, below: float | None = None):
-        """Prints and keeps a figure, with its goal if it has one."""
+        """Prints and keeps a result, with its goal if there is one."""
         self.figures[name] = float(value)
         goal = ""
         if at_least is not None:
@@ -138,7 +138,7 @@ class Visit:
 
     @contextmanager
     def attempt(self, what: str) -> Iterator[None]:
-        """An error inside is printed in a line or two, and does not end the others."""
+        """A context in which an error is printed in a line or two, and does not end the other parts."""
         try:
             yield
         except Exception as error:
@@ -157,7 +157,7 @@ class Visit:
         return Recipe(self.folder / "random.pyth", precision=precision)
 
     def extractor(self, precision: str) -> NetworkExtractor:
-        """The network on the device, made once."""
+        """Returns the network on the device, which is created once."""
         if precision not in self.extractors:
             self.extractors[precision] = self.recipe(precision).extractor(self.device)
         return self.extractors[precision]
@@ -175,8 +175,8 @@ class Visit:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
-    parser.add_argument("--small", action="store_true", help="tiny problems, whose figures mean nothing: a test")
-    parser.add_argument("--minutes", type=float, default=9, help="a part that would not fit is left out [9]")
+    parser.add_argument("--small", action="store_true", help="tiny problems without meaningful results, for a test")
+    parser.add_argument("--minutes", type=float, default=9, help="time limit; parts that do not fit are skipped [9]")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, help="[all]")
     parser.add_argument("--out", type=Path, help="a JSON file for the results [gpu.json in the folder OUT, if set]")
     args = parser.parse_args(argv)
@@ -191,7 +191,7 @@ def main(argv: list[str]) -> None:
             print(f"\n{name} ({time.perf_counter() - start:.0f} s)", flush=True)
             visit.lines[name] = []
             if left < (0 if args.small else estimate):
-                visit.say(f"left out: it takes about {estimate} s, and {left:.0f} s are left")
+                visit.say(f"skipped: it takes about {estimate} s, but {left:.0f} s are left")
             else:
                 with visit.attempt(name):
                     part(visit)
@@ -203,7 +203,7 @@ def main(argv: list[str]) -> None:
 
 
 def rates(visit: Visit) -> None:
-    """How fast the device multiplies and copies. It comes first, as it changes TF32's setting and back."""
+    """Measures how fast the device multiplies and copies. It runs first, because it changes TF32's setting and back."""
     device, sizes = visit.device, visit.sizes
     visit.say(f"{machine(device)}, Python {platform.python_version()}, {os.cpu_count()} cores")
     if visit.on_gpu:
@@ -220,7 +220,7 @@ def rates(visit: Visit) -> None:
     y = torch.empty_like(x)
     visit.figure("memory, read and written", 2 * x.nbytes / best_seconds(lambda: y.copy_(x), device) / 1e9, "GB/s")
     if not visit.on_gpu:
-        visit.say("TF32 and the bus: a GPU is needed")
+        visit.say("TF32 and the bus need a GPU")
         return
     for kind in ("pinned", "pageable"):
         host = torch.zeros(sizes.buffer // 4, dtype=torch.uint8, pin_memory=kind == "pinned")
@@ -232,7 +232,7 @@ def rates(visit: Visit) -> None:
 
 
 def parity(visit: Visit) -> None:
-    """Whether descriptors, rankings and new orders are those of the fixtures and of a CPU."""
+    """Compares descriptors, rankings and new orders with those of the fixtures and of a CPU."""
     device, sizes = visit.device, visit.sizes
     prepare_process(device)
     with np.load(FIXTURES) as arrays:
@@ -279,9 +279,9 @@ def parity(visit: Visit) -> None:
 
 
 def synchronisations(visit: Visit) -> None:
-    """Where the host waits for the device: operations that say so, and the lines of the project that called them."""
+    """Counts where the host waits for the device: the operations, and the lines of the project that call them."""
     if not visit.on_gpu:
-        visit.say("a GPU is needed")
+        visit.say("this needs a GPU")
         return
     sizes, device = visit.sizes, visit.device
     images = pinned_images(visit, sizes.batch)
@@ -305,7 +305,7 @@ def synchronisations(visit: Visit) -> None:
 
 
 def counted_synchronisations(run: Callable[[], Any]) -> Counter[str]:
-    """Returns how many waits for the device PyTorch reports in a run, by the line of the project that caused each."""
+    """Returns the number of waits for the device that PyTorch reports in a run, by the line of the project."""
     lines: Counter[str] = Counter()
 
     def note(message: Warning | str, *_: Any) -> None:
@@ -327,16 +327,16 @@ def counted_synchronisations(run: Callable[[], Any]) -> Counter[str]:
 
 
 def project_line() -> str:
-    """Returns the innermost line of the project that runs now, this file's left out."""
+    """Returns the innermost running line of the project except those of this file."""
     for frame in reversed(traceback.extract_stack()):
         path = Path(frame.filename)
         if path.is_relative_to(ROOT) and path != Path(__file__):
             return f"{path.relative_to(ROOT)}:{frame.lineno} {frame.line}"
-    return "PyTorch alone"
+    return "PyTorch itself"
 
 
 def extraction(visit: Visit) -> None:
-    """Images per second in each precision and batch, beside the network as trained, an image at a time."""
+    """Measures images per second in each precision and batch size, compared with the plain network, image by image."""
     device, sizes = visit.device, visit.sizes
     prepare_process(device)
     images = pinned_images(visit, max(sizes.batches))
@@ -368,13 +368,13 @@ def extraction(visit: Visit) -> None:
 
 
 def in_batches(extractor: NetworkExtractor, images: Sequence[Tensor], batch: int) -> Callable[[], Tensor]:
-    """A run over the images, in which all batches are queued before the first is waited for."""
+    """Returns a run over the images that queues all batches before waiting for the first."""
     parts = [images[start : start + batch] for start in range(0, len(images), batch)]
     return lambda: torch.cat([extract_batch(extractor, part) for part in parts]).cpu()
 
 
 def reranking(visit: Visit) -> None:
-    """Milliseconds per query of each reranker, SuperGlobal's beside its baseline and with rows on the CPU, too."""
+    """Measures milliseconds per query of each reranker; for SuperGlobal also the baseline, and rows on the CPU."""
     problem, queries = visit.rerank_sizes(), visit.sizes.queries
     prepare_process(visit.device)
     timings = {}
@@ -401,7 +401,7 @@ def reranking(visit: Visit) -> None:
 
 
 def million(visit: Visit) -> None:
-    """Exact search, beside a plain product with topk, which is neither exact nor bounded in memory."""
+    """Measures exact search, compared with a plain product and topk, which is neither exact nor bounded in memory."""
     device, sizes = visit.device, visit.sizes
     prepare_process(device)
     queries = random_rows(sizes.queries, sizes.dim, torch.float32, device)
@@ -431,7 +431,7 @@ def million(visit: Visit) -> None:
 
 
 def pairs(visit: Visit) -> None:
-    """CVNet-Rerank's time for a pair, and how much faster SuperGlobal reranks as many candidates."""
+    """Measures CVNet-Rerank's time per pair, and how much faster SuperGlobal reranks the same number of candidates."""
     sizes, device, checkpoint = visit.sizes, visit.device, visit.recipe().checkpoint
     contenders = {
         f"CVNet, {name}": (partial(speedup.cvnet, checkpoint, name, device, sizes.pairs, sizes.image), sizes.pairs)
@@ -448,9 +448,9 @@ def pairs(visit: Visit) -> None:
 
 
 def out_of_memory(visit: Visit) -> None:
-    """Extraction with a memory that does not suffice: batches are halved until they fit, or an image is named."""
+    """Tests extraction with too little memory: batches are halved until they fit, or an error names the image."""
     if not visit.on_gpu:
-        visit.say("a GPU is needed")
+        visit.say("this needs a GPU")
         return
     device = visit.device
     images = [extract.InMemory(image.numpy()) for image in pinned_images(visit, visit.sizes.batch)]
@@ -487,17 +487,17 @@ def out_of_memory(visit: Visit) -> None:
 
 
 def files(visit: Visit) -> None:
-    """Images per second from JPEG files that are drawn here, decoded by some numbers of worker processes."""
+    """Measures images per second from JPEG files, with several numbers of worker processes."""
     sizes = visit.sizes
     drawn = [extract.draw_image(*sizes.image, seed) for seed in range(min(16, sizes.files))]
     images = []
     for number, pixels in enumerate(drawn):
         Image.fromarray(pixels).save(visit.folder / f"{number}.jpg", quality=90)
-    for number in range(sizes.files):  # names of their own for the same few bytes
+    for number in range(sizes.files):  # different names for the same few files
         path = visit.folder / f"image_{number}.jpg"
         os.link(visit.folder / f"{number % len(drawn)}.jpg", path)
         images.append(ImageFile(path))
-    visit.figure("decoding a JPEG", 1000 * extract.decoding_seconds(*sizes.image), "ms of a core")
+    visit.figure("decoding a JPEG", 1000 * extract.decoding_seconds(*sizes.image), "ms per core")
     for workers in sizes.workers:
         with visit.attempt(f"{workers} workers"):
             run = extract.into_store(visit.extractor("bf16"), images, Loading(workers, visit.on_gpu))
@@ -506,7 +506,7 @@ def files(visit: Visit) -> None:
 
 
 def kernels(visit: Visit) -> None:
-    """The ten kernels that take longest in extraction with bf16; on a CPU, the operators."""
+    """Lists the ten slowest kernels of extraction in bf16; on a CPU, the operators."""
     extractor = visit.extractor("bf16")
     run = in_batches(extractor, pinned_images(visit, visit.sizes.batch), visit.sizes.batch)
     run()
@@ -526,7 +526,7 @@ def kernels(visit: Visit) -> None:
         visit.say(f"{microseconds / 1000:8.2f} ms {share:5.1f} % {count:5d} x {name[:110]}")
 
 
-# Each part with the seconds that it takes on an H100, estimated, which tells whether it still fits.
+# Each part with its estimated seconds on an H100, to decide whether it still fits.
 PARTS: dict[str, tuple[Callable[[Visit], None], float]] = {
     "rates": (rates, 20),
     "parity": (parity, 45),
@@ -542,13 +542,13 @@ PARTS: dict[str, tuple[Callable[[Visit], None], float]] = {
 
 
 def pinned_images(visit: Visit, count: int) -> list[Tensor]:
-    """Random images (H, W, 3), on a GPU in pinned memory; eight are drawn, and repeated."""
+    """Returns random images (H, W, 3), on a GPU in pinned memory; eight are drawn and repeated."""
     drawn = [torch.from_numpy(extract.draw_image(*visit.sizes.image, seed)) for seed in range(min(8, count))]
     return [image.pin_memory() if visit.on_gpu else image for image in islice(cycle(drawn), count)]
 
 
 def random_rows(count: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Unit rows, made where they stay. (N, D)."""
+    """Returns random unit descriptors (N, D), drawn on the device."""
     random = torch.Generator(device).manual_seed(count)
     out = torch.empty(count, dim, dtype=dtype, device=device)
     for part in out.split(50_000):
@@ -557,7 +557,7 @@ def random_rows(count: int, dim: int, dtype: torch.dtype, device: torch.device) 
 
 
 def table_rows(visit: Visit) -> list[str]:
-    """The results as rows of the first table of benchmarks/README.md, as far as there are any."""
+    """Returns the available results as rows of the first table in benchmarks/README.md."""
     have, rows = visit.figures, []
 
     def row(name: str, baseline: str, unit: str) -> None:

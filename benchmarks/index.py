@@ -1,14 +1,14 @@
-"""Approximate search beside exact search: recall, change of the first ten after reranking, time, bytes, build time.
+"""Compare approximate with exact search: recall, change of the first ten after reranking, time, bytes, build time.
 
     python benchmarks/index.py --folder /tmp/index                                   # about 10 minutes
     python benchmarks/index.py --folder /tmp/index --dim 2048                        # 8.2 GB on the disk
 
-Writes clustered unit rows into the folder once: landmarks with 5 to 100 views each around directions that follow a
-spectrum as descriptors have it. A query is one more view of a landmark. Each index is built from the file, streaming.
+Writes clustered unit vectors into the folder once: landmarks with 5 to 100 views each around directions with the
+spectrum of descriptors. A query is a further view of a landmark. Each index is built from the file block by block.
 
-recall@400    of exact search's first 400, how many are among the index's
-first ten     of the ten that exact search and SuperGlobal's reranking put first, how many stay among the first ten
-              where the index's candidates are reranked, with exact rows and with the index's own (decoded)
+recall@400    the share of the first 400 of exact search that are among the first 400 of the index
+first ten     of the first ten after exact search and SuperGlobal's reranking, how many stay among the first ten
+              if the candidates of the index are reranked, with exact rows and with rows decoded from the index
 """
 
 import argparse
@@ -69,12 +69,14 @@ HEADING = (
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="where the rows are written, once, and each index")
+    parser.add_argument("--folder", type=Path, required=True, help="folder for the rows and the indexes")
     parser.add_argument("--rows", type=positive, default=1_000_000, help="rows of the database [1000000]")
     parser.add_argument("--dim", type=positive, default=128, help="dimensions [128]")
     parser.add_argument("--queries", type=positive, default=70, help="queries [70]")
-    parser.add_argument("--indexes", nargs="+", metavar="FACTORY", help="FAISS's names [by the size of the database]")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="the trade-off as a picture, .svg or .png")
+    parser.add_argument(
+        "--indexes", nargs="+", metavar="FACTORY", help="factory strings [chosen by the size of the database]"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a plot of the trade-off, .svg or .png")
     args = parser.parse_args(argv)
     path = args.folder / f"clustered_{args.rows}x{args.dim}.npy"
     queries = clustered(path, args.rows, args.dim, args.queries)
@@ -93,13 +95,13 @@ def main(argv: list[str]) -> None:
 
 
 def usual_indexes(rows: int, dim: int) -> list[str]:
-    """About 4 sqrt(N) lists, as FAISS's guidelines have it, and codes of D / 8 and D / 4 bytes."""
+    """Returns indexes with about 4 sqrt(N) lists, as in FAISS's guidelines, and codes of D / 8 and D / 4 bytes."""
     lists = f"IVF{1 << round(np.log2(4 * rows**0.5))}"
     return ["Flat", f"{lists},Flat", f"{lists},SQ8", f"{lists},PQ{dim // 8}", f"{lists},PQ{dim // 4}", "HNSW32"]
 
 
 def clustered(path: Path, count: int, dim: int, q: int) -> Tensor:
-    """Writes the rows if they are not there, a block at a time; returns the queries (q, dim)."""
+    """Writes the rows if they are missing, block by block; returns the queries (q, dim)."""
     rng = np.random.default_rng(0)
     sizes = rng.integers(5, 101, count // 5 + 1)
     landmark = np.repeat(np.arange(len(sizes)), sizes)[:count]
@@ -128,7 +130,7 @@ def clustered(path: Path, count: int, dim: int, q: int) -> Tensor:
 
 
 def measure(queries: Tensor, database: Database, path: Path, factories: list[str]) -> Iterator[Measured]:
-    """A row for exact search, then for each index, with one or several parameters of its search."""
+    """Yields a row for exact search, then for each index, with one or several search parameters."""
     exact = timed(queries, database)
     best = first_ten(exact, queries, database)
     yield Measured("exact", "", 1.0, 1.0, None, 1000 * exact.seconds / len(queries), 4 * database.dim, None)
@@ -154,7 +156,7 @@ def measure(queries: Tensor, database: Database, path: Path, factories: list[str
 
 
 def timed(queries: Tensor, database: Database) -> Ranking:
-    """What is found by the second of two searches: the first one warms the caches."""
+    """Returns the ranking of the second of two searches; the first one warms the caches."""
     retrieve(queries, database, M)
     return retrieve(queries, database, M)
 
@@ -164,14 +166,14 @@ def first_ten(found: Ranking, queries: Tensor, database: Database) -> Tensor:
 
 
 def shared(found: Tensor, wanted: Tensor) -> float:
-    """The share of the wanted that were found, whatever their order."""
+    """Returns the share of the wanted results that were found, in any order."""
     return float(np.mean([np.isin(b, a).mean() for a, b in zip(found.numpy(), wanted.numpy(), strict=True)]))
 
 
 def draw(rows: list[Measured], path: Path, title: str) -> None:
-    """Recall over time per query, an index per line; bytes per image in the legend."""
+    """Plots recall over time per query, with a line per index and the bytes per image in the legend."""
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "superglobal"  # the same figures make the same file
+    matplotlib.rcParams["svg.hashsalt"] = "superglobal"  # equal results give identical files
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")

@@ -1,15 +1,15 @@
-"""SIGKILL at random moments: whether the next start ends with the bytes of a run that nothing interrupted.
+"""Kill commands at random moments, and check that they resume to exactly the results of an uninterrupted run.
 
     python benchmarks/killed.py --tries 200
     python benchmarks/killed.py --tries 0 --together 20
 
-Each try takes one of the commands (test.py, extract_rop1m.py alone and as two processes, search with a list that
-changes, tables, test.py with distractors as two and three ranks) on a few drawn images, kills it and all its processes
-at a random moment, up to three times, starts it once more to its end, and compares every descriptor file, and the
-metrics, with those of an uninterrupted run; of ranks, with those of one process. "a rank" is two ranks of which one
-is killed under --max-restarts 3, and nothing is started again.
-With --together, two and four runs of test.py with equal and with different settings begin at once in one folder,
-so many times; each must end with the metrics, and leave the descriptors, of a run alone.
+Each try runs one of the commands (test.py, extract_rop1m.py as one and as two processes, search with a changing list,
+tables, test.py with distractors as two and three ranks) on a few drawn images, kills it and all its processes (SIGKILL)
+at a random moment, up to three times, then runs it to its end, and compares every descriptor file, and the metrics,
+with those of an uninterrupted run (for ranks, of a single process). In "a rank", one of two ranks is killed under
+--max-restarts 3, and the command is not started again.
+With --together TIMES, two and four runs of test.py, with equal and with different settings, are started at once in one
+folder, that many times; each must produce the metrics and descriptors of a run on its own.
 """
 
 import argparse
@@ -43,8 +43,10 @@ QUICK = ["TEST.SCALE_LIST", "1", "DATA_LOADER.NUM_WORKERS", "0", "TEST.BATCH_SIZ
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tries", type=int, default=200, help="[200]")
-    parser.add_argument("--together", type=int, default=0, metavar="TIMES", help="runs that begin at once [0]")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments [0]")
+    parser.add_argument(
+        "--together", type=int, default=0, metavar="TIMES", help="test runs that start at once, this often [0]"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments [0]")
     args = parser.parse_args(argv)
     rng, survived, tried = random.Random(args.seed), Counter(), Counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -65,7 +67,7 @@ def main(argv: list[str]) -> None:
             name = list(commands)[number % len(commands)]
             place = work / f"try-{number}"
             extra = work / "images" / f"new-{number}.png"
-            if name == "search":  # a list of its own for what is killed
+            if name == "search":  # the killed run has its own list
                 shutil.copy(work / "images" / "1.png", extra)
             moments = [rng.uniform(0.3, 1) * seconds[name] for _ in range(rng.choice((1, 1, 2, 3)))]
             if name == "a rank":
@@ -79,16 +81,16 @@ def main(argv: list[str]) -> None:
             if outcome(place) == wanted[name]:
                 survived[name] += 1
             else:
-                print(f"\n{name}, try {number}, killed {kills} times, went wrong:\n{said}", file=sys.stderr)
+                print(f"\n{name}, try {number}, killed {kills} times, failed:\n{said}", file=sys.stderr)
             shutil.rmtree(place)
     for name in commands:
-        print(f"{name:<14}{survived[name]:4d} of {tried[name]} as if nothing had happened")
+        print(f"{name:<14}{survived[name]:4d} of {tried[name]} identical to an uninterrupted run")
     if failed or survived.total() < tried.total():
         sys.exit(1)
 
 
 def prepare(work: Path) -> dict[str, list[str]]:
-    """Draws what the commands need, and returns them."""
+    """Draws the data for the commands, and returns the commands."""
     data, images = work / "data", work / "images"
     images.mkdir(parents=True)
     checkpoint = work / "R50.pyth"
@@ -129,7 +131,7 @@ def prepare(work: Path) -> dict[str, list[str]]:
 
 
 def together(command: list[str], work: Path, times: int) -> int:
-    """Starts two, and four, runs at once in a new folder, so many times; returns how many went wrong."""
+    """Starts two and four runs at once in a new folder, `times` times; returns the number of failures."""
     settings = [[], ["SupG.gemp", "False"], ["TEST.RESUME", "False"], ["SupG.gemp", "False", "TEST.RESUME", "False"]]
     wanted: dict[str, object] = {}
     for words in settings[:2]:
@@ -145,14 +147,14 @@ def together(command: list[str], work: Path, times: int) -> int:
         if any(codes) or any(wanted[name] != value for name, value in found.items()):
             wrong += 1
             said = "\n".join(path.read_text(errors="replace") for path in sorted(place.glob("said-*")))
-            print(f"\n{chosen}, try {number}, went wrong ({codes}):\n{said}", file=sys.stderr)
+            print(f"\n{chosen}, try {number}, failed ({codes}):\n{said}", file=sys.stderr)
         shutil.rmtree(place)
-    print(f"together      {times - wrong:4d} of {times} as if each had been alone")
+    print(f"together      {times - wrong:4d} of {times} identical to single runs")
     return wrong
 
 
 def kept_rows(place: Path) -> dict[str, object]:
-    """Descriptors by file, and metrics by the folder of their descriptors, where equal settings must agree."""
+    """Returns descriptors by file, and metrics by the folder of their descriptors, which must agree."""
     found: dict[str, object] = {
         str(path.relative_to(place)): path.read_bytes() for path in place.glob("output/descriptors/*/*.npy")
     }
@@ -160,7 +162,7 @@ def kept_rows(place: Path) -> dict[str, object]:
         entry = json.loads(path.read_text())["datasets"]["roxford5k"]
         metrics = {stage: entry[stage]["M"] for stage in ("retrieval", "reranking")}
         name = f"metrics of {entry['descriptors']}"
-        found[name] = metrics if found.get(name, metrics) == metrics else "different metrics of equal settings"
+        found[name] = metrics if found.get(name, metrics) == metrics else "different metrics with equal settings"
     return found
 
 
@@ -174,10 +176,10 @@ def start(command: list[str], place: Path, log: str = "said.txt") -> subprocess.
 
 
 def kill(command: list[str], place: Path, seconds: float, a_rank: bool = False) -> bool:
-    """Starts the command, and kills it and its processes after so many seconds; whether it still ran then.
+    """Starts the command, and kills it and its processes after `seconds`; returns whether it was still running.
 
     Args:
-        a_rank: kill the last process that it started, and wait for its end.
+        a_rank: kills only the last process that it started, and waits for the end of the command.
     """
     process = start(command, place)
     try:
@@ -193,13 +195,13 @@ def kill(command: list[str], place: Path, seconds: float, a_rank: bool = False) 
 
 
 def end(command: list[str], place: Path) -> str:
-    """Runs the command to its end, and returns what it said."""
+    """Runs the command to its end, and returns its output."""
     start(command, place).wait()
     return (place / "said.txt").read_text(errors="replace")
 
 
 def outcome(place: Path) -> dict[str, object]:
-    """Descriptors, and the newest run's rankings, by file, to the bit, and its metrics."""
+    """Returns the bytes of descriptors and of the newest run's rankings by file, and its metrics."""
     found: dict[str, object] = {}
     newest = place / "output" / "runs" / "latest"
     earlier = [path for path in newest.parent.glob("*") if not path.is_symlink()]

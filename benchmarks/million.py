@@ -1,10 +1,10 @@
-"""Evaluation over a million distractors: time and memory of the streamed search and reranking, beside a dense baseline.
+"""Compare evaluation with a million distractors, streamed search and reranking, with a dense baseline: time and memory.
 
     python benchmarks/million.py --folder /tmp/million
 
 Writes random unit descriptors (8.2 GB for a million) into the folder once. The baseline multiplies
-everything, argsorts the N x Q scores and builds each query's (M, K+1, D) neighbours. "ranks" is the streamed
-search by several processes, as under torchrun, which share the cores; its memory is that of one of them.
+all pairs, argsorts the N x Q scores and builds the (M, K+1, D) neighbours of each query. "ranks" is the streamed
+search by several processes, as with torchrun, which share the cores; its memory is that of one of them.
 """
 
 import argparse
@@ -39,10 +39,10 @@ DIM, LISTED = 2048, 120
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="where the descriptors are written, once")
+    parser.add_argument("--folder", type=Path, required=True, help="folder for the descriptors")
     parser.add_argument("--rows", type=positive, default=1_000_000, help="distractors [1000000]")
     parser.add_argument("--queries", type=positive, default=70, help="queries [70]")
-    parser.add_argument("--repeat", type=positive, default=3, help="runs of each, of which the median counts [3]")
+    parser.add_argument("--repeat", type=positive, default=3, help="runs of each, whose median is used [3]")
     parser.add_argument("--ranks", type=positive, default=2, help="processes that search together [2]")
     args = parser.parse_args(argv)
     path = args.folder / f"random_{args.rows}.npy"
@@ -71,7 +71,7 @@ def write_rows(path: Path, count: int) -> None:
 
 
 def problem(path: Path, count: int) -> tuple[np.ndarray, np.ndarray, list[GroundTruth]]:
-    """Queries that resemble their listed images more or less: the last of them no more than any distractor."""
+    """Returns a problem whose queries resemble their listed images to different degrees, the last not at all."""
     rows = np.load(path, mmap_mode="c")
     rng = np.random.default_rng(1)
     kinds, ends = ("easy", "hard", "junk"), (40, 90)
@@ -98,11 +98,11 @@ def streamed(path: Path, count: int, processes: Processes | None = None) -> list
 
 
 def first_rank(path: Path, count: int, ranks: int) -> Callable[[], list[float]]:
-    """Starts the other processes, and returns the run of the first, which they take part in."""
+    """Starts the other processes, and returns the run of the first process, in which they take part."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    for rank in range(1, ranks):  # not by multiprocessing, which forbids a contender's process to have its own
+    for rank in range(1, ranks):  # not with multiprocessing, whose processes cannot start others
         call = f"from million import *; other_rank(Path({str(path.resolve())!r}), {count}, {rank}, {ranks}, {port})"
         subprocess.Popen([sys.executable, "-c", call], cwd=Path(__file__).parent)
     processes = join(0, ranks, port)
@@ -125,7 +125,7 @@ def other_rank(path: Path, count: int, rank: int, ranks: int, port: int) -> None
 
 
 def join(rank: int, ranks: int, port: int) -> Processes:
-    """Makes this one of the processes of a torchrun on this machine, with its share of the cores."""
+    """Joins the processes of a simulated torchrun on this machine, with a share of the cores."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
     return Processes()

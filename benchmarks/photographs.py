@@ -1,15 +1,15 @@
-"""Accuracy on a network trained by others: mAP on real photographs, module by module.
+"""Measure the accuracy with a public trained network: mAP on real photographs, module by module.
 
     python benchmarks/photographs.py --folder /tmp/photographs
 
-The network is EfficientNet-Lite0 with its ImageNet weights, the photographs are those inside the wheels of
-scikit-image and scikit-learn: nothing is downloaded beyond these packages. Each photograph, or each part of
-a larger one, is a landmark. The database holds views of it, drawn from seeds in growing strength
-(perspective, crop, light, blur, JPEG): the weaker half is easy, the stronger hard; the query is a mild view.
-The strength was chosen once, by average pooling alone, and the modules have their usual settings.
+The network is EfficientNet-Lite0 with its ImageNet weights; the photographs are those in the wheels of
+scikit-image and scikit-learn, so that nothing beyond these packages is downloaded. Each photograph, or each
+part of a larger one, is a landmark. The database contains views of it, drawn from seeds with increasing
+strength (perspective, crop, light, blur, JPEG): the weaker half is easy, the stronger half hard; the query is
+a mild view. The strength was chosen once, with average pooling only; the modules have their usual settings.
 
-The views are drawn three times, with other seeds, as datasets in the folder; test.py evaluates each of them with
-each setting, and the table has the mean and the range over the three.
+The views are drawn three times, with different seeds, as datasets in the folder; test.py evaluates each of
+them with each setting, and the table has the mean and the range over the three.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from model.errors import InputError, run_command
 
 ROOT = Path(__file__).parents[1]
 
-# Into how many rows and columns of landmarks the photographs are cut.
+# The numbers of rows and columns of landmarks into which the photographs are cut.
 GRIDS = {
     (1, 1): ("camera.png", "chelsea.png", "clock_motion.png", "moon.png", "page.png", "rocket.jpg", "flower.jpg"),
     (1, 2): ("brick.png", "coffee.png", "coins.png", "grass.png", "gravel.png", "ihc.png"),
@@ -47,7 +47,7 @@ VIEWS, SIDE = 12, 224  # views per landmark; side of an image, as the network wa
 QUERY_STRENGTH = 0.2
 
 
-# The options of each row. ReLU+ is for a ResNet's first stage, that with stride 4, which here has these two blocks.
+# The options of each row. ReLU+ belongs in the stage with stride 4 (the first of a ResNet), here these two blocks.
 ONE = ["TEST.SCALE_LIST", "1", "SupG.sgem", "False"]
 PLAIN = ["SupG.rgem", "False", "SupG.relup", "False"]
 RELUP = ["SupG.relup_stages", "['_blocks.1', '_blocks.2']", "SupG.relup_ends", "[]"]
@@ -65,7 +65,7 @@ SETTINGS: dict[str, list[str]] = {
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="for the datasets and their descriptors")
+    parser.add_argument("--folder", type=Path, required=True, help="folder for the datasets and their descriptors")
     parser.add_argument("--seeds", type=positive, default=3, help="drawings [3]")
     args = parser.parse_args(argv)
     args.folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
 
 
 def row(title: str, found: list[dict]) -> str:
-    """A line of the table: the mean over the drawings, and the lowest and the highest."""
+    """Returns a line of the table: the mean, lowest and highest value over the drawings."""
     cells = []
     for protocol in "EMH":
         values = [each[protocol]["mAP"] for each in found]
@@ -87,7 +87,7 @@ def row(title: str, found: list[dict]) -> str:
 
 
 def evaluate(folder: Path, names: list[str], options: list[str]) -> list[dict]:
-    """The results of test.py on these datasets, as results.json has them."""
+    """Returns the results of test.py on these datasets, as in results.json."""
     command = [sys.executable, str(ROOT / "test.py"), "MODEL.NAME", f"{ROOT}/benchmarks/efficientnet_lite.py:build"]
     command += ["TEST.DATA_DIR", str(folder.absolute()), "TEST.DATASET_LIST", str(names), *options]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
@@ -104,9 +104,9 @@ def draw_dataset(
     views: int = VIEWS,
     side: int = SIDE,
 ) -> Path:
-    """Draws a dataset in revisitop's layout, if it is not there, and returns its folder: a query for each landmark.
+    """Draws a dataset in revisitop's layout if it is missing, with a query per landmark, and returns its folder.
 
-    The same images every time; those of a landmark do not depend on the other landmarks.
+    The images are the same every time; those of a landmark do not depend on other landmarks.
     """
     name = f"photographs_{seed}"
     target, new = folder / name, folder / f"{name}.new"
@@ -122,7 +122,7 @@ def draw_dataset(
             own = [f"{landmark}_{number:02}" for number in range(views)]
             for number, (image, strength) in enumerate(zip([*own, f"{landmark}_query"], strengths, strict=True)):
                 rng = np.random.default_rng([*photograph.encode(), part, number, *([seed] if seed else [])])
-                # Lossless, under the name that the layout wants.
+                # Lossless, under the name that the layout requires.
                 draw_view(region, rng, strength, side).save(new / "jpg" / f"{image}.jpg", format="PNG")
             easy, hard = np.split(len(names) + np.arange(views), [views // 2])
             truth.append({"bbx": [0, 0, side, side], "easy": easy.tolist(), "hard": hard.tolist(), "junk": []})
@@ -135,7 +135,7 @@ def draw_dataset(
 
 
 def read_parts(name: str, rows: int, columns: int, side: int) -> list[Image.Image]:
-    """The landmarks of a photograph, row by row, their shorter side 1.5 times that of a view."""
+    """Returns the landmarks of a photograph, row by row, with a shorter side 1.5 times that of a view."""
     package, folder = ("sklearn", "datasets/images") if name in OF_SKLEARN else ("skimage", "data")
     try:
         with (files(package) / folder / name).open("rb") as file:
@@ -149,8 +149,8 @@ def read_parts(name: str, rows: int, columns: int, side: int) -> list[Image.Imag
 
 
 def draw_view(region: Image.Image, rng: np.random.Generator, strength: float, side: int) -> Image.Image:
-    """The region seen from somewhere, at strength 0 its middle in clear light. -> side x side."""
-    # Where the corners of the view lie within the region: tilt and perspective, then zoom and place.
+    """Draws a view of the region, side x side; strength 0 is its centre in clear light."""
+    # The corners of the view within the region: tilt and perspective, then zoom and place.
     sine, cosine = np.sin(angle := strength * rng.uniform(-0.6, 0.6)), np.cos(angle)
     corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * (1 - 0.4 * strength * rng.random((4, 1)))
     corners = corners @ np.array([[cosine, sine], [-sine, cosine]])
@@ -170,7 +170,7 @@ def draw_view(region: Image.Image, rng: np.random.Generator, strength: float, si
 
 
 def _homography(side: int, corners: np.ndarray) -> list[float]:
-    """Pillow's eight numbers of the map that takes the corners of a square image to these, (4, 2)."""
+    """Returns Pillow's eight coefficients of the map from the corners of a square image to these, (4, 2)."""
     equations = []
     for (x, y), (u, v) in zip([(0, 0), (side, 0), (side, side), (0, side)], corners, strict=True):
         equations += [[x, y, 1, 0, 0, 0, -u * x, -u * y, u], [0, 0, 0, x, y, 1, -v * x, -v * y, v]]

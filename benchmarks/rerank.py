@@ -1,14 +1,14 @@
-"""Reranking: the textbook formulation of each reranker beside ours.
+"""Time reranking: the textbook formulation of each reranker compared with this project.
 
     python benchmarks/rerank.py
     python benchmarks/rerank.py --reranker k-reciprocal diffusion
 
-SuperGlobal's baseline takes all queries at once: candidates' rows, Gram matrices, a full argsort of
-their rows, the gathered (K+1) x D neighbours of each candidate. The other baselines take a query at a
-time: query expansion row by row as in its formula, k-reciprocal encoding set by set, diffusion with a
-dense solver. Ours is the `rerank` of each reranker. All start from the ranking and the database's rows,
-which are on the device. Rows are random, around centres, as landmarks are. "of the floor" is the time
-of the Gram matrices alone at the device's measured float32 matrix rate, over the time taken.
+SuperGlobal's baseline processes all queries at once: descriptors of the candidates, Gram matrices, a full
+argsort of their rows, the gathered (K+1) x D neighbours of each candidate. The other baselines process a
+query at a time: query expansion row by row as in its formula, k-reciprocal encoding set by set, diffusion
+with a dense solver. "ours" is the `rerank` of each reranker. All start from the ranking and the database's
+rows on the device. Rows are random around centres, like landmarks. "of the floor" is the time of the Gram
+matrices at the device's measured float32 matrix rate, divided by the measured time.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--dim", type=positive, default=2048, help="D [2048]")
     parser.add_argument("--m", type=positive, default=RERANK_M, help=f"M, candidates [{RERANK_M}]")
     parser.add_argument("--k", type=positive, default=RERANK_K, help=f"K, SuperGlobal's neighbours [{RERANK_K}]")
-    parser.add_argument("--repeat", type=positive, default=9, help="runs of each, of which the median counts [9]")
+    parser.add_argument("--repeat", type=positive, default=9, help="runs of each, whose median is used [9]")
     args = parser.parse_args(argv)
     if not args.k < args.m <= args.database:
         parser.error("K must be below M, and M not above N")
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
 
 
 def problem(queries: int, database: int, dim: int, m: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, rows, and the first m of each ranking."""
+    """Returns queries, rows, and the first m of each ranking."""
     random = torch.Generator().manual_seed(0)
     centres = F.normalize(torch.randn(CENTRES, dim, generator=random), dim=1)
 
@@ -101,7 +101,7 @@ def ours(
     name: str = "superglobal",
     rows_on: str | None = None,
 ) -> Callable[[], np.ndarray]:
-    """The rows are on the device, or where `rows_on` says, in a Database."""
+    """Prepares `rerank` with the rows on the device, or in a Database on the device `rows_on`."""
     q, x, ids = problem(queries, database, dim, m, device)
     reranker = RERANKERS[name](m, k)
 
@@ -135,7 +135,7 @@ def baseline(
 
 
 def superglobal(q: Tensor, candidates: Tensor, k: int, original: bool) -> Tensor:
-    """(S1 + S2) / 2 of all queries at once. (Q, D), (Q, M, D) -> (Q, M)."""
+    """Returns (S1 + S2) / 2 of all queries at once. (Q, D), (Q, M, D) -> (Q, M)."""
     gram = candidates @ candidates.transpose(1, 2)
     similarity, neighbours = (part[..., : k + 1] for part in gram.sort(dim=-1, descending=True))
     weights = similarity * RERANK_BETA
@@ -150,7 +150,7 @@ def superglobal(q: Tensor, candidates: Tensor, k: int, original: bool) -> Tensor
 
 
 def query_expansion(query: Tensor, candidates: Tensor, alpha: float) -> Tensor:
-    """Similarities to the expanded query. (D,), (M, D) -> (M,)."""
+    """Returns the similarities to the expanded query. (D,), (M, D) -> (M,)."""
     total = query.clone()
     for x in candidates[:QE_N]:
         total += (query @ x).clamp(min=0) ** alpha * x
@@ -158,7 +158,7 @@ def query_expansion(query: Tensor, candidates: Tensor, alpha: float) -> Tensor:
 
 
 def k_reciprocal(query: Tensor, candidates: Tensor) -> Tensor:
-    """-((1 - lambda) Jaccard distance + lambda (1 - q . x)), set by set. (D,), (M, D) -> (M,)."""
+    """Returns -((1 - lambda) Jaccard distance + lambda (1 - q . x)), set by set. (D,), (M, D) -> (M,)."""
     nodes = torch.cat([query[None], candidates])
     gram = nodes @ nodes.T
     ranking = gram.argsort(dim=1, descending=True)
@@ -183,7 +183,7 @@ def k_reciprocal(query: Tensor, candidates: Tensor) -> Tensor:
 
 
 def diffusion(query: Tensor, candidates: Tensor) -> Tensor:
-    """f of (I - alpha S) f = y, with a dense solver. (D,), (M, D) -> (M,)."""
+    """Solves (I - alpha S) f = y for f with a dense solver. (D,), (M, D) -> (M,)."""
     gram = candidates @ candidates.T
     others = gram.clone().fill_diagonal_(-torch.inf).argsort(dim=1, descending=True)[:, :DIFFUSION_K]
     near = torch.zeros_like(gram).scatter_(1, others, 1)

@@ -1,10 +1,10 @@
-"""A finished run of as many images as GLDv2 has that starts again: how long until it finds that nothing is to be done.
+"""Time the restart of a finished extraction of GLDv2's size, until it finds that nothing is missing.
 
     python benchmarks/restart.py --images 761757 --folder /tmp/restart
 
-Draws the lists, and tiny files in GLDv2's layout (links to a few images), extracts them with a stand-in for a network
-(8 dimensions), and measures a second start in a process of its own: reading the lists, looking for every file,
-comparing size and time of each with those of the finished descriptors. The folder is kept for the next time.
+Creates the lists, and tiny files in GLDv2's layout (links to a few images), extracts them with a substitute for a
+network (8 dimensions), and times a second start in a new process: reading the lists, finding every file, and comparing
+its size and time with those of the finished descriptors. The folder is kept for the next time.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
     for title in ("first start", "second start"):
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         facts = json.loads(done.stdout.splitlines()[-1])
-        print(f"{title}: {facts['seconds']:.1f} s, {facts['bytes'] / 1e9:.2f} GB at most, {facts['used']}")
+        print(f"{title}: {facts['seconds']:.1f} s, peak {facts['bytes'] / 1e9:.2f} GB, {facts['used']}")
 
 
 def start(folder: Path) -> dict:
@@ -74,7 +74,7 @@ def start(folder: Path) -> dict:
     dataset.check_files()
     fingerprint = dataset.fingerprint
     path = folder.parent / f"{folder.name}.npy"
-    used = "used again" if path.exists() else "extracted"
+    used = "reused" if path.exists() else "extracted"
     each = ImageSet(path, "index", dataset.database, folder, {"images": fingerprint})
     (rows,) = extract_sets([each], StandRecipe(), torch.device("cpu"))
     assert rows.shape == (len(dataset.database), DIM)
@@ -88,7 +88,7 @@ def draw(folder: Path, count: int) -> None:
     (folder / "queries").mkdir(parents=True)
     tiny = folder / "tiny"
     tiny.mkdir()
-    for number in range(20):  # a file may have 65,000 links
+    for number in range(20):  # a file can have 65,000 links
         Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(tiny / f"{number}.jpg")
     Image.open(tiny / "0.jpg").save(folder / "queries" / "q.jpg")
     for number, name in enumerate(names):

@@ -1,10 +1,10 @@
-"""What each stage costs for a million, a hundred million and a billion images, as a Markdown table.
+"""Estimate the costs of each stage for a million, a hundred million and a billion images, as a Markdown table.
 
     python benchmarks/scale.py
     python benchmarks/scale.py --extraction 600 --search 50e9 --memory 500e9
 
-Nothing is timed here: the rates are arguments, and the defaults are this machine's figures in benchmarks/README.md (two
-cores of a CPU) and assumptions, which the table's last lines state. Put in your own.
+Nothing is timed here: the rates are arguments, and the defaults are measurements from benchmarks/README.md (two cores
+of a CPU) and assumptions, which are stated below the table. Give your own.
 """
 
 import argparse
@@ -12,14 +12,14 @@ import math
 
 SIZES = (10**6, 10**8, 10**9)
 DIM = 2048
-FORMS = {"float32": 4 * DIM, "float16": 2 * DIM, "int8": DIM, "PQ64 codes": 64}  # bytes of an image
+FORMS = {"float32": 4 * DIM, "float16": 2 * DIM, "int8": DIM, "PQ64 codes": 64}  # bytes per image
 # Two cores read the 8.2 GB of a million rows in 6.3 s.
 RATES = {
-    "extraction": ("images a second and GPU", 100.0),
-    "search": ("bytes of rows a second and machine, in exact search by 70 queries", 1.3e9),
-    "rerank": ("seconds for a query's 400 candidates", 0.0064),
-    "reads": ("rows a second from random places of a disk", 5000.0),
-    "memory": ("bytes of a machine for rows", 200e9),
+    "extraction": ("images per second and GPU", 100.0),
+    "search": ("bytes of rows per second and machine, in exact search with 70 queries", 1.3e9),
+    "rerank": ("seconds for the 400 candidates of a query", 0.0064),
+    "reads": ("rows per second from random places of a disk", 5000.0),
+    "memory": ("bytes of memory for rows per machine", 200e9),
 }
 DEFAULTS = {name: default for name, (_, default) in RATES.items()}
 
@@ -32,14 +32,14 @@ def main() -> None:
 
 
 def table(extraction: float, search: float, rerank: float, reads: float, memory: float) -> list[str]:
-    """The lines of the table and of what it rests on.
+    """Returns the lines of the table and of its assumptions.
 
     Args:
-        extraction: images a second of one GPU.
-        search: bytes of float32 rows that one machine searches in a second, by 70 queries at once.
-        rerank: seconds for one query, its candidates' rows at hand.
-        reads: rows a second from random places of a disk.
-        memory: bytes of one machine that rows may take.
+        extraction: images per second of one GPU.
+        search: bytes of float32 rows that one machine searches per second, with 70 queries at once.
+        rerank: seconds for one query, with the rows of its candidates in memory.
+        reads: rows per second from random places of a disk.
+        memory: bytes of memory for rows on one machine.
     """
     lines = [
         "| | " + " | ".join(f"{size:,} images" for size in SIZES) + " | engine |",
@@ -57,21 +57,21 @@ def table(extraction: float, search: float, rerank: float, reads: float, memory:
         row(f"machines that hold them, {form}", [f"{count:,}" for count in machines], engine)
     machines = [math.ceil(size * 4 * DIM / memory) for size in SIZES]
     seconds = [size * 4 * DIM / search / count for size, count in zip(SIZES, machines, strict=True)]
-    row("exact search by 70 queries on these, float32", [f"{each:,.0f} s" for each in seconds], "`torchrun test.py`")
+    row("exact search with 70 queries on these, float32", [f"{each:,.0f} s" for each in seconds], "`torchrun test.py`")
     row("approximate search of a query", ["milliseconds"] * 3, "FAISS on one machine, Milvus on many")
-    row("reranking of a query, rows at hand", [f"{1000 * rerank:.1f} ms"] * 3, "`SuperGlobalReranker`")
+    row("reranking of a query, rows in memory", [f"{1000 * rerank:.1f} ms"] * 3, "`SuperGlobalReranker`")
     row("reading its 400 rows from a disk", [f"{400 / reads * 1000:,.0f} ms"] * 3, "`fetch` of your store")
     return [
         *lines,
         "",
-        f"Assumed: {extraction:g} images a second and GPU; exact search of {amount(search)} of rows a second and "
-        f"machine; {amount(memory)} of memory a machine for rows; {reads:g} random reads a second. "
+        f"Assumed: {extraction:g} images per second and GPU; exact search of {amount(search)} of rows per second and "
+        f"machine; {amount(memory)} of memory for rows per machine; {reads:g} random reads per second. "
         "Reranking does not grow with the database.",
     ]
 
 
 def amount(size: float) -> str:
-    """Bytes in words: 8.2 GB."""
+    """Formats bytes, such as 8.2 GB."""
     unit = max(0, min(4, int(math.log10(max(size, 1)) // 3)))
     return f"{size / 1000**unit:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[unit]}"
 

@@ -1,13 +1,13 @@
-"""Reranking 400 candidates of a query: by local features, as CVNet-Rerank does, and by SuperGlobal.
+"""Compare the time to rerank 400 candidates of a query by local features (CVNet-Rerank) and by SuperGlobal.
 
     python benchmarks/speedup.py
     python benchmarks/speedup.py --device cuda --pairs 16 --precision fp16
 
-Four contenders, in turn: CVNet-Rerank by the book (whole 4D tensors, resized at their full size, a
-pair at a time, float32), our CVNet-Rerank, the textbook formulation of SuperGlobal's reranking, and
-ours (both of rerank.py, 70 queries at once). What each needs of the database is in memory: feature
-maps of 1024x768 images, or descriptors. CVNet's time is that of a few pairs, scaled to 400; what
-extracting a map takes is told apart. Weights and images are random: they do not matter for speed.
+Four contenders, in turn: CVNet-Rerank by the book (whole 4D tensors, resized at their full size, one
+pair at a time, float32), our CVNet-Rerank, the textbook formulation of SuperGlobal's reranking, and ours
+(both from rerank.py, 70 queries at once). The data of the database is in memory: feature maps of 1024x768
+images, or descriptors. CVNet's time is that of a few pairs, scaled to 400; the time to extract a feature
+map is given separately. Weights and images are random, because they do not matter for speed.
 """
 
 import argparse
@@ -38,15 +38,15 @@ from modules.reranking import RERANK_K, RERANK_M
 
 SIZE, DEPTH = (1024, 768), 50
 QUERIES, DATABASE = 70, 5000
-PAPER = 64_865  # CVNet-Rerank's time over SuperGlobal's, as published
+PAPER = 64_865  # CVNet-Rerank's time divided by SuperGlobal's, as published
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
-    parser.add_argument("--pairs", type=positive, default=2, help="that our CVNet-Rerank scores in a run [2]")
-    parser.add_argument("--precision", default="fp32", choices=PRECISIONS, help="of our CVNet-Rerank [fp32]")
-    parser.add_argument("--repeat", type=positive, default=5, help="runs of each, of which the median counts [5]")
+    parser.add_argument("--pairs", type=positive, default=2, help="pairs per run of our CVNet-Rerank [2]")
+    parser.add_argument("--precision", default="fp32", choices=PRECISIONS, help="precision of our CVNet-Rerank [fp32]")
+    parser.add_argument("--repeat", type=positive, default=5, help="runs of each, whose median is used [5]")
     args = parser.parse_args(argv)
     device = choose_device(args.device)
     sizes = (QUERIES, DATABASE, FEATURE_DIM, RERANK_M, RERANK_K, device)
@@ -60,10 +60,10 @@ def main(argv: list[str]) -> None:
             "a map": partial(extraction, checkpoint, args.precision, device),
         }
         timings = alternate(contenders, args.repeat)
-    # What a run's seconds are to be multiplied with.
+    # Factors from the seconds of a run to those of a query.
     per_query = {"CVNet by the book": RERANK_M, "CVNet": RERANK_M / args.pairs}
     per_query |= dict.fromkeys(("SuperGlobal by the book", "SuperGlobal"), 1 / QUERIES)
-    print(f"{RERANK_M} candidates a query, images of {SIZE[0]}x{SIZE[1]}, ResNet-{DEPTH}, {machine(device)}")
+    print(f"{RERANK_M} candidates per query, images of {SIZE[0]}x{SIZE[1]}, ResNet-{DEPTH}, {machine(device)}")
     fastest = timings["SuperGlobal"].median / QUERIES
     for name, factor in per_query.items():
         seconds = [factor * value for value in (timings[name].median, *sorted(timings[name].seconds))]
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
     values = MAP_DIM * h * w
     print(
         f"kept per database image: CVNet {4 * values:,} bytes, a map ({MAP_DIM}, {h}, {w}) in fp32 ({2 * values:,} in "
-        f"fp16); SuperGlobal {4 * FEATURE_DIM:,} bytes, the descriptor that search has anyway"
+        f"fp16); SuperGlobal {4 * FEATURE_DIM:,} bytes, the descriptor that the search needs anyway"
     )
 
 
@@ -120,13 +120,13 @@ def extraction(checkpoint: Path, precision: str, device: torch.device):
 
 @torch.inference_mode()
 def maps_in_memory(network: CVNetRerank, count: int, device: torch.device, size: tuple[int, int]) -> list[Tensor]:
-    """Feature maps of random images, (1, 1024, h, w) each."""
+    """Returns feature maps of random images, (1, 1024, h, w) each."""
     pixels = (torch.from_numpy(draw_image(*size, seed))[None].to(device) for seed in range(count))
     return [network.feature_map(to_network_input(each)) for each in pixels]
 
 
 def score_by_the_book(network: CVNetRerank, query: Tensor, key: Tensor) -> Tensor:
-    """Of feature maps (1, 1024, hq, wq) and (1, 1024, hk, wk), step by step as defined -> (1,)."""
+    """Scores feature maps (1, 1024, hq, wq) and (1, 1024, hk, wk) step by step as defined. -> (1,)."""
     resize = partial(F.interpolate, mode="bilinear", align_corners=True)
     locals_of = []
     for x in (query, key):

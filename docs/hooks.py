@@ -1,4 +1,4 @@
-"""What pages take from the code: the table of options, and the table of costs."""
+"""Insert tables that are generated from the code into the pages: options, and costs."""
 
 import runpy
 import sys
@@ -19,7 +19,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def options_table() -> str:
-    """The options of config.py, in its order."""
+    """Returns the table of the options of config.py, in order."""
     sys.path.insert(0, str(ROOT))
     from config import OPTIONS
 

@@ -1,9 +1,9 @@
-"""Networks built like those of DELG-pytorch and of cirtorch, with SuperGlobal's modules.
+"""SuperGlobal's modules on networks that are built like those of DELG-pytorch and cirtorch.
 
 pip install .
 python examples/delg_cirtorch.py
 
-The two classes stand for networks of yours: only the names of their parts matter.
+The two classes stand for your own networks: only the names of their parts matter.
 """
 
 from itertools import pairwise
@@ -27,7 +27,7 @@ class Block(nn.Module):
 
 
 class Delg(nn.Module):
-    """DELG-pytorch: `globalmodel` with a stem, four stages and a head; forward gives more than a descriptor."""
+    """DELG-pytorch: `globalmodel` with a stem, four stages and a head; forward returns more than a descriptor."""
 
     def __init__(self):
         super().__init__()
@@ -42,7 +42,7 @@ class Delg(nn.Module):
 
 
 class ImageRetrievalNet(nn.Module):
-    """cirtorch: `features`, then `pool`, `norm` and `whiten`, and a descriptor as a column."""
+    """cirtorch: `features`, then `pool`, `norm` and `whiten`; forward returns a descriptor as a column."""
 
     def __init__(self):
         super().__init__()
@@ -68,13 +68,13 @@ def main() -> None:
     )
     network = ImageRetrievalNet().eval()
     cirtorch = attach(network, features="features", projection=network.whiten)
-    # Whitening that was learnt apart, cirtorch's {"P": (D, C), "m": (C, 1)}
+    # Whitening that was learnt separately, cirtorch's {"P": (D, C), "m": (C, 1)}
     learnt = {"P": torch.randn(24, 48), "m": torch.rand(48, 1)}
     whitened = attach(network, features="features", projection=(learnt["P"], learnt["m"]))
 
     with torch.inference_mode():
-        for name, describe in (("DELG-pytorch", delg), ("cirtorch", cirtorch), ("cirtorch, whitened", whitened)):
-            print(f"{name}: {tuple(describe(images).shape)}\n{describe}\n")
+        for name, extract in (("DELG-pytorch", delg), ("cirtorch", cirtorch), ("cirtorch, whitened", whitened)):
+            print(f"{name}: {tuple(extract(images).shape)}\n{extract}\n")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""A FAISS index finds the first 400, SuperGlobal reranks them with the vectors that the index holds.
+"""Search with a FAISS index, and rerank its first 400 results with the vectors in the index.
 
 pip install . faiss-cpu
 python examples/faiss_index.py
 
 The descriptors are drawn: 200 landmarks with 100 noisy views each. Prints the mean average precision
-before and after reranking; the figures are for drawn data and say nothing of real images.
+before and after reranking; it is for synthetic data and says nothing about real images.
 """
 
 import faiss
@@ -21,9 +21,9 @@ def main() -> None:
     index.train(rows)
     index.add(rows)
     index.nprobe = 8
-    index.make_direct_map()  # so that vectors can be had by their ids
+    index.make_direct_map()  # so that vectors can be reconstructed by id
 
-    _, ids = index.search(queries, M)  # -1 where the lists that were looked at hold fewer than M
+    _, ids = index.search(queries, M)  # -1 if the visited lists contain fewer than M
     order = SuperGlobalReranker(m=M).rerank(queries, ids, index.reconstruct_batch).order
     reranked = np.take_along_axis(ids, order, axis=1)
 
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def draw_descriptors() -> tuple[np.ndarray, np.ndarray]:
-    """(LANDMARKS * VIEWS, D) and, one per landmark, (LANDMARKS, D), unit rows."""
+    """Draws unit descriptors of a database, (LANDMARKS * VIEWS, D), and a query per landmark, (LANDMARKS, D)."""
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((LANDMARKS, 1, D))
     views = centres + 2.2 * rng.standard_normal((LANDMARKS, VIEWS + 1, D))
@@ -42,7 +42,7 @@ def draw_descriptors() -> tuple[np.ndarray, np.ndarray]:
 
 
 def mean_average_precision(ids: np.ndarray) -> float:
-    """Of the landmarks' queries; the views of landmark i have the ids from i * VIEWS."""
+    """Returns the mAP of the queries; the views of landmark i have the ids from i * VIEWS."""
     right = (ids // VIEWS == np.arange(LANDMARKS)[:, None]) & (ids >= 0)
     precision = right.cumsum(axis=1) / np.arange(1, ids.shape[1] + 1)
     return float((precision * right).sum(axis=1).mean() / VIEWS)

@@ -1,4 +1,4 @@
-"""LanceDB, a vector database in a folder, finds the first hits; their vectors come along, and are reranked.
+"""Search with LanceDB, a vector database in a folder, and rerank the results with the vectors that it returns.
 
 pip install . lancedb
 python examples/lancedb_store.py

@@ -1,4 +1,4 @@
-"""A vector database finds the first hits, SuperGlobal reranks them with the vectors that it keeps.
+"""Search with Milvus, a vector database, and rerank the results with the vectors that it stores.
 
 pip install . pymilvus milvus-lite
 python examples/milvus_store.py [URI]
@@ -29,7 +29,7 @@ def main() -> None:
 
         def fetch(wanted: np.ndarray) -> np.ndarray:
             found = client.get("images", ids=wanted.tolist(), output_fields=["vector"])
-            vectors = {row["id"]: row["vector"] for row in found}  # they come in an order of their own
+            vectors = {row["id"]: row["vector"] for row in found}  # they are returned in another order
             return np.array([vectors[number] for number in wanted.tolist()], dtype=np.float32)
 
         order = SuperGlobalReranker(m=M).rerank(query[None], ids, fetch).order[0]
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def store(client: MilvusClient, rows: np.ndarray) -> None:
-    """Puts the rows into a new collection; upsert, so that a row that is put in twice stands there once."""
+    """Puts the rows into a new collection; with upsert, repeating this makes no duplicates."""
     if client.has_collection("images"):
         client.drop_collection("images")
     client.create_collection("images", dimension=D, metric_type="COSINE", consistency_level="Strong")
@@ -50,7 +50,7 @@ def store(client: MilvusClient, rows: np.ndarray) -> None:
 
 
 def draw_descriptors() -> tuple[np.ndarray, np.ndarray]:
-    """(LANDMARKS * VIEWS, D) unit rows, and a further view of landmark 7."""
+    """Draws unit descriptors, (LANDMARKS * VIEWS, D), and a further view of landmark 7."""
     rng = np.random.default_rng(0)
     views = rng.standard_normal((LANDMARKS, 1, D)) + 1.5 * rng.standard_normal((LANDMARKS, VIEWS + 1, D))
     views = (views / np.linalg.norm(views, axis=2, keepdims=True)).astype(np.float32)

@@ -1,14 +1,14 @@
-"""Text queries on images, in the common space of CLIP or SigLIP: vectors in, order out, before and after reranking.
+"""Search images by text in the common space of CLIP or SigLIP, and rerank the results, given only the vectors.
 
 python examples/text_queries.py
 
-With a real model the vectors come from it, open_clip's say (the project itself needs no such package):
+With a real model, for example from open_clip (which the project itself does not need), the vectors are:
 
     texts = model.encode_text(tokenizer(["a red bridge", "a church at night"]))
     images = torch.cat([model.encode_image(batch) for batch in loader])
 
-Here they are drawn: 50 subjects with 20 images each and a text for each subject; texts lie apart from images, as
-they do in CLIP's space, and are of no fixed length. The figures are for drawn data and say nothing of a real model.
+Here they are drawn: 50 subjects with 20 images each, and a text for each subject; as in CLIP's space, texts lie apart
+from images, and lengths vary. The results are for synthetic data and say nothing about a real model.
 """
 
 import os
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def draw_vectors() -> tuple[np.ndarray, np.ndarray]:
-    """Texts (SUBJECTS, D) and images (SUBJECTS * IMAGES, D), float32, of several lengths."""
+    """Draws vectors of texts (SUBJECTS, D) and images (SUBJECTS * IMAGES, D), float32, of various lengths."""
     rng = np.random.default_rng(0)
     subjects, gap = rng.standard_normal((SUBJECTS, 1, D)), 2 * rng.standard_normal(D)
     images = subjects + 1.5 * rng.standard_normal((SUBJECTS, IMAGES, D)) + gap
@@ -46,7 +46,7 @@ def draw_vectors() -> tuple[np.ndarray, np.ndarray]:
 
 
 def mean_average_precision(order: np.ndarray) -> float:
-    """Of the first 400 results; query i's images are rows IMAGES * i to IMAGES * (i + 1)."""
+    """Returns the mAP of the first 400 results; the images of query i are rows IMAGES * i to IMAGES * (i + 1)."""
     values = []
     for subject, row in enumerate(order):
         ranks = np.flatnonzero(row // IMAGES == subject)

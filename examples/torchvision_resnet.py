@@ -1,10 +1,10 @@
-"""A torchvision ResNet, with SuperGlobal's modules where the paper has them, describes images.
+"""Extract descriptors with a torchvision ResNet, with SuperGlobal's modules in the places of the paper.
 
 pip install . torchvision pillow
 python examples/torchvision_resnet.py --pretrained a.jpg b.jpg c.jpg
 
 Without --pretrained (which downloads torchvision's ImageNet weights) and without images it runs
-on random ones. Prints what was attached, and the cosine similarity of each image with each.
+on random ones. Prints what was attached, and the cosine similarities of all pairs of images.
 """
 
 import argparse
@@ -26,17 +26,17 @@ def main() -> None:
     torch.manual_seed(0)
 
     network = resnet50(weights="DEFAULT" if args.pretrained else None).eval()
-    describe = attach(network, relup="layer1", relup_ends=("layer2", "layer3"))
-    print(describe)
+    extract = attach(network, relup="layer1", relup_ends=("layer2", "layer3"))
+    print(extract)
 
     images = [to_tensor(Image.open(path).convert("RGB")) for path in args.images]
     images = images or [torch.rand(3, 160, 224), torch.rand(3, 224, 160)]
     with torch.inference_mode():
-        descriptors = torch.cat([describe(normalize(image, MEAN, STD)[None]) for image in images])
+        descriptors = torch.cat([extract(normalize(image, MEAN, STD)[None]) for image in images])
     print(f"descriptors: {tuple(descriptors.shape)}")
     print(f"cosine similarities:\n{descriptors @ descriptors.T}")
 
-    describe.detach()  # the network is torchvision's again
+    extract.detach()  # the network is torchvision's again
 
 
 if __name__ == "__main__":

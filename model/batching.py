@@ -1,4 +1,4 @@
-"""Batches of images of equal size out of a list of mixed ones, as large as the memory allows."""
+"""Batches of equally sized images from a list of mixed sizes, as large as the memory allows."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,20 +11,20 @@ from model.extractor import Extractor
 
 log = logging.getLogger(__name__)
 
-# How far images are read ahead to find some of equal size: in images (each is a file
-# descriptor while it is shared with the process that decoded it), and in bytes.
+# How far images are read ahead to find some of equal size: in images (each holds a file descriptor
+# while it is shared with the process that decoded it), and in bytes.
 WINDOW_IMAGES = 256
 WINDOW_BYTES = 512 << 20
 
-# Pixels and images in a batch. On two CPU cores, batches of 8 made images of 320x240 faster by a
-# third or more (each call reorders the weights), and images of 1024x768 not at all.
+# Pixels and images per batch. On two CPU cores, batches of 8 speed up images of 320x240 by a third or
+# more (each call reorders the weights), but not images of 1024x768.
 CPU_PIXELS, CPU_IMAGES = 1 << 20, 16
 GPU_PIXELS = 16 << 20
-# Of a ResNet's activations, per pixel of the scaled image: about 60 values live at the peak.
+# Bytes of a ResNet's activations per pixel of the scaled image: about 60 values are alive at the peak.
 _LIVE_VALUES = 60
 
-# How PyTorch, cuDNN and cuBLAS say that memory is full, beside the types of errors; and how PyTorch says
-# that each way of cuDNN's to compute a convolution failed, for lack of memory or for another reason.
+# Messages of PyTorch, cuDNN and cuBLAS when the memory is full, in addition to the exception types; and PyTorch's
+# message when all of cuDNN's convolution algorithms failed, for lack of memory or for another reason.
 _FULL = (
     *("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED", "ALLOCATION_FAILED"),
     "CUBLAS_STATUS_NOT_INITIALIZED",
@@ -33,30 +33,30 @@ _NO_ENGINE = "unable to find an engine to execute this computation"
 
 
 class BatchSize:
-    """How many images of some size go into a batch: bounded by pixels, so that memory is.
+    """The number of images per batch: a bound on pixels, which bounds the memory.
 
     Args:
-        pixels: in a batch.
-        images: in a batch at most; 0 for no such limit.
+        pixels: largest number of pixels per batch.
+        images: largest number of images per batch; 0 for no limit.
     """
 
     def __init__(self, pixels: int, images: int = 0):
         self.pixels, self.images = pixels, images
 
     def of(self, pixels: Tensor) -> int:
-        """For images like this one, (H, W, 3)."""
+        """Returns the batch size for images of this shape, (H, W, 3)."""
         count = max(1, self.pixels // (pixels.shape[0] * pixels.shape[1]))
         return min(count, self.images or count)
 
     def halve(self, batch: Sequence[Tensor]) -> None:
-        """After a batch that did not fit."""
+        """Halves the size after a batch that did not fit."""
         self.pixels = len(batch) * batch[0].shape[0] * batch[0].shape[1] // 2
 
 
 def first_batch_size(extractor: Extractor, images: int = 0) -> BatchSize:
-    """What fits into half of the GPU's free memory by a rough estimate; on a CPU, what makes the most of its caches.
+    """Estimates the batch size that fits in half of the GPU's free memory; on a CPU, the fastest for its caches.
 
-    Free is also what PyTorch holds and does not use.
+    Memory that PyTorch reserves but does not use counts as free.
     """
     if extractor.device.type != "cuda":
         return BatchSize(CPU_PIXELS, min(images or CPU_IMAGES, CPU_IMAGES))
@@ -69,10 +69,10 @@ def first_batch_size(extractor: Extractor, images: int = 0) -> BatchSize:
 def equal_sizes(
     images: Iterable[tuple[int, Tensor]], size: BatchSize
 ) -> Iterator[tuple[tuple[int, ...], tuple[Tensor, ...]]]:
-    """Batches of images of equal size, with their numbers, from images (H, W, 3) numbered in ascending order.
+    """Yields batches of equally sized images, with their numbers, from images (H, W, 3) in ascending order of numbers.
 
-    A batch comes when it is full, or when its first image would be left behind by more than the
-    window, so that results that are written in the order of the list need not wait for ever.
+    A batch is yielded when it is full, or when its first image is further behind than the window, so
+    that results can be written in the order of the list without long waits.
     """
     waiting: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}  # by shape, the one with the oldest image first
     held = 0
@@ -98,14 +98,14 @@ def _unzipped(batch: list[tuple[int, Tensor]]) -> tuple[tuple[int, ...], tuple[T
 def in_fitting_parts(
     extract: Callable[[Sequence[Tensor]], Tensor], batch: Sequence[Tensor], names: Sequence[object], size: BatchSize
 ) -> Iterator[tuple[slice, Tensor | InputError]]:
-    """Which part of the batch, and extract(part): in parts as large as the memory allows, in order.
+    """Yields parts of the batch as slices, in order, with extract(part); parts are as large as the memory allows.
 
-    In the place of the descriptor of a single image that does not fit comes the error that names it.
+    If a single image does not fit, the error that names it is yielded in place of its descriptor.
 
     Args:
-        extract: from images of equal size.
-        names: of the images, for the error.
-        size: halved whenever a part does not fit.
+        extract: computes the descriptors of equally sized images.
+        names: the names of the images, for the error.
+        size: the batch size, which is halved whenever a part does not fit.
     """
     done, retried = 0, False
     while done < len(batch):
@@ -117,16 +117,16 @@ def in_fitting_parts(
             if not is_out_of_memory(error):
                 if _NO_ENGINE not in str(error) or retried or part.stop == done + 1:
                     raise
-                retried = True  # that may have been a lack of memory, or any other reason
+                retried = True  # the cause may have been a lack of memory
             elif part.stop == done + 1:
                 height, width = batch[done].shape[:2]
                 vectors = InputError(
                     f"{names[done]}: the memory of the device is too small for {width} x {height} pixels",
                     scales=(1.0,), precision="bf16", device="cpu",
                 )  # fmt: skip
-        if vectors is None:  # here, as the handler would hold on to the memory of what failed
+        if vectors is None:  # not in the handler, which would keep the memory of the failed part alive
             size.halve(batch[part])
-            log.info("out of memory with %d images in a batch, going on with half as many", part.stop - done)
+            log.info("out of memory with %d images in a batch; retrying with half as many", part.stop - done)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             continue
@@ -135,5 +135,5 @@ def in_fitting_parts(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether that is what a device says when its memory is full."""
+    """Returns whether an exception means that the memory of the device is full."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in _FULL)

@@ -1,4 +1,4 @@
-"""Descriptors by content: a folder for each recipe and list of images, that no other setting ever touches."""
+"""A cache of descriptors by content: every recipe and list of images has a folder of its own."""
 
 import hashlib
 import json
@@ -14,12 +14,12 @@ _MADE_FROM = "made_from.json"
 
 
 def content_folder(root: Path, name: str, made_from: dict[str, Any]) -> Path:
-    """Returns the folder root/<name>-<fingerprint>, made if it is not there, with made_from.json in it.
+    """Returns the folder root/<name>-<fingerprint>, which is created if needed and contains made_from.json.
 
     Args:
-        root: of all such folders.
-        name: what a person knows the images by; characters that a file name may not have everywhere become "_".
-        made_from: all that the content depends on beside the image files, as JSON can hold it.
+        root: the parent of all such folders.
+        name: a readable name of the images; characters that are not portable in file names become "_".
+        made_from: everything the content depends on except the image files, as JSON.
     """
     facts = jsonable(made_from)
     folder = root / f"{plain_name(name)}-{fingerprint(facts)}"
@@ -30,13 +30,13 @@ def content_folder(root: Path, name: str, made_from: dict[str, Any]) -> Path:
 
 
 def fingerprint(facts: Any) -> str:
-    """Returns 12 hexadecimal digits of the SHA-256 of the facts as JSON with sorted keys."""
+    """Returns the first 12 hexadecimal digits of the SHA-256 of the facts as JSON with sorted keys."""
     text = json.dumps(jsonable(facts), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def plain_name(name: str, longest: int = 60) -> str:
-    """Returns the name with letters, digits, dots, plus and minus signs alone, cut to `longest` characters."""
+    """Returns the name reduced to letters, digits, dots, plus and minus signs, and cut to `longest` characters."""
     return re.sub(r"[^A-Za-z0-9.+-]+", "_", name)[:longest]
 
 
@@ -46,9 +46,9 @@ class Kept:
 
     Attributes:
         folder: its path.
-        size: bytes of its files.
-        used: when its files were last written, in seconds since 1970.
-        complete: whether every file in it is finished.
+        size: the size of its files in bytes.
+        used: the time of the last write to its files, in seconds since 1970.
+        complete: whether all its files are finished.
         made_from: the content of made_from.json; empty if it cannot be read.
     """
 
@@ -60,7 +60,7 @@ class Kept:
 
 
 def kept_descriptors(root: Path) -> list[Kept]:
-    """Returns the folders of descriptors below `root`, by name."""
+    """Returns the folders of descriptors in `root`, sorted by name."""
     return [_kept(folder) for folder in sorted(root.iterdir()) if folder.is_dir()] if root.is_dir() else []
 
 

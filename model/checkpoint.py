@@ -20,19 +20,19 @@ Network = TypeVar("Network", bound=nn.Module)
 SUFFIXES = (".pyth", ".pth", ".pt")
 PUBLISHED = {50: "CVPR2022_CVNet_R50.pyth", 101: "CVPR2022_CVNet_R101.pyth"}
 
-# CVNet, DELG-pytorch, bare; the first that holds an encoder counts.
+# Prefixes of CVNet, of DELG-pytorch, and none; the first under which there is an encoder is used.
 _PREFIXES = ("encoder_q.", "globalmodel.", "")
-# What torch.save wrote before PyTorch 1.6: its magic number as a pickle of protocol 2.
+# The first bytes of files written by torch.save before PyTorch 1.6: its magic number as a pickle of protocol 2.
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _ENCODER_KEY = re.compile(r"(stem|s\d+|head)\.")
 _RERANKER_KEY = re.compile(r"(conv2ds|cv_learner)\.")
 
 
 def find_checkpoint(path: Path, depth: int) -> Path:
-    """The file itself, or the one file in a folder that holds an encoder of this depth.
+    """Returns the file itself, or the one file in a folder that contains an encoder of this depth.
 
     Raises:
-        InputError: where there is no such path, or a folder in which none or several files fit.
+        InputError: if there is no such path, or it is a folder in which no file fits, or several do.
     """
     where = f"see weights/README.md for the download of {PUBLISHED[depth]}"
     if path.is_file():
@@ -60,10 +60,10 @@ def find_checkpoint(path: Path, depth: int) -> Path:
 
 
 def encoder_state(path: Path) -> dict[str, Tensor]:
-    """The encoder's tensors under their bare names; other keys of the file are left alone.
+    """Returns the tensors of the encoder under their names without prefix; other keys of the file are ignored.
 
     Raises:
-        InputError: where the file cannot be read safely or holds no encoder.
+        InputError: if the file cannot be read safely or contains no encoder.
     """
     state = _model_state(path)
     for prefix in _PREFIXES:
@@ -74,29 +74,29 @@ def encoder_state(path: Path) -> dict[str, Tensor]:
         if any(key.startswith("stem.") for key in inner):
             return inner
     raise InputError(
-        f"{path} holds no CVNet encoder: no key stem.* behind encoder_q., globalmodel. or bare; "
+        f"{path} holds no CVNet encoder: no key stem.* after encoder_q., globalmodel. or without a prefix; "
         f"its first keys are {short_list(list(state), 3) or 'none'}"
     )
 
 
 def reranker_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of CVNet-Rerank's own layers, conv2ds.* and cv_learner.*.
+    """Returns the tensors of CVNet-Rerank's own layers, conv2ds.* and cv_learner.*.
 
     Raises:
-        InputError: where the file cannot be read safely or holds none of them.
+        InputError: if the file cannot be read safely or contains none of them.
     """
     state = _model_state(path)
     own = {key: v for key, v in state.items() if _RERANKER_KEY.match(key) and isinstance(v, Tensor)}
     if not own:
         raise InputError(
             f"{path} holds no CVNet-Rerank: no key conv2ds.* or cv_learner.*; "
-            "the checkpoints that weights/README.md names have them"
+            "the checkpoints listed in weights/README.md have them"
         )
     return own
 
 
 def load_encoder(encoder: ResNet, path: Path) -> ResNet:
-    """Gives the encoder the file's weights, see load_strictly; an error guesses at the reason."""
+    """Loads a file's weights into the encoder, see load_strictly; errors suggest a reason."""
     state = encoder_state(path)
     return load_strictly(encoder, state, path, f"a ResNet-{encoder.depth}", partial(_guess, state, encoder.depth))
 
@@ -108,18 +108,18 @@ def load_strictly(
     name: str,
     guess: Callable[[list[str]], tuple[str, dict[str, int]]] = lambda wrong: ("", {}),
 ) -> Network:
-    """Gives the network a file's weights, as float32, and puts it in evaluation mode.
+    """Loads weights into the network, as float32, and sets it to evaluation mode.
 
-    Works for a network on the meta device, too: its tensors are replaced, not filled.
+    The network may be on the meta device: its tensors are replaced, not overwritten.
 
     Args:
-        state: the weights under the network's own names.
-        path, name: of the file and of the network, for the error.
-        guess: the reason for an error about keys, and advice, from those of the wrong shape.
+        state: the weights, under the names that the network uses.
+        path, name: the file and the name of the network, for error messages.
+        guess: given the keys of wrong shape, returns the likely reason for an error about keys, and advice.
 
     Raises:
-        InputError: where a key is missing, unknown, of the wrong shape, or not finite. The first few
-            are named. Nothing is loaded then.
+        InputError: if a key is missing, unknown, of the wrong shape, or not finite. The message names the
+            first few. Nothing is loaded in this case.
     """
     expected = network.state_dict()
     missing = [key for key in expected if key not in state]
@@ -139,14 +139,14 @@ def load_strictly(
         raise InputError(f"{path} does not fit {name}: keys {'; '.join(problems)}{reason}", **advice)
     for key, value in state.items():
         if not is_plain(value) or value.is_floating_point() != expected[key].is_floating_point():
-            raise InputError(f"{path}: {key} is no plain tensor of {expected[key].dtype}, but {_kind(value)}")
+            raise InputError(f"{path}: {key} must be a plain tensor of {expected[key].dtype}, got {_kind(value)}")
         if not torch.isfinite(value).all():
-            raise InputError(f"{path}: {key} holds numbers that are not finite; fetch the file again")
+            raise InputError(f"{path}: {key} contains values that are not finite; fetch the file again")
         if key.endswith("running_var") and (value < 0).any():
-            raise InputError(f"{path}: {key} is negative, which no variance is; fetch the file again")
+            raise InputError(f"{path}: {key} is negative, which a variance cannot be; fetch the file again")
         if key.endswith("pool.p") and (value <= 0).any():
             raise InputError(
-                f"{path}: {key} is {float(value.min()):g}, and GeM's power is above 0; fetch the file again"
+                f"{path}: {key} is {float(value.min()):g}, but GeM's power must be above 0; fetch the file again"
             )
     state = {key: v.to(torch.float32 if v.is_floating_point() else v.dtype, copy=True) for key, v in state.items()}
     network.load_state_dict(state, strict=True, assign=True)
@@ -154,10 +154,10 @@ def load_strictly(
 
 
 def load_tensors(path: Path) -> object:
-    """torch.load with weights_only, memory-mapped where the format allows, with errors in one line.
+    """Loads a file with torch.load and weights_only, memory-mapped if the format allows; errors are one line.
 
     Raises:
-        InputError: where the file is missing, no PyTorch file, damaged, or holds more than tensors.
+        InputError: if the file is missing, not a PyTorch file, damaged, or contains more than tensors.
     """
     if not path.is_file():
         raise InputError(f"no file {path}")
@@ -165,22 +165,22 @@ def load_tensors(path: Path) -> object:
         head = file.read(len(_LEGACY_MAGIC))
     zipped = head.startswith(b"PK\x03\x04")
     if not zipped and head != _LEGACY_MAGIC:
-        raise InputError(f"{path} is no PyTorch file" if head else f"{path} is empty")
+        raise InputError(f"{path} is not a PyTorch file" if head else f"{path} is empty")
     try:
-        if zipped and not zipfile.is_zipfile(path):  # its directory stands at the end
+        if zipped and not zipfile.is_zipfile(path):  # the directory of an archive is at its end
             raise EOFError("the end of the archive is missing")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError:
         raise InputError(
-            f"{path} holds other things than tensors and might run code when loaded: refused; save tensors alone"
+            f"{path} is refused: it contains more than tensors and might run code when loaded; save only tensors"
         ) from None
-    except Exception as error:  # damaged archives raise nearly anything
+    except Exception as error:  # damaged archives raise almost any exception
         reason = str(error).splitlines()[0] if str(error) else "unexpected end of file"
         raise InputError(f"{path} is truncated or damaged ({reason}); fetch it again") from None
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether it is an ordinary tensor whose numbers are all in the file: none of the kinds that only claim a size."""
+    """Returns whether a tensor is of an ordinary kind, whose values are all in the file."""
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_complex():
         return False
     return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
@@ -191,7 +191,7 @@ def _kind(tensor: Tensor) -> str:
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
+    """Returns the SHA-256 of a file in hexadecimal digits."""
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
@@ -200,11 +200,11 @@ def sha256(path: Path) -> str:
 
 
 def _model_state(path: Path) -> dict[str, object]:
-    """What the file has under model_state, or the whole of it, without "module." before the keys."""
+    """Returns the file's model_state, or its whole content, with "module." removed from the keys."""
     state = load_tensors(path)
     state = state.get("model_state", state) if isinstance(state, dict) else state
     if not isinstance(state, dict):
-        raise InputError(f"{path} is no checkpoint: it holds a {type(state).__name__}, not a dict of tensors")
+        raise InputError(f"{path} is not a checkpoint: it contains a {type(state).__name__}, not a dict of tensors")
     return {key.removeprefix("module."): value for key, value in state.items() if isinstance(key, str)}
 
 

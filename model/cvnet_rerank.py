@@ -1,14 +1,14 @@
-"""CVNet-Rerank: how likely two images show the same, from the correlation of their local features.
+"""CVNet-Rerank: the likelihood that two images show the same object, from correlations of their local features.
 
-The expensive rival of SuperGlobal's reranking. An image keeps its stage-3 map; a pair of images
-takes the correlations of all positions of one with all of the other, at three scales each, and 4D
-convolutions over them. The score is not symmetric: one image is the query, the other the key.
+The expensive alternative to SuperGlobal's reranking. An image is represented by its stage-3 feature map; a
+pair of images is scored by 4D convolutions over the correlations of all positions of one with all positions
+of the other, at three scales each. The score is not symmetric: one image is the query, the other the key.
 
 Lee et al., "Correlation Verification for Image Retrieval", CVPR 2022.
 
-Letters: K keys; query map of hq x wq positions, key map of hk x wk. A 4D tensor is kept as
-(K, hk, wk, hq, wq, C), so that a convolution over the query's axes finds its images, channels
-last, in memory; a convolution over the key's axes gets a transposed copy.
+Shapes: K keys; query map of hq x wq positions, key map of hk x wk. A 4D tensor is stored as
+(K, hk, wk, hq, wq, C), so that for a convolution over the query's axes the images are contiguous,
+channels last; a convolution over the key's axes uses a transposed copy.
 """
 
 import math
@@ -26,9 +26,9 @@ from model.folding import PRECISIONS, FoldedResNet
 from model.resnet import FEATURE_DIM, ResNet
 
 MAP_DIM, LOCAL_DIM = 1024, 256
-MAP_SCALES = (0.25, 0.5, 1.0)  # of a feature map's area
+MAP_SCALES = (0.25, 0.5, 1.0)  # relative to the area of a feature map
 
-# Per block, its convolutions: channels out, kernel, stride.
+# The convolutions of each block: output channels, kernel, stride.
 _BLOCKS = (
     ((16, 5, 2),),
     ((16, 3, 1), (32, 3, 2)),
@@ -36,20 +36,20 @@ _BLOCKS = (
     ((64, 3, 1), (64, 3, 1), (128, 3, 1)),
 )
 _GROUPS = 4
-_NO_NORM = 1e-8  # an empty position correlates with nothing
+_NO_NORM = 1e-8  # below this norm a position is empty and correlates with nothing
 
-# Correlations at a time, on a CPU what its caches hold (two cores, 1024x768: 1.0 s a pair with parts
-# of 4 MB, 1.3 s with 1 MB), and what a batch of keys may take.
+# Bytes of correlations computed at a time, on a CPU chosen for its caches (on two cores with 1024x768, a pair
+# takes 1.0 s with parts of 4 MB and 1.3 s with 1 MB), and the largest size of a batch of keys.
 _PART_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 _BATCH_BYTES = {"cpu": 64 << 20, "cuda": 4 << 30}
-_LIVE_TENSORS = 6  # of the first block's size
+_LIVE_TENSORS = 6  # number of tensors of the first block's size
 
 
 class CenterPivotConv4d(nn.Module):
-    """A 4D convolution as the sum of two 2D ones, over the query's axes and over the key's.
+    """A 4D convolution as the sum of two 2D convolutions, one over the query's axes and one over the key's.
 
-    (K, hk, wk, hq, wq, C) -> (K, hk', wk', hq', wq', C'). Each is taken at every stride-th position of
-    the other's axes, with half the kernel as padding.
+    (K, hk, wk, hq, wq, C) -> (K, hk', wk', hq', wq', C'). Each is computed at every stride-th position of
+    the other's axes, padded by half the kernel.
     """
 
     def __init__(self, c_in: int, c_out: int, kernel: int, stride: int):
@@ -65,13 +65,13 @@ class CenterPivotConv4d(nn.Module):
         return over_query.add_(_swap(over_key))
 
     def of_correlations(self, query: Tensor, keys: Tensor) -> Tensor:
-        """The same of the clamped correlations of two maps, of which only what is used is computed, in parts.
+        """Applies the convolution to the clamped correlations of two maps, computing only those needed, in parts.
 
         (3, c, hq, wq), (K, 3, c, hk, wk) -> (K, hk', wk', hq', wq', C')
         """
         s = self.stride
-        # Correlations come as (positions of the one, its scale, scale of the other, map of the other):
-        # the images of a 2D convolution. The channels' order is query scale, key scale.
+        # Correlations have the axes (positions of one, its scale, scale of the other, map of the other), the
+        # input of a 2D convolution. The channels are ordered by query scale, then key scale.
         weight = self.conv1.weight.unflatten(1, (len(MAP_SCALES), len(MAP_SCALES))).transpose(1, 2).flatten(1, 2)
         some_keys = keys[..., ::s, ::s].permute(0, 3, 4, 1, 2)  # (K, hk', wk', 3, c)
         over_query = self._of_parts(some_keys.flatten(0, 2)[None], query[None], weight, self.conv1.bias)
@@ -82,7 +82,7 @@ class CenterPivotConv4d(nn.Module):
         return over_query.add_(_swap(over_key))
 
     def _of_parts(self, some: Tensor, maps: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """(1, P, 3, c), (B, 3, c, h, w) -> (B, P, h', w', C'): a convolution over h and w for each of P positions."""
+        """Convolves over h and w for each of P positions. (1, P, 3, c), (B, 3, c, h, w) -> (B, P, h', w', C')."""
         h, w = maps.shape[-2:]
         columns = maps.transpose(1, 2).flatten(2)  # (B, c, 3 h w)
         out = maps.new_empty(len(maps), some.shape[1], _strided(h, self.stride), _strided(w, self.stride), len(weight))
@@ -98,7 +98,7 @@ class CenterPivotConv4d(nn.Module):
 
 
 class CVLearner(nn.Module):
-    """Query and key maps -> the score: four blocks of 4D convolutions, mean over all positions, MLP."""
+    """Scores query and key maps: four blocks of 4D convolutions, the mean over all positions, and an MLP."""
 
     block1: nn.Sequential
     block2: nn.Sequential
@@ -135,7 +135,7 @@ class CVLearner(nn.Module):
 
 
 class CVNetLayers(nn.Module):
-    """The layers of CVNet-Rerank that are not the encoder's, with the names of the published checkpoints."""
+    """The layers of CVNet-Rerank outside the encoder, with the names of the published checkpoints."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class CVNetLayers(nn.Module):
 
 
 class CVNetRerank(nn.Module):
-    """Scores pairs of images, made by :func:`load_cvnet_rerank`; for inference alone.
+    """Scores pairs of images, for inference only; created by :func:`load_cvnet_rerank`.
 
     ::
 
@@ -152,8 +152,8 @@ class CVNetRerank(nn.Module):
         scores = network.score(query, network.feature_map(images))
 
     Args:
-        encoder: gives the stage-3 map.
-        layers: with their trained weights; they are changed to the encoder's precision.
+        encoder: computes the stage-3 feature map.
+        layers: the layers with their trained weights, which are converted to the encoder's precision.
     """
 
     def __init__(self, encoder: FoldedResNet, layers: CVNetLayers):
@@ -164,22 +164,22 @@ class CVNetRerank(nn.Module):
         self.cv_learner.mlp.float()
 
     def feature_map(self, x: Tensor) -> Tensor:
-        """What is kept of images, see images.to_network_input. (N, 3, H, W) -> (N, 1024, ~H/16, ~W/16) float32."""
+        """Returns the feature maps of normalised images. (N, 3, H, W) -> (N, 1024, ~H/16, ~W/16) float32."""
         return self.encoder(x)
 
     def query_inputs(self, feature_map: Tensor) -> Tensor:
-        """What scoring needs of a query, once for all keys. (1, 1024, h, w) -> (3, 256, h, w)."""
+        """Prepares a query for scoring, once for all keys. (1, 1024, h, w) -> (3, 256, h, w)."""
         _check("a query's feature map", feature_map, (1, MAP_DIM))
         return self._inputs(feature_map)[0]
 
     def score(self, query: Tensor, key_maps: Tensor) -> Tensor:
-        """The scores of a query with keys of equal size, in 0..1, in batches that bound the memory.
+        """Returns the scores of a query with keys of equal size, from 0 to 1, in batches that bound the memory.
 
-        (3, 256, hq, wq) of query_inputs, (K, 1024, hk, wk) of feature_map, in any precision -> (K,) float32
+        (3, 256, hq, wq) from query_inputs, (K, 1024, hk, wk) from feature_map, in any precision -> (K,) float32
 
         Raises:
-            ValueError: where a shape does not fit.
-            InputError: where the memory does not suffice for a single pair.
+            ValueError: if a shape does not fit.
+            InputError: if the memory is too small for a single pair.
         """
         _check("a query's inputs", query, (len(MAP_SCALES), LOCAL_DIM))
         _check("keys' feature maps", key_maps, (None, MAP_DIM))
@@ -191,14 +191,14 @@ class CVNetRerank(nn.Module):
                 raise
             sizes = " and ".join(f"{x.shape[-1]} x {x.shape[-2]}" for x in (query, key_maps))
             raise InputError(
-                f"the memory of the device is too small for CVNet-Rerank of maps of {sizes} positions; "
-                "smaller images may do",
+                f"the memory of the device is too small for CVNet-Rerank with maps of {sizes} positions; "
+                "try smaller images",
                 precision="bf16", device="cpu",
             ) from None  # fmt: skip
         return torch.cat(scores) if scores else query.new_empty(0, dtype=torch.float32)
 
     def keys_per_batch(self, query: Tensor, key_maps: Tensor) -> int:
-        """How many keys of this size are scored together on the query's device, at least 1; the 4D tensors bound it."""
+        """Returns how many keys of this size are scored together, at least 1; the size of the 4D tensors limits it."""
         stride = self.cv_learner.first.stride
         positions = math.prod(_strided(side, stride) for x in (query, key_maps) for side in x.shape[-2:])
         each = self.dtype.itemsize * positions * _BLOCKS[0][0][0] * _LIVE_TENSORS
@@ -206,16 +206,16 @@ class CVNetRerank(nn.Module):
         return max(1, _BATCH_BYTES[_kind(query)] // each)
 
     def _inputs(self, maps: Tensor) -> Tensor:
-        """Unit vectors at three scales, all resized back to the map's size. (N, 1024, h, w) -> (N, 3, 256, h, w).
+        """Returns unit vectors at three scales, all resized to the map's size. (N, 1024, h, w) -> (N, 3, 256, h, w).
 
-        The resized correlations of unit vectors are the correlations of resized unit vectors: bilinear
-        interpolation is linear in the query's vectors and in the key's, so no 4D tensor is ever resized.
+        Resizing the correlations of unit vectors is equivalent to correlating resized unit vectors, because
+        bilinear interpolation is linear in the query's and the key's vectors. No 4D tensor is ever resized.
         """
         maps = maps.to(self.dtype).contiguous(memory_format=torch.channels_last)
         sides = maps.shape[-2:]
         out = maps.new_empty(len(maps), len(MAP_SCALES), LOCAL_DIM, *sides)
         for number, (scale, conv) in enumerate(zip(MAP_SCALES, self.conv2ds, strict=True)):
-            # round() takes halves to the even number: what the published scores were made with.
+            # round() rounds halves to the even number, as for the published scores.
             size = tuple(max(1, round(side * math.sqrt(scale))) for side in sides)
             local = F.normalize(conv(_resized(maps, size)).float(), dim=1, eps=_NO_NORM)
             out[:, number] = _resized(local, sides)
@@ -229,17 +229,17 @@ def load_cvnet_rerank(
     precision: str = "fp32",
     device: torch.device | str = "cpu",
 ) -> CVNetRerank:
-    """CVNet-Rerank with a checkpoint's weights, on the encoder with plain ReLU.
+    """Returns CVNet-Rerank with the weights of a checkpoint, on the encoder with plain ReLU.
 
     Args:
-        checkpoint, depth, reduction_dim: the file, and what it holds.
-        precision: of the convolutions, fp32, bf16 or fp16; norms and the MLP are in fp32.
-        device: where it works.
+        checkpoint, depth, reduction_dim: the file, and the depth and dimensions of its network.
+        precision: precision of the convolutions, fp32, bf16 or fp16; norms and the MLP are in fp32.
+        device: the device of the network.
 
     Raises:
-        InputError: where a key of the encoder or of the reranker is missing, unknown or of another shape.
+        InputError: if a key of the encoder or of the reranker is missing, unknown or of another shape.
     """
-    with torch.device("meta"):  # nothing is initialised that the checkpoint would then overwrite
+    with torch.device("meta"):  # skips the initialisation of weights that the checkpoint replaces
         encoder, layers = ResNet(depth, reduction_dim, relup=None), CVNetLayers()
     load_encoder(encoder, checkpoint)
     load_strictly(layers, reranker_state(checkpoint), checkpoint, "CVNet-Rerank")
@@ -248,18 +248,18 @@ def load_cvnet_rerank(
 
 
 def _over_inner(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """conv over the inner two axes. (K, a, b, h, w, C) -> (K, a, b, h', w', C')."""
+    """Convolves over the inner two axes. (K, a, b, h, w, C) -> (K, a, b, h', w', C')."""
     out = conv(x.flatten(0, 2).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     return out.unflatten(0, x.shape[:3])
 
 
 def _swap(x: Tensor) -> Tensor:
-    """The other image's axes inside. (K, a, b, h, w, C) -> (K, h, w, a, b, C), a view."""
+    """Moves the axes of the other image inside. (K, a, b, h, w, C) -> (K, h, w, a, b, C), a view."""
     return x.permute(0, 3, 4, 1, 2, 5)
 
 
 def _normalised(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """The norm over groups of channels, (K, hk, wk, hq, wq, C)."""
+    """Applies the norm over groups of channels, (K, hk, wk, hq, wq, C)."""
     flat = x.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
     return norm(flat).permute(0, 2, 3, 1).reshape(x.shape)
 
@@ -280,4 +280,4 @@ def _kind(x: Tensor) -> str:
 def _check(name: str, x: Tensor, first: tuple[int | None, int]) -> None:
     expected = ", ".join("K" if side is None else str(side) for side in first)
     if x.ndim != 4 or x.shape[1] != first[1] or first[0] not in (None, len(x)) or 0 in x.shape[2:]:
-        raise ValueError(f"{name}: shape ({expected}, h, w) is needed, got {tuple(x.shape)}")
+        raise ValueError(f"{name} must have shape ({expected}, h, w), got {tuple(x.shape)}")

@@ -1,4 +1,4 @@
-"""The device that a process works on, and the settings of the process that it wants."""
+"""Choose the device of a process, and the settings of the process for that device."""
 
 import ctypes
 import platform
@@ -15,11 +15,11 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """Returns the device of that name; "auto" is a GPU if there is one, and the CPU otherwise.
+    """Returns the device with this name; "auto" is a GPU if there is one, else the CPU.
 
     Args:
-        name: auto, cpu, cuda or cuda:N. "cuda" and "auto" are this process's own GPU.
-        local_rank: number of this process on its machine.
+        name: auto, cpu, cuda or cuda:N. "cuda" and "auto" select the GPU of this process.
+        local_rank: the number of this process on its machine.
 
     Raises:
         InputError: if there is no such GPU.
@@ -34,11 +34,11 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def prepare_process(device: torch.device) -> None:
-    """Makes settings of the whole process that extraction on this device wants; for commands, which own their process.
+    """Changes process-wide settings for extraction on this device; for commands, which own their process.
 
-    On a GPU: float32 means float32, not TF32, and this GPU is the process's current one. On a CPU with
-    glibc: freed memory is kept for the next image. By default large blocks go back to the system, and each
-    new activation pays for fresh pages.
+    On a GPU: TF32 is disabled, and the GPU becomes the current device. On a CPU with glibc: freed memory is kept
+    for the next image. By default large blocks are returned to the system, and every new activation costs page
+    faults.
     """
     if device.type == "cuda":
         forbid_tf32()
@@ -51,9 +51,9 @@ def prepare_process(device: torch.device) -> None:
 
 
 def forbid_tf32() -> None:
-    """Float32 products and convolutions on GPUs are made in float32, whatever was chosen before.
+    """Makes float32 products and convolutions on GPUs use float32, regardless of earlier settings.
 
-    PyTorch 2.9 got a second set of these settings, which must not contradict the first.
+    PyTorch 2.9 introduced a second set of these settings, which must not contradict the first.
     """
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
@@ -64,20 +64,20 @@ def forbid_tf32() -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """The device in words: its kind and the model of the GPU or the number of CPU threads."""
+    """Returns the device in words: its kind, and the model of the GPU or the number of CPU threads."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"{device} ({torch.get_num_threads()} threads)"
 
 
 class PeakMemory:
-    """Measures by how much the memory in use grew at most while a block ran, in bytes.
+    """Measures the largest growth of the memory in use during a block, in bytes.
 
-    On a GPU that is what PyTorch held there; on Linux without one, what the process held, pages of files
-    that it read among them. Elsewhere it is not known.
+    On a GPU it is the memory that PyTorch allocated there; on Linux without a GPU, the resident memory of the
+    process, including pages of files that it read. On other systems it is unknown.
 
     Attributes:
-        bytes: after the block; None where it is not known.
+        bytes: the result, after the block; None if unknown.
     """
 
     def __init__(self, device: torch.device):
@@ -91,9 +91,9 @@ class PeakMemory:
             self._before = torch.cuda.memory_allocated(self.device)
         else:
             if platform.libc_ver()[0] == "glibc":
-                ctypes.CDLL(None).malloc_trim(0)  # memory that was freed, and would be taken again unseen
+                ctypes.CDLL(None).malloc_trim(0)  # freed memory that would be reused without being counted
             with suppress(OSError):
-                Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew, see proc(5)
+                Path("/proc/self/clear_refs").write_text("5")  # resets the peak, see proc(5)
             self._before = _resident("VmRSS")
         return self
 
@@ -104,7 +104,7 @@ class PeakMemory:
 
 
 def _resident(field: str) -> int | None:
-    """Bytes of a field of /proc/self/status; None where there is no such file."""
+    """Returns a field of /proc/self/status in bytes, or None if there is no such file."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""The processes that PyTorch's launcher started together, if it did."""
+"""The processes that PyTorch's launcher started together, if there is more than one."""
 
 import datetime
 import os
@@ -14,13 +14,13 @@ from model.errors import InputError
 
 
 class Processes:
-    """This process among those of one `torchrun`; alone where there is no launcher.
+    """This process among those of one `torchrun`; a single process without a launcher.
 
-    Only control messages pass (gloo, on the CPU), so any mixture of machines works that sees the same files.
+    Only control messages are exchanged (gloo, on the CPU), so that any mix of machines with shared files works.
 
     Attributes:
-        rank: number of this process, from 0; `local` is its number on its own machine.
-        count: number of processes.
+        rank: the number of this process, from 0; `local` is its number on its own machine.
+        count: the number of processes.
     """
 
     def __init__(self) -> None:
@@ -35,13 +35,13 @@ class Processes:
         return f"process {self.rank + 1} of {self.count}"
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Waits until all processes have reached this call."""
         if self.count > 1:
             self._together(dist.barrier)
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:
-        """What stands inside is done by the first process, and then by the others."""
+        """A context that the first process runs before the others."""
         if self.rank > 0:
             self.wait()
         yield
@@ -50,7 +50,7 @@ class Processes:
 
     @contextmanager
     def agreeing(self) -> Iterator[None]:
-        """What stands inside is done by the first process, and then by the others; an InputError of one is all's."""
+        """A context that the first process runs before the others; an InputError in one is raised in all."""
         error = None
         if self.rank > 0:
             self._raise_any(None)
@@ -68,14 +68,14 @@ class Processes:
                 raise error
 
     def from_first(self, array: np.ndarray) -> np.ndarray:
-        """The first process's array, in all; the others give one of the same shape and type."""
+        """Returns the array of the first process, in all; the others pass one of the same shape and dtype."""
         if self.count > 1:
             message = torch.from_numpy(array.view(np.uint8))
             self._together(lambda: dist.broadcast(message, src=0))
         return array
 
     def gathered(self, own: Any) -> list[Any]:
-        """What each process gives here, in all of them, in the order of ranks. Tensors and tuples or lists of them."""
+        """Returns the arguments of all processes, in order of rank: tensors, and tuples or lists of them."""
         every = [own] * self.count
         if self.count > 1:
             self._together(lambda: dist.all_gather_object(every, own))
@@ -84,8 +84,8 @@ class Processes:
     def _together(self, step: Callable[[], object]) -> None:
         try:
             step()
-        except RuntimeError:  # how gloo tells that a peer is gone
-            raise InputError(f"{self!r}: another one ended, with the message that it printed") from None
+        except RuntimeError:  # raised by gloo if a peer has exited
+            raise InputError(f"{self!r}: another process failed; see the message that it printed") from None
 
     def end(self) -> None:
         if self.count > 1:

@@ -1,4 +1,4 @@
-"""The error for bad input, how a command ends on it, and how it is typed."""
+"""The exception for bad input, how a command exits because of it, and how commands are typed."""
 
 import errno
 import logging
@@ -18,12 +18,12 @@ _MENDABLE = (
 
 
 class InputError(ValueError):
-    """Bad input, in one line: what is wrong, where, and what to do.
+    """Bad input; the message is one line that says what is wrong, where, and what to do.
 
     Args:
         problem: what is wrong, and where.
-        **advice: arguments with which the same call would work, ``depth=101`` say; any one of them will
-            do. A command says its own option instead, see :meth:`in_options`.
+        **advice: arguments with which the same call would work, such as ``depth=101``; any one of them is
+            enough. A command names its option instead, see :meth:`in_options`.
     """
 
     def __init__(self, problem: str, **advice: Any):
@@ -34,16 +34,16 @@ class InputError(ValueError):
         return self._with([f"{name}={value!r}" for name, value in self.advice.items()])
 
     def in_options(self, options: Mapping[str, Callable[[Any], str]]) -> str:
-        """Returns the line for a command's user.
+        """Returns the message for the user of a command.
 
         Args:
-            options: for each argument that the command has an option for, the option with that value as it
-                is typed. Advice that the command has no option for is left out.
+            options: for each argument that is an option of the command, a function from its value to the
+                option as it is typed. Advice about other arguments is left out.
         """
         return self._with([options[name](value) for name, value in self.advice.items() if name in options])
 
     def about(self, subject: str) -> "InputError":
-        """Returns the same error with what it is about before it: an option's name, say."""
+        """Returns the same error prefixed with its subject, for example the name of an option."""
         return InputError(f"{subject}: {self.problem}", **self.advice)
 
     def _with(self, ways: list[str]) -> str:
@@ -51,7 +51,7 @@ class InputError(ValueError):
 
 
 def printable(text: object) -> str:
-    """Returns the text on one line, without characters that a terminal would obey: they are written as escapes."""
+    """Returns the text on one line, with control characters written as escapes."""
     return "".join(
         char if char.isprintable() or 0xDC80 <= ord(char) <= 0xDCFF else char.encode("unicode_escape").decode()
         for char in str(text)
@@ -59,7 +59,7 @@ def printable(text: object) -> str:
 
 
 def short_list(items: Sequence, shown: int = 5) -> str:
-    """The first few items in words: 'a, b, c and 4 more'."""
+    """Returns the first few items as text: 'a, b, c and 4 more'."""
     text = ", ".join(str(item) for item in items[:shown])
     return text if len(items) <= shown else f"{text} and {len(items) - shown} more"
 
@@ -82,18 +82,18 @@ def command_line() -> str:
 
 
 def run_command(main: Callable[[list[str]], None], options: Mapping[str, Callable[[Any], str]] | None = None) -> None:
-    """Runs a command line's main with sys.argv; exits with 2 for bad input, 130 for Ctrl-C.
+    """Runs the main function of a command with sys.argv; exits with 2 for bad input, 130 for Ctrl-C.
 
-    Any other exception is an internal error: Python prints its traceback and exits with 1.
+    Any other exception is an internal error: Python prints the traceback and exits with 1.
 
     Args:
-        main: takes the arguments.
-        options: how the command says what an error advises, see InputError.in_options.
+        main: the function, which takes the arguments.
+        options: how the command names the advice of an error, see InputError.in_options.
     """
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
-    except BrokenPipeError:  # who reads our lines has enough of them
+    except BrokenPipeError:  # the reader of our output closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except (InputError, OSError) as error:
@@ -104,7 +104,7 @@ def run_command(main: Callable[[list[str]], None], options: Mapping[str, Callabl
         else:
             raise
         print(text, file=sys.stderr)
-        if logging.root.handlers:  # the log file gets it, too
+        if logging.root.handlers:  # for the log file
             logging.root.error(text)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Many images -> descriptors: decoded ahead, in batches of equal sizes, with results in the order of the list."""
+"""Extract the descriptors of many images: decoded ahead, batched by size, with results in the order of the list."""
 
 import logging
 import os
@@ -26,15 +26,15 @@ from modules.checks import values_unseen
 
 log = logging.getLogger(__name__)
 
-# All damaged files are named, but a line stays a line.
+# The number of damaged files that an error message lists.
 _NAMED_AT_MOST = 50
 
-# Batches that a GPU has been given before the first of them is waited for.
+# The number of batches queued on a GPU before the host waits for the first of them.
 _IN_FLIGHT = 3
 
 
 class ExtractorRecipe(Protocol):
-    """How an extractor is made, and what its descriptors depend on; model.recipe.Recipe is one.
+    """Creates an extractor, and records what its descriptors depend on; implemented by model.recipe.Recipe.
 
     Attributes:
         dim: D, dimensions of a descriptor.
@@ -45,21 +45,21 @@ class ExtractorRecipe(Protocol):
     def extractor(self, device: torch.device) -> Extractor: ...
 
     def provenance(self) -> dict[str, Any]:
-        """All that a descriptor depends on beside its image, as JSON can hold it."""
+        """Returns everything a descriptor depends on except its image, as JSON."""
         ...
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images whose descriptors are kept in one file, in the order of the list.
+    """A list of images whose descriptors are stored in one file, in the same order.
 
     Attributes:
-        path: the .npy file of their descriptors.
-        title: for the progress bar and the errors.
+        path: the .npy file of the descriptors.
+        title: the name in the progress bar and in error messages.
         images: the images.
-        folder: the parts of a path below it tell images apart; without it their names do.
-        provenance: what its descriptors depend on beside recipe and images.
-        stamped: whether name, size and time of each file are kept, so that changed images are extracted anew.
+        folder: images are identified by their path relative to it, or by their file name if it is None.
+        provenance: what the descriptors depend on beside recipe and images.
+        fingerprinted: whether name, size and time of each file are recorded, to extract changed images again.
     """
 
     path: Path
@@ -67,23 +67,25 @@ class ImageSet:
     images: Sequence[ImageFile]
     folder: Path | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
-    stamped: bool = True
+    fingerprinted: bool = True
 
     def open_store(self, recipe: ExtractorRecipe, resume: bool = True) -> DescriptorStore:
-        """Returns the store of its descriptors; resume False starts over."""
+        """Returns the store of the descriptors; resume=False starts over."""
         return DescriptorStore(
-            self.path, len(self.images), recipe.dim, self._provenance(recipe), resume, self._stamps()
+            self.path, len(self.images), recipe.dim, self._provenance(recipe), resume, self._fingerprints()
         )
 
     def store_of_rank(self, recipe: ExtractorRecipe, rank: int, done: np.ndarray) -> DescriptorStore:
-        """Returns the store as a further process of a `torchrun` sees it, see DescriptorStore.of_rank."""
-        return DescriptorStore.of_rank(self.path, recipe.dim, self._provenance(recipe), rank, done, self._stamps())
+        """Returns the store for another process of a `torchrun`, see DescriptorStore.of_rank."""
+        return DescriptorStore.of_rank(
+            self.path, recipe.dim, self._provenance(recipe), rank, done, self._fingerprints()
+        )
 
     def _provenance(self, recipe: ExtractorRecipe) -> dict[str, Any]:
         return {**recipe.provenance(), **self.provenance}
 
-    def _stamps(self) -> list[str] | None:
-        return file_stamps(self.images, self.folder) if self.stamped else None
+    def _fingerprints(self) -> list[str] | None:
+        return file_fingerprints(self.images, self.folder) if self.fingerprinted else None
 
 
 def extract_sets(
@@ -94,27 +96,27 @@ def extract_sets(
     resume: bool = True,
     on_error: str = "list",
 ) -> list[Tensor]:
-    """Returns the descriptors of each set, (N, D), memory-mapped from the files that keep them.
+    """Returns the descriptors of each set, (N, D), memory-mapped from their files.
 
-    Saved descriptors of the same provenance and images are used again; the network is made only if an
-    image is to be extracted.
+    Saved descriptors with the same provenance and images are reused; the network is created only if an
+    image must be extracted.
 
     Args:
-        resume: False extracts everything anew.
-        on_error: what a damaged image does, see extract_images.
+        resume: False extracts everything again.
+        on_error: how damaged images are handled, see extract_images.
 
     Raises:
-        InputError: if images are damaged; the descriptors extracted so far are kept.
+        InputError: if images are damaged; descriptors that were already extracted are kept.
     """
-    stores = [each.open_store(recipe, resume) for each in sets]  # all are opened before one is touched
+    stores = [each.open_store(recipe, resume) for each in sets]  # opens all of them before changing one
     extractor = None
     for each, store in zip(sets, stores, strict=True):
-        if len(store.failed):  # a row of zeros is no descriptor
+        if len(store.failed):  # a row of zeros is not a descriptor
             again = [row for row in store.failed.tolist() if on_error != "skip" or each.images[row].problem() is None]
             if again:
                 store.reopen(np.array(again))
         if store.complete:
-            log.info("%s: used again, made from the same images, checkpoint and settings", store.path)
+            log.info("%s: reused, extracted from the same images, checkpoint and settings", store.path)
             continue
         start, missing = time.perf_counter(), store.missing()
         if len(missing):
@@ -123,7 +125,7 @@ def extract_sets(
         made = int(nonzero_rows(store.part_rows()[missing]).sum())
         store.finish()
         kept = len(each.images) - len(missing)
-        counts = {"as before": kept, "gone or replaced": store.gone, "unreadable": len(missing) - made}
+        counts = {"unchanged": kept, "removed or replaced": store.gone, "unreadable": len(missing) - made}
         words = "".join(f", {count} {what}" for what, count in counts.items() if count)
         log.info("%s: %d images extracted%s (%.1f s)", each.title, made, words, time.perf_counter() - start)
     return [torch.from_numpy(np.load(store.path, mmap_mode="c")) for store in stores]
@@ -138,22 +140,22 @@ def extract_images(
     loading: Loading = PLAIN_LOADING,
     on_error: str = "list",
 ) -> None:
-    """Extracts the descriptors of some of the images into the store; interrupted or not, they stay there.
+    """Extracts the descriptors of some of the images into the store, which keeps them if the run is interrupted.
 
     Args:
-        extractor: anything that follows the protocol.
-        images: the whole list, an image per row of the store.
-        rows: which to extract, ascending.
-        title: for the progress bar and the errors.
-        loading: how they are read and batched.
-        on_error: what a damaged image does. "stop" ends at once; "list" stops the network, and the
-            other images are only decoded, so that the error can name every damaged file; "skip"
-            makes it a zero row, whose cosine with everything is 0. So does an image that is too large
-            for the memory, which otherwise ends the run at once.
+        extractor: any implementation of the protocol.
+        images: the whole list, one image per row of the store.
+        rows: the rows to extract, ascending.
+        title: the name in the progress bar and in error messages.
+        loading: how images are read and batched.
+        on_error: how damaged images are handled. "stop" raises an error at once. "list" extracts no more
+            and only decodes the other images, so that the error can name every damaged file. "skip" writes
+            a row of zeros, whose cosine with everything is 0; this includes images that are too large for
+            the memory, which otherwise raise an error at once.
 
     Raises:
-        InputError: naming the damaged files, the one at which a worker process died, or one too large for
-            the device.
+        InputError: if files are damaged, a worker process died, or an image is too large for the device;
+            the message names the files.
     """
     damaged: list[ImageError] = []
     bar = tqdm(
@@ -167,7 +169,7 @@ def extract_images(
     def usable() -> Iterator[tuple[int, Tensor]]:
         for number, pixels in enumerate(decoded):
             if isinstance(pixels, ImageError) and on_error == "skip":
-                log.warning("skipped, a zero row: %s", pixels)
+                log.warning("skipped, a row of zeros: %s", pixels)
                 results.take([number], torch.zeros(1, extractor.dim))
             elif isinstance(pixels, ImageError):
                 damaged.append(pixels)
@@ -187,7 +189,7 @@ def extract_images(
                 if isinstance(vectors, InputError):
                     if on_error != "skip":
                         raise InputError(vectors.problem, **vectors.advice, on_error="skip")
-                    log.warning("skipped, a zero row: %s", vectors.problem)
+                    log.warning("skipped, a row of zeros: %s", vectors.problem)
                     vectors = torch.zeros(1, extractor.dim)
                 results.take(numbers[part], vectors)
     except WORKER_ERRORS as error:
@@ -196,7 +198,7 @@ def extract_images(
         try:
             results.finish()
         finally:
-            bar.close()  # so that an error has a line of its own
+            bar.close()  # so that an error starts on a new line
     if damaged:
         count = f"{len(damaged)} images" if len(damaged) > 1 else "an image"
         pixels = max(error.pixels for error in damaged)
@@ -216,17 +218,17 @@ def extract_shared(
     resume: bool = True,
     on_error: str = "stop",
 ) -> DescriptorStore | None:
-    """Extracts one set with all processes of a `torchrun`, which must all see its file under the same path.
+    """Extracts one set with all processes of a `torchrun`, all of which must see its file under the same path.
 
     Args:
-        device: of this process.
-        on_error: what a damaged image does, see extract_images.
+        device: the device of this process.
+        on_error: how damaged images are handled, see extract_images.
 
     Returns:
-        In the first process the store, for ``finish()``, with every row there; None in the others.
+        The complete store in the first process, which must call ``finish()``; None in the others.
 
     Raises:
-        InputError: as extract_images; in the other processes if one has ended.
+        InputError: as extract_images, and if another process failed.
     """
     first = processes.rank == 0
     opened = each.open_store(recipe, resume) if first else None
@@ -239,34 +241,34 @@ def extract_shared(
     processes.wait()
     if not first:
         return None
-    # Opened again, the store joins the journals of all.
+    # Opening the store again joins the journals of all processes.
     return store if store.complete or processes.count == 1 else each.open_store(recipe)
 
 
 def extract_batch(extractor: Extractor, images: Sequence[Tensor]) -> Tensor:
     """Returns the descriptors of images of equal size, on the extractor's device. (H, W, 3) RGB each -> (N, D).
 
-    Whether they are finite is not looked at, as this would wait for the device.
+    It is not checked that they are finite, because this would wait for the device.
     """
     with torch.inference_mode(), values_unseen():
         return extractor(torch.stack([pixels.to(extractor.device, non_blocking=True) for pixels in images]))
 
 
-def file_stamps(images: Sequence[ImageFile], folder: Path | None = None) -> list[str]:
-    """Per image, what tells it from others and changes when it does: name (below the folder), box, size, time."""
+def file_fingerprints(images: Sequence[ImageFile], folder: Path | None = None) -> list[str]:
+    """Returns a fingerprint of each image file: its name (relative to the folder), box, size and time."""
 
     below = f"{folder}{os.sep}" if folder else ""
 
-    def stamp(image: ImageFile) -> str:
-        path = str(image.path)  # a million times: pathlib's own ways take longer
+    def fingerprint(image: ImageFile) -> str:
+        path = str(image.path)  # called a million times, and pathlib is slower
         name, stat = path.removeprefix(below) if folder else image.path.name, os.stat(path)
         return f"{name} {image.box or ''} {stat.st_size}-{stat.st_mtime_ns}"
 
-    return [stamp(image) for image in images]
+    return [fingerprint(image) for image in images]
 
 
 class _InListOrder:
-    """Takes descriptors as they come, from the device too, and writes them to the store in the order of the list."""
+    """Collects descriptors in any order, also from a GPU, and writes them to the store in the order of the list."""
 
     def __init__(self, store: DescriptorStore, images: Sequence[ImageFile], rows: np.ndarray, bar: tqdm):
         self.store, self.images, self.rows, self.bar = store, images, rows, bar
@@ -275,9 +277,9 @@ class _InListOrder:
         self.next = 0
 
     def take(self, numbers: Sequence[int], vectors: Tensor) -> None:
-        """The descriptors of these images (numbers into rows), which the device may still be at."""
+        """Adds the descriptors of these images (indices into rows), which the device may still be computing."""
         event = None
-        if vectors.device.type == "cuda":  # the next batches are queued before this one is waited for
+        if vectors.device.type == "cuda":  # queue the next batches before waiting for this one
             host = torch.empty(vectors.shape, pin_memory=True).copy_(vectors, non_blocking=True)
             event = torch.cuda.current_stream(vectors.device).record_event()
             vectors = host
@@ -286,7 +288,7 @@ class _InListOrder:
             self._arrive()
 
     def finish(self) -> None:
-        """Writes all that was taken, whether what comes before it in the list is there or not."""
+        """Writes all descriptors, even if earlier ones in the list are missing."""
         try:
             while self.arriving:
                 self._arrive()

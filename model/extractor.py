@@ -1,4 +1,4 @@
-"""What turns pixels into descriptors: the protocol, and the usual case, a network with its normalisation."""
+"""Extractors turn pixels into descriptors: the protocol, and its usual form, a network with its normalisation."""
 
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 
 class Extractor(Protocol):
-    """Whatever turns images into unit rows; model.extract extracts with any such thing.
+    """The interface that model.extract uses to compute the descriptors of images.
 
     Attributes:
         dim: D, dimensions of a descriptor.
-        device: where it wants the pixels, and leaves the descriptors.
+        device: the device of the input pixels and of the returned descriptors.
     """
 
     dim: int
@@ -23,7 +23,7 @@ class Extractor(Protocol):
     def device(self) -> torch.device: ...
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Returns the descriptors of images of equal size. (N, H, W, 3) uint8 RGB -> (N, D) unit rows.
+        """Returns the descriptors of images of equal size. (N, H, W, 3) uint8 RGB -> (N, D) unit descriptors.
 
         A descriptor must not depend on the other images of its batch.
         """
@@ -31,11 +31,11 @@ class Extractor(Protocol):
 
 
 def limit_side(normalise: Callable[[Tensor], Tensor], side: int | None) -> Callable[[Tensor], Tensor]:
-    """Returns the normalisation of images that are first made smaller, bilinear with antialiasing, to this longer side.
+    """Returns a normalisation that first reduces the longer side of images to this length (bilinear, antialiased).
 
     Args:
-        normalise: as of NetworkExtractor.
-        side: in pixels; None leaves images as they are.
+        normalise: as in NetworkExtractor.
+        side: the longer side in pixels; None leaves images as they are.
     """
     if side is None:
         return normalise
@@ -55,13 +55,13 @@ def limit_side(normalise: Callable[[Tensor], Tensor], side: int | None) -> Calla
 
 
 class NetworkExtractor(nn.Module):
-    """An Extractor made of a network and the normalisation that it was trained with.
+    """An Extractor that consists of a network and the normalisation with which it was trained.
 
     Args:
-        network: normalised images (N, 3, H, W) -> unit rows (N, D).
-        normalise: (N, H, W, 3), uint8 RGB or floating RGB in 0..1 -> (N, 3, H, W).
+        network: normalised images (N, 3, H, W) -> unit descriptors (N, D).
+        normalise: (N, H, W, 3), uint8 RGB or floating-point RGB in 0..1 -> (N, 3, H, W).
         dim: D.
-        scales: factors by which the network resizes images, for an estimate of the memory that a batch takes.
+        scales: factors by which the network resizes images, to estimate the memory of a batch.
     """
 
     def __init__(

@@ -1,15 +1,15 @@
-"""The encoder made ready for fast inference: batch norms folded into convolutions, rectifiers into what precedes them.
+"""The encoder for fast inference: batch norms and rectifiers are folded into the convolutions before them.
 
-Same result within rounding, fewer passes over memory:
+The result is the same within rounding, with fewer passes over the memory:
 
 - a convolution and its batch norm become one convolution (folded in float64);
-- shortcut and rectifier follow it in the same pass where the device has such a kernel (oneDNN on
-  CPUs, cuDNN on GPUs), and in place elsewhere;
-- oneDNN's kernel with a shortcut knows only max(x, 0). The end of a block with ReLU+, max(x, t), is
-  kept as z = max(x - t, 0) = max(x, t) - t; the biases of the 1x1 convolutions that read it make up for t.
-- cuDNN's kernels know no other rectifier at all, and a bias without one takes a pass of its own: on a GPU
-  ReLU+ is kept so wherever a 1x1 convolution reads it, and the convolution to which a projected shortcut is
-  added has the shortcut's bias, too.
+- shortcut and rectifier are applied in the same pass if the device has such a kernel (oneDNN on CPUs,
+  cuDNN on GPUs), and in place otherwise;
+- oneDNN's kernel with a shortcut supports only max(x, 0). The output of a block with ReLU+, max(x, t), is
+  stored as z = max(x - t, 0) = max(x, t) - t; the biases of the 1x1 convolutions that read it compensate for t.
+- cuDNN's kernels support no other rectifier at all, and a bias without one takes a separate pass: on a GPU,
+  ReLU+ is stored this way wherever a 1x1 convolution reads it, and the convolution to which a projected
+  shortcut is added includes the bias of the shortcut.
 """
 
 import logging
@@ -29,9 +29,9 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 def has_fused_kernels(dtype: torch.dtype) -> bool:
-    """Whether this CPU has oneDNN's convolutions in that type."""
+    """Returns whether oneDNN's convolutions are available on this CPU for the dtype."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
-        return False  # the operator is PyTorch's own compiler's: it may go
+        return False  # the operator is internal to PyTorch's compiler and may be removed
     if dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if dtype == torch.float16:
@@ -40,20 +40,20 @@ def has_fused_kernels(dtype: torch.dtype) -> bool:
 
 
 def has_fused_gpu_kernels() -> bool:
-    """Whether this PyTorch has cuDNN's convolutions with bias, shortcut and ReLU in one pass."""
+    """Returns whether PyTorch has cuDNN's convolutions with bias, shortcut and ReLU in one pass."""
     names = ("cudnn_convolution_relu", "cudnn_convolution_add_relu")
     return torch.version.cuda is not None and all(hasattr(torch, name) for name in names)
 
 
 class FoldedConv(nn.Module):
-    """max(conv(x) [+ shortcut], floor), with the batch norm in the convolution. (N, C, H, W) -> (N, C', H', W').
+    """Computes max(conv(x) [+ shortcut], floor), with the batch norm folded in. (N, C, H, W) -> (N, C', H', W').
 
     Args:
         conv, bn: the two layers.
-        floor: of the rectifier; None for none.
-        shift_in: what the input is short of; only for 1x1 convolutions.
-        shift_out: what the output, before the rectifier, is to be short of.
-        dtype: of weights, input and output.
+        floor: the lower bound of the rectifier; None for no rectifier.
+        shift_in: constant by which the input was reduced; only for 1x1 convolutions.
+        shift_out: constant by which the output is reduced, before the rectifier.
+        dtype: the dtype of weights, input and output.
     """
 
     weight: Tensor
@@ -83,20 +83,19 @@ class FoldedConv(nn.Module):
         self.register_buffer("gpu_bias", None)
         self.on_gpu(bias, floor)
         self.stride, self.padding, self.floor = conv.stride, cast("tuple[int, int]", conv.padding), floor
-        # In oneDNN's words.
-        self.rectifier: tuple[str, list[float]] = ("none", [])
+        self.rectifier: tuple[str, list[float]] = ("none", [])  # names as in oneDNN
         if floor is not None:
             self.rectifier = ("hardtanh", [floor, torch.finfo(torch.float32).max]) if floor else ("relu", [])
         self.fused = has_fused_kernels(dtype)
 
     def on_gpu(self, bias: Tensor | None, floor: float | None) -> None:
-        """Sets the bias (float64) and the floor that a GPU has in the place of the others; None for none."""
+        """Sets the bias (float64) and the floor that are used on a GPU instead of the others; None for none."""
         self.gpu_floor = floor
         self.gpu_bias = None if bias is None else bias.to(self.weight.dtype)
         self.fused_on_gpu = floor == 0 and has_fused_gpu_kernels()
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
-        """The shortcut, if there is one, is overwritten."""
+        """Applies the convolution; the shortcut, if there is one, is overwritten."""
         if self.fused and x.device.type == "cpu" and (shortcut is None or self.floor in (None, 0)):
             return self._fused(x, shortcut)
         on_gpu = x.device.type == "cuda"
@@ -106,8 +105,8 @@ class FoldedConv(nn.Module):
             except RuntimeError as error:
                 if is_out_of_memory(error):
                     raise
-                log.debug("%r: not in one kernel here (%s)", self, error)
-                self.fused_on_gpu = False  # no such kernel for this type on this GPU
+                log.debug("%r: no fused kernel (%s)", self, error)
+                self.fused_on_gpu = False  # there is no such kernel for this dtype on this GPU
         bias, floor = (self.gpu_bias, self.gpu_floor) if on_gpu else (self.bias, self.floor)
         x = F.conv2d(x, self.weight, bias, self.stride, self.padding)
         if shortcut is not None:
@@ -134,7 +133,7 @@ class FoldedConv(nn.Module):
 
 
 class FoldedBlock(nn.Module):
-    """max(shortcut + f(x), 0), see resnet.Block; `last` None leaves the rectifier out. Its input may be overwritten."""
+    """Computes max(shortcut + f(x), 0), see resnet.Block; `last` None omits the rectifier. May overwrite its input."""
 
     def __init__(
         self,
@@ -167,14 +166,15 @@ class FoldedBlock(nn.Module):
 
 
 class FoldedResNet(nn.Module):
-    """A ResNet for inference alone, in some precision. (N, 3, H, W) -> (N, 2048, ~H/32, ~W/32) float32.
+    """A ResNet for inference only, in a given precision. (N, 3, H, W) -> (N, 2048, ~H/32, ~W/32) float32.
 
     Args:
-        encoder: the network with its trained weights, which stays as it is.
-        precision: fp32, bf16 or fp16: of weights and activations. The map is handed on in float32:
-            powers such as 4.6 overflow half precision.
-        stop_in: a stage to stop in, before the rectifier that ends its last block: the map is then that
-            stage's, (N, 1024, ~H/16, ~W/16) of stage 3, and there is no head. None runs all.
+        encoder: the network with its trained weights, which is not modified.
+        precision: precision of weights and activations, fp32, bf16 or fp16. The feature map is returned in
+            float32, because powers such as 4.6 overflow half precision.
+        stop_in: the stage to stop in, before the last rectifier of its last block: the result is then the
+            feature map of that stage, (N, 1024, ~H/16, ~W/16) for stage 3, and there is no head. None runs
+            all stages.
     """
 
     def __init__(self, encoder: ResNet, precision: str = "fp32", stop_in: int | None = None):
@@ -198,7 +198,7 @@ class FoldedResNet(nn.Module):
         self.set_memory_format(torch.channels_last)
 
     def set_memory_format(self, memory_format: torch.memory_format) -> None:
-        """Keeps weights and activations in this layout: channels_last, as after construction, or contiguous_format."""
+        """Sets the layout of weights and activations: channels_last (the default) or contiguous_format."""
         self.memory_format = memory_format
         self.to(memory_format=memory_format)
 

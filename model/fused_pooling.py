@@ -1,7 +1,7 @@
 """Regional-GeM and the pooling after it in one pass over the feature map, by a Triton kernel.
 
-PyTorch's own operators take 37 launches for three scales and write the map five times. Triton comes with
-PyTorch where that was built for NVIDIA's GPUs; elsewhere, the modules of modules/pooling.py do the work.
+PyTorch's own operators take 37 launches for three scales and write the map five times. Triton is a part of
+PyTorch's builds for NVIDIA's GPUs; otherwise the modules of modules/pooling.py are used.
 """
 
 import torch
@@ -15,34 +15,34 @@ try:
 except ImportError:
     triton = None
 
-_CHANNELS = 128  # of a program: 512 bytes of a channels-last map are read at once
+_CHANNELS = 128  # per program, which reads 512 bytes of a channels-last map at once
 
 
 def can_fuse(rgem: RegionalGeM | None, pooling: GeM) -> bool:
-    """Returns whether `regional_gem` can do the work of both modules."""
+    """Returns whether `regional_gem` can replace both modules."""
     return triton is not None and rgem is not None and max(rgem.p, pooling.p) <= SAFE_POWER
 
 
 @torch.library.custom_op("superglobal::regional_gem", mutates_args=(), device_types="cpu")
 def regional_gem(x: Tensor, region_p: float, window: int, p: float, eps: float) -> Tensor:
-    """Returns the generalised mean over a map that Regional-GeM has refined. (N, C, H, W) -> (N, C), any layout.
+    """Returns the generalised mean of a map refined by Regional-GeM. (N, C, H, W) -> (N, C), in any layout.
 
     Equal to ``generalized_mean(regional_generalized_mean(x, region_p, window), p, eps)``, on a GPU within rounding.
 
     Args:
-        x: the feature map, floating; the sums are in float32.
-        region_p, window: power and side of the window of Regional-GeM.
-        p, eps: power and floor of the pooling after it. Both powers are at most modules.pooling.SAFE_POWER.
+        x: the feature map, floating-point; sums are computed in float32.
+        region_p, window: power and window side of Regional-GeM.
+        p, eps: power and lower bound of the pooling after it. Both powers must be at most modules.pooling.SAFE_POWER.
     """
     return generalized_mean(regional_generalized_mean(x, region_p, window), p, eps)
 
 
 @regional_gem.register_kernel("cuda")
 def regional_gem_by_triton(x: Tensor, region_p: float, window: int, p: float, eps: float) -> Tensor:
-    """Returns what `regional_gem` does."""
+    """Computes `regional_gem` on a GPU."""
     (n, c, h, w), dtype = x.shape, x.dtype
     x = x.float()
-    powers = x.clamp(min=GEMP_EPS).pow_(region_p)  # once for a value, and not once for each window that it is in
+    powers = x.clamp(min=GEMP_EPS).pow_(region_p)  # once per value instead of once per window
     sums = x.new_empty((n, h, c))
     with torch.cuda.device_of(x):
         _row_sums[n * h, triton.cdiv(c, _CHANNELS)](
@@ -61,7 +61,7 @@ if triton is not None:
 
     @triton.jit
     def _inside(place, side, REFLECTED: tl.constexpr):  # noqa: N803 - compile-time constants, as Triton writes them
-        """The position that a place outside the map stands for, see modules.pooling."""
+        """Returns the position inside the map for one in the padding, see modules.pooling."""
         if REFLECTED:
             inside = side - 1 - tl.abs(side - 1 - tl.abs(place))
         else:
@@ -74,10 +74,10 @@ if triton is not None:
         x_n, x_c, x_h, x_w, powers_n, powers_c, powers_h, powers_w,
         PAD: tl.constexpr, REFLECTED: tl.constexpr, CHANNELS: tl.constexpr,  # noqa: N803
     ):  # fmt: skip
-        """Sums of (x refined by Regional-GeM)^p over a row of the map, for a block of channels. -> sums (N, H, C).
+        """Sums (x refined by Regional-GeM)^p over a row of the map, for a block of channels. -> sums (N, H, C).
 
-        `powers` are those of x by the power of Regional-GeM, of which `region_root` is the reciprocal. Four strides
-        each follow.
+        `powers` is x to the power of Regional-GeM, whose reciprocal is `region_root`. The strides of x and of
+        `powers` follow.
         """
         row = tl.program_id(0).to(tl.int64)
         n, i = row // h, row % h
@@ -94,6 +94,6 @@ if triton is not None:
                     local += tl.load(line + _inside(j + dj, w, REFLECTED) * powers_w, mask=there, other=1.0)
             local = tl.exp2(tl.log2(local / ((2 * PAD + 1) * (2 * PAD + 1))) * region_root)
             refined = 0.5 * (tl.load(x + j * x_w, mask=there, other=1.0) + local)
-            refined = tl.where(refined < floor, floor, refined)  # NaN stays, which maximum() would lose
+            refined = tl.where(refined < floor, floor, refined)  # keeps NaN, unlike maximum()
             total += tl.exp2(tl.log2(refined) * p)
         tl.store(sums + row * c + channels, total, mask=there)

@@ -1,4 +1,4 @@
-"""The whole network as one module for programs of one's own: RGB images -> unit descriptors."""
+"""The whole network as one module, for use in other programs: RGB images -> unit descriptors."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -15,18 +15,18 @@ from model.images import to_rgb
 
 AnyImage = Tensor | Image.Image
 
-# Floating images may leave 0..1 a little when they are resized; what was normalised leaves it by more.
+# Resizing floating-point images may leave 0..1 a little; normalised images leave it by more.
 _SLACK = 0.1
 
 
 class ImageDescriptor(nn.Module):
-    """RGB images, as torchvision and Pillow have them -> unit descriptors, for inference.
+    """Computes unit descriptors of RGB images as in torchvision or Pillow, for inference.
 
-    Batches of equal sizes are made inside, as large as the memory allows; a descriptor does not
-    depend on them.
+    Images of equal size are batched internally, as many as the memory allows; a descriptor does not
+    depend on its batch.
 
     Args:
-        extractor: what Recipe.extractor gives; it resizes and normalises.
+        extractor: the result of Recipe.extractor, which also resizes and normalises.
 
     Shape:
         - a tensor (3, H, W) or (N, 3, H, W), floating, RGB in 0..1; a PIL image of any mode, turned
@@ -39,11 +39,13 @@ class ImageDescriptor(nn.Module):
         self.extractor = extractor
 
     def forward(self, images: AnyImage | Iterable[AnyImage]) -> Tensor:
-        """Raises a ValueError for what is no such image, with its number in a list."""
+        """Returns the descriptors. Raises a ValueError for an invalid image, with its number in the list."""
         if isinstance(images, Image.Image) or (isinstance(images, Tensor) and images.ndim != 4):
             images = [images]
         if not isinstance(images, Iterable):
-            raise ValueError(f"images are tensors (3, H, W) or PIL images, or a list, got {type(images).__name__}")
+            raise ValueError(
+                f"images must be tensors (3, H, W), PIL images, or a list of them, got {type(images).__name__}"
+            )
         size = first_batch_size(self.extractor)
         found: dict[int, Tensor] = {}
         for numbers, batch in equal_sizes(((i, _pixels(image, i)) for i, image in enumerate(images)), size):
@@ -63,22 +65,22 @@ class ImageDescriptor(nn.Module):
 
 
 def _pixels(image: AnyImage, number: int) -> Tensor:
-    """(H, W, 3) floating, in 0..1."""
+    """Returns the pixels of an image, (H, W, 3) floating-point in 0..1."""
     if isinstance(image, Image.Image):
         try:
             return torch.from_numpy(to_rgb(ImageOps.exif_transpose(image))).float().div_(255)
-        except Exception as error:  # decoders raise what they like
+        except Exception as error:  # decoders raise any exception
             raise ValueError(f"image {number}: {error}") from None
     if not isinstance(image, Tensor):
-        raise ValueError(f"image {number}: a tensor (3, H, W) or a PIL image is needed, got {type(image).__name__}")
+        raise ValueError(f"image {number} must be a tensor (3, H, W) or a PIL image, got {type(image).__name__}")
     if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
-        raise ValueError(f"image {number}: a tensor has shape (3, H, W), got {tuple(image.shape)}")
+        raise ValueError(f"image {number} must have shape (3, H, W), got {tuple(image.shape)}")
     if not image.is_floating_point():
-        raise ValueError(f"image {number}: RGB in 0..1 is needed, got {image.dtype}; divide it by 255")
-    low, high = torch.stack(image.aminmax()).tolist()  # in one look, which waits for a GPU
+        raise ValueError(f"image {number} must be RGB in 0..1, got {image.dtype}; divide it by 255")
+    low, high = torch.stack(image.aminmax()).tolist()  # a single wait for a GPU
     if not -_SLACK <= low <= high <= 1 + _SLACK:
         raise ValueError(
-            f"image {number}: RGB in 0..1 is needed, {tuple(image.shape)} has {low:.3g} to {high:.3g}; "
-            "mean and deviation are the model's own business"
+            f"image {number} must be RGB in 0..1, {tuple(image.shape)} has {low:.3g} to {high:.3g}; "
+            "do not normalise it: the model subtracts mean and deviation itself"
         )
     return image.permute(1, 2, 0)

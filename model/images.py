@@ -1,4 +1,4 @@
-"""From a file and a box to pixels, and from pixels to what the network was trained on."""
+"""Read images: from a file and a box to pixels, and from pixels to the normalised input of the network."""
 
 import contextlib
 import os
@@ -22,48 +22,48 @@ from model.jpeg import decoded_jpeg
 MEAN_BGR = (0.406, 0.456, 0.485)
 STD_BGR = (0.225, 0.224, 0.229)
 
-with contextlib.suppress(ImportError):  # HEIC, as phones write it, where that package is installed
+with contextlib.suppress(ImportError):  # HEIC, the format of many phones, if the package is installed
     import pillow_heif
 
     pillow_heif.register_heif_opener()
 Image.init()
-# What is decoded: formats that Pillow reads by itself. Others would start programs (PostScript's starts Ghostscript).
+# The supported formats, which Pillow reads by itself. Others would start programs (PostScript starts Ghostscript).
 _SAFE = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "TGA", "ICO", "AVIF", "HEIF")
 FORMATS = tuple(name for name in _SAFE if name in Image.OPEN)
 
 Box = tuple[float, float, float, float]
 
 
-# A file of some kilobytes can claim billions of pixels; Pillow's own limit is the default.
+# A file of a few kilobytes can claim billions of pixels; the default is Pillow's own limit.
 PIXEL_LIMIT = 2 * (Image.MAX_IMAGE_PIXELS or 89478485)
 _pixel_limit = PIXEL_LIMIT
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # at half of what is an error
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # warns at half of the limit
 
 
 class ImageError(InputError):
-    """An image that cannot be used: which, and why.
+    """An image that cannot be used; the message says which one and why.
 
     Args:
-        pixels: how many it has, if these are too many; 0 if that is not the reason.
+        pixels: its number of pixels, if they are too many; 0 if the reason is another one.
     """
 
     def __init__(self, path: Path, reason: str, pixels: int = 0):
         super().__init__(f"{path}: {reason}")
         self.path, self.reason, self.pixels = path, reason, pixels
 
-    def __reduce__(self) -> tuple:  # it comes from other processes
+    def __reduce__(self) -> tuple:  # for transfer between processes
         return ImageError, (self.path, self.reason, self.pixels)
 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image of the disk, or the part of it inside a box (x0, y0, x1, y1)."""
+    """An image file, or the part of it inside a box (x0, y0, x1, y1)."""
 
     path: Path
     box: Box | None = None
 
     def read(self) -> np.ndarray:
-        """(H, W, 3) uint8, RGB. Raises ImageError where the file is damaged or the box outside it."""
+        """Returns the pixels, (H, W, 3) uint8 RGB. Raises ImageError if the file is damaged or the box outside it."""
         pixels = read_image(self.path)
         return pixels if self.box is None else crop(pixels, self.box, self.path)
 
@@ -77,9 +77,9 @@ class ImageFile:
 
 
 class ImageList(Sequence[ImageFile]):
-    """Images below a folder, by name: as compact for a million of them as the names' bytes.
+    """Images in a folder, by name, stored as compactly as the bytes of the names.
 
-    (A list of a million objects would be copied into every process that reads images.)
+    (A list of a million objects would be copied to every process that reads images.)
     """
 
     def __init__(self, folder: Path, names: Sequence[bytes] | np.ndarray):
@@ -98,24 +98,24 @@ class ImageList(Sequence[ImageFile]):
         return ImageFile(self.folder / self.name(index))
 
     def name(self, index: int) -> str:
-        """As the list has it."""
+        """Returns the name as it is in the list."""
         return os.fsdecode(bytes(self.names[index]))
 
 
 def set_pixel_limit(pixels: int) -> None:
-    """Lets this process read images of up to so many pixels, PIXEL_LIMIT by default."""
+    """Sets the largest number of pixels of images that this process reads, by default PIXEL_LIMIT."""
     global _pixel_limit
     _pixel_limit = pixels
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, pixels)
 
 
 def pixel_limit() -> int:
-    """Returns the most pixels of an image that this process reads."""
+    """Returns the largest number of pixels of images that this process reads."""
     return _pixel_limit
 
 
 def image_suffixes() -> set[str]:
-    """Returns the endings of the files that read_image reads, in lower case: .jpg, .png ..."""
+    """Returns the suffixes of the files that read_image reads, in lower case: .jpg, .png ..."""
     return {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
 
 
@@ -123,11 +123,11 @@ def read_image(path: Path) -> np.ndarray:
     """Decodes an image to (H, W, 3) uint8 RGB, upright by its EXIF orientation, see to_rgb.
 
     Raises:
-        ImageError: if the file is missing, no regular file, no image, damaged, too large, or has no 8-bit
-            equivalent. An animation's first frame is read.
+        ImageError: if the file is missing, not a regular file, not an image, damaged, too large, or has no
+            8-bit equivalent. Of an animation, the first frame is read.
     """
     try:
-        if isinstance(path, Path) and not stat.S_ISREG(path.stat().st_mode):  # a FIFO would never end
+        if isinstance(path, Path) and not stat.S_ISREG(path.stat().st_mode):  # reading a FIFO would never end
             raise ImageError(path, "not a file")
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > _pixel_limit:
@@ -151,7 +151,7 @@ def read_image(path: Path) -> np.ndarray:
     except OSError as error:
         reason = error.strerror or f"cannot be decoded ({error})"
         raise ImageError(path, reason) from None
-    except Exception as error:  # decoders raise what they like (SyntaxError, struct.error, ...)
+    except Exception as error:  # decoders raise any exception (SyntaxError, struct.error, ...)
         raise ImageError(path, f"cannot be decoded ({str(error) or type(error).__name__})") from None
 
 
@@ -160,12 +160,12 @@ def _too_large(path: Path, pixels: int) -> ImageError:
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
-    """The pixels of an image, (H, W, 3) uint8 RGB.
+    """Returns the pixels of an image, (H, W, 3) uint8 RGB.
 
-    Grey, palette and CMYK are converted, alpha is dropped, 16 bits are cut to the upper 8.
+    Grey, palette and CMYK images are converted, alpha is dropped, and 16 bits are reduced to the upper 8.
 
     Raises:
-        ValueError: where the image has no 8-bit equivalent.
+        ValueError: if the image has no 8-bit equivalent.
     """
     if image.mode == "I" or image.mode.startswith("I;16"):
         values = np.asarray(image)
@@ -178,10 +178,10 @@ def to_rgb(image: Image.Image) -> np.ndarray:
 
 
 def crop(pixels: np.ndarray, box: Box, path: Path) -> np.ndarray:
-    """The pixels inside the box: each number truncated to int, half-open, clipped to the image.
+    """Returns the pixels inside the box: each number truncated to int, half-open, clipped to the image.
 
     Raises:
-        ImageError: where nothing is left.
+        ImageError: if the result is empty.
     """
     height, width = pixels.shape[:2]
     x0, y0, x1, y1 = (max(0, int(number)) for number in box)
@@ -193,12 +193,12 @@ def crop(pixels: np.ndarray, box: Box, path: Path) -> np.ndarray:
 
 
 def to_network_input(pixels: Tensor) -> Tensor:
-    """RGB, uint8 or floating in 0..1 -> B, G, R, less the mean, over the deviation. (N, H, W, 3) -> (N, 3, H, W)."""
+    """Normalises RGB, uint8 or floating-point in 0..1, to B, G, R for the network. (N, H, W, 3) -> (N, 3, H, W)."""
     x = pixels.permute(0, 3, 1, 2).contiguous().flip(1)
     x = x.float().div_(255) if x.dtype == torch.uint8 else x.float()
     return x.sub_(per_channel(MEAN_BGR, x.device)).div_(per_channel(STD_BGR, x.device))
 
 
 def per_channel(values: Sequence[float], device: torch.device) -> Tensor:
-    """A number for each channel, (C, 1, 1), written by the device: a copy to it would wait for all that it is to do."""
+    """Returns a value per channel, (C, 1, 1), filled on the device: a copy to it would wait for all queued work."""
     return torch.stack([torch.full((1, 1), float(value), device=device) for value in values])

@@ -1,4 +1,4 @@
-"""JPEG files by simplejpeg where it is installed: the bytes of Pillow in less than half of its time."""
+"""Decode JPEG files with simplejpeg, if it is installed: the same pixels as Pillow in less than half of the time."""
 
 import io
 from functools import cache
@@ -13,10 +13,10 @@ except ImportError:
 
 
 def decoded_jpeg(image: ImageFile.ImageFile) -> np.ndarray | None:
-    """Returns the pixels of an opened file, (H, W, 3) uint8 RGB, as Pillow decodes and rotates them, or None.
+    """Returns the pixels of an opened file, (H, W, 3) uint8 RGB, identical to those of Pillow, or None.
 
-    None is for what is left to Pillow: other formats and modes, images to be rotated, damaged files, and
-    machines on which simplejpeg is missing or gives other bytes.
+    None means that Pillow must decode the file: other formats and modes, rotated images, damaged files, and
+    machines on which simplejpeg is missing or returns other pixels.
     """
     if image.format != "JPEG" or image.mode != "RGB" or not _gives_the_same():
         return None
@@ -26,16 +26,19 @@ def decoded_jpeg(image: ImageFile.ImageFile) -> np.ndarray | None:
     data = image.fp.read()
     try:
         height, width, *_ = simplejpeg.decode_jpeg_header(data)
-        if (width, height) != image.size:  # two headers: the limit of pixels is for the one that Pillow takes
+        if (
+            width,
+            height,
+        ) != image.size:  # a file with two headers: the pixel limit was checked for the one that Pillow uses
             return None
         return simplejpeg.decode_jpeg(data, colorspace="RGB")
-    except ValueError:  # of warnings, too: Pillow has the last word
+    except ValueError:  # also raised for warnings; Pillow decides
         return None
 
 
 @cache
 def _gives_the_same() -> bool:
-    """Whether both have a libjpeg that makes the same bytes; each package brings its own."""
+    """Returns whether the libjpeg of both packages decodes to the same pixels; each has its own."""
     if simplejpeg is None:
         return False
     ramp = np.arange(33 * 47 * 3, dtype=np.uint32).reshape(33, 47, 3)

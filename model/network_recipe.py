@@ -1,4 +1,4 @@
-"""Descriptors of any network: a backbone by its name, with SuperGlobal's modules attached."""
+"""Descriptors of any network: a backbone by name, with SuperGlobal's modules attached."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,12 +18,12 @@ from modules.pooling import GEMP_P, RGEM_P, RGEM_WINDOW, SGEM_P, GeM, GeMPlus, R
 
 POOLINGS = ("gem", "average", "max", "class")
 _HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_PLAIN_GEM = 3.0  # the power of GeM that most networks of the field were trained with
+_PLAIN_GEM = 3.0  # the power of GeM with which most retrieval networks were trained
 
 
 @dataclass(frozen=True)
 class NetworkRecipe:
-    """How descriptors are made with a network other than CVNet's; it takes the place of model.recipe.Recipe.
+    """The settings for descriptors of a network other than CVNet's; a counterpart of model.recipe.Recipe.
 
     Attributes:
         network: timm:NAME, torchvision:NAME or FILE.py:FUNCTION, see model.networks.build_backbone.
@@ -31,11 +31,12 @@ class NetworkRecipe:
         scales: factors by which images are resized.
         relup: threshold of ReLU+; None leaves it out.
         relup_stages, relup_ends: the submodules in which every ReLU becomes ReLU+, and the stages whose blocks end
-            in it; None for the paper's in a ResNet (layer1; layer2, layer3), and none in other networks.
+            in it; None stands for the paper's choice in a ResNet (layer1; layer2, layer3), and for none in other
+            networks.
         pooling: gem, average, max or class (the class token of a transformer).
         gemp: power of GeM+; None for GeM with p = 3.
         rgem, rgem_window, sgem: as in Recipe.
-        precision: of the network, fp32, bf16 or fp16; what follows the map is in fp32.
+        precision: precision of the network, fp32, bf16 or fp16; everything after the feature map is in fp32.
         max_side: as in Recipe.
     """
 
@@ -55,12 +56,12 @@ class NetworkRecipe:
 
     @property
     def checkpoint(self) -> str:
-        """Where the weights are from, in words."""
+        """Where the weights come from, as text."""
         return f"{self.network}, {self.weights}"
 
     @cached_property
     def checkpoint_sha256(self) -> str:
-        """Of the weights by their names, wherever they are from."""
+        """The SHA-256 of the weights and their names, independent of their file."""
         return self._first[1]
 
     @cached_property
@@ -68,12 +69,12 @@ class NetworkRecipe:
         return self._first[2]
 
     def settings(self) -> dict[str, Any]:
-        """All but the weights, as JSON can hold it."""
+        """Returns all settings except the weights, as JSON."""
         names = ("scales", "relup", "relup_stages", "relup_ends", "pooling", "gemp", "rgem", "rgem_window", "sgem")
         return {name: getattr(self, name) for name in (*names, "precision", "max_side")}
 
     def provenance(self) -> dict[str, Any]:
-        """What descriptors are made from, to be kept with them: settings, weights, and what images become."""
+        """Returns what descriptors depend on, to be saved with them: settings, weights, and image preprocessing."""
         backbone = self._first[0]
         return {
             "network": short_name(self.network),
@@ -84,12 +85,12 @@ class NetworkRecipe:
         }
 
     def check(self) -> None:
-        """Raises InputError if the network, its weights or the modules do not fit; for before the long work."""
+        """Raises InputError if the network, its weights or the modules do not fit, before any long computation."""
         _ = self.dim
 
     @cached_property
     def _first(self) -> tuple[Backbone, str, int]:
-        """The backbone, the hash of its weights as they came, and the dimensions of a descriptor."""
+        """Returns the backbone, the hash of its unmodified weights, and the dimensions of a descriptor."""
         backbone = build_backbone(self.network, self.weights)
         digest = weights_digest(backbone.network)
         attached = self._attach(backbone)
@@ -97,16 +98,16 @@ class NetworkRecipe:
             with torch.inference_mode():
                 dim = attached(backbone.normalise(torch.full((1, 64, 64, 3), 0.5))).shape[1]
         except (ValueError, RuntimeError, TypeError) as error:
-            text = " ".join(str(error).replace("_Map gives", "it gives").split())
+            text = " ".join(str(error).replace("_Map returns", "it returns").split())
             raise InputError(f"{self.network}: {text}") from None
         return backbone, digest, dim
 
     def attached(self) -> Attached:
-        """Returns a network of its own with the modules attached. (N, 3, H, W), normalised -> (N, D) unit rows."""
+        """Returns a new network with the modules attached. (N, 3, H, W), normalised -> (N, D) unit descriptors."""
         return self._attach(build_backbone(self.network, self.weights))
 
     def extractor(self, device: torch.device | str = "cpu") -> NetworkExtractor:
-        """Returns the network with its normalisation. (N, H, W, 3) uint8 RGB -> (N, D) unit rows."""
+        """Returns the network with its normalisation. (N, H, W, 3) uint8 RGB -> (N, D) unit descriptors."""
         backbone = build_backbone(self.network, self.weights)
         attached = self._attach(backbone).eval().to(device)
         return NetworkExtractor(attached, limit_side(backbone.normalise, self.max_side), self.dim, self.scales).eval()
@@ -118,19 +119,19 @@ class NetworkRecipe:
             if backbone.class_token is None:
                 raise InputError(f"{self.network} has no class token", pooling="gem")
             if rgem is not None:
-                raise InputError("a class token is no map, which Regional-GeM needs", rgem=None)
+                raise InputError("Regional-GeM needs a feature map, and a class token is not one", rgem=None)
             network, features = _ClassToken(network, backbone.class_token), ()
         elif backbone.tokens and self.pooling == "gem":
             raise InputError(
-                f"{self.network}: its tokens have both signs, and GeM is for maps that are positive", pooling="average"
+                f"{self.network}: GeM needs a positive feature map, and tokens have both signs", pooling="average"
             )
         elif backbone.tokens and rgem is not None:
             raise InputError(
-                f"{self.network}: its tokens have both signs, and Regional-GeM is for maps that are positive", rgem=None
+                f"{self.network}: Regional-GeM needs a positive feature map, and tokens have both signs", rgem=None
             )
         if backbone.size and self.scales != (1.0,):
             raise InputError(
-                f"{self.network} takes images of {' x '.join(map(str, backbone.size))} pixels alone, one scale of them",
+                f"{self.network} only takes images of {' x '.join(map(str, backbone.size))} pixels, at a single scale",
                 scales=(1.0,),
             )
         stages, ends = self._stages(backbone)
@@ -160,7 +161,7 @@ class NetworkRecipe:
         return attached
 
     def _stages(self, backbone: Backbone) -> tuple[list[str], list[str]]:
-        """The stages of ReLU+ by their names in the backbone's network."""
+        """Returns the submodules and stages for ReLU+, by their names in the network of the backbone."""
         if self.relup is None:
             return [], []
         network = backbone.network
@@ -172,7 +173,7 @@ class NetworkRecipe:
 
 
 class _ClassToken(nn.Module):
-    """A transformer's class token as a map of one position, (N, C, 1, 1)."""
+    """Returns a transformer's class token as a feature map with one position, (N, C, 1, 1)."""
 
     def __init__(self, network: nn.Module, token: Any):
         super().__init__()
@@ -183,9 +184,9 @@ class _ClassToken(nn.Module):
 
 
 class _Map(nn.Module):
-    """A network's map of images of any size, in half precision (autocast) where asked for; the map is float32.
+    """Returns the feature map of images of any size, computed in half precision (autocast) if set; it is float32.
 
-    What the network gives instead, if that is no map, passes through, for Attached to tell.
+    Anything else that the network returns is passed through, so that Attached can report it.
     """
 
     def __init__(self, backbone: Backbone, network: nn.Module, path: tuple[str, ...], half: torch.dtype | None):

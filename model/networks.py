@@ -1,7 +1,7 @@
-"""Backbones by name: timm's, torchvision's, and anybody's own function that returns a network.
+"""Backbones by name: timm's, torchvision's, and a user's own function that returns a network.
 
-A backbone is a network that gives a map (N, C, h, w), with what it wants of its images: normalisation, order of
-the channels, sizes. What modules/attach.py can attach to is what can be evaluated.
+A backbone is a network that returns a feature map (N, C, h, w), together with its requirements on images:
+normalisation, channel order and sizes. Every network that modules/attach.py supports can be evaluated.
 """
 
 import difflib
@@ -23,26 +23,26 @@ from model.errors import InputError, short_list
 from model.images import per_channel
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SMALLEST = 32  # sides of an image in pixels: smaller ones are enlarged, as most networks have strides of 32
+SMALLEST = 32  # shortest side in pixels: smaller images are enlarged, because most networks have a stride of 32
 PRETRAINED = "pretrained"
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A trained network, and what it wants of its images. A user's function returns one, or just the network.
+    """A trained network and its requirements on images. A user's function returns one, or just the network.
 
     Attributes:
-        network: in evaluation mode.
-        mean, std: of RGB in 0..1, in the order in which the network takes the channels.
-        channels: their order, "RGB" or "BGR".
-        features: names of the methods or submodules that lead to the map, as attach takes them; None finds out.
-        tokens: whether its map is made of a transformer's tokens, which have both signs.
-        smallest: images of a scale with a shorter side are enlarged.
-        multiple: sides of a scale are enlarged to multiples of this many pixels.
-        size: (height, width), where the network takes no other; images are then resized to it.
-        class_token: images -> its class token (N, C), where it has one.
-        projection: the name of a submodule that follows the pooling, or None.
-        provenance: what else the network depends on beside its weights.
+        network: the network in evaluation mode.
+        mean, std: of RGB in 0..1, in the channel order of the network.
+        channels: the channel order, "RGB" or "BGR".
+        features: names of the methods or submodules that lead to the feature map, as in attach; None detects them.
+        tokens: whether the feature map consists of a transformer's tokens, which have both signs.
+        smallest: at each scale, images with a shorter side than this are enlarged.
+        multiple: at each scale, sides are enlarged to multiples of this many pixels.
+        size: (height, width), if the network accepts no other; images are then resized to it.
+        class_token: a function from images to the class token (N, C), if there is one.
+        projection: the name of the submodule to apply after the pooling, or None.
+        provenance: what the network depends on beside its weights.
     """
 
     network: nn.Module
@@ -59,7 +59,7 @@ class Backbone:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """(N, H, W, 3), RGB, uint8 or floating in 0..1 -> (N, 3, H, W), of a size that the network takes."""
+        """Normalises images. (N, H, W, 3) RGB, uint8 or floating-point in 0..1 -> (N, 3, H, W), of a supported size."""
         x = pixels.permute(0, 3, 1, 2)
         x = x.float().div(255) if pixels.dtype == torch.uint8 else x.float()
         if self.size is not None and self.size != x.shape[2:]:
@@ -69,23 +69,23 @@ class Backbone:
         return ((x - mean) / std).contiguous()
 
     def fitted(self, x: Tensor) -> Tensor:
-        """The images of one scale, enlarged where a side is below `smallest` or no multiple. (N, 3, H, W)."""
+        """Returns images of one scale, enlarged if a side is below `smallest` or not a multiple. (N, 3, H, W)."""
         factor = max(1.0, self.smallest / min(x.shape[2:]))
         sides = [-(-round(side * factor) // self.multiple) * self.multiple for side in x.shape[2:]]
         return x if sides == [*x.shape[2:]] else F.interpolate(x, sides, mode="bilinear", align_corners=False)
 
 
 def build_backbone(name: str, weights: str | Path) -> Backbone:
-    """Returns the backbone of a name, with its weights, in evaluation mode.
+    """Returns the backbone with this name, with its weights, in evaluation mode.
 
     Args:
         name: timm:NAME, torchvision:NAME, or FILE.py:FUNCTION.
-        weights: a file of a state dict; "pretrained" for those that the library fetches; or "untrained" for
-            random ones from a fixed seed.
+        weights: a file with a state dict; "pretrained" for the weights that the library downloads; or
+            "untrained" for random ones with a fixed seed.
 
     Raises:
-        InputError: if the name is unknown (the nearest is suggested), the library is not installed, a function is
-            missing or fails, or weights do not fit or cannot be fetched.
+        InputError: if the name is unknown (the message suggests the closest), the library is not installed, a
+            function is missing or fails, or weights do not fit or cannot be downloaded.
     """
     library, _, rest = name.partition(":")
     makers = {"timm": _timm, "torchvision": _torchvision}
@@ -95,7 +95,7 @@ def build_backbone(name: str, weights: str | Path) -> Backbone:
         file, _, function = name.rpartition(":")
         backbone = _own(file, function)
     else:
-        raise InputError(f"{name!r} is no network: cvnet, timm:NAME, torchvision:NAME and FILE.py:FUNCTION are known")
+        raise InputError(f"unknown network {name!r}: it must be cvnet, timm:NAME, torchvision:NAME or FILE.py:FUNCTION")
     if str(weights) not in (PRETRAINED, "untrained"):
         _load(backbone.network, Path(weights), name)
     backbone.network.eval().requires_grad_(False)
@@ -103,12 +103,12 @@ def build_backbone(name: str, weights: str | Path) -> Backbone:
 
 
 def short_name(name: str) -> str:
-    """The name without the folders of a user's file: mine.py:build."""
+    """Returns the name without the folders of a user's file, such as mine.py:build."""
     return Path(name).name if name.rpartition(":")[0].endswith(".py") else name
 
 
 def weights_digest(network: nn.Module) -> str:
-    """The SHA-256 of the network's weights, by name, wherever they came from."""
+    """Returns the SHA-256 of the network's weights and their names, independent of their file."""
     digest = hashlib.sha256()
     for key, value in sorted(network.state_dict().items()):
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
@@ -124,13 +124,13 @@ def _timm(name: str, pretrained: bool) -> Backbone:
     known = timm.list_models() + timm.list_pretrained()
     if name not in known:
         raise InputError(f"timm has no network {name!r}{_nearest(name, known)}")
-    torch.manual_seed(0)  # random weights are the same each time
+    torch.manual_seed(0)  # makes random weights reproducible
     try:
         network: Any = timm.create_model(
             name, pretrained=pretrained, num_classes=0, dynamic_img_size=True, dynamic_img_pad=True
         )
         flexible = True
-    except TypeError:  # most convolutional networks, and transformers of one size
+    except TypeError:  # most convolutional networks, and transformers with a fixed size
         network = _fetching(lambda: timm.create_model(name, pretrained=pretrained, num_classes=0), f"timm:{name}")
         flexible = False
     except Exception as error:
@@ -155,7 +155,7 @@ def _torchvision(name: str, pretrained: bool) -> Backbone:
     if name not in models.list_models(module=models):
         raise InputError(f"torchvision has no network {name!r}{_nearest(name, models.list_models(module=models))}")
     weights = models.get_model_weights(name).DEFAULT
-    torch.manual_seed(0)  # random weights are the same each time
+    torch.manual_seed(0)  # makes random weights reproducible
     network = _fetching(lambda: models.get_model(name, weights=weights if pretrained else None), f"torchvision:{name}")
     transforms = weights.transforms()
     common: dict[str, Any] = {"mean": tuple(transforms.mean), "std": tuple(transforms.std)}
@@ -171,7 +171,7 @@ def _torchvision(name: str, pretrained: bool) -> Backbone:
 
 
 def _own(path: str, function: str) -> Backbone:
-    """The backbone that a user's function returns; the file is run, as it is the user's own."""
+    """Returns the backbone from a user's function; the file is executed, since it is the user's own."""
     file = Path(path)
     if not file.is_file():
         raise InputError(f"no file {file}")
@@ -208,7 +208,7 @@ def _own(path: str, function: str) -> Backbone:
 
 
 class _ChannelsFirst(nn.Module):
-    """timm's forward_features, as (N, C, h, w) where it gives (N, h, w, C)."""
+    """timm's forward_features, with (N, h, w, C) converted to (N, C, h, w)."""
 
     def __init__(self, network: Any):
         super().__init__()
@@ -223,7 +223,7 @@ class _ChannelsFirst(nn.Module):
 
 
 class _Tokens(nn.Module):
-    """A timm transformer's patch tokens as a map (N, C, h, w); position embeddings follow the image's size."""
+    """The patch tokens of a timm transformer as a feature map (N, C, h, w); position embeddings fit the image size."""
 
     def __init__(self, network: Any, grid: Callable[[Tensor], tuple[int, int]]):
         super().__init__()
@@ -235,7 +235,7 @@ class _Tokens(nn.Module):
 
 
 class _TorchvisionTokens(nn.Module):
-    """torchvision's VisionTransformer at any size: position embeddings are resized (bicubic) to the image's grid."""
+    """torchvision's VisionTransformer for any image size: position embeddings are resized to the grid (bicubic)."""
 
     def __init__(self, network: Any):
         super().__init__()
@@ -274,13 +274,13 @@ def _not_fetched(name: str, error: Exception) -> InputError:
     reason = (str(error) or type(error).__name__).splitlines()[0][:200]
     place = Path(torch.hub.get_dir()) / "checkpoints"
     return InputError(
-        f"{name}: its pretrained weights cannot be had ({reason}); without a network connection, put the file that the "
-        f"library names into {place} (torchvision) or into the Hugging Face cache (timm), or give a file of weights"
+        f"{name}: its pretrained weights cannot be downloaded ({reason}); without a network connection, put the file "
+        f"that the library names into {place} (torchvision) or the Hugging Face cache (timm), or give a weights file"
     )
 
 
 def _failed(file: Path, error: Exception) -> InputError:
-    """A user's function that raises: its own message, and the line."""
+    """Returns the error for an exception in a user's function, with its message and line."""
     lines = [
         frame.lineno
         for frame in traceback.extract_tb(error.__traceback__)
@@ -297,12 +297,12 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 
 def _load(network: nn.Module, path: Path, name: str) -> None:
-    """Gives the network a file's weights. Keys of a classifier that it does not use may be there or lack."""
+    """Loads a file's weights into the network. Keys of an unused classifier may be present or missing."""
     content = load_tensors(path)
     for key in ("state_dict", "model_state", "model"):
         content = content.get(key, content) if isinstance(content, dict) else content
     if not isinstance(content, dict):
-        raise InputError(f"{path} is no checkpoint: it holds a {type(content).__name__}, not a dict of tensors")
+        raise InputError(f"{path} is not a checkpoint: it contains a {type(content).__name__}, not a dict of tensors")
     inner = getattr(network, "network", network) if isinstance(network, _WRAPPERS) else network
     state = {key.removeprefix("module."): value for key, value in content.items() if isinstance(value, Tensor)}
     expected = inner.state_dict()
@@ -319,7 +319,7 @@ def _load(network: nn.Module, path: Path, name: str) -> None:
     usable = {key: value for key, value in state.items() if key in expected}
     for key, value in usable.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
-            raise InputError(f"{path}: {key} holds numbers that are not finite; fetch the file again")
+            raise InputError(f"{path}: {key} contains values that are not finite; fetch the file again")
     inner.load_state_dict(usable, strict=False)
 
 

@@ -1,6 +1,6 @@
-"""One owner at a time for what processes write: a second one waits, and says for whom.
+"""Locks for files that several processes may write: a second process waits, and says for which one.
 
-The lock is the system's own (flock, through the package filelock), so a killed process never leaves one behind.
+The lock is the operating system's (flock, through the package filelock), so that a killed process leaves none behind.
 """
 
 import json
@@ -22,13 +22,13 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def owned(path: Path) -> Iterator[None]:
-    """Makes this process the only one that owns the path, while it is inside; another owner's end is waited for.
+    """A context in which this process alone owns the path; it first waits for any other owner.
 
     Args:
-        path: a folder, or a file to be in a folder that exists. The lock is a hidden file in that folder.
+        path: a folder, or a file in an existing folder. The lock is a hidden file in that folder.
 
     Raises:
-        InputError: if nothing can be written there.
+        InputError: if the folder is not writable.
     """
     hidden = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
     hidden = hidden.absolute()
@@ -37,13 +37,13 @@ def owned(path: Path) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:
-            print(f"{path} is in use by {_owner(note)}; waiting for its end", file=sys.stderr)
+            print(f"{path} is in use by {_owner(note)}; waiting for it to finish", file=sys.stderr)
             lock.acquire()
         start = datetime.now().isoformat(timespec="seconds")
         facts = {"pid": os.getpid(), "host": socket.gethostname(), "start": start, "command": command_line()}
         note.write_text(json.dumps(facts))
     except NotImplementedError:
-        log.warning("the file system of %s has no locks: do not start two runs there at once", path)
+        log.warning("the file system of %s does not support locks: do not start two runs there at once", path)
     except OSError as error:
         raise InputError(f"{path} cannot be locked ({error.strerror})") from None
     try:

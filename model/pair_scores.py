@@ -1,6 +1,6 @@
-"""Reranking by local features: CVNet-Rerank's scores of pairs of images, kept on disk as they are made.
+"""Reranking by local features: CVNet-Rerank's scores of pairs of images, saved as they are computed.
 
-The score of a pair takes half a second on a CPU, so the work can be interrupted and resumed at each query.
+A pair takes half a second on a CPU, so the computation can be interrupted and resumed after each query.
 
 Lee et al., "Correlation Verification for Image Retrieval", CVPR 2022.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model.cvnet_rerank import CVNetRerank
-from model.extract import file_stamps
+from model.extract import file_fingerprints
 from model.images import ImageError, ImageFile, to_network_input
 from model.owner import owned
 from model.read_ahead import PLAIN_LOADING, WORKER_ERRORS, Loading, ReadAhead
@@ -33,23 +33,23 @@ from modules.reranking import Found
 log = logging.getLogger(__name__)
 
 SCORE_WEIGHT = 0.5
-MEMORY_BYTES = 2 << 30  # of feature maps that are kept at hand
-WAITING_BYTES = 512 << 20  # of maps that wait for others of their size
+MEMORY_BYTES = 2 << 30  # for feature maps that are kept in memory
+WAITING_BYTES = 512 << 20  # for feature maps that wait for others of their size
 
 
 @dataclass
 class PairScores:
-    """The scores of queries with the first candidates that a search found for them.
+    """The scores of queries with their first candidates from a search.
 
     Attributes:
-        recipe: makes the network.
-        queries, database: the images; the database's include distractors, if there are any.
+        recipe: creates the network.
+        queries, database: the images; those of the database include distractors, if there are any.
         path: the .npy file of the scores, (Q, m).
-        m: candidates of a query that are scored.
-        maps_folder: where feature maps are kept; None keeps some in memory alone.
-        maps_bytes: what they may take there.
+        m: number of candidates per query that are scored.
+        maps_folder: where feature maps are saved; None keeps only some of them, in memory.
+        maps_bytes: the largest size of that folder in bytes.
         loading: how images are read.
-        resume: whether scores of an earlier run are used again.
+        resume: whether scores of an earlier run are reused.
     """
 
     recipe: Recipe
@@ -68,10 +68,10 @@ class PairScores:
 
         Args:
             ids: numbers of database images; -1 where an index found no more.
-            device: where the network works.
+            device: the device of the network.
 
         Raises:
-            InputError: if images are damaged, or the memory does not suffice; scored queries are kept.
+            InputError: if images are damaged, or the memory is too small; the scores so far are kept.
         """
         ids = ids[:, : self.m]
         if self._known is None or not torch.equal(self._known[0], ids):
@@ -84,9 +84,9 @@ class PairScores:
 
     def _score_owned(self, ids: Tensor, device: torch.device) -> np.ndarray:
         queries, m = ids.shape
-        store = DescriptorStore(self.path, queries, m, self._provenance(), self.resume, self._stamps(ids))
+        store = DescriptorStore(self.path, queries, m, self._provenance(), self.resume, self._fingerprints(ids))
         if store.complete:
-            log.info("%s: used again, made from the same images, candidates and checkpoint", store.path)
+            log.info("%s: reused, computed from the same images, candidates and checkpoint", store.path)
             return np.load(store.path)
         network = self.recipe.pair_network(device)
         maps = FeatureMaps(network, self._provenance(), self.maps_folder, self.maps_bytes, self.loading)
@@ -109,7 +109,7 @@ class PairScores:
         return np.load(store.path)
 
     def _provenance(self) -> dict[str, Any]:
-        """What a score depends on beside the images."""
+        """Returns what a score depends on beside the images."""
         recipe = self.recipe
         return {
             "checkpoint_sha256": recipe.checkpoint_sha256,
@@ -117,24 +117,26 @@ class PairScores:
             "precision": recipe.precision,
         }
 
-    def _stamps(self, ids: Tensor) -> list[str]:
-        """Per query, what its scores depend on beside the provenance: its own image and its candidates'."""
+    def _fingerprints(self, ids: Tensor) -> list[str]:
+        """Returns a fingerprint per query, of its own image and those of its candidates."""
         numbers = [number for number in ids.unique().tolist() if number >= 0]
-        known = {-1: ""} | dict(zip(numbers, file_stamps([self.database[number] for number in numbers]), strict=True))
+        known = {-1: ""} | dict(
+            zip(numbers, file_fingerprints([self.database[number] for number in numbers]), strict=True)
+        )
         return [
             _digest(repr([own, [known[number] for number in row]]))
-            for own, row in zip(file_stamps(self.queries), ids.tolist(), strict=True)
+            for own, row in zip(file_fingerprints(self.queries), ids.tolist(), strict=True)
         ]
 
 
 @dataclass(frozen=True)
 class CVNetReranker:
-    """Sorts a query's first m candidates by cosine + 0.5 * score; follows modules.reranking.Reranker.
+    """Sorts a query's first m candidates by cosine + 0.5 * score; implements modules.candidates.Reranker.
 
     Attributes:
-        pairs: gives the scores, of m + spare candidates or more.
-        m: candidates that are sorted.
-        spare: further candidates that are scored, for protocols that drop some of the first.
+        pairs: provides the scores of at least m + spare candidates.
+        m: number of candidates that are sorted.
+        spare: number of further candidates that are scored, for protocols that drop some of the first.
     """
 
     pairs: PairScores
@@ -148,19 +150,19 @@ class CVNetReranker:
         fetch: Callable[[Tensor], Tensor],
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """Returns the new scores, see Reranker; neither `queries` nor `fetch` is needed."""
+        """Returns the new scores, see Reranker; `queries` and `fetch` are unused."""
         scores = self.pairs.of(found.ids, torch.device(device or queries.device))[:, : self.m + self.spare]
         return found.scores[:, : scores.shape[1]] + SCORE_WEIGHT * scores
 
 
 class FeatureMaps:
-    """Feature maps of images, (1024, h, w) float32 on the CPU, made once as long as there is room for them.
+    """Feature maps of images, (1024, h, w) float32 on the CPU, each computed once while there is room for it.
 
     Args:
-        network: makes them.
+        network: computes them.
         provenance: what they depend on beside the image.
-        folder: where they are kept; None keeps some in memory alone.
-        limit: bytes that they may take there, those of earlier runs included.
+        folder: where they are saved; None keeps only some of them, in memory.
+        limit: the largest size of that folder in bytes, including maps of earlier runs.
         loading: how images are read.
     """
 
@@ -176,15 +178,15 @@ class FeatureMaps:
             self.disk_left -= sum(file.stat().st_size for file in folder.iterdir())
 
     def of(self, images: Sequence[ImageFile]) -> Iterator[tuple[int, Tensor]]:
-        """Each image's number and map; those that are there already come first.
+        """Yields the number and feature map of each image; saved ones come first.
 
         Raises:
-            InputError: where an image is damaged, or a process that decodes one died.
+            InputError: if an image is damaged, or a process that decodes images died.
         """
-        stamps = [_digest(f"{stamp} {self.provenance}") for stamp in file_stamps(images)]
+        fingerprints = [_digest(f"{fingerprint} {self.provenance}") for fingerprint in file_fingerprints(images)]
         missing = []
-        for number, stamp in enumerate(stamps):
-            if (there := self._find(stamp)) is None:
+        for number, fingerprint in enumerate(fingerprints):
+            if (there := self._find(fingerprint)) is None:
                 missing.append(number)
             else:
                 yield number, there
@@ -196,37 +198,37 @@ class FeatureMaps:
                     raise pixels
                 with torch.inference_mode():
                     made = self.network.feature_map(to_network_input(pixels[None].to(device)))[0].contiguous().cpu()
-                self._keep(stamps[number], made)
+                self._keep(fingerprints[number], made)
                 yield number, made
         except WORKER_ERRORS as error:
             raise decoded.death_of_a_worker(error) or error from None
 
-    def _find(self, stamp: str) -> Tensor | None:
-        if stamp in self.at_hand:
-            return self.at_hand[stamp]
-        if self.folder is None or not (path := self.folder / f"{stamp}.npy").exists():
+    def _find(self, fingerprint: str) -> Tensor | None:
+        if fingerprint in self.at_hand:
+            return self.at_hand[fingerprint]
+        if self.folder is None or not (path := self.folder / f"{fingerprint}.npy").exists():
             return None
         try:
             return torch.from_numpy(np.load(path))
-        except Exception:  # damaged, in any of the ways that NumPy tells: made again
+        except Exception:  # damaged, for which NumPy raises many exceptions: computed again
             self.disk_left += path.stat().st_size
             path.unlink()
             return None
 
-    def _keep(self, stamp: str, made: Tensor) -> None:
+    def _keep(self, fingerprint: str, made: Tensor) -> None:
         if made.nbytes <= self.memory_left:
             self.memory_left -= made.nbytes
-            self.at_hand[stamp] = made
-        if self.folder is not None and made.nbytes + 128 <= self.disk_left:  # with NumPy's header
+            self.at_hand[fingerprint] = made
+        if self.folder is not None and made.nbytes + 128 <= self.disk_left:  # including NumPy's header
             self.disk_left -= made.nbytes + 128
-            new = self.folder / f"{stamp}.{os.getpid()}.new"
+            new = self.folder / f"{fingerprint}.{os.getpid()}.new"
             with new.open("wb") as file:
                 np.save(file, made.numpy())
-            new.replace(self.folder / f"{stamp}.npy")
+            new.replace(self.folder / f"{fingerprint}.npy")
 
 
 def map_bytes(images: Sequence[ImageFile]) -> int:
-    """Bytes of an image's feature map, (1024, H / 16, W / 16) float32, in the mean over these images."""
+    """Returns the mean size in bytes of these images' feature maps, (1024, H / 16, W / 16) float32."""
     sizes = []
     for image in images:
         with Image.open(image.path) as opened:
@@ -238,11 +240,11 @@ def map_bytes(images: Sequence[ImageFile]) -> int:
 def equal_sizes(
     maps: Iterable[tuple[int, Tensor]], most: Callable[[Tensor], int]
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Batches of maps of equal size, (K, 1024, h, w), with their numbers.
+    """Yields batches of feature maps of equal size, (K, 1024, h, w), with their numbers.
 
     Args:
-        maps: with their numbers.
-        most: of maps like this one, (1, 1024, h, w), in a batch.
+        maps: feature maps with their numbers.
+        most: returns the largest batch for maps of this shape, (1, 1024, h, w).
     """
     waiting: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
     held = 0

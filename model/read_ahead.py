@@ -18,12 +18,12 @@ from model.images import ImageError, ImageFile, pixel_limit, set_pixel_limit
 
 @dataclass(frozen=True)
 class Loading:
-    """How images are read and batched. None of it changes a descriptor.
+    """How images are read and batched. These settings do not change descriptors.
 
     Attributes:
-        workers: processes that decode images; 0 decodes in this one.
-        pin_memory: decode into pinned memory, for copies to a GPU.
-        batch_size: images in a batch at most; 0 for what the memory allows.
+        workers: number of processes that decode images; 0 decodes in this process.
+        pin_memory: whether to decode into pinned memory, for copies to a GPU.
+        batch_size: largest number of images in a batch; 0 for as many as the memory allows.
     """
 
     workers: int = 0
@@ -33,19 +33,19 @@ class Loading:
 
 PLAIN_LOADING = Loading()
 
-# The first is PyTorch's; the others come where a worker dies just as its pixels are handed over.
+# The first is PyTorch's own; the others are raised if a worker dies while its pixels are being transferred.
 WORKER_ERRORS = (RuntimeError, ConnectionResetError, ConnectionRefusedError, EOFError)
 
 
 class ReadAhead:
-    """The pixels of some rows of a list of images, in order, decoded ahead in worker processes.
+    """Iterates over the pixels of some rows of a list of images, in order, decoded ahead in worker processes.
 
-    Iterating gives (H, W, 3) uint8 tensors, or an image's ImageError in its place.
+    The items are (H, W, 3) uint8 tensors, or the ImageError of an image in its place.
 
     Args:
         images: the whole list.
-        rows: which of them.
-        loading: workers and pinned memory.
+        rows: the rows to decode.
+        loading: the settings for workers and pinned memory.
     """
 
     def __init__(self, images: Sequence[ImageFile], rows: np.ndarray, loading: Loading):
@@ -56,7 +56,7 @@ class ReadAhead:
             self.pixels,
             batch_size=None,
             num_workers=workers,
-            prefetch_factor=(2 if workers <= 8 else 1) if workers else None,  # of 64 MB, as Docker has for it
+            prefetch_factor=(2 if workers <= 8 else 1) if workers else None,  # Docker's shared memory is 64 MB
             pin_memory=loading.pin_memory,
             worker_init_fn=partial(_start_worker, pixels=pixel_limit()),
         )
@@ -65,7 +65,7 @@ class ReadAhead:
         return iter(self.loader)
 
     def death_of_a_worker(self, error: Exception) -> InputError | None:
-        """The error to raise if this one, of WORKER_ERRORS, is about a worker that died; it may come at any moment."""
+        """Returns the error to raise if this exception, one of WORKER_ERRORS, means that a worker died; else None."""
         pids = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
         if pids is not None:
             dead = {int(pid) for pid in pids[1].split(",")}
@@ -76,29 +76,31 @@ class ReadAhead:
             dead = set(self.pixels.reading[:, 0].tolist()) - alive
         paths = [self.pixels.images[row].path for pid, row in self.pixels.reading.tolist() if pid in dead and row >= 0]
         return InputError(
-            f"a process that decodes images died{f' while reading {short_list(paths)}' if paths else ''}; look at that "
-            "file, or if memory was short use fewer workers; the descriptors extracted so far are kept",
+            f"a process that decodes images died{f' while reading {short_list(paths)}' if paths else ''}; check that "
+            "file, or use fewer workers if memory was short; descriptors extracted so far are kept",
             workers=self.workers // 2,
         )
 
 
 def own_cores() -> int:
-    """Returns how many cores this process may use, shared out among the processes of a `torchrun` on its machine."""
+    """Returns how many cores this process may use, divided among the processes of a `torchrun` on the machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def _start_worker(number: int, pixels: int) -> None:
-    """A worker that is no fork of this process has to be told."""
+    """Passes the pixel limit on to a worker, which is needed if it is not a fork of this process."""
     set_pixel_limit(pixels)
 
 
 class _Pixels(Dataset):
-    """Image -> (H, W, 3) uint8 pixels, or the error, so that one bad file does not end a worker."""
+    """Returns (H, W, 3) uint8 pixels, or the error of an image, so that a damaged file does not end a worker."""
 
     def __init__(self, images: Sequence[ImageFile], rows: np.ndarray, workers: int):
         self.images, self.rows = images, rows
-        self.reading = torch.full((workers, 2), -1).share_memory_()  # per worker: its process, the row it reads
+        self.reading = torch.full(
+            (workers, 2), -1
+        ).share_memory_()  # per worker: its process id and the row that it is reading
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -1,4 +1,4 @@
-"""All that a descriptor depends on beside its image, in one place."""
+"""The recipe of a descriptor: everything it depends on except its image."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,29 +18,29 @@ from modules.activation import RELUP_THRESHOLD
 from modules.descriptor import SCALES
 from modules.pooling import GEMP_P, RGEM_P, RGEM_WINDOW, SGEM_P, GeMPlus, RegionalGeM, ScaleGeM
 
-# The paper's sets of scales, by their number.
+# The paper's sets of scales, by the number of scales.
 SCALE_SETS = {1: (1.0,), 3: SCALES, 5: (0.5, *SCALES, 2.0)}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How descriptors are made: the weights, the network and the settings of each module.
+    """The settings of the paper's descriptors: the weights, the network and the parameters of each module.
 
-    It makes the network, and the provenance that is kept beside descriptors and compared before they
-    are used again. The defaults are the paper's.
+    A recipe creates the network, and the provenance that is saved beside descriptors and compared before
+    they are reused. The defaults are the paper's.
 
     Attributes:
-        checkpoint: file of the weights, in CVNet's or DELG-pytorch's layout.
-        depth: layers of the ResNet, 50 or 101.
+        checkpoint: the file of the weights, in CVNet's or DELG-pytorch's format.
+        depth: number of layers of the ResNet, 50 or 101.
         dim: D, dimensions of the descriptor, as in the checkpoint.
         scales: factors by which images are resized.
         relup: threshold of ReLU+; None for the plain ReLU everywhere.
-        gemp: power of GeM+; None for GeM with the power that the checkpoint was trained with.
+        gemp: power of GeM+; None for GeM with the trained power of the checkpoint.
         rgem: power of Regional-GeM; None leaves it out.
         rgem_window: side of its window, in positions of the feature map.
         sgem: power of Scale-GeM, infinity for the maximum; None for the mean over the scales.
-        precision: of the encoder, fp32, bf16 or fp16; poolings, norms and projection are in fp32.
-        max_side: images with a longer side are made smaller; None, as in the paper, leaves them as they are.
+        precision: precision of the encoder, fp32, bf16 or fp16; poolings, norms and projection are in fp32.
+        max_side: images with a longer side are reduced to it; None, as in the paper, keeps their size.
     """
 
     checkpoint: Path
@@ -60,7 +60,7 @@ class Recipe:
         return sha256(self.checkpoint)
 
     def settings(self) -> dict[str, Any]:
-        """All but the weights, as JSON can hold it."""
+        """Returns all settings except the weights, as JSON."""
         return {
             "depth": self.depth,
             "reduction_dim": self.dim,
@@ -75,16 +75,16 @@ class Recipe:
         }
 
     def provenance(self) -> dict[str, Any]:
-        """What descriptors are made from, to be kept with them: the settings, and the weights by their hash."""
+        """Returns what descriptors depend on, to be saved with them: the settings, and the hash of the weights."""
         return {"checkpoint_sha256": self.checkpoint_sha256, **self.settings()}
 
     def check(self) -> None:
-        """Raises InputError if the checkpoint does not fit the settings; for before the long work."""
+        """Raises InputError if the checkpoint does not fit the settings, before any long computation."""
         self._encoder()
 
     def _encoder(self) -> ResNet:
-        """The encoder with the checkpoint's weights."""
-        with torch.device("meta"):  # nothing is initialised that the checkpoint would then overwrite
+        """Returns the encoder with the weights of the checkpoint."""
+        with torch.device("meta"):  # skips the initialisation of weights that the checkpoint replaces
             encoder = ResNet(self.depth, self.dim, self.relup)
         return load_encoder(encoder, self.checkpoint)
 
@@ -104,7 +104,7 @@ class Recipe:
         return network.eval().requires_grad_(False).to(device)
 
     def extractor(self, device: torch.device | str = "cpu") -> NetworkExtractor:
-        """Returns the network with its normalisation. (N, H, W, 3) uint8 RGB -> (N, D) unit rows.
+        """Returns the network with its normalisation. (N, H, W, 3) uint8 RGB -> (N, D) unit descriptors.
 
         Raises:
             InputError: if the checkpoint cannot be used.
@@ -114,9 +114,9 @@ class Recipe:
         ).eval()
 
     def pair_network(self, device: torch.device | str = "cpu") -> CVNetRerank:
-        """Returns the network that scores pairs of images by their local features, of the same checkpoint.
+        """Returns the network that scores pairs of images by their local features, from the same checkpoint.
 
         Raises:
-            InputError: if the checkpoint cannot be used, or holds no such network.
+            InputError: if the checkpoint cannot be used, or contains no such network.
         """
         return load_cvnet_rerank(self.checkpoint, self.depth, self.dim, self.precision, device)

@@ -1,4 +1,4 @@
-"""The encoder: CVNet's ResNet-50 and ResNet-101, with the names of the published checkpoints.
+"""The encoder: CVNet's ResNet-50 and ResNet-101, with the parameter names of the published checkpoints.
 
 A bottleneck ResNet (He et al., "Deep Residual Learning for Image Recognition", CVPR 2016) with the
 stride on the 3x3 convolution, and ReLU+ where SuperGlobal puts it.
@@ -27,7 +27,7 @@ class Stem(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """The transform f of a block: 1x1, 3x3 (with the stride), 1x1."""
+    """The residual function f of a block: convolutions 1x1, 3x3 (with the stride) and 1x1."""
 
     def __init__(self, w_in: int, w_mid: int, w_out: int, stride: int, relu: nn.Module):
         super().__init__()
@@ -63,7 +63,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """What the checkpoint was trained with: the GeM power and the projection (2048 -> reduction_dim)."""
+    """The trained GeM power and projection of the checkpoint (2048 -> reduction_dim)."""
 
     def __init__(self, reduction_dim: int):
         super().__init__()
@@ -75,7 +75,7 @@ class Head(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Images -> the stage-4 map. (N, 3, H, W) -> (N, 2048, ~H/32, ~W/32); `head` projects what is pooled.
+    """Returns the stage-4 feature map. (N, 3, H, W) -> (N, 2048, ~H/32, ~W/32). `head` projects pooled vectors.
 
     Args:
         depth: 50 or 101.

@@ -1,15 +1,15 @@
 """Descriptors on disk that survive an interruption at any moment, a power cut included.
 
-While a list of images is being extracted, two files stand beside the coming `NAME.npy` or `NAME.pth`:
+While a list of images is being extracted, two files exist beside the future `NAME.npy` or `NAME.pth`:
 
-    NAME.npy.part       the rows, in place, in NumPy's format
-    NAME.npy.journal    first line: JSON, what the rows are made from, and its CRC-32; then one line per block of
-                        rows that is safely on disk: first row, rows, CRC-32 of their bytes, CRC-32 of the line
+    NAME.npy.part       the rows in their final order, in NumPy's format
+        NAME.npy.journal    first line: the provenance as JSON, and its CRC-32; then one line per block of rows
+                            that is safely on disk: first row, rows, CRC-32 of their bytes, CRC-32 of the line
 
-A block's rows are synced to disk before its line is written, so a line never promises too much. A
-row counts only if its line is whole and its bytes match. When all rows are there, the file gets its
-name, and a small `NAME.npy.json` keeps its provenance: what it was made from. Processes that share the work write into
-one part, each with a journal of its own (`NAME.npy.journal.RANK`); the next start joins them.
+The rows of a block are synced to disk before its line is written, so that a line is never ahead of its rows. A
+row is valid only if its line is complete and its bytes match. When all rows are present, the file is renamed to
+its final name, and a small `NAME.npy.json` keeps its provenance: what it was made from. Processes that share the
+work write into one part, each with its own journal (`NAME.npy.journal.RANK`); the next start joins the journals.
 """
 
 import errno
@@ -37,13 +37,13 @@ FLUSH_SECONDS = 20.0
 
 
 def scratch_rows(rows: int, dim: int, folder: Path | None = None) -> torch.Tensor:
-    """Returns a new (rows, dim) float32 tensor on disk, in a file that is gone when the tensor is.
+    """Returns a new (rows, dim) float32 tensor on disk, in a file that is deleted together with the tensor.
 
     Args:
-        folder: where there is room for it; by default where the system keeps temporary files.
+        folder: the folder of the file; by default the system's folder for temporary files.
 
     Raises:
-        InputError: if there is none.
+        InputError: if there is no room for it.
     """
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -55,7 +55,7 @@ def scratch_rows(rows: int, dim: int, folder: Path | None = None) -> torch.Tenso
 
 
 def _reserve(file: IO[bytes], size: int) -> None:
-    """Makes room for `size` bytes on the disk: a mapped file that turns out to have none would end the process."""
+    """Reserves `size` bytes on the disk: writing to a mapped file on a full disk would kill the process."""
     try:
         os.posix_fallocate(file.fileno(), 0, size)
     except AttributeError:  # not on every system
@@ -67,19 +67,19 @@ def _reserve(file: IO[bytes], size: int) -> None:
 
 
 class DescriptorStore:
-    """(rows, dim) float32 descriptors at `path`, some of which may be there from an earlier run.
+    """Descriptors (rows, dim) float32 in the file `path`, some of which may exist from an earlier run.
 
     Args:
-        path: the coming file, .npy or .pth (one tensor).
+        path: the file to write, .npy or .pth (one tensor).
         rows, dim: its shape.
-        provenance: what all rows are made from (checkpoint, settings, list of images), as JSON can hold it.
-        stamps: per row, what tells its image and whether it is the same as before (name, size, time).
-            Rows with a stamp that was there before stay, wherever in the list; the others are made.
+        provenance: what all rows are made from (checkpoint, settings, list of images), as JSON.
         resume: False starts over.
+        fingerprints: per row, the fingerprint of its image (name, size, time). Rows whose fingerprint existed
+            before are kept, wherever in the list they were; the others are missing.
 
     Raises:
-        InputError: if what an interrupted run left was made from something else (it says what
-            differs), cannot be read, or the disk has no room for the rows.
+        InputError: if an interrupted run had a different provenance (the message names the differences), its
+            files cannot be read, or the disk has no room for the rows.
     """
 
     def __init__(
@@ -89,15 +89,15 @@ class DescriptorStore:
         dim: int,
         provenance: dict,
         resume: bool = True,
-        stamps: list[str] | None = None,
+        fingerprints: list[str] | None = None,
     ):
-        self._prepare(path, rows, dim, provenance, stamps)
+        self._prepare(path, rows, dim, provenance, fingerprints)
         if not resume:
             for file in (
                 self.part,
                 self._next_journal,
                 *self._journals(),
-            ):  # a finished file stays until there is a new one
+            ):  # a finished file is kept until the new one is finished
                 file.unlink(missing_ok=True)
         self.complete = resume and self._is_complete()
         if not self.complete:
@@ -105,25 +105,25 @@ class DescriptorStore:
 
     @classmethod
     def of_rank(
-        cls, path: Path, dim: int, provenance: dict, rank: int, done: np.ndarray, stamps: list[str] | None = None
+        cls, path: Path, dim: int, provenance: dict, rank: int, done: np.ndarray, fingerprints: list[str] | None = None
     ) -> "DescriptorStore":
-        """Returns the store as a further process sees it that shares the work; rank 0 has opened it before.
+        """Returns the store for another process that shares the work, after rank 0 has opened it.
 
         Args:
-            rank: which of the processes this is, from 1.
-            done: which rows are there: rank 0's.
+            rank: the number of this process, from 1.
+            done: the rows that are done, as in rank 0.
         """
         store = cls.__new__(cls)
-        store._prepare(path, len(done), dim, provenance, stamps, f".{rank}")
+        store._prepare(path, len(done), dim, provenance, fingerprints, f".{rank}")
         store.done = done
         return store
 
     def _prepare(
-        self, path: Path, rows: int, dim: int, provenance: dict, stamps: list[str] | None, suffix: str = ""
+        self, path: Path, rows: int, dim: int, provenance: dict, fingerprints: list[str] | None, suffix: str = ""
     ) -> None:
         self.path, self.rows, self.dim = path, rows, dim
         self.provenance = jsonable(provenance)
-        self.stamps = stamps
+        self.fingerprints = fingerprints
         self.part = Path(f"{path}.part")
         self.journal = Path(f"{path}.journal{suffix}")
         self._buffer: list[np.ndarray] = []
@@ -135,11 +135,11 @@ class DescriptorStore:
         self.complete = False
 
     def missing(self) -> np.ndarray:
-        """Numbers of the rows that are still to be made, ascending."""
+        """Returns the numbers of the rows that are missing, ascending."""
         return np.flatnonzero(~self.done)
 
     def write(self, row: int, vector: np.ndarray) -> None:
-        """Takes one row; rows that follow each other go to disk together, every few seconds."""
+        """Adds one row; consecutive rows are written to disk together, every few seconds."""
         if self._buffer and row != self._buffer_start + len(self._buffer):
             self.flush()
         if not self._buffer:
@@ -149,7 +149,7 @@ class DescriptorStore:
             self.flush()
 
     def flush(self) -> None:
-        """Brings the rows taken so far to disk, then says so in the journal."""
+        """Writes the buffered rows to disk, then records them in the journal."""
         if not self._buffer:
             return
         start, block = self._buffer_start, np.stack(self._buffer).astype("<f4").tobytes()
@@ -167,24 +167,24 @@ class DescriptorStore:
         self._flushed = time.monotonic()
 
     def part_rows(self) -> np.ndarray:
-        """The rows as they stand in the part, memory-mapped."""
+        """Returns the rows of the part, memory-mapped."""
         return np.load(self.part, mmap_mode="c")
 
     def finish(self, facts: dict | None = None) -> None:
-        """Gives the file its name; all rows must be there. `facts` go into the JSON beside it."""
+        """Renames the part to its final name; no row may be missing. `facts` are added to the provenance file."""
         self.flush()
         if not self.done.all():
             raise RuntimeError(f"{self.path}: {len(self.missing())} rows are missing")
-        self.path.unlink(missing_ok=True)  # one of other settings must not stand beside the new JSON
+        self.path.unlink(missing_ok=True)  # a file with other settings must not remain beside the new JSON
         write_json(provenance_path(self.path), {**self._head(), **(facts or {})})
         if self.path.suffix == ".pth":
-            # torch.save writes the file's name into it: a fixed one makes equal rows equal files.
+            # torch.save writes the file name into the file; a fixed name makes files with equal rows identical.
             folder = Path(f"{self.path}.new")
             new = folder / "descriptors.pth"
             try:
                 folder.mkdir(exist_ok=True)
                 torch.save(torch.from_numpy(self.part_rows()), new)
-            except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch.save
+            except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError if the disk is full
                 shutil.rmtree(folder, ignore_errors=True)
                 reason = str(error).splitlines()[0]
                 raise InputError(f"cannot write {self.path} ({reason}); all rows are safe in {self.part}") from None
@@ -200,62 +200,62 @@ class DescriptorStore:
         self.complete = True
 
     def reopen(self, rows: np.ndarray) -> None:
-        """Begins a new part without these rows of a finished file, so that they are made again; it stays until then."""
+        """Begins a new part without these rows, which become missing; the finished file is kept until then."""
         again = np.ones(self.rows, dtype=bool)
         again[rows] = False
-        self._carry_over(self._stamps_of(self._head()), np.load(self.path, mmap_mode="r"), again)
+        self._carry_over(self._fingerprints_of(self._head()), np.load(self.path, mmap_mode="r"), again)
         self.complete = False
 
     def _is_complete(self) -> bool:
-        """Whether an earlier run finished this file, from the same things; `failed` are its rows of zeros."""
-        if self._finished_stamps() != self._stamps_of(self._head()):
+        """Returns whether an earlier run with the same provenance finished this file; sets `failed`, its zero rows."""
+        if self._finished_fingerprints() != self._fingerprints_of(self._head()):
             return False
         self.done[:] = True
-        if self.stamps is not None:
+        if self.fingerprints is not None:
             self.failed = np.flatnonzero(~nonzero_rows(np.load(self.path, mmap_mode="r")))
         return True
 
-    def _finished_stamps(self) -> list[str] | None:
-        """The stamps of a finished file of the same provenance; None if there is none that can be used."""
+    def _finished_fingerprints(self) -> list[str] | None:
+        """Returns the fingerprints of a finished file of the same provenance; None if no such file is usable."""
         if not self.path.is_file():
             return None
         differing = provenance_differences(self.path, self.provenance)
         if differing:
-            log.info("%s: made with other settings (%s), to be replaced", self.path, short_list(differing))
+            log.info("%s: extracted with other settings (%s); it will be replaced", self.path, short_list(differing))
         if differing != []:
             return None
-        stamps = self._stamps_of(read_provenance(self.path) or {})
+        fingerprints = self._fingerprints_of(read_provenance(self.path) or {})
         if self.path.suffix == ".npy":
             try:
                 rows = _load(self.path)
             except ValueError as error:
-                log.warning("%s is damaged (%s), to be replaced", self.path, error)
+                log.warning("%s is damaged (%s); it will be replaced", self.path, error)
                 return None
-            if rows.shape != (len(stamps), self.dim) or rows.dtype != np.float32:
+            if rows.shape != (len(fingerprints), self.dim) or rows.dtype != np.float32:
                 return None
-        return stamps
+        return fingerprints
 
     def _head(self) -> dict:
-        return self.provenance if self.stamps is None else {**self.provenance, "stamps": self.stamps}
+        return self.provenance if self.fingerprints is None else {**self.provenance, "stamps": self.fingerprints}
 
-    def _stamps_of(self, head: dict) -> list[str]:
-        """The stamps of the rows that such a head describes; without stamps, their numbers."""
-        stamps = head.get("stamps")
-        return stamps if self.stamps is not None and isinstance(stamps, list) else [""] * self.rows
+    def _fingerprints_of(self, head: dict) -> list[str]:
+        """Returns the fingerprints in the head of a file; empty ones if this store or the head has none."""
+        fingerprints = head.get("stamps")
+        return fingerprints if self.fingerprints is not None and isinstance(fingerprints, list) else [""] * self.rows
 
-    def _carry_over(self, stamps: list[str], rows: np.ndarray, done: np.ndarray) -> None:
-        """A new part that has the rows with equal stamps, wherever in the list they were before.
+    def _carry_over(self, fingerprints: list[str], rows: np.ndarray, done: np.ndarray) -> None:
+        """Creates a new part with the rows whose fingerprints match, wherever in the list they were before.
 
-        Its journal is written first, under another name: whatever moment this is killed at, rows and
-        journal of the old part or of the new one are found together, see _finish_carrying_over.
+        Its journal is written first, under another name: whenever the process is killed, either the old part
+        or the new one has a matching journal, see _finish_carrying_over.
         """
         new = Path(f"{self.part}.new")
         self._allocate(new)
-        own = self.stamps or [""] * self.rows
-        place = {stamp: row for row, stamp in enumerate(stamps) if done[row] and stamp}
-        self.gone = len(set(stamps) - set(own))
+        own = self.fingerprints or [""] * self.rows
+        place = {fingerprint: row for row, fingerprint in enumerate(fingerprints) if done[row] and fingerprint}
+        self.gone = len(set(fingerprints) - set(own))
         carried = np.load(new, mmap_mode="r+")
-        self.done[:] = [stamp in place for stamp in own]
+        self.done[:] = [fingerprint in place for fingerprint in own]
         for row in np.flatnonzero(self.done):
             carried[row] = rows[place[own[row]]]
         carried.flush()
@@ -264,12 +264,12 @@ class DescriptorStore:
         self._finish_carrying_over()
 
     def _finish_carrying_over(self) -> None:
-        """Gives the next journal its name if its part is there, and else forgets it."""
+        """Renames the next journal to its final name if it belongs to the part, and otherwise deletes it."""
         if not self._next_journal.exists():
             return
         try:
             head, *lines = self._next_journal.read_bytes().split(b"\n")
-            rows = len(self._stamps_of(_parse_head(head)))
+            rows = len(self._fingerprints_of(_parse_head(head)))
             blocks = [block for line in lines[:-1] if (block := _parse(line))]
             its_part = self.part.stat().st_size == self._offset(rows) and len(self._intact(blocks)[0]) == len(blocks)
         except (OSError, ValueError):
@@ -287,7 +287,7 @@ class DescriptorStore:
         return Path(f"{self.path}.next-journal")
 
     def _intact(self, blocks: list[tuple[int, int, int]]) -> tuple[list[tuple[int, int, int]], list[np.ndarray]]:
-        """The blocks whose bytes in the part match, and which rows of each are descriptors: one pass over the file."""
+        """Returns the blocks whose bytes match, and for each which rows are descriptors, in one pass over the file."""
         intact, there = [], []
         with self.part.open("rb") as file:
             for start, count, checksum in blocks:
@@ -306,20 +306,20 @@ class DescriptorStore:
             self._finish_carrying_over()
             if self._begun():
                 self._resume()
-            elif self.stamps is not None and (stamps := self._finished_stamps()) is not None:
+            elif self.fingerprints is not None and (fingerprints := self._finished_fingerprints()) is not None:
                 rows = np.load(self.path, mmap_mode="r")
-                self._carry_over(stamps, rows, nonzero_rows(rows))
+                self._carry_over(fingerprints, rows, nonzero_rows(rows))
             else:
                 self._create()
         except OSError as error:
             raise InputError(f"{self.part}: cannot be written ({error.strerror or error})") from None
 
     def _begun(self) -> bool:
-        """Whether an earlier run left rows; a part without any is no reason to refuse other settings."""
+        """Returns whether an earlier run left rows; a part without any does not conflict with other settings."""
         return self.part.exists() and any(b"\n" in journal.read_bytes()[:-1] for journal in self._journals())
 
     def _create(self) -> None:
-        """An empty part of full size (so that a full disk is known now) and a journal without rows."""
+        """Creates an empty part of full size, so that a full disk is noticed now, and a journal without rows."""
         for journal in self._journals():
             journal.unlink()
         self._allocate(self.part)
@@ -334,8 +334,8 @@ class DescriptorStore:
             _sync(file)
 
     def _resume(self) -> None:
-        """Takes over the blocks that are whole, from all journals, and joins these into one."""
-        blocks, damaged, stamps = [], 0, []
+        """Keeps the intact blocks of all journals, and joins the journals into one."""
+        blocks, damaged, fingerprints = [], 0, []
         for journal in self._journals():
             first, *lines = journal.read_bytes().split(b"\n")
             try:
@@ -343,28 +343,30 @@ class DescriptorStore:
             except ValueError:
                 raise InputError(f"{journal} is damaged", resume=False) from None
             if differing := differences(before, self.provenance):
-                raise InputError(f"{self.part} was begun with other settings ({short_list(differing)})", resume=False)
-            stamps = self._stamps_of(before)
-            parsed = [_parse(line) for line in lines[:-1]]  # what follows the last line break was never finished
+                raise InputError(f"{self.part} was started with other settings ({short_list(differing)})", resume=False)
+            fingerprints = self._fingerprints_of(before)
+            parsed = [_parse(line) for line in lines[:-1]]  # an incomplete last line is dropped
             blocks += [block for block in parsed if block is not None]
             damaged += parsed.count(None)
-        if self.part.stat().st_size != self._offset(len(stamps)) and self.stamps is not None:
-            log.warning("%s: interrupted while its list changed, begun anew", self.part)
+        if self.part.stat().st_size != self._offset(len(fingerprints)) and self.fingerprints is not None:
+            log.warning("%s: interrupted while its list changed; starting over", self.part)
             return self._create()
-        if self.part.stat().st_size != self._offset(len(stamps)):
-            raise InputError(f"{self.part} is not {self._offset(len(stamps))} bytes long, it was changed", resume=False)
-        (intact, there), done = self._intact(blocks), np.zeros(len(stamps), dtype=bool)
+        if self.part.stat().st_size != self._offset(len(fingerprints)):
+            raise InputError(
+                f"{self.part} is not {self._offset(len(fingerprints))} bytes long; it was changed", resume=False
+            )
+        (intact, there), done = self._intact(blocks), np.zeros(len(fingerprints), dtype=bool)
         for (start, count, _), mask in zip(intact, there, strict=True):
-            done[start : start + count] = mask  # images that could not be read are tried again
+            done[start : start + count] = mask  # retries images that could not be read
         damaged += len(blocks) - len(intact)
         try:
             rows = _load(self.part)
         except ValueError:
             raise InputError(f"{self.part} is damaged", resume=False) from None
-        if rows.shape != (len(stamps), self.dim) or rows.dtype != np.float32:
+        if rows.shape != (len(fingerprints), self.dim) or rows.dtype != np.float32:
             raise InputError(f"{self.part} is damaged", resume=False)
-        if stamps != self._stamps_of(self._head()):
-            self._carry_over(stamps, rows, done)
+        if fingerprints != self._fingerprints_of(self._head()):
+            self._carry_over(fingerprints, rows, done)
         else:
             self.done = done
             self._write_journal(intact if all(mask.all() for mask in there) else _blocks(rows, done))
@@ -372,9 +374,9 @@ class DescriptorStore:
             if journal != self.journal:
                 journal.unlink()
         if damaged:
-            log.warning("%s: %d damaged blocks are not used; their rows are made again", self.part, damaged)
+            log.warning("%s: %d damaged blocks are ignored; their rows are extracted again", self.part, damaged)
         if not self.done.all():
-            log.info("%s: %d of %d are there from an earlier run", self.path, self.done.sum(), self.rows)
+            log.info("%s: %d of %d rows exist from an earlier run", self.path, self.done.sum(), self.rows)
 
     def _write_journal(self, blocks: list[tuple[int, int, int]], journal: Path | None = None) -> None:
         journal = journal or self.journal
@@ -391,20 +393,20 @@ class DescriptorStore:
 
 
 def provenance_path(path: Path) -> Path:
-    """The JSON file that keeps the provenance of a finished file: NAME.npy.json of NAME.npy."""
+    """Returns the provenance file of a finished file: NAME.npy.json for NAME.npy."""
     return Path(f"{path}.json")
 
 
 def provenance_differences(path: Path, provenance: dict) -> list[str] | None:
-    """The settings in which a finished file differs from `provenance`, or None if it has no provenance file."""
+    """Returns the settings in which a finished file differs from `provenance`, or None without a provenance file."""
     before = read_provenance(path)
     return None if before is None else differences(before, jsonable(provenance))
 
 
 def read_provenance(path: Path) -> dict | None:
-    """What a finished file was made from, or None if no JSON beside it tells.
+    """Returns the provenance of a finished file, or None if it has no provenance file.
 
-    Older versions wrote NAME.json for both NAME.npy and NAME.pth: it is read if the other is not there.
+    Older versions wrote NAME.json for both NAME.npy and NAME.pth, which is read if there is no other.
     """
     candidates = [provenance_path(path)]
     others = [path.with_suffix(suffix) for suffix in (".npy", ".pth") if suffix != path.suffix]
@@ -422,7 +424,7 @@ def read_provenance(path: Path) -> dict | None:
 
 
 def differences(before: dict, now: dict) -> list[str]:
-    """The entries of `now` whose values differ in `before`, as text. Extra keys in `before` are ignored."""
+    """Returns the entries of `now` whose values differ in `before`, as text. Extra keys in `before` are ignored."""
 
     def shown(value: Any) -> str:
         if value is None:
@@ -437,7 +439,7 @@ def differences(before: dict, now: dict) -> list[str]:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Writes a JSON file whole or not at all."""
+    """Writes a JSON file atomically."""
     new = Path(f"{path}.new")
     with new.open("wb") as file:
         file.write(json.dumps(jsonable(content), indent=1).encode() + b"\n")
@@ -446,7 +448,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def jsonable(value: Any) -> Any:
-    """The value with what JSON lacks in its words: NaN is null, infinity the text 'inf', an array a list."""
+    """Returns the value in JSON types: NaN becomes null, infinity the text 'inf', an array a list."""
     if isinstance(value, dict):
         return {key: jsonable(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple | np.ndarray):
@@ -457,21 +459,21 @@ def jsonable(value: Any) -> Any:
 
 
 def _load(path: Path) -> np.ndarray:
-    """The rows of a file, memory-mapped. Raises ValueError for whatever is wrong with it."""
+    """Returns the rows of a file, memory-mapped. Raises ValueError if it cannot be read."""
     try:
         return np.load(path, mmap_mode="r")
-    except Exception as error:  # NumPy's reader of headers lets many kinds through
+    except Exception as error:  # NumPy's header parser raises many exceptions
         raise ValueError(str(error).splitlines()[0] if str(error) else type(error).__name__) from None
 
 
 def nonzero_rows(rows: np.ndarray, chunk: int = 8192) -> np.ndarray:
-    """Which rows are descriptors: a row of zeros is none, (N, D) -> (N,) bool."""
+    """Returns which rows are descriptors, that is, not all zeros. (N, D) -> (N,) bool."""
     parts = [rows[start : start + chunk].any(axis=1) for start in range(0, len(rows), chunk)]
     return np.concatenate(parts) if parts else np.zeros(0, dtype=bool)
 
 
 def _blocks(rows: np.ndarray, done: np.ndarray) -> list[tuple[int, int, int]]:
-    """First row, number and checksum of each run of rows that are done."""
+    """Returns the first row, number of rows and checksum of each run of rows that are done."""
     ends = np.flatnonzero(np.diff(done, prepend=False, append=False)).reshape(-1, 2).tolist()
     return [(start, end - start, zlib.crc32(rows[start:end].tobytes())) for start, end in ends]
 
@@ -482,7 +484,7 @@ def _line(start: int, count: int, checksum: int) -> bytes:
 
 
 def _parse_head(line: bytes) -> dict:
-    """The first line of a journal; older versions wrote no checksum. Raises ValueError if it is damaged."""
+    """Parses the first line of a journal; older versions wrote no checksum. Raises ValueError if it is damaged."""
     if not line.endswith(b"}"):
         line, _, checksum = line.rpartition(b" ")
         if zlib.crc32(line) != int(checksum, 16):

@@ -1,4 +1,4 @@
-"""SuperGlobal: CVNet's encoder and the pooling modules over several scales -> one unit descriptor."""
+"""SuperGlobal: CVNet's encoder and the pooling modules at several scales -> one unit descriptor."""
 
 import logging
 from collections.abc import Sequence
@@ -16,16 +16,16 @@ from modules.pooling import GeM, GeMPlus, RegionalGeM, ScaleGeM
 
 log = logging.getLogger(__name__)
 
-# Matrix products of another number of rows may sum in another order.
+# Matrix products with another number of rows may add in another order.
 _PROJECTED_TOGETHER = 16
 
 
 class SuperGlobal(nn.Module):
-    """The paper's network. (N, 3, H, W) normalised images, see images.to_network_input -> (N, D) unit rows.
+    """The paper's network. (N, 3, H, W) images, normalised by images.to_network_input -> (N, D) unit descriptors.
 
     For each scale: encoder -> Regional-GeM -> GeM+ -> L2-normalise -> head.fc; then Scale-GeM over the
-    scales and L2-normalise. A module that is None is left out: without GeM+, GeM with the trained
-    power; without Scale-GeM, the mean over the scales.
+    scales and L2-normalise. A module that is None is left out: instead of GeM+, GeM with the trained
+    power is used; instead of Scale-GeM, the mean over the scales.
 
     Shao et al., "Global Features are All You Need for Image Retrieval and Reranking", ICCV 2023.
 
@@ -63,7 +63,7 @@ class SuperGlobal(nn.Module):
         if self.fused_pooling and self.rgem is not None and feature_map.is_cuda and not feature_map.requires_grad:
             try:
                 return regional_gem(feature_map, self.rgem.p, self.rgem.window, self.pooling.p, self.pooling.eps)
-            except Exception as error:  # of Triton: whatever a missing compiler or an old GPU makes it raise
+            except Exception as error:  # Triton raises any exception, for example without a compiler or on an old GPU
                 if is_out_of_memory(error):
                     raise
                 log.debug("Regional-GeM and GeM+ in two passes: %s", error)
@@ -71,7 +71,7 @@ class SuperGlobal(nn.Module):
         return self.pooling(feature_map if self.rgem is None else self.rgem(feature_map))
 
     def project(self, rows: Tensor) -> Tensor:
-        """(R, C) -> (R, D), by the same kernel for any R: a row's result does not depend on the others, to the bit."""
+        """Projects rows with the same kernel for any R, so that no row depends on the others. (R, C) -> (R, D)."""
         padded = F.pad(rows, (0, 0, 0, -len(rows) % _PROJECTED_TOGETHER))
         return torch.cat([self._head(part) for part in padded.split(_PROJECTED_TOGETHER)])[: len(rows)]
 

@@ -1,4 +1,4 @@
-"""Descriptors that a learnt whitening makes shorter: a recipe around another one."""
+"""Descriptors shortened by a learnt whitening: a recipe that wraps another one."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,11 +29,11 @@ class _Recipe(Protocol):
 
 @dataclass(frozen=True)
 class WhitenedRecipe:
-    """Another recipe's descriptors, whitened: P (x - m), of unit length.
+    """The whitened descriptors of another recipe: P (x - m), of unit length.
 
     Attributes:
-        recipe: of the descriptors.
-        path: file of the whitening, as python -m tools.whiten writes it.
+        recipe: the recipe of the descriptors.
+        path: the file of the whitening, as written by python -m tools.whiten.
     """
 
     recipe: _Recipe
@@ -61,18 +61,18 @@ class WhitenedRecipe:
 
     @cached_property
     def learnt_from(self) -> dict[str, Any]:
-        """What the whitening was learnt from, as its file tells."""
+        """The provenance of the whitening, as recorded in its file."""
         return load_whitening(self.path)[1]
 
     def provenance(self) -> dict[str, Any]:
         return {**self.recipe.provenance(), "whitening_sha256": sha256(self.path), "dim": self.dim}
 
     def check(self) -> None:
-        """Raises InputError if recipe or whitening cannot be used, or do not fit each other."""
+        """Raises InputError if the recipe or the whitening cannot be used, or they do not fit each other."""
         self.recipe.check()
         width = self.whitening.projection.shape[1]
         if width != self.recipe.dim:
-            raise InputError(f"{self.path} is for descriptors of {width} dimensions, these have {self.recipe.dim}")
+            raise InputError(f"{self.path} takes descriptors of {width} dimensions, but these have {self.recipe.dim}")
         made = {key: value for key, value in self.learnt_from.get("descriptors", {}).items() if key != "images"}
         now = self.recipe.provenance()
         if differing := [key for key in ("checkpoint_sha256", "network") if key in made and made[key] != now.get(key)]:
@@ -81,7 +81,7 @@ class WhitenedRecipe:
             )
 
     def extractor(self, device: torch.device | str = "cpu") -> NetworkExtractor:
-        """Returns the extractor with the whitening behind it. (N, H, W, 3) uint8 RGB -> (N, dim) unit rows."""
+        """Returns the extractor followed by the whitening. (N, H, W, 3) uint8 RGB -> (N, dim) unit descriptors."""
         extractor = self.recipe.extractor(device)
         whitening = load_whitening(self.path)[0].float().to(device)
         return NetworkExtractor(_Whitened(extractor, whitening), _as_they_are, self.dim, self.scales).eval()
@@ -101,7 +101,7 @@ def _as_they_are(pixels: Tensor) -> Tensor:
 
 
 def save_whitening(path: Path, whitening: Whitening, learnt_from: dict[str, Any]) -> None:
-    """Writes a whitening, and what it was learnt from, as a file of tensors."""
+    """Saves a whitening and its provenance as a file of tensors."""
     content = {"mean": whitening.mean, "projection": whitening.projection, "learnt_from": jsonable(learnt_from)}
     new = Path(f"{path}.new")
     try:
@@ -112,15 +112,15 @@ def save_whitening(path: Path, whitening: Whitening, learnt_from: dict[str, Any]
 
 
 def load_whitening(path: Path) -> tuple[Whitening, dict[str, Any]]:
-    """Returns a whitening and what it was learnt from.
+    """Loads a whitening and its provenance.
 
     Raises:
-        InputError: if the file is missing, damaged, or holds something else.
+        InputError: if the file is missing, damaged, or not a whitening.
     """
     content: Any = load_tensors(path)
     try:
         whitening = Whitening.from_state({key: content[key] for key in ("mean", "projection")})
         learnt_from = content.get("learnt_from", {})
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise InputError(f"{path} holds no whitening ({' '.join(str(error).split())})") from None
+        raise InputError(f"{path} is not a whitening ({' '.join(str(error).split())})") from None
     return whitening, learnt_from if isinstance(learnt_from, dict) else {}

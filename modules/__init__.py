@@ -1,6 +1,6 @@
-"""SuperGlobal's modules for any trained network and any index; they need nothing but PyTorch.
+"""SuperGlobal's modules for any trained network and any index. They need nothing but PyTorch.
 
-Installed (``pip install .``) this package is `superglobal`, in its repository it is `modules`.
+Once installed (``pip install .``), the package is called `superglobal`; in the repository it is `modules`.
 """
 
 from .activation import ReLUPlus

@@ -8,7 +8,7 @@ RELUP_THRESHOLD = 0.014
 
 
 def relu_plus(x: Tensor, threshold: float = RELUP_THRESHOLD) -> Tensor:
-    """max(x, threshold), any shape.
+    """Returns max(x, threshold) elementwise, for any shape.
 
     Shao et al., "Global Features are All You Need for Image Retrieval and Reranking", ICCV 2023, sec. 3.
     """
@@ -16,10 +16,10 @@ def relu_plus(x: Tensor, threshold: float = RELUP_THRESHOLD) -> Tensor:
 
 
 class ReLUPlus(nn.Module):
-    """ReLU+, see :func:`relu_plus`: values below the threshold become the threshold, not 0.
+    """ReLU+, see :func:`relu_plus`: values below the threshold are set to the threshold instead of 0.
 
     Args:
-        threshold: the floor, 0.014 in the paper; 0 is the plain ReLU.
+        threshold: the lower bound, 0.014 in the paper; 0 gives the plain ReLU.
 
     >>> import torch
     >>> ReLUPlus()(torch.tensor([-1.0, 0.01, 0.5]))
@@ -34,7 +34,7 @@ class ReLUPlus(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not x.is_floating_point():
-            raise ValueError(f"ReLUPlus takes floating numbers, got {x.dtype} of shape {tuple(x.shape)}")
+            raise ValueError(f"ReLUPlus takes a floating-point tensor, got {x.dtype} of shape {tuple(x.shape)}")
         return relu_plus(x, self.threshold)
 
     def extra_repr(self) -> str:

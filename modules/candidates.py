@@ -1,7 +1,7 @@
-"""What all rerankers share: candidates from anywhere, fetched a few queries at a time, scored and sorted.
+"""The base of all rerankers: candidates are fetched for a few queries at a time, scored and sorted.
 
-Shapes: Q queries, M candidates per query in ranking order, D dimensions. The candidates come from
-anywhere (a database, an index, a vector store): only their rows are needed.
+Shapes: Q queries, M candidates per query in ranking order, D dimensions. The candidates may come from
+any database, index or vector store: only their descriptors are needed.
 """
 
 import warnings
@@ -15,28 +15,28 @@ from .checks import Array, as_tensor, values_can_be_seen, whole_number
 
 RERANK_M = 400
 
-# Candidates' rows at a time: on a CPU what its caches hold, on a GPU what keeps it busy.
+# Bytes of candidate descriptors processed at a time: what fits in the caches of a CPU, or keeps a GPU busy.
 _CPU_BYTES, _GPU_BYTES = 16 << 20, 1 << 30
 
-# Rows this much longer than 1 were surely never normalised; lossy indexes shorten theirs.
+# Descriptors this much longer than 1 were certainly never normalised; lossy indexes only shorten them.
 _LONGEST = 1.05
 
 
 class Found(Protocol):
-    """What a search found for Q queries, best first: ``modules.search.SearchResult``, or anything with these."""
+    """The results of a search for Q queries, best first: a ``SearchResult``, or anything with these attributes."""
 
     ids: Tensor  # (Q, R) int64
     scores: Tensor  # (Q, R)
 
 
 class Reranker(Protocol):
-    """What a reranker has to offer to take the place of any other, see :class:`SuperGlobalReranker`.
+    """The interface of a reranker, for example of :class:`SuperGlobalReranker`.
 
     Attributes:
-        m: candidates of a query that are put into a new order.
-        spare: further candidates that it scores. A benchmark that drops some images from a ranking
-            then still finds m to sort. 0 where a score depends on the other candidates, so that the
-            first m are sorted whatever they are.
+        m: number of candidates per query that are sorted again.
+        spare: number of further candidates that are scored, so that a benchmark that drops some images
+            from a ranking still has m to sort. 0 if a score depends on the other candidates; then exactly
+            the first m are sorted.
     """
 
     m: int
@@ -52,23 +52,23 @@ class Reranker(Protocol):
         """Returns the new scores of the first m + spare candidates, in the order of `found`. (Q, min(m + spare, R)).
 
         Args:
-            queries: (Q, D), unit rows.
+            queries: (Q, D), unit descriptors.
             found: the candidates, (Q, R).
-            fetch: gives the descriptors (n, D) of the ids (n,), for rerankers that need them.
-            device: where the work is done; by default the queries' own.
+            fetch: returns the descriptors (n, D) of the ids (n,), for rerankers that need them.
+            device: where the scores are computed; by default the device of the queries.
         """
         ...
 
 
 class Reranking(NamedTuple):
-    """Tensors, or NumPy arrays where the queries were one."""
+    """The new order: tensors, or NumPy arrays if the queries were one."""
 
-    order: Array  # (Q, M) int64: the old place, within the candidates, of each new place
-    scores: Array  # (Q, M): score of each new place, descending; -inf for a candidate that is not there
+    order: Array  # (Q, M) int64: for each new place, the previous place among the candidates
+    scores: Array  # (Q, M): score of each new place, descending; -inf for an absent candidate
 
 
 class NotFiniteRowError(ValueError):
-    """A query (Q, D), or one of its candidates (Q, M, D), has NaN or infinity."""
+    """A query (Q, D), or one of its candidates (Q, M, D), contains NaN or infinity."""
 
     def __init__(self, q: Tensor, x: Tensor):
         self.query, self.candidate = int((~q.isfinite()).any(dim=1).long().argmax()), None
@@ -79,26 +79,26 @@ class NotFiniteRowError(ValueError):
         super().__init__(f"{whose}query {self.query} has NaN or infinity, got {tuple(q.shape)} and {tuple(x.shape)}")
 
     def of(self, q: Tensor, ids: Tensor, first: int) -> ValueError:
-        """The same with the numbers of the whole, of which this was the part from `first` on."""
+        """Returns the same error with the numbers of the whole input, of which this was the part from `first` on."""
         query = first + self.query
         whose = "" if self.candidate is None else f"the row with id {ids[query, self.candidate]}, a candidate of "
         return ValueError(f"{whose}query {query} has NaN or infinity, got {tuple(q.shape)} and ids {tuple(ids.shape)}")
 
 
 def check_finite(values: Tensor, q: Tensor, x: Tensor) -> None:
-    """Raises a ValueError that names the query or candidate with NaN or infinity if one of their scores has it."""
+    """Raises a ValueError if a score is NaN or infinite; it names the query or candidate responsible."""
     if values_can_be_seen(values) and not values.isfinite().all():
         raise NotFiniteRowError(q, x)
 
 
 class CandidateReranker(nn.Module):
-    """Base of the rerankers that sort a query's first M results by their descriptors.
+    """Base class of the rerankers that sort a query's first M results by their descriptors.
 
-    It takes candidates of any source and kind, checks them, and sorts their scores. A subclass
-    gives the scores: it overrides :meth:`_scores`.
+    It accepts candidates from any source, checks them, and sorts their scores. A subclass computes
+    the scores by overriding :meth:`_scores`.
 
     Args:
-        m: candidates that are reranked; results after the first m are not looked at.
+        m: number of candidates that are reranked; later results are ignored.
     """
 
     def __init__(self, m: int = RERANK_M):
@@ -107,13 +107,13 @@ class CandidateReranker(nn.Module):
         self.spare = 0
 
     def _scores(self, q: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
-        """The score of each candidate, in the candidates' order. (Q, D), (Q, M, D), (Q, M) -> (Q, M).
+        """Returns the score of each candidate, in the order of the candidates. (Q, D), (Q, M, D), (Q, M) -> (Q, M).
 
         Args:
             q: (Q, D), the queries, float32 or float64.
-            x: (Q, M, D), their candidates, of the same type; zero where the mask is False.
-            mask: (Q, M) bool, False where there is no candidate, or None where all are there. What is
-                returned for absent candidates is not used.
+            x: (Q, M, D), their candidates, of the same dtype; zero where the mask is False.
+            mask: (Q, M) bool, False where a candidate is absent, or None if all are present. The scores of
+                absent candidates are ignored.
         """
         raise NotImplementedError
 
@@ -121,45 +121,45 @@ class CandidateReranker(nn.Module):
         """Reranks each query's own candidates.
 
         Args:
-            queries: (Q, D), unit rows, tensor or NumPy array.
-            candidates: (Q, M', D), unit rows, each query's own in ranking order.
-            mask: (Q, M') bool, False where a query has no such candidate (its row may hold anything).
-                These end up last, with score -inf.
+            queries: (Q, D), unit descriptors, tensor or NumPy array.
+            candidates: (Q, M', D), unit descriptors, those of each query in ranking order.
+            mask: (Q, M') bool, False where a candidate is absent (its descriptor may then hold any values).
+                Absent candidates are sorted last, with score -inf.
 
         Returns:
-            order and scores of the first m, of the queries' kind.
+            order and scores of the first m, as tensors or arrays like the queries.
 
         Raises:
-            ValueError: where shapes, types or devices do not fit, nothing is there to rerank, or a
-                score is not finite.
+            ValueError: if shapes, dtypes or devices do not fit, there is no candidate to rerank, or a score is
+                not finite.
         """
         q, x = as_tensor(queries, "queries"), as_tensor(candidates, "candidates")
         scores, order = _sorted(self._checked_scores(q, x, None if mask is None else as_tensor(mask, "mask")))
         return Reranking(order, scores) if isinstance(queries, Tensor) else Reranking(order.numpy(), scores.numpy())
 
     def _checked_scores(self, q: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
-        """The score of each of the first m candidates, in their order. (Q, D), (Q, M', D), (Q, M') -> (Q, M)."""
+        """Returns the scores of the first m candidates, in their order. (Q, D), (Q, M', D), (Q, M') -> (Q, M)."""
         q, x, mask = self.checked(q, x, mask)
         _warn_of_long_rows(q, x)
         scores = self._scores(q, x, mask)
         return scores if mask is None else scores.masked_fill(~mask, -torch.inf)
 
     def checked(self, q: Tensor, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The input as :meth:`_scores` takes it: of one type, cut to the first m, zero where no candidate is."""
+        """Returns the input as :meth:`_scores` expects it: of one dtype, cut to the first m, absent candidates zero."""
         given = f"got {tuple(q.shape)} and {tuple(x.shape)}"
         if q.ndim != 2 or x.ndim != 3 or x.shape[::2] != q.shape:
             raise ValueError(f"reranking takes queries (Q, D) and candidates (Q, M, D), {given}")
         if 0 in x.shape[1:]:
             raise ValueError(f"there are no candidates to rerank: {given}")
         if not (q.is_floating_point() and x.is_floating_point()):
-            raise ValueError(f"descriptors are floating numbers, {given} of {q.dtype} and {x.dtype}")
+            raise ValueError(f"descriptors must be floating-point, {given} of {q.dtype} and {x.dtype}")
         if q.device != x.device:
             raise ValueError(f"queries and candidates are on different devices, {q.device} and {x.device}")
         dtype = torch.promote_types(torch.promote_types(q.dtype, x.dtype), torch.float32)
         if mask is not None:
             mask = mask.to(x.device)
             if mask.dtype != torch.bool or mask.shape != x.shape[:2]:
-                raise ValueError(f"the mask is bool (Q, M), got {mask.dtype} of shape {tuple(mask.shape)}, {given}")
+                raise ValueError(f"mask must be bool (Q, M), got {mask.dtype} of shape {tuple(mask.shape)}, {given}")
             mask = mask[:, : self.m]
         q, x = q.to(dtype), x[:, : self.m].to(dtype)
         if mask is not None:
@@ -186,22 +186,22 @@ class CandidateReranker(nn.Module):
         """Reranks the first m of each query's results, fetching their descriptors a few queries at a time.
 
         Args:
-            queries: (Q, D), unit rows, tensor or NumPy array.
-            ids: (Q, R), each query's results in ranking order; only the first m are used. Integers, with
-                -1 where a query has no more results, as in FAISS; or anything that names a row (text,
-                UUIDs): an array, or a list of lists of any lengths, with None for no more results.
-            fetch: gives the descriptors (n, D) of the ids (n,), from wherever they are: ``Database.rows``,
-                FAISS's ``index.reconstruct_batch`` (of an IVF index after ``make_direct_map()``), a function
-                of yours. It is given ids of the kind that came in (an int64 tensor or array, an array of
-                text, a list), never -1 or None. Rows that several queries of a block name are fetched
-                once, of integer ids if that saves a quarter of them.
-            device: where the work is done; by default the queries' own.
+            queries: (Q, D), unit descriptors, tensor or NumPy array.
+            ids: (Q, R), the results of each query in ranking order; only the first m are used. Integers, with
+                -1 where a query has no more results, as in FAISS; or any other identifiers (text, UUIDs), as an
+                array, or a list of lists of any lengths, with None for no more results.
+            fetch: returns the descriptors (n, D) of the ids (n,), from any source: ``Database.rows``, FAISS's
+                ``index.reconstruct_batch`` (for an IVF index after ``make_direct_map()``), or your own function.
+                It is called with ids of the given kind (an int64 tensor or array, an array of text, a list),
+                never with -1 or None. A descriptor that several queries of a block share is fetched once;
+                with integer ids, only if that saves a quarter of them.
+            device: where the scores are computed; by default the device of the queries.
 
         Returns:
-            order and scores of shape (Q, min(m, R)), of the queries' kind, on their device.
+            order and scores of shape (Q, min(m, R)), as tensors or arrays like the queries, on their device.
 
         Raises:
-            ValueError: as forward, and where fetch does not give a row per id.
+            ValueError: as forward, and if fetch does not return one descriptor per id.
         """
         q, numbers, fetch = as_tensor(queries, "queries"), *numbered_ids(ids, fetch)
         scores, order = _sorted(self._by_blocks(self._checked_scores, q, numbers, fetch, device, self.m))
@@ -216,30 +216,30 @@ class CandidateReranker(nn.Module):
         device: torch.device | str | None,
         m: int,
     ) -> Tensor:
-        """What `work` gives of (q, x, mask), fetching the first m candidates of a few queries at a time.
+        """Returns the results of `work(q, x, mask)`, fetching the first m candidates of a few queries at a time.
 
-        The ids are integers (Q, R); fetch is given tensors. The result has a row per query.
+        The ids are integers (Q, R); fetch is called with tensors. The result has a row per query.
         """
         if not callable(fetch):
-            raise ValueError(f"fetch is a function from ids to rows, Database(rows).rows, say; got {type(fetch)}")
+            raise ValueError(f"fetch must be a function from ids to rows, like Database(rows).rows, got {type(fetch)}")
         given = f"got queries {tuple(q.shape)} and ids {tuple(ids.shape)} of {ids.dtype}"
         if q.ndim != 2 or ids.ndim != 2 or len(q) != len(ids):
             raise ValueError(f"reranking takes queries (Q, D) and ids (Q, R), {given}")
         if 0 in ids.shape[1:] + q.shape[1:]:
             raise ValueError(f"there are no candidates to rerank: {given}")
         if ids.is_floating_point() or ids.dtype == torch.bool:
-            raise ValueError(f"ids are integers from 0, and -1 for none, {given}")
+            raise ValueError(f"ids must be integers from 0, or -1 for none, {given}")
         device = q.device if device is None else torch.device(device)
         ids = ids.long()
-        lowest = int(ids.min()) if len(ids) else 0  # one look, which waits for a GPU
+        lowest = int(ids.min()) if len(ids) else 0  # a single wait for a GPU
         if lowest < -1:
-            raise ValueError(f"ids are integers from 0, and -1 for none, {given}")
+            raise ValueError(f"ids must be integers from 0, or -1 for none, {given}")
         ids = ids[:, :m]
         present = ids >= 0
         mask = None if lowest >= 0 or present.all() else present
         m, d = ids.shape[1], q.shape[1]
         block = max(1, (_GPU_BYTES if device.type == "cuda" else _CPU_BYTES) // (4 * m * max(m, d)))
-        block -= block % min(block, torch.get_num_threads())  # so that all threads have as many to do
+        block -= block % min(block, torch.get_num_threads())  # so that all threads have equal work
         done, moved = [], q.to(device)
         for start in range(0, max(1, len(q)), block):
             part = slice(start, start + block)
@@ -253,18 +253,18 @@ class CandidateReranker(nn.Module):
 
 
 def _sorted(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores (Q, M), descending, and the place that each had; equal scores keep their order."""
+    """Returns the scores (Q, M), descending, and the previous place of each; equal scores keep their order."""
     return scores.sort(dim=1, descending=True, stable=True)
 
 
 def numbered_ids(ids: Any, fetch: Callable) -> tuple[Tensor, Callable]:
-    """Ids of any kind as an integer tensor (Q, R), -1 for none, and fetch for such tensors."""
+    """Returns ids of any kind as an integer tensor (Q, R), -1 for none, and a fetch that accepts such tensors."""
     if isinstance(ids, Tensor) or not callable(fetch):
         return as_tensor(ids, "ids"), fetch
     if getattr(ids, "dtype", None) is not None and ids.dtype.kind in "iufb":
         return as_tensor(ids, "ids"), lambda wanted: fetch(wanted.numpy())
     if getattr(ids, "ndim", 2) != 2 or isinstance(ids, str | bytes):
-        raise ValueError(f"ids are an array (Q, R) or a list of lists, got {type(ids).__name__}")
+        raise ValueError(f"ids must be an array (Q, R) or a list of lists, got {type(ids).__name__}")
     rows = [list(row) for row in ids]
     width = max(map(len, rows), default=0)
     places: dict[Any, int] = {}
@@ -277,7 +277,7 @@ def numbered_ids(ids: Any, fetch: Callable) -> tuple[Tensor, Callable]:
 
 
 class _FetchNamed:
-    """Fetches rows by number from somebody else's store, which knows them by name: each row is fetched once."""
+    """Fetches rows by number from an external store, which has names for them. Each descriptor is fetched once."""
 
     def __init__(self, fetch: Callable, ids: Any, names: list):
         self.fetch, self.ids, self.names = fetch, ids, names
@@ -286,18 +286,18 @@ class _FetchNamed:
         chosen = [self.names[number] for number in wanted.tolist()]
         if not hasattr(self.ids, "dtype"):
             return self.fetch(chosen)
-        array = self.ids.ravel()[: len(chosen)].repeat(1)  # an array of the ids' own kind, without NumPy's name
+        array = self.ids.ravel()[: len(chosen)].repeat(1)  # an array of the kind of the ids, without importing NumPy
         array[:] = chosen
         return self.fetch(array)
 
 
 def _fetched(fetch: Callable, ids: Tensor, there: Tensor | None, dim: int) -> Tensor:
-    """The candidates with these ids, zero where none is there. (Q, M) -> (Q, M, D)."""
+    """Returns the candidates with these ids, zero where a candidate is absent. (Q, M) -> (Q, M, D)."""
     wanted = ids.flatten() if there is None else ids[there]
     named, inverse = wanted.unique(return_inverse=True)
     once = len(named) <= 0.75 * len(wanted) or isinstance(fetch, _FetchNamed)
     asked = named if once else wanted
-    rows = as_tensor(fetch(asked), "what fetch gave")
+    rows = as_tensor(fetch(asked), "the result of fetch")
     if rows.shape != (len(asked), dim):
         raise ValueError(f"fetch gave shape {tuple(rows.shape)} for {len(asked)} ids; queries have {dim} dimensions")
     rows = rows[inverse.to(rows.device)] if once else rows
@@ -311,11 +311,11 @@ def _fetched(fetch: Callable, ids: Tensor, there: Tensor | None, dim: int) -> Te
 def _warn_of_long_rows(q: Tensor, x: Tensor) -> None:
     if not (values_can_be_seen(x) and len(x)):
         return
-    lengths = torch.stack([rows.norm(dim=1).max() for rows in (q, x[:, 0])]).tolist()  # in one look, see _by_blocks
+    lengths = torch.stack([rows.norm(dim=1).max() for rows in (q, x[:, 0])]).tolist()  # one wait for a GPU
     for name, longest in zip(("queries", "candidates"), lengths, strict=True):
         if longest > _LONGEST:
             warnings.warn(
-                f"reranking is for rows of unit length, there are {name} of length {longest:.3g}; "
-                "torch.nn.functional.normalize(rows, dim=-1) makes them so",
+                f"reranking expects descriptors of unit length, got {name} of length {longest:.3g}; "
+                "torch.nn.functional.normalize(rows, dim=-1) normalises them",
                 stacklevel=6,
             )

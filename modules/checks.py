@@ -1,4 +1,4 @@
-"""What a module says of input that it cannot take."""
+"""Input validation shared by the modules."""
 
 import math
 import operator
@@ -12,19 +12,19 @@ from torch import Tensor
 
 Array = Any  # a tensor, or a NumPy array
 
-_looking = ContextVar("whether values are looked at", default=True)
+_looking = ContextVar("whether values are checked", default=True)
 
 
 def check_tensor(x: Tensor, taker: str, letters: str) -> None:
-    """Raises a ValueError unless x is a floating tensor of these axes, none but N empty, without NaN.
+    """Raises a ValueError unless x is a floating-point tensor with these axes, none but N empty, without NaN.
 
     Args:
-        x: what was given.
-        taker: who takes it, for the message.
-        letters: the axes, "N, C, H, W" say.
+        x: the argument to check.
+        taker: the name of the module or function that takes it, for the message.
+        letters: the axes, for example "N, C, H, W".
 
-    Whether there is NaN is not looked at where values cannot be seen: in ``torch.export``,
-    ``torch.compile``, traces and graphs, on the meta device, and inside :func:`values_unseen`.
+    NaN is not looked for where values are unavailable: in ``torch.export``, ``torch.compile``, traces
+    and graphs, on the meta device, and inside :func:`values_unseen`.
     """
     if not isinstance(x, Tensor):
         raise ValueError(f"{taker} takes a tensor ({letters}), got {type(x).__name__}")
@@ -33,28 +33,28 @@ def check_tensor(x: Tensor, taker: str, letters: str) -> None:
     if x.ndim != len(names):
         raise ValueError(f"{taker} takes a tensor ({letters}), got shape {shape}")
     if not x.is_floating_point():
-        raise ValueError(f"{taker} takes floating numbers, got {x.dtype} of shape {shape}")
+        raise ValueError(f"{taker} takes a floating-point tensor, got {x.dtype} of shape {shape}")
     if any(size == 0 and name != "N" for size, name in zip(shape, names, strict=True)):
-        raise ValueError(f"{taker} takes a tensor ({letters}) that is not empty, got shape {shape}")
-    # The sum is a tenth of the work of isnan; it is NaN for infinities of both signs, too.
+        raise ValueError(f"{taker} takes a non-empty tensor ({letters}), got shape {shape}")
+    # A sum costs a tenth of isnan; it is NaN also if there are infinities of both signs.
     if values_can_be_seen(x) and x.sum().isnan() and x.isnan().any():
         raise ValueError(f"{taker} got NaN: {int(x.isnan().sum())} of the values of shape {shape}")
 
 
 def as_tensor(x: Array, name: str) -> Tensor:
-    """A NumPy array as a tensor, in its own memory where possible. Raises a ValueError for anything else."""
+    """Returns a NumPy array as a tensor, sharing its memory if possible. Raises a ValueError for anything else."""
     if isinstance(x, Tensor):
         return x
     if not hasattr(x, "__array_interface__"):
-        raise ValueError(f"{name}: a tensor or a NumPy array is needed, got {type(x).__name__}")
+        raise ValueError(f"{name} must be a tensor or a NumPy array, got {type(x).__name__}")
     try:
         return torch.from_numpy(x if x.flags.writeable and x.flags.c_contiguous else x.copy())
     except (TypeError, ValueError):
-        raise ValueError(f"{name}: no tensor can be made of an array of {x.dtype}, shape {x.shape}") from None
+        raise ValueError(f"{name}: an array of {x.dtype}, shape {x.shape}, cannot be converted to a tensor") from None
 
 
 def values_can_be_seen(x: Tensor) -> bool:
-    """Whether Python may decide by the values of x."""
+    """Returns whether Python code may branch on the values of x."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.is_meta or not _looking.get():
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
@@ -62,7 +62,7 @@ def values_can_be_seen(x: Tensor) -> bool:
 
 @contextmanager
 def values_unseen() -> Iterator[None]:
-    """Inside, no value is looked at, so that nobody waits for a GPU; who uses it checks the results instead."""
+    """A context in which no values are checked, to avoid waiting for a GPU; the caller checks the results instead."""
     token = _looking.set(False)
     try:
         yield
@@ -71,7 +71,7 @@ def values_unseen() -> Iterator[None]:
 
 
 def whole_number(value: Any, name: str, least: int = 1) -> int:
-    """The value as an int. Raises a ValueError unless it is a whole number of at least `least`."""
+    """Returns the value as an int. Raises a ValueError unless it is a whole number of at least `least`."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -82,7 +82,7 @@ def whole_number(value: Any, name: str, least: int = 1) -> int:
 
 
 def real_number(value: Any, name: str, least: float = 0.0, most: float = math.inf) -> float:
-    """The value as a float. Raises a ValueError unless it is finite and between `least` and `most`, both included."""
+    """Returns the value as a float. Raises a ValueError unless it is finite and in [`least`, `most`]."""
     try:
         number = float(value)
     except (TypeError, ValueError):

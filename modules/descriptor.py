@@ -1,4 +1,4 @@
-"""SuperGlobal's descriptor: feature maps of several scales of an image -> one unit vector.
+"""SuperGlobal's descriptor: the feature maps of an image at several scales -> one unit vector.
 
 Shapes: N images, S scales, C channels of the feature map, D dimensions of the descriptor.
 
@@ -38,13 +38,13 @@ def multi_scale_descriptor(
         x: images, normalised as the network was trained.
         feature_map: the network. (N, 3, h, w) -> (N, C, h', w').
         pooling: (N, C, h', w') -> (N, C).
-        rgem: (N, C, h', w') -> (N, C, h', w'); None leaves the map as it is.
+        rgem: (N, C, h', w') -> (N, C, h', w'); None leaves the feature map as it is.
         project: (S * N, C) -> (S * N, D), applied to the unit vectors of all scales at once; None for C = D.
         sgem: (S, N, D) -> (N, D); None takes the mean over the scales.
         scales: factors by which the images are resized.
 
     Raises:
-        ValueError: if x is not a floating tensor (N, C, H, W) without NaN, or a descriptor is not finite.
+        ValueError: if x is not a floating-point tensor (N, C, H, W) without NaN, or a descriptor is not finite.
     """
     check_tensor(x, "multi_scale_descriptor", "N, C, H, W")
     identity = nn.Identity()
@@ -61,11 +61,11 @@ def multi_scale_descriptor(
 def rescale(x: Tensor, factor: float) -> Tensor:
     """Returns the images resized by a factor. (N, C, H, W) -> (N, C, max(1, floor(H f)), max(1, floor(W f))).
 
-    Bilinear and without antialiasing, as the paper's numbers were made. (torchvision antialiases by
-    default since 0.17.)
+    Bilinear and without antialiasing, as for the paper's results. (torchvision antialiases by default
+    since 0.17.)
     """
     if factor == 1:
         return x
-    # int() would make the side a constant in torch.export.
+    # int() would turn the side into a constant in torch.export.
     size: list[Any] = [torch.sym_max(1, math.floor(side * factor)) for side in x.shape[-2:]]
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=False)

@@ -1,4 +1,4 @@
-"""Diffusion: similarity to the query spreads over the graph of the candidates' mutual neighbours.
+"""Diffusion: similarity to the query spreads over the graph of mutual neighbours among the candidates.
 
 Shapes: Q queries, M candidates per query, D dimensions.
 
@@ -19,14 +19,14 @@ GAMMA = 3.0
 ALPHA = 0.99
 TOLERANCE = 1e-6
 ITERATIONS = 500  # alpha = 0.99 needs at most about 150
-_UNSEEN = 16  # steps on a GPU between two looks whether all is done, which wait for it; further ones change nothing
+_UNSEEN = 16  # steps on a GPU between two tests for convergence, each of which waits for it; extra steps change nothing
 
 
 def mutual_affinities(gram: Tensor, k: int, gamma: float) -> Tensor:
-    """A_ij = max(x_i . x_j, 0)^gamma where i and j are each other's k nearest, else 0. (Q, M, M) -> (Q, M, M).
+    """Returns A_ij = max(x_i . x_j, 0)^gamma if i and j are mutual k-nearest neighbours, else 0. (Q, M, M), same shape.
 
-    No candidate is its own neighbour, so that the diagonal is zero. Candidates that are not there have rows of
-    zeros: they take no place from a neighbour whose affinity is above 0.
+    No candidate is its own neighbour, so that the diagonal is zero. Absent candidates have rows of zeros: they
+    never displace a neighbour whose affinity is above 0.
     """
     itself = torch.eye(gram.shape[1], dtype=torch.bool, device=gram.device)
     (near,) = nearest(gram.masked_fill(itself, -torch.inf), k)
@@ -34,21 +34,21 @@ def mutual_affinities(gram: Tensor, k: int, gamma: float) -> Tensor:
 
 
 def normalized_affinities(affinities: Tensor) -> Tensor:
-    """S = D^(-1/2) A D^(-1/2), D the row sums of A; rows that are zero stay zero. (Q, M, M) -> (Q, M, M)."""
+    """Returns S = D^(-1/2) A D^(-1/2), D the row sums of A; zero rows stay zero. (Q, M, M) -> (Q, M, M)."""
     degree = affinities.sum(dim=2)
     scale = degree.rsqrt().masked_fill(degree == 0, 0)
     return affinities * scale[:, :, None] * scale[:, None]
 
 
 def diffused(s: Tensor, y: Tensor, alpha: float, tolerance: float, iterations: int) -> Tensor:
-    """The solution f of (I - alpha S) f = y by conjugate gradients from f = 0. (Q, M, M), (Q, M) -> (Q, M).
+    """Solves (I - alpha S) f = y for f by conjugate gradients from f = 0. (Q, M, M), (Q, M) -> (Q, M).
 
-    S is symmetric. A query is done when the norm of its residual is at most `tolerance` times that of y, or
-    the machine epsilon of their type times it; what the other queries still need does not change its f.
-    After `iterations` steps f is returned as it is.
+    S must be symmetric. A query is done when the norm of its residual is at most `tolerance`, or the machine
+    epsilon of the dtype if that is larger, times the norm of y; the iterations that other queries still need
+    do not change its f. After `iterations` steps f is returned as it is.
     """
     size = y.amax(dim=1, keepdim=True)
-    size = size.masked_fill(size == 0, 1)  # tiny y would have squares of 0
+    size = size.masked_fill(size == 0, 1)  # the squares of a tiny y would be 0
     r = p = y / size
     f = torch.zeros_like(y)
     rr = (r * r).sum(dim=1, keepdim=True)
@@ -66,30 +66,30 @@ def diffused(s: Tensor, y: Tensor, alpha: float, tolerance: float, iterations: i
 
 
 class DiffusionReranker(CandidateReranker):
-    """Reranks a query's first M results by diffusion on the graph of these M.
+    """Reranks a query's first M results by diffusion on their graph.
 
     With A the mutual affinities of the candidates (:func:`mutual_affinities`), S = D^(-1/2) A D^(-1/2) and
     y_i = max(q . x_i, 0)^gamma for the first kq candidates, 0 for the others, the scores f solve
 
         (I - alpha S) f = y.
 
-    Equal scores keep their order: candidates that no path joins to the first kq all have score 0. Of equally
-    near candidates the one of the lower place is the neighbour.
+    Equal scores keep their order: all candidates without a path to the first kq have score 0. Among equally
+    near candidates, the one with the lower place is the neighbour.
 
-    The authors diffuse over the graph of the whole database, and over its first results where it is large;
-    this is the latter, on descriptors of whole images.
+    The authors diffuse over the graph of the whole database, or of its first results if it is large; this is
+    the latter, with descriptors of whole images.
 
     Iscen et al., "Efficient Diffusion on Region Manifolds: Recovering Small Objects with Compact CNN
     Representations", CVPR 2017, sec. 3 and 4.
 
     Args:
-        m: candidates that are reranked; results after the first m are not looked at.
-        k: neighbours of a candidate, itself not counted; all where there are fewer.
-        kq: candidates, from the first, that the similarity to the query starts from.
+        m: number of candidates that are reranked; later results are ignored.
+        k: number of neighbours of a candidate, not counting itself; all if there are fewer.
+        kq: number of first candidates from which the similarity to the query spreads.
         gamma: exponent of the similarities, above 0.
-        alpha: share of a score that comes from neighbours, from 0 to below 1.
+        alpha: share of a score that comes from the neighbours, from 0 to below 1.
         tolerance: the residual at which the solver stops, relative to y; at least the machine epsilon is used.
-        iterations: steps after which the solver stops in any case.
+        iterations: number of steps after which the solver stops in any case.
 
     Shape:
         - queries (Q, D), candidates (Q, M', D), mask (Q, M')
@@ -126,7 +126,7 @@ class DiffusionReranker(CandidateReranker):
             raise ValueError(f"alpha must be below 1, got {alpha}")
 
     def _scores(self, q: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
-        """The score of each candidate, in the candidates' order. (Q, D), (Q, M, D) -> (Q, M)."""
+        """Returns the score of each candidate, in the order of the candidates. (Q, D), (Q, M, D) -> (Q, M)."""
         similarity = similarities(q, x)
         check_finite(similarity, q, x)
         there = torch.ones_like(similarity, dtype=torch.bool) if mask is None else mask

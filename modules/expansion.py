@@ -1,7 +1,7 @@
-"""Query expansion and database-side augmentation: descriptors replaced by means of their neighbourhood.
+"""Query expansion and database-side augmentation: descriptors are replaced by the mean of their neighbourhood.
 
-Shapes: Q queries, N database rows, D dimensions, M candidates per query, n results that expand it,
-K rows that augment a row.
+Shapes: Q queries, N database descriptors, D dimensions, M candidates per query, n results that expand it,
+K descriptors that augment a descriptor.
 
 Chum et al., "Total Recall", ICCV 2007 (AQE); Radenović et al., "Fine-tuning CNN Image Retrieval with
 No Human Annotation", TPAMI 2018, sec. 3.5 (alpha-QE); Arandjelović and Zisserman, "Three things everyone
@@ -23,36 +23,36 @@ QE_N = 10
 QE_ALPHA = 3.0
 DBA_K = 10
 
-_ROWS = 1024  # rows whose neighbours are searched for in one pass over the database
-_GATHER_BYTES = 32 << 20  # neighbours of rows that are summed at a time
+_ROWS = 1024  # descriptors whose neighbours are searched for in one pass over the database
+_GATHER_BYTES = 32 << 20  # bytes of neighbours that are summed at a time
 
 
 def expanded_queries(queries: Tensor, rows: Tensor, alpha: float = QE_ALPHA) -> Tensor:
-    """q' = normalise(q + sum over i of max(q . x_i, 0)^alpha x_i). (Q, D), (Q, n, D) -> (Q, D).
+    """Returns q' = normalise(q + sum over i of max(q . x_i, 0)^alpha x_i). (Q, D), (Q, n, D) -> (Q, D).
 
-    The rows are each query's first n results; rows of zeros add nothing. With alpha = 0 every result has
-    weight 1, whatever its similarity (average query expansion).
+    The rows are the first n results of each query; rows of zeros add nothing. With alpha = 0 every result has
+    weight 1, regardless of its similarity (average query expansion).
     """
-    weights = similarities(queries, rows).relu().pow(alpha)  # relu: at 0 its gradient is 0 in every version of PyTorch
+    weights = similarities(queries, rows).relu().pow(alpha)  # relu has gradient 0 at 0 in every version of PyTorch
     return F.normalize(queries + (weights[:, None] @ rows).squeeze(1), dim=-1)
 
 
 class QueryExpansion(CandidateReranker):
-    """Scores a query's first M results with the query expanded by the first n (alpha-QE, AQE).
+    """Reranks a query's first M results by similarity to the query expanded by the first n (alpha-QE, AQE).
 
     Score = q' . x with q' as in :func:`expanded_queries`. Equal scores keep their order.
 
-    As its authors use it, query expansion searches the whole database again with q'. Reranking gives the
-    same order of the M candidates, without a second search; but a row that is not one of them stays out,
-    which the second search might have found. :meth:`expand` gives the q' for such a search.
+    The authors of query expansion search the whole database again with q'. Reranking puts the M candidates
+    into the same order without a second search, but does not find images outside the M candidates, as the
+    second search might. :meth:`expand` returns the q' for such a search.
 
     Chum et al., "Total Recall", ICCV 2007; Radenović et al., "Fine-tuning CNN Image Retrieval with No Human
     Annotation", TPAMI 2018, sec. 3.5.
 
     Args:
-        n: results that are added to the query; all where there are fewer.
-        alpha: exponent of their similarities. 0 is average query expansion (AQE).
-        m: candidates that are reranked; results after the first m are not looked at.
+        n: number of results that are added to the query; all if there are fewer.
+        alpha: exponent of their similarities; 0 is average query expansion (AQE).
+        m: number of candidates that are reranked; later results are ignored.
 
     Shape:
         - queries (Q, D), candidates (Q, M', D), mask (Q, M')
@@ -70,13 +70,13 @@ class QueryExpansion(CandidateReranker):
             raise ValueError(f"query expansion needs n <= m, got n = {self.n}, m = {self.m}")
 
     def _scores(self, q: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
-        """The score of each candidate, in the candidates' order. (Q, D), (Q, M, D) -> (Q, M)."""
+        """Returns the score of each candidate, in the order of the candidates. (Q, D), (Q, M, D) -> (Q, M)."""
         scores = similarities(self._expanded(q, x, mask), x)
         check_finite(scores, q, x)
         return scores
 
     def _expanded(self, q: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
-        """The query expanded by the first n candidates that are there. (Q, D), (Q, M, D), (Q, M) -> (Q, D)."""
+        """Returns the queries expanded by their first n present candidates. (Q, D), (Q, M, D), (Q, M) -> (Q, D)."""
         first = x[:, : self.n]
         if mask is not None:
             places = (~mask).long().argsort(dim=1, stable=True)[:, : self.n]
@@ -93,26 +93,27 @@ class QueryExpansion(CandidateReranker):
         """Returns the expanded queries (Q, D), for a second search.
 
         Args:
-            queries: (Q, D), unit rows, tensor or NumPy array.
-            ids: (Q, R), each query's results in ranking order, of any kind that :meth:`rerank` takes; only
-                the first n that are there are used. A query without results is only normalised.
-            fetch: gives the descriptors (n, D) of the ids (n,), as for :meth:`rerank`.
-            device: where the work is done; by default the queries' own.
+            queries: (Q, D), unit descriptors, tensor or NumPy array.
+            ids: (Q, R), the results of each query in ranking order, of any kind that :meth:`rerank` accepts;
+                only the first n present ones are used. A query without results is only normalised.
+            fetch: returns the descriptors (n, D) of the ids (n,), as for :meth:`rerank`.
+            device: where the expansion is computed; by default the device of the queries.
 
         Returns:
-            (Q, D), unit rows of the queries' kind, on their device, in float32, or in float64 where an input is.
+            (Q, D), unit descriptors, a tensor or array like the queries, on their device; float64 if an input is,
+            else float32.
 
         Raises:
             ValueError: as :meth:`rerank`.
         """
         q, numbers, fetch = as_tensor(queries, "queries"), *numbered_ids(ids, fetch)
-        if numbers.ndim == 2:  # results that are there before those that are not
+        if numbers.ndim == 2:  # present results first, then absent ones
             numbers = numbers.gather(1, (numbers < 0).long().argsort(dim=1, stable=True))
         expanded = self._by_blocks(self._checked_expansion, q, numbers, fetch, device, self.n)
         return expanded if isinstance(queries, Tensor) else expanded.numpy()
 
     def _checked_expansion(self, q: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
-        """The expanded queries, of any input that is valid. (Q, D), (Q, n, D), (Q, n) -> (Q, D)."""
+        """Checks the input and returns the expanded queries. (Q, D), (Q, n, D), (Q, n) -> (Q, D)."""
         q, x, mask = self.checked(q, x, mask)
         expanded = self._expanded(q, x, mask)
         check_finite(expanded, q, x)
@@ -130,30 +131,30 @@ def augmented_rows(
     device: torch.device | str = "cpu",
     on_rows: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Returns each row replaced by the mean of its neighbourhood: normalise(sum over r of w_r x_r). (N, D) -> (N, D).
+    """Replaces each descriptor by the mean of its neighbourhood: normalise(sum over r of w_r x_r). (N, D) -> (N, D).
 
-    The neighbourhood is the row itself, r = 0, and its k - 1 nearest rows in order of similarity, r = 1
-    to k - 1; equal similarities by row number. The weights are (k - r) / k, or max(x . x_r, 0)^alpha where
-    alpha is given. Queries are left as they are, or expanded by the augmented rows.
+    The neighbourhood is the descriptor itself, r = 0, and its k - 1 nearest ones in order of similarity, r = 1
+    to k - 1; equal similarities are ordered by row number. The weights are (k - r) / k, or
+    max(x . x_r, 0)^alpha if alpha is given. Queries are used as they are, or expanded by augmented descriptors.
 
     Arandjelović and Zisserman, "Three things everyone should know to improve object retrieval", CVPR 2012,
-    sec. 3.3; the linear weights are of Gordo et al., "End-to-end Learning of Deep Visual Representations for
+    sec. 3.3; the linear weights are from Gordo et al., "End-to-end Learning of Deep Visual Representations for
     Image Retrieval", IJCV 2017.
 
     Args:
-        database: N rows of D, unit rows; ``Database(parts)`` where they are in several parts, or on disk.
-        k: rows that make up a new row, itself included; all where the database is smaller.
-        alpha: exponent of the similarities that weigh the rows; by default the weights are linear.
-        out: (N, D), where the new rows are written, a memory-mapped tensor say; by default a new float32 tensor.
-            It must not be the database's own memory.
-        device: where the work is done.
-        on_rows: called with the number of new rows as they are made, for a progress bar.
+        database: (N, D), unit descriptors; a ``Database(parts)`` if they are in several parts, or on disk.
+        k: number of descriptors in a neighbourhood, itself included; all if the database is smaller.
+        alpha: exponent of the similarities that are the weights; by default the weights are linear.
+        out: (N, D), the tensor for the result, for example a memory-mapped one; by default a new float32 tensor.
+            It must not share memory with the database.
+        device: where the means are computed.
+        on_rows: called with the number of descriptors after each block, for a progress bar.
 
-    Every row is searched for among all N, a thousand at a time, in N^2 D multiplications altogether; beside
-    `out` the memory does not grow with N.
+    Every descriptor is compared with all N, a thousand at a time, in N^2 D multiplications altogether; apart
+    from `out`, the memory does not grow with N.
 
     Raises:
-        ValueError: if k or alpha is invalid, `out` does not fit or is the database's own memory, or a
+        ValueError: if k or alpha is invalid, `out` does not fit or shares memory with the database, or a
             similarity is not finite.
 
     >>> import torch
@@ -185,9 +186,9 @@ def augmented_rows(
 
 
 def _itself_first(numbers: Tensor, found: Tensor) -> Tensor:
-    """Each row's number before those found for it. (B,), (B, K) -> (B, K).
+    """Moves the number of each row to the front of its own results. (B,), (B, K) -> (B, K).
 
-    Equal rows with lower numbers stand before a row in its own results, and may leave it no place.
+    Equal rows with lower numbers precede a row in its own results, and may push it out of them.
     """
     others = found.gather(1, (found == numbers[:, None]).long().argsort(dim=1, stable=True))
     return torch.cat([numbers[:, None], others[:, :-1]], dim=1)
@@ -197,7 +198,7 @@ def _check_out(out: Tensor, database: Database) -> None:
     shape = (len(database), database.dim)
     if not isinstance(out, Tensor) or out.shape != shape or not out.is_floating_point():
         what = f"{out.dtype} of shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
-        raise ValueError(f"out must be a floating tensor of shape {shape}, got {what}")
+        raise ValueError(f"out must be a floating-point tensor of shape {shape}, got {what}")
     own = {part.untyped_storage().data_ptr() for part in database.parts if isinstance(part, Tensor)}
     if len(database) and out.untyped_storage().data_ptr() in own:
-        raise ValueError(f"out of shape {shape} is the database's own memory, got rows that are still to be read")
+        raise ValueError(f"out of shape {shape} shares memory with the database, whose rows are still to be read")

@@ -1,7 +1,7 @@
-"""Why SuperGlobal's reranking puts a candidate where it does: the sums behind its score.
+"""Explain the place that SuperGlobal's reranking gives a candidate: the sums behind its score.
 
-Shapes: M candidates in ranking order, D dimensions, K neighbours. A candidate is named by its place in
-the ranking that is reranked, from 0.
+Shapes: M candidates in ranking order, D dimensions, K neighbours. A candidate is identified by its place,
+from 0, in the ranking before reranking.
 
 Shao et al., "Global Features are All You Need for Image Retrieval and Reranking", ICCV 2023, sec. 4.
 """
@@ -18,10 +18,10 @@ class Neighbour(NamedTuple):
     """One term of a candidate's two sums.
 
     Attributes:
-        place: of the neighbour; the first one is the candidate itself.
-        weight: its share w_j of the refined row; the shares sum to 1.
+        place: the place of the neighbour; the first neighbour is the candidate itself.
+        weight: its weight w_j in the refined descriptor; the weights sum to 1.
         to_query: q . x_j. S1 is the sum of weight * to_query.
-        to_expanded: e . x_j. S2 is the sum of weight * to_expanded ("original" S2: that of the candidate itself).
+        to_expanded: e . x_j. S2 is the sum of weight * to_expanded; "original" S2 is that of the candidate itself.
     """
 
     place: int
@@ -31,16 +31,16 @@ class Neighbour(NamedTuple):
 
 
 class Explanation(NamedTuple):
-    """What one candidate's new place follows from.
+    """The values that determine the new place of one candidate.
 
     Attributes:
-        before, after: its place before and after reranking.
-        cosine: q . x, by which it was found.
-        s1: q . x', the similarity of the query and the refined row.
-        s2: e . x' (or e . x, "original"), that of the expanded query.
-        score: (s1 + s2) / 2, which orders the candidates.
-        neighbours: the terms of both sums, those that are there: the candidate, then by similarity to it.
-        chosen: the places of the candidates whose refined rows make the expanded query, the highest S1 first.
+        before, after: its places before and after reranking.
+        cosine: q . x, the similarity in the search.
+        s1: q . x', the similarity of the query and the refined descriptor.
+        s2: e . x' (or e . x for "original"), the similarity of the expanded query.
+        score: (s1 + s2) / 2, by which the candidates are sorted.
+        neighbours: the terms of both sums: the candidate itself, then its neighbours by similarity.
+        chosen: the places of the candidates whose refined descriptors form the expanded query, highest S1 first.
     """
 
     before: int
@@ -60,17 +60,17 @@ def explain(
     reranker: SuperGlobalReranker | None = None,
     mask: Array | None = None,
 ) -> Explanation:
-    """Returns the sums behind the new place of one candidate.
+    """Returns the values behind the new place of one candidate.
 
     Args:
         query: (D,), of unit length, tensor or NumPy array.
-        candidates: (M', D), unit rows in ranking order; those after the first m are not reranked, as in the reranker.
-        place: of the candidate that is explained, below min(m, M').
-        reranker: whose m, k, beta and s2 are taken; by default the paper's.
-        mask: (M',) bool, False where there is no candidate.
+        candidates: (M', D), unit descriptors in ranking order; as in the reranker, only the first m are reranked.
+        place: the place of the candidate to explain, below min(m, M').
+        reranker: the reranker whose m, k, beta and s2 are used; by default the paper's.
+        mask: (M',) bool, False where a candidate is absent.
 
     Raises:
-        ValueError: if the reranker refuses the input, or no candidate has this place.
+        ValueError: if the input is invalid for the reranker, or there is no candidate at this place.
 
     >>> import torch
     >>> why = explain(torch.eye(4)[0], torch.eye(4)[[1, 0, 2]], 1, SuperGlobalReranker(m=3, k=1))
@@ -79,13 +79,13 @@ def explain(
     """
     reranker = SuperGlobalReranker() if reranker is None else reranker
     q, x = as_tensor(query, "query")[None], as_tensor(candidates, "candidates")[None]
-    q, x, there = reranker.checked(q, x, None if mask is None else as_tensor(mask, "mask")[None])
+    q, x, present = reranker.checked(q, x, None if mask is None else as_tensor(mask, "mask")[None])
     count = x.shape[1]
-    if not 0 <= place < count or (there is not None and not there[0, place]):
-        raise ValueError(f"no candidate has place {place}, counted from 0; {count} are reranked")
+    if not 0 <= place < count or (present is not None and not present[0, place]):
+        raise ValueError(f"there is no candidate at place {place}, counted from 0; {count} are reranked")
     with torch.no_grad():
-        scores = superglobal_scores(q, x, reranker.k, reranker.beta, reranker.s2, there)
-        total = (scores.s1 + scores.s2) / 2  # -inf where no candidate is, as s1
+        scores = superglobal_scores(q, x, reranker.k, reranker.beta, reranker.s2, present)
+        total = (scores.s1 + scores.s2) / 2  # -inf for absent candidates, like s1
         order = total.argsort(dim=1, descending=True, stable=True)[0].tolist()
         to_query, to_expanded = x[0] @ q[0], x[0] @ scores.expanded[0]
     near = scores.neighbours[0, place].tolist()
@@ -100,7 +100,7 @@ def explain(
         neighbours=tuple(
             Neighbour(other, weight, to_query[other].item(), to_expanded[other].item())
             for other, weight in terms
-            if there is None or there[0, other]
+            if present is None or present[0, other]
         ),
         chosen=tuple(dict.fromkeys(scores.chosen[0].tolist())),
     )

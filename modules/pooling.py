@@ -1,7 +1,7 @@
-"""Poolings of SuperGlobal: GeM, GeM+, Regional-GeM and Scale-GeM.
+"""SuperGlobal's pooling modules: GeM, GeM+, Regional-GeM and Scale-GeM.
 
-Each is a pure function and a small module that holds its arguments. None has trained state: a
-state dict stays empty, so adding one to a network never breaks the loading of a checkpoint.
+Each is a pure function, and a small module that holds its arguments. The modules have no trained
+state, so that adding one to a network never prevents the loading of a checkpoint.
 Shapes: N images, C channels, H x W positions, S scales.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .checks import check_tensor
 
-# New in PyTorch 2.7; before, compiling takes the exported way, too.
+# New in PyTorch 2.7; with older versions, compiling also takes the path for export.
 _exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 GEMP_P = 4.6
@@ -23,12 +23,12 @@ RGEM_P = 2.5
 RGEM_WINDOW = 5
 SGEM_P = math.inf
 
-# Up to here the powers of feature maps, 1e-8 to about 1e3, stay in float32 as far as they matter.
+# The largest power for which relevant values of feature maps, 1e-8 to about 1e3, stay within float32.
 SAFE_POWER = 8.0
 
 
 def generalized_mean(x: Tensor, p: float | Tensor, eps: float = 1e-6) -> Tensor:
-    """GeM over the last two axes: (mean of max(x, eps)^p)^(1/p). (N, C, H, W) -> (N, C).
+    """Returns the GeM over the last two axes: (mean of max(x, eps)^p)^(1/p). (N, C, H, W) -> (N, C).
 
     Radenović et al., "Fine-tuning CNN Image Retrieval with No Human Annotation", TPAMI 2018, eq. 3.
     """
@@ -40,11 +40,11 @@ def generalized_mean(x: Tensor, p: float | Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def regional_generalized_mean(x: Tensor, p: float = RGEM_P, window: int = RGEM_WINDOW, eps: float = GEMP_EPS) -> Tensor:
-    """Regional-GeM: (x + L) / 2, L the generalised mean of the window around each position.
+    """Returns Regional-GeM: (x + L) / 2, where L is the generalised mean of the window around each position.
 
     (N, C, H, W) -> (N, C, H, W). L = (mean over window x window of max(x, eps)^p)^(1/p), stride 1,
-    reflect-padded by window // 2. Where a side of the map is not longer than the padding, reflection
-    is not defined and the whole map is padded by replication, so that no image is too small.
+    reflect-padded by window // 2. If a side of the feature map is not longer than the padding, reflection
+    is undefined and the whole map is padded by replication, so that no image is too small.
 
     Shao et al., "Global Features are All You Need for Image Retrieval and Reranking", ICCV 2023, sec. 3.
     """
@@ -60,20 +60,20 @@ def regional_generalized_mean(x: Tensor, p: float = RGEM_P, window: int = RGEM_W
 
 
 def _overflows(p: float | Tensor) -> bool:
-    """Whether x^p may leave float32; if so, x is divided by its largest value, and the mean multiplied with it."""
+    """Returns whether x^p may exceed float32; then x is divided by its largest value, and the mean multiplied by it."""
     return not isinstance(p, Tensor) and p > SAFE_POWER
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Powers such as 4.6 overflow half precision, and underflow in it."""
+    """Returns float32 for half precision, in which powers such as 4.6 overflow and underflow."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _padded(x: Tensor, pad: int) -> Tensor:
-    """Reflected by pad on each side, replicated where a side of the map is not longer than pad."""
+    """Pads by reflection on each side, or by replication if a side of the map is not longer than pad."""
     if not _exporting():
         return F.pad(x, (pad, pad, pad, pad), mode="reflect" if min(x.shape[-2:]) > pad else "replicate")
-    # An exported graph has no branches, and the sides are symbols: the same by indices, ten times slower.
+    # An exported graph has no branches and symbolic sides, so that indices are used, ten times slower.
     sides = [torch.full((), side, device=x.device) for side in x.shape[-2:]]
     reflects = torch.minimum(*sides) > pad
     for axis, side in zip((-2, -1), sides, strict=True):
@@ -84,11 +84,11 @@ def _padded(x: Tensor, pad: int) -> Tensor:
 
 
 def scale_generalized_mean(v: Tensor, p: float = SGEM_P) -> Tensor:
-    """Scale-GeM over the first axis. (S, N, C) -> (N, C), not normalised.
+    """Returns Scale-GeM over the first axis. (S, N, C) -> (N, C), not normalised.
 
-    p = inf: the elementwise maximum of the L2-normalised vectors of the scales. Finite p:
-    (mean over scales of (v - g)^p)^(1/p) + g on the vectors as they come, with g the minimum over
-    the image's own scales and channels, so that the powers are defined for negative values.
+    For p = inf, the elementwise maximum of the L2-normalised vectors of the scales. For finite p,
+    (mean over scales of (v - g)^p)^(1/p) + g on the vectors without normalisation, where g is the minimum
+    over the image's own scales and channels, so that the powers are defined for negative values.
 
     Shao et al., "Global Features are All You Need for Image Retrieval and Reranking", ICCV 2023, sec. 3.
     """
@@ -96,7 +96,7 @@ def scale_generalized_mean(v: Tensor, p: float = SGEM_P) -> Tensor:
         return F.normalize(v, dim=-1).amax(dim=0)
     floor = v.amin(dim=(0, 2), keepdim=True)
     above = v - floor
-    top = above.amax(dim=0)  # taken out before the power, so that none overflows or vanishes
+    top = above.amax(dim=0)  # divided out before the power, which could overflow or vanish
     share = above / top.clamp(min=torch.finfo(v.dtype).tiny)
     return share.pow(p).mean(dim=0).pow(1 / p) * top + floor[0]
 
@@ -111,8 +111,8 @@ class GeM(nn.Module):
     """Generalised-mean pooling with a fixed power, see :func:`generalized_mean`. (N, C, H, W) -> (N, C).
 
     Args:
-        p: the power; 1 is the average, and the larger, the nearer to the maximum.
-        eps: floor of the values, so that the power is defined.
+        p: the power; 1 is the average, larger values approach the maximum.
+        eps: lower bound of the values, so that the power is defined.
 
     >>> import torch
     >>> GeM(p=3.0)(torch.ones(2, 8, 7, 9)).shape
@@ -133,11 +133,11 @@ class GeM(nn.Module):
 
 
 class GeMPlus(GeM):
-    """GeM+: GeM with the power that the paper found best for trained networks, and a lower floor.
+    """GeM+: GeM with the power that the paper found best for trained networks, and a smaller lower bound.
 
     Args:
         p: the power, 4.6 in the paper.
-        eps: floor of the values.
+        eps: lower bound of the values.
 
     >>> import torch
     >>> GeMPlus()(torch.ones(2, 8, 7, 9)).shape

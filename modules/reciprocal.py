@@ -1,4 +1,4 @@
-"""Reranking by k-reciprocal encoding: two images are alike whose mutual neighbours are the same.
+"""Reranking by k-reciprocal encoding: two images are similar if they share their mutual neighbours.
 
 Shapes: Q queries, M candidates per query, N = M + 1 nodes (the query and its candidates), D dimensions.
 
@@ -18,7 +18,7 @@ LAMBDA = 0.3
 
 
 def node_similarities(queries: Tensor, candidates: Tensor) -> Tensor:
-    """The Gram matrices of the nodes, each query before its candidates. (Q, D), (Q, M, D) -> (Q, N, N)."""
+    """Returns the Gram matrices of the nodes, a query and its candidates. (Q, D), (Q, M, D) -> (Q, N, N)."""
     own = (queries * queries).sum(dim=1, keepdim=True)
     first = torch.cat([own, similarities(queries, candidates)], dim=1)
     others = torch.cat([first[:, 1:, None], gram_matrices(candidates)], dim=2)
@@ -26,11 +26,11 @@ def node_similarities(queries: Tensor, candidates: Tensor) -> Tensor:
 
 
 def reciprocal_sets(near: Tensor, near_half: Tensor) -> Tensor:
-    """The expanded k-reciprocal sets R* of the nodes, as rows. bool (Q, N, N), (Q, N, N) -> bool (Q, N, N).
+    """Returns the expanded k-reciprocal sets R* of the nodes, as rows. bool (Q, N, N), (Q, N, N) -> bool (Q, N, N).
 
-    `near` says whether j is in N(i, k1), `near_half` whether it is in N(i, k1 / 2). R(i, k) are the j with
-    j in N(i, k) and i in N(j, k). R*(i) is R(i, k1), and for each of its members j the whole of
-    R(j, k1 / 2) if at least 2/3 of that are in R(i, k1) (eqs. 3 and 4).
+    `near` is True if j is in N(i, k1), `near_half` if it is in N(i, k1 / 2). R(i, k) is the set of all j with
+    j in N(i, k) and i in N(j, k). R*(i) is the union of R(i, k1) and, for each of its members j, of
+    R(j, k1 / 2) if at least 2/3 of the latter are in R(i, k1) (eqs. 3 and 4).
     """
     sets, halves = near & near.transpose(1, 2), near_half & near_half.transpose(1, 2)
     dtype = torch.float32  # counts, exact up to 2^24
@@ -41,13 +41,13 @@ def reciprocal_sets(near: Tensor, near_half: Tensor) -> Tensor:
 
 
 def reciprocal_encoding(gram: Tensor, k1: int, k2: int, there: Tensor | None = None) -> Tensor:
-    """The vectors V of the nodes: exp(-d) on R*, then means over the first k2 neighbours. (Q, N, N) -> (Q, N, N).
+    """Returns the vectors V of the nodes: exp(-d) on R*, averaged over the first k2 neighbours. (Q, N, N), same shape.
 
     Args:
         gram: x_i . x_j of all nodes; d = 1 - x_i . x_j.
-        k1: neighbours, beside itself, whose reciprocity is looked at.
-        k2: neighbours, itself among them, over which V is averaged; 1 leaves V as it is.
-        there: (Q, N) bool, False for nodes that are nobody's neighbours.
+        k1: number of neighbours, not counting the node itself, that are tested for reciprocity.
+        k2: number of neighbours, including the node itself, over which V is averaged; 1 leaves V as it is.
+        there: (Q, N) bool, False for absent nodes, which are no node's neighbours.
     """
     similarity = gram if there is None else gram.masked_fill(~(there[:, None] & there[:, :, None]), -torch.inf)
     itself = torch.eye(gram.shape[1], dtype=torch.bool, device=gram.device)
@@ -59,7 +59,7 @@ def reciprocal_encoding(gram: Tensor, k1: int, k2: int, there: Tensor | None = N
 
 
 def jaccard_distances(encoding: Tensor) -> Tensor:
-    """1 - sum min(V_0, V_i) / sum max(V_0, V_i) of the first node and each other. (Q, N, N) -> (Q, N - 1)."""
+    """Returns 1 - sum min(V_0, V_i) / sum max(V_0, V_i) of the first node and each other. (Q, N, N) -> (Q, N - 1)."""
     first, others = encoding[:, :1], encoding[:, 1:]
     shared = torch.minimum(first, others).sum(dim=2)
     return 1 - shared / (first.sum(dim=2) + others.sum(dim=2) - shared)
@@ -68,27 +68,27 @@ def jaccard_distances(encoding: Tensor) -> Tensor:
 class KReciprocalReranker(CandidateReranker):
     """Reranks a query's first M results by the Jaccard distance of their k-reciprocal encodings.
 
-    The nodes are the query and its M candidates. N(i, k) are node i itself and its k nearest others, by
-    cosine similarity. R*(i), the expanded k-reciprocal set (:func:`reciprocal_sets`), becomes the vector
-    V_i, with exp(-d(i, j)) at the members j and 0 elsewhere, d = 1 - cosine. V_i is replaced by the mean
-    of V over the first k2 of N(i, .), i itself among them (local query expansion). With the Jaccard
-    distance J of V_q and V_i (:func:`jaccard_distances`) the new order is by
+    The nodes are the query and its M candidates. N(i, k) consists of node i itself and its k nearest others
+    by cosine similarity. The expanded k-reciprocal set R*(i) (:func:`reciprocal_sets`) is encoded as the
+    vector V_i, with exp(-d(i, j)) at its members j and 0 elsewhere, d = 1 - cosine. V_i is replaced by the
+    mean of V over the first k2 of N(i, .), including i itself (local query expansion). With the Jaccard
+    distance J of V_q and V_i (:func:`jaccard_distances`), the candidates are sorted by
 
         score = -((1 - lambda) J + lambda d(q, i)).
 
-    Equal scores keep their order; of equally near nodes the query, then the lower place, is the neighbour.
+    Equal scores keep their order; among equally near nodes, the query comes first, then the lower place.
 
-    The authors' released code differs in three details from this and from the paper's text: its d is the
+    The authors' released code differs in three details from this and from the paper's text: d is the
     squared Euclidean distance divided by the largest of its column, each V_i is divided by its sum, and
-    a set joins R* if more than 2/3 of it are shared, not at least 2/3.
+    a set joins R* if more than 2/3 of it are shared, instead of at least 2/3.
 
     Zhong et al., "Re-ranking Person Re-identification with k-reciprocal Encoding", CVPR 2017, sec. 3.
 
     Args:
-        m: candidates that are reranked; results after the first m are not looked at.
-        k1: neighbours whose reciprocity is looked at; all where there are fewer. Half of it, for the
+        m: number of candidates that are reranked; later results are ignored.
+        k1: number of neighbours that are tested for reciprocity; all if there are fewer. Half of it, for the
             expansion of the sets, is rounded to the nearest whole number, x.5 to the even one.
-        k2: neighbours over which V is averaged, the node itself among them; 1 for no averaging.
+        k2: number of neighbours over which V is averaged, including the node itself; 1 for no averaging.
         lambda_value: weight of the original distance, from 0 to 1.
 
     Shape:
@@ -108,7 +108,7 @@ class KReciprocalReranker(CandidateReranker):
         self.lambda_value = real_number(lambda_value, "lambda_value", most=1)
 
     def _scores(self, q: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
-        """The score of each candidate, in the candidates' order. (Q, D), (Q, M, D) -> (Q, M)."""
+        """Returns the score of each candidate, in the order of the candidates. (Q, D), (Q, M, D) -> (Q, M)."""
         gram = node_similarities(q, x)
         check_finite(gram[:, 0], q, x)
         there = None if mask is None else torch.nn.functional.pad(mask, (1, 0), value=True)

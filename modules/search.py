@@ -1,6 +1,6 @@
-"""Exact cosine search over descriptors that need not fit in memory.
+"""Exact cosine search over descriptors, which need not fit in memory.
 
-Shapes: Q queries, N database rows, D dimensions, M results per query, L listed rows of a query.
+Shapes: Q queries, N database descriptors (rows), D dimensions, M results per query, L listed rows per query.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,13 +15,13 @@ from .compact import Int8Rows
 _INDEX_BITS = 32
 _INDEX_MASK = (1 << _INDEX_BITS) - 1
 _PRODUCT_BYTES = 4 << 20
-_BLOCK = 2048  # pairs or rows whose float64 products are made at a time
-_GPU_ROWS = 1 << 16  # of a chunk on a GPU: few launches, and products of some tens of MB
-_SPARE = 256  # results beyond m that a GPU keeps, so that none is missed whose float32 product erred
+_BLOCK = 2048  # pairs or rows whose float64 products are computed at a time
+_GPU_ROWS = 1 << 16  # rows of a chunk on a GPU: few kernel launches, and products of some tens of MB
+_SPARE = 256  # results beyond m that a GPU keeps, so that an error of a float32 product loses none
 
 
 class NotFiniteError(ValueError):
-    """A score is NaN or infinite: `row` of the database or a query holds no descriptor."""
+    """A score is NaN or infinite: the query, or `row` of the database, is not a valid descriptor."""
 
     def __init__(self, query: int, row: int):
         super().__init__(f"query {query} and database row {row} have a score that is not finite")
@@ -29,30 +29,30 @@ class NotFiniteError(ValueError):
 
 
 class Database:
-    """Rows of one or more (N_i, D) tensors, numbered as if they were stacked.
+    """The rows of one or more (N_i, D) tensors, numbered as if they were concatenated.
 
-    A part may be memory-mapped (``torch.load(..., mmap=True)``, ``torch.from_numpy`` of a NumPy
+    A part may be memory-mapped (``torch.load(..., mmap=True)``, or ``torch.from_numpy`` of a NumPy
     memory map): only the rows in use are read.
 
     Args:
-        parts: a tensor, or tensors of equal D and of any floating dtype (or Int8Rows); rows of unit length. Rows
-            in float64 are rounded to float32 wherever they are used, so that a row has one score.
+        parts: a tensor or several, of equal D and any floating-point dtype, or Int8Rows; the rows have unit
+            length. Rows in float64 are rounded to float32 wherever they are used, so that a row has one score.
 
     Raises:
-        ValueError: where there is no part, or a part is no (N, D) floating tensor, or widths differ.
+        ValueError: if there is no part, a part is not a floating-point tensor (N, D), or widths differ.
     """
 
     def __init__(self, parts: Tensor | Int8Rows | Sequence[Tensor | Int8Rows]):
         self.parts = [parts] if isinstance(parts, Tensor | Int8Rows) else list(parts)
         if not all(isinstance(part, Tensor | Int8Rows) for part in self.parts):
-            raise ValueError("a database is one or more tensors; torch.from_numpy makes one of an array")
+            raise ValueError("a database takes one or more tensors; torch.from_numpy converts an array")
         shapes = [tuple(part.shape) for part in self.parts]
         if not shapes or any(len(shape) != 2 or shape[1] != shapes[0][-1] for shape in shapes):
-            raise ValueError(f"a database is one or more (N, D) tensors of equal D, got shapes {shapes}")
+            raise ValueError(f"a database takes one or more (N, D) tensors of equal D, got shapes {shapes}")
         if not all(part.is_floating_point() for part in self.parts):
-            raise ValueError(f"a database holds floating numbers, got {[part.dtype for part in self.parts]}")
+            raise ValueError(f"a database takes floating-point tensors, got {[part.dtype for part in self.parts]}")
         if sum(shape[0] for shape in shapes) > _INDEX_MASK:
-            raise ValueError(f"a database has at most {_INDEX_MASK} rows, got shapes {shapes}")
+            raise ValueError(f"a database can have at most {_INDEX_MASK} rows, got shapes {shapes}")
 
     def __len__(self) -> int:
         return sum(len(part) for part in self.parts)
@@ -66,12 +66,12 @@ class Database:
 
     @property
     def device(self) -> torch.device:
-        """Where all parts are; the CPU if they are in several places."""
+        """The device of all parts; the CPU if they are on several devices."""
         devices = {part.device for part in self.parts}
         return devices.pop() if len(devices) == 1 else torch.device("cpu")
 
     def fitted(self, device: torch.device | str, share: float = 0.5) -> "Database":
-        """Returns the database on a GPU, if its rows take at most this share of the free memory there; else itself."""
+        """Returns a copy on the GPU if its rows take at most this share of the free memory there; else itself."""
         device = torch.device(device)
         if device.type != "cuda":
             return self
@@ -86,34 +86,34 @@ class Database:
         return Database([part.to(device) for part in parts])
 
     def rows(self, ids: Array) -> Array:
-        """The rows with these numbers, as float32, on the rows' own device, see `device`. (...) -> (..., D).
+        """Returns the rows with these numbers, as float32, on the device of the database. (...) -> (..., D).
 
-        Where the numbers are an array, so are the rows.
+        If the numbers are a NumPy array, so are the rows.
 
         Raises:
-            ValueError: where there is no such row.
+            ValueError: if there is no such row.
         """
         if not isinstance(ids, Tensor):
             return self.rows(as_tensor(ids, "ids")).cpu().numpy()
         flat = ids.flatten().cpu()
         wrong = flat[(flat < 0) | (flat >= len(self))]
         if len(wrong):
-            raise ValueError(f"there is no row {int(wrong[0])} among the {len(self)} of the database")
+            raise ValueError(f"there is no row {int(wrong[0])}; the database has {len(self)} rows")
         out = torch.empty(len(flat), self.dim, device=self.device)
         start = 0
         for part in self.parts:
             here = ((flat >= start) & (flat < start + len(part))).nonzero().squeeze(1)
             rows = part.index_select(0, (flat[here] - start).to(part.device)).to(out.device, torch.float32)
-            if len(here) == len(flat):  # nothing to put together
+            if len(here) == len(flat):  # nothing to concatenate
                 return rows.view(*ids.shape, self.dim)
             out[here.to(out.device)] = rows
             start += len(part)
         return out.view(*ids.shape, self.dim)
 
     def chunks(self, size: int, first: int = 0, stop: int | None = None) -> Iterator[tuple[int, Tensor]]:
-        """(number of the first row, rows) of the rows from `first` to before `stop`, at most `size` at a time.
+        """Iterates over the rows from `first` to before `stop` as (number of the first row, at most `size` rows).
 
-        A chunk never goes across parts; float64 comes as float32.
+        A chunk never crosses parts; float64 rows are returned as float32.
         """
         stop, start = len(self) if stop is None else stop, 0
         for part in self.parts:
@@ -130,11 +130,11 @@ class SearchResult(NamedTuple):
 
 
 def merged(results: Sequence[SearchResult], m: int) -> SearchResult:
-    """Returns what one search of all rows gives, from searches of parts of them (`rows` of search); to the bit.
+    """Merges searches of disjoint ranges of rows (`rows` of search) into the result of one search, to the bit.
 
     Args:
-        results: of the same queries and listed rows, of parts that are disjoint and together all rows.
-        m: results per query.
+        results: of the same queries and listed rows; together the ranges must cover all rows.
+        m: number of results per query.
     """
     keys = torch.cat([_order_keys(each.scores, each.ids) for each in results], dim=1)
     ids, scores = _from_order_keys(keys.topk(min(m, keys.shape[1]), dim=1).values)
@@ -151,29 +151,29 @@ def search(
     on_chunk: Callable[[int], None] | None = None,
     rows: tuple[int, int] | None = None,
 ) -> SearchResult:
-    """The M best rows per query, and the rank of the listed rows, in one pass over the database.
+    """Returns the M best rows per query, and the ranks of the listed rows, in one pass over the database.
 
-    Score = q . x. Higher first; equal scores keep the lower row number first. A score is the float32
-    nearest to the float64 dot product, so that rankings are the same on any device, for any chunk
-    size, and equal rows tie wherever they stand. Only scores that decide something are computed
-    that way: the best, and those so near to a listed row's that float32 products could err.
+    The score is q . x. Higher scores come first; among equal scores, the lower row number. A score is the
+    float64 dot product rounded to float32, so that rankings are the same on any device and for any chunk
+    size, and equal rows tie wherever they are. Only the scores that matter are computed that way: the best,
+    and those so close to a listed row's score that float32 products could be on the wrong side of it.
     Nothing of size N x Q is kept or sorted.
 
     Args:
-        queries: (Q, D), unit rows.
-        database: N rows of D.
-        m: results per query; all where the database is smaller.
-        listed: per query the row numbers (L,) int64 whose rank is wanted; none by default.
-        chunk_size: rows read at a time; by default what keeps the products near 4 MB, on a GPU 65,536.
-        device: where the products are computed. Rows that are not there yet go there chunk by chunk;
-            ``database.fitted(device)`` sends them all, once.
+        queries: (Q, D), unit descriptors.
+        database: (N, D), unit descriptors.
+        m: number of results per query; all rows if the database is smaller.
+        listed: per query, the row numbers (L,) int64 whose rank is wanted; none by default.
+        chunk_size: number of rows read at a time; by default the products take about 4 MB, on a GPU it is 65,536.
+        device: where the products are computed. Rows on another device are copied chunk by chunk;
+            ``database.fitted(device)`` copies them all, once.
         on_chunk: called with the number of rows after each chunk, for a progress bar.
-        rows: search the rows from the first number to before the second alone, as if there were no others;
-            `ids` still count all rows, and `listed` may name any. :func:`merged` puts the parts together.
+        rows: search only the rows from the first number to before the second. `ids` are still numbers among
+            all rows, and `listed` may contain any row. :func:`merged` merges the results.
 
     Raises:
-        ValueError: on shapes that do not fit, m < 1, a listed number outside the database, or a
-            score that is not finite (NotFiniteError; the row is named).
+        ValueError: if shapes do not fit, m < 1, a listed number is outside the database, or a score is not
+            finite (NotFiniteError, which names the row).
 
     >>> import torch
     >>> search(torch.eye(3)[:1], torch.eye(3), m=2).ids
@@ -189,7 +189,7 @@ def search(
         raise ValueError(f"{len(queries)} queries need {len(queries)} lists of rows, got {len(listed)}")
     rows = (0, len(database)) if rows is None else rows
     if not 0 <= rows[0] <= rows[1] <= len(database):
-        raise ValueError(f"rows are from 0 to {len(database)}, ascending, got {rows}")
+        raise ValueError(f"rows must be ascending numbers from 0 to {len(database)}, got {rows}")
     m = min(m, rows[1] - rows[0])
 
     queries = queries.to(device).to(torch.float64)
@@ -197,7 +197,7 @@ def search(
         found = _search_without_waiting(queries, database, m, listed, chunk_size or _GPU_ROWS, on_chunk, rows)
         if found is not None:
             return found
-        on_chunk = None  # what follows is a second pass
+        on_chunk = None  # what follows is a second pass over the same rows
     if chunk_size is None:
         chunk_size = max(1024, min(8192, _PRODUCT_BYTES // (4 * max(len(queries), 1))))
     ranks, best = _ListedRanks(queries, database, listed), _Best(queries, database, m)
@@ -223,13 +223,13 @@ def _search_without_waiting(
     on_chunk: Callable[[int], None] | None,
     rows: tuple[int, int],
 ) -> SearchResult | None:
-    """As search, in an order of work that lets the host run ahead of a GPU; the result is the same to the bit.
+    """Searches as `search` does, but lets the host run ahead of a GPU; the result is the same to the bit.
 
-    For each chunk the host waits for the device once, where ranks are counted, and else never: a fixed number
-    of results is kept, and whether that was enough, and all scores finite, is looked at in the end.
+    Per chunk, the host waits for the device once, to count ranks: a fixed number of results is kept, and
+    only at the end it is checked whether that was enough and whether all scores are finite.
 
     Returns:
-        None where it was not, so that the usual way has to be gone.
+        The result, or None if the number was too small, so that `search` must take its usual path.
     """
     ranks, best = _ListedRanks(queries, database, listed), _BestOfEachChunk(queries, database, m)
     fast = queries.to(_work_type())
@@ -251,7 +251,7 @@ def _search_without_waiting(
 def _on_device(
     database: Database, size: int, device: torch.device, rows: tuple[int, int]
 ) -> Iterator[tuple[int, Tensor]]:
-    """The chunks on the device: those on the host go there through two pinned buffers, one ahead of the work."""
+    """Yields the chunks on the device; host rows are copied through two pinned buffers, one chunk ahead."""
     if device.type != "cuda" or database.device == device:
         yield from ((start, chunk.to(device)) for start, chunk in database.chunks(size, *rows))
         return
@@ -262,7 +262,7 @@ def _on_device(
     for number, (start, chunk) in enumerate(database.chunks(size, *rows)):
         slot = number % 2
         if slot in sent:
-            sent[slot].synchronize()  # the buffer may be written to again
+            sent[slot].synchronize()  # until the buffer may be overwritten
         if slot not in buffers or buffers[slot].dtype != chunk.dtype:
             buffers[slot] = torch.empty(size, database.dim, dtype=chunk.dtype, pin_memory=True)
         with torch.cuda.stream(copies):
@@ -278,7 +278,7 @@ def _on_device(
 
 
 def _products(queries: Tensor, chunk: Tensor) -> Tensor:
-    """The scores of a chunk in float32, (Q, C), by products in the type of the queries, see _work_type."""
+    """Returns the float32 scores of a chunk, (Q, C), from products in the dtype of the queries, see _work_type."""
     return (queries @ chunk.to(queries.dtype).T).to(torch.float32)
 
 
@@ -290,30 +290,30 @@ def _check_finite(scores: Tensor, start: int) -> None:
 
 
 def _work_type() -> torch.dtype:
-    """Of the products: float64 where somebody chose reduced precision (TF32, say), which has no useful bound."""
+    """Returns the dtype of the products: float64 if a reduced precision is set (TF32), which has no useful bound."""
     try:
         return torch.float32 if torch.get_float32_matmul_precision() == "highest" else torch.float64
-    except RuntimeError:  # how PyTorch tells that a precision was chosen by its newer settings
+    except RuntimeError:  # raised if a precision was set through the newer settings
         return torch.float64
 
 
 def _error(scores: Tensor, dim: int) -> Tensor:
-    """By how much float32 products of unit vectors may err.
+    """Returns a bound for the error of float32 products of unit vectors.
 
-    The half ulps of D partial sums, which grow towards the score, add up like a random walk. At
-    D = 2048 the largest error seen among 10^8 products was a fifth of this.
+    The rounding errors of D partial sums, which grow towards the score, add up like a random walk. At
+    D = 2048 the largest error among 10^8 products was a fifth of this bound.
     """
     return (1.5 * dim**0.5 * scores.abs() + 4) * 2.0**-24
 
 
 def _exact(queries: Tensor, rows: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
-    """(Q, D) float64, ids (C,) of rows -> (Q, C) float32: the nearest to the float64 products, and no -0."""
+    """Returns float64 products rounded to float32, without -0. (Q, D) float64, ids (C,) of rows -> (Q, C) float32."""
     parts = [queries @ rows(part).to(queries.device, torch.float64).T for part in ids.split(_BLOCK)]
     return torch.cat([part.to(torch.float32).add_(0.0) for part in parts], dim=1)
 
 
 class _Best:
-    """The best M rows of each query so far, and those that may yet prove to be."""
+    """Keeps the best M rows of each query so far, and those that may turn out to be among them."""
 
     def __init__(self, queries: Tensor, database: Database, m: int):
         self.queries, self.database, self.m = queries, database, m
@@ -325,7 +325,7 @@ class _Best:
         query, column = (scores >= self.bar).nonzero(as_tuple=True)
         if not len(query):
             return
-        # The pairs come in the order of queries: lay them side by side, padded with -inf.
+        # The pairs are ordered by query: lay them out in rows, padded with -inf.
         counts = torch.bincount(query, minlength=len(scores))
         place = torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts)[query]
         new_scores = scores.new_full((len(scores), int(counts.max())), -torch.inf)
@@ -340,11 +340,11 @@ class _Best:
         keep = int((self.scores >= self.bar).sum(dim=1).max())
         self.scores, places = self.scores.topk(keep, dim=1)
         self.ids = self.ids.gather(1, places)
-        if keep > 2 * self.m + _BLOCK:  # many rows tie: only their numbers tell which stay
+        if keep > 2 * self.m + _BLOCK:  # many rows tie: only their numbers decide which stay
             self.settle()
 
     def settle(self) -> None:
-        """Cuts to the best M by exact scores, in order."""
+        """Keeps only the best M by exact scores, in order."""
         there = self.scores > -torch.inf
         unique, inverse = self.ids.unique(return_inverse=True)
         self.scores = _exact(self.queries, self.database.rows, unique).gather(1, inverse)
@@ -353,7 +353,7 @@ class _Best:
 
 
 class _BestOfEachChunk(_Best):
-    """The same, with a fixed number of rows that are kept: nothing of a chunk has to be known on the host."""
+    """The same with a fixed number of rows that are kept, so that the host need not know any values."""
 
     def __init__(self, queries: Tensor, database: Database, m: int):
         super().__init__(queries, database, m)
@@ -368,36 +368,38 @@ class _BestOfEachChunk(_Best):
             self.ids = self.ids.gather(1, places)
 
     def is_enough(self) -> bool:
-        """Whether no row was dropped that may yet be among the best M."""
+        """Returns whether no row was dropped that may be among the best M."""
         if self.seen <= self.kept:
             return True
         return bool((self.scores.amin(dim=1) < self._lowest()).all())
 
     def settle(self) -> None:
-        """Cuts to the best M by exact scores, in order."""
+        """Keeps only the best M by exact scores, in order."""
         keep = int((self.scores >= self._lowest()[:, None]).sum(dim=1).max())
         self.scores, places = self.scores.topk(keep, dim=1)
         self.ids = self.ids.gather(1, places)
         super().settle()
 
     def _lowest(self) -> Tensor:
-        """The least score with which a row may be among the best M. (Q,)."""
+        """Returns the lowest score with which a row may be among the best M. (Q,)."""
         lowest = self.scores.topk(self.m, dim=1).values[:, -1]
         return lowest - 2 * _error(lowest, self.queries.shape[1])
 
 
 class _ListedRanks:
-    """Counts, chunk by chunk, how many rows stand before each listed row of each query.
+    """Counts, chunk by chunk, how many rows precede each listed row of each query.
 
-    A table of narrow bins tells for nearly all scores between which listed ones they lie; the rest,
-    in a bin with a listed score, is compared with it, and where float32 may err, exactly.
+    For nearly all scores, a table of narrow bins gives the listed scores between which they lie. Scores
+    in a bin with a listed score are compared with it, exactly if the float32 error matters.
     """
 
     def __init__(self, queries: Tensor, database: Database, listed: Sequence[Tensor]):
         self.queries, self.database, device, n = queries, database, queries.device, len(database)
         self.lengths = [len(ids) for ids in listed]
         self.width = max(self.lengths, default=0)
-        keys = torch.full((len(listed), self.width + 1), torch.iinfo(torch.int64).max, device=device)  # the last pads
+        keys = torch.full(
+            (len(listed), self.width + 1), torch.iinfo(torch.int64).max, device=device
+        )  # the last is padding
         for query, (numbers, vector) in enumerate(zip(listed, queries, strict=True)):
             if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < n:
                 raise ValueError(f"query {query}: a listed row lies outside the database of {n} rows")
@@ -407,20 +409,20 @@ class _ListedRanks:
         self.keys, self.order = keys.sort(dim=1)  # (Q, L+1)
         padding = torch.arange(self.width + 1, device=device) >= torch.tensor(self.lengths, device=device)[:, None]
         self.scores = _from_order_keys(self.keys)[1].masked_fill(padding, torch.inf)
-        # passed[q, i]: rows that stand before exactly the first i of the query's sorted listed rows
+        # passed[q, i]: number of rows that precede exactly i of the query's listed rows
         self.passed = torch.zeros_like(self.keys)
-        # The same list for all queries in one, ascending, searched in one call.
+        # The lists of all queries in one ascending tensor, searched in one call.
         self.flat = _flat_keys(torch.arange(len(listed), device=device)[:, None], self.scores).flatten()
         self.table = self._table(max(256, min(32768, 2**22 // max(len(listed), 1))))
         self.later: list[tuple[Tensor, ...]] = []
 
     def _table(self, bins: int) -> Tensor:
-        """(Q, bins) over [-1, 1]: how many listed scores lie below the bin; width + 1 where one may lie in it."""
+        """Returns (Q, bins) over [-1, 1]: how many listed scores lie below a bin, or width + 1 if one may lie in it."""
         centres = (torch.arange(bins, device=self.scores.device) + 0.5 - bins / 2) / (bins / 2)
         table = torch.searchsorted(self.scores, centres.repeat(len(self.scores), 1))
         error = _error(self.scores, self.queries.shape[1]).masked_fill(self.scores.isinf(), 0)
         for edge in (-error, torch.zeros_like(error), error):
-            for slack in (-0.01, 0.01):  # for the rounding of the bin's number
+            for slack in (-0.01, 0.01):  # allows for rounding of the bin number
                 place = (self.scores + edge) * (bins / 2) + (bins / 2 + slack)
                 table.scatter_(1, place.clamp_(0, bins - 1).long(), self.width + 1)
         return table.to(torch.int32)
@@ -434,14 +436,14 @@ class _ListedRanks:
         self._add(above, query)
 
     def count_later(self, scores: Tensor, start: int) -> None:
-        """As count; rows that are near a listed one are looked at by settle."""
+        """Counts as `count` does, but leaves the rows close to a listed score to `settle`."""
         if self.width:
             query, column, above, near = self._count_clear(scores)
             self._add(above.masked_fill(near, self.width + 1), query)
             self.later.append((query, column + start, near))
 
     def settle(self) -> None:
-        """Counts what count_later left."""
+        """Counts the rows that count_later left."""
         if self.later:
             query, row, near = (torch.cat(parts) for parts in zip(*self.later, strict=True))
             near = near.nonzero().squeeze(1)
@@ -449,12 +451,12 @@ class _ListedRanks:
             self.later = []
 
     def _count_clear(self, scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Counts the rows whose bin holds no listed score; of the others (P pairs) tells more.
+        """Counts the rows whose bin contains no listed score, and returns the other P pairs.
 
         Returns:
             query, column: (P,).
-            above: (P,), listed rows before which each stands by its float32 score.
-            near: (P,), whether that is in doubt.
+            above: (P,), the number of listed rows that each pair's row precedes by its float32 score.
+            near: (P,), whether the float32 score leaves that in doubt.
         """
         half = self.table.shape[1] / 2
         places = self.table.gather(1, (scores * half).add_(half).clamp_(0, 2 * half - 1).long())
@@ -468,7 +470,7 @@ class _ListedRanks:
         return query, column, above - query * (self.width + 1), near
 
     def _exactly_above(self, query: Tensor, column: Tensor, start: int, rows: Callable[[Tensor], Tensor]) -> Tensor:
-        """Listed rows before which each pair's row stands by its exact score. (P,), (P,) -> (P,)."""
+        """Returns the number of listed rows that each pair's row precedes by its exact score. (P,), (P,) -> (P,)."""
         above = torch.empty_like(query)
         if len(query):
             unique, inverse = column.unique(return_inverse=True)
@@ -480,7 +482,7 @@ class _ListedRanks:
 
     def _add(self, places: Tensor, query: Tensor) -> None:
         bins, size = (places + query * (self.width + 2)).flatten(), len(self.passed) * (self.width + 2)
-        if bins.device.type == "cuda":  # bincount would wait, to find the largest
+        if bins.device.type == "cuda":  # bincount would wait to find the largest
             counts = torch.zeros(size, dtype=torch.int64, device=bins.device)
             counts.scatter_add_(0, bins, torch.ones((), dtype=torch.int64, device=bins.device).expand_as(bins))
         else:
@@ -495,23 +497,23 @@ class _ListedRanks:
 
 
 def _sortable(scores: Tensor) -> Tensor:
-    """float32 -> int64 that orders alike: the bits, flipped for negative numbers."""
+    """Maps float32 to int64 in the same order: the bits, flipped for negative numbers."""
     bits = scores.view(torch.int32)
     return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)
 
 
 def _order_keys(scores: Tensor, ids: Tensor) -> Tensor:
-    """One int64 per score whose order is: higher score, then lower row number. All are distinct."""
+    """Returns one distinct int64 per score: larger for a higher score, then for a lower row number."""
     return (_sortable(scores) << _INDEX_BITS) | (_INDEX_MASK - ids)
 
 
 def _from_order_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """The row numbers and the scores of order keys."""
+    """Returns the row numbers and the scores of order keys."""
     bits = (keys >> _INDEX_BITS).to(torch.int32)
     scores = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).view(torch.float32)
     return _INDEX_MASK - (keys & _INDEX_MASK), scores
 
 
 def _flat_keys(query: Tensor, scores: Tensor) -> Tensor:
-    """One int64 per score whose order is: query, then score."""
+    """Returns one int64 per score that sorts by query, then score."""
     return (query << _INDEX_BITS) + _sortable(scores) + (1 << (_INDEX_BITS - 1))

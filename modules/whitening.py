@@ -1,9 +1,9 @@
-"""Whitening of descriptors: PCA whitening, and the discriminative one that is learnt from labels.
+"""Whitening of descriptors: PCA whitening, and discriminative whitening, which is learnt from labels.
 
-It is learnt in two steps. `Moments` or `ClassMoments` gather what is needed from blocks of descriptors, in
-float64 and in memory that does not grow with their number; `pca_whitening` or `discriminative_whitening` then
-returns a `Whitening`, a module that takes descriptors to shorter ones of unit length.
-Shapes: N descriptors, D dimensions, C classes; dim is the number of dimensions that are left.
+Learning has two steps. `Moments` or `ClassMoments` accumulate statistics of blocks of descriptors, in float64
+and in memory that does not grow with their number; `pca_whitening` or `discriminative_whitening` then returns
+a `Whitening`, a module that maps descriptors to shorter ones of unit length.
+Shapes: N descriptors, D dimensions, C classes; dim is the number of dimensions that are kept.
 """
 
 from collections.abc import Mapping
@@ -14,15 +14,16 @@ from torch import Tensor, nn
 
 from .checks import check_tensor, values_can_be_seen
 
-_BLOCK = 2048  # descriptors that are float64 at a time
-# Axes whose variance is below this share of the largest (their deviation below 1e-5 of it) are rounding, not data.
+_BLOCK = 2048  # descriptors that are converted to float64 at a time
+# Axes whose variance is below this share of the largest (a standard deviation below 1e-5 of it) are rounding errors.
 _FLOOR = 1e-10
 
 
 def whiten(x: Tensor, mean: Tensor, projection: Tensor) -> Tensor:
-    """P (x - mean) for each descriptor x, not normalised. (N, D), (D,), (dim, D) -> (N, dim).
+    """Returns P (x - mean) for each descriptor x, not normalised. (N, D), (D,), (dim, D) -> (N, dim).
 
-    It is computed in float32, also under autocast, or in x's dtype where that is wider; the result has x's dtype.
+    It is computed in float32, also under autocast, or in the dtype of x if that is wider; the result has the
+    dtype of x.
     """
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
@@ -33,17 +34,17 @@ def whiten(x: Tensor, mean: Tensor, projection: Tensor) -> Tensor:
 
 
 class Whitening(nn.Module):
-    """Whitened descriptors of unit length: P (x - mean), L2-normalised, see :func:`whiten`. (N, D) -> (N, dim).
+    """Maps descriptors to P (x - mean), L2-normalised, see :func:`whiten`. (N, D) -> (N, dim).
 
-    A descriptor equal to the mean becomes zeros. The tensors keep the dtype they are given in, float64 from
-    :func:`pca_whitening` and :func:`discriminative_whitening`; ``.float()`` halves them.
+    A descriptor equal to the mean becomes all zeros. The tensors keep their dtype, which is float64 from
+    :func:`pca_whitening` and :func:`discriminative_whitening`; ``.float()`` halves their memory.
 
     Args:
         mean: (D,), subtracted from each descriptor.
         projection: P, (dim, D), one axis per row.
 
     Raises:
-        ValueError: if the shapes do not fit, or a value is not a finite floating number.
+        ValueError: if the shapes do not fit, or the values are not finite floating-point numbers.
 
     >>> import torch
     >>> Whitening(torch.zeros(3), torch.eye(3)[:2])(torch.tensor([[3.0, 4.0, 5.0]]))
@@ -67,23 +68,23 @@ class Whitening(nn.Module):
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> "Whitening":
-        """The whitening of a state dict, as ``torch.load(file, weights_only=True)`` returns it.
+        """Returns the whitening of a state dict, as ``torch.load(file, weights_only=True)`` returns it.
 
         Args:
             state: exactly the tensors "mean" (D,) and "projection" (dim, D).
 
         Raises:
-            ValueError: if the names are other ones, or the tensors are no whitening.
+            ValueError: if there are other names, or the tensors do not form a whitening.
         """
         if not isinstance(state, Mapping):
-            raise ValueError(f"the state of a whitening is a dict, got {type(state).__name__}")
+            raise ValueError(f"the state of a whitening must be a dict, got {type(state).__name__}")
         if set(state) != {"mean", "projection"}:
-            raise ValueError(f"the state of a whitening has mean and projection, got {sorted(map(str, state))}")
+            raise ValueError(f"the state of a whitening must have mean and projection, got {sorted(map(str, state))}")
         return cls(state["mean"], state["projection"])
 
     @property
     def dim(self) -> int:
-        """The dimensions of a whitened descriptor."""
+        """The number of dimensions of a whitened descriptor."""
         return self.projection.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -98,16 +99,16 @@ class Whitening(nn.Module):
 
 
 class Moments:
-    """The number, mean and covariance of descriptors that come in blocks, in float64.
+    """Accumulates the number, mean and covariance of descriptors block by block, in float64.
 
-    The memory is D^2, whatever the number of descriptors. Each block is centred on its own mean before it is
-    added, so that a mean far from 0 costs no accuracy.
+    The memory is D^2, independent of the number of descriptors. Each block is centred on its own mean before
+    it is added, so that a mean far from 0 costs no accuracy.
 
     Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979.
 
     Args:
         dim: D.
-        device: where the sums are kept and made; it needs float64.
+        device: where the sums are computed and kept; it must support float64.
 
     >>> import torch
     >>> moments = Moments(dim=2).update(torch.tensor([[1.0, 0.0], [3.0, 0.0]])).update(torch.tensor([[2.0, 3.0]]))
@@ -142,7 +143,7 @@ class Moments:
         return self
 
     def merge(self, other: "Moments") -> "Moments":
-        """Adds what another one has gathered, of another shard say, and returns itself.
+        """Adds the moments of other descriptors, for example of another shard, and returns itself.
 
         Raises:
             ValueError: if the widths differ.
@@ -172,14 +173,14 @@ class Moments:
 
 
 class ClassMoments:
-    """The number and mean of the descriptors of each class, and their scatter within the classes, in float64.
+    """Accumulates the number and mean of each class's descriptors, and their scatter within classes, in float64.
 
-    Descriptors and their labels come in blocks, sorted by class or not. The memory is D^2 + C D: it grows with
-    the number of classes, not of descriptors. Numerically as :class:`Moments`, class by class.
+    Descriptors and labels are added in blocks, in any order. The memory is D^2 + C D: it grows with the number
+    of classes, not of descriptors. The accuracy is that of :class:`Moments`, class by class.
 
     Args:
         dim: D.
-        device: where the sums are kept and made; it needs float64.
+        device: where the sums are computed and kept; it must support float64.
 
     >>> import torch
     >>> rows = torch.tensor([[1.0, 0.0], [5.0, 1.0], [3.0, 0.0]])
@@ -214,7 +215,7 @@ class ClassMoments:
         if labels.shape != rows.shape[:1]:
             raise ValueError(f"{len(rows)} descriptors need as many labels, got shape {tuple(labels.shape)}")
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-            raise ValueError(f"labels are integers, got {labels.dtype}")
+            raise ValueError(f"labels must be integers, got {labels.dtype}")
         for block, own in zip(rows.split(_BLOCK), labels.split(_BLOCK), strict=True):
             block = block.to(self.means.device, torch.float64)
             names, inverse, counts = own.to(block.device).unique(return_inverse=True, return_counts=True)
@@ -224,7 +225,7 @@ class ClassMoments:
         return self
 
     def merge(self, other: "ClassMoments") -> "ClassMoments":
-        """Adds what another one has gathered, of another shard say, and returns itself. Equal labels are one class.
+        """Adds the moments of other descriptors, say of another shard; equal labels are one class. Returns itself.
 
         Raises:
             ValueError: if the widths differ.
@@ -247,7 +248,7 @@ class ClassMoments:
 
     @property
     def count(self) -> int:
-        """N, over all classes."""
+        """N, the number of descriptors of all classes."""
         return int(self.counts.sum())
 
     @property
@@ -269,10 +270,10 @@ class ClassMoments:
 
 
 def pca_whitening(mean: Tensor, covariance: Tensor, dim: int) -> Whitening:
-    """Learns PCA whitening: P = diag(l)^(-1/2) E^T, with the dim largest eigenvalues l of the covariance, descending.
+    """Learns PCA whitening: P = diag(l)^(-1/2) E^T, with l the dim largest eigenvalues of the covariance, descending.
 
-    E (D, dim) holds their eigenvectors. P (x - mean) has unit covariance over the descriptors that the covariance
-    was made of, as in scikit-learn's ``PCA(dim, whiten=True)``. The largest component of each axis is positive.
+    E (D, dim) holds their eigenvectors. P (x - mean) has unit covariance over the descriptors behind the given
+    covariance, as in scikit-learn's ``PCA(dim, whiten=True)``. The largest component of each axis is positive.
 
     Jégou and Chum, "Negative Evidences and Co-occurrences in Image Retrieval: the Benefit of PCA and Whitening",
     ECCV 2012.
@@ -280,7 +281,7 @@ def pca_whitening(mean: Tensor, covariance: Tensor, dim: int) -> Whitening:
     Args:
         mean: (D,).
         covariance: (D, D), divided by N - 1, as `Moments.covariance`.
-        dim: dimensions that are left.
+        dim: number of dimensions that are kept.
 
     Raises:
         ValueError: if the shapes do not fit, a value is not finite, or dim is not between 1 and the number of
@@ -309,9 +310,9 @@ def pca_whitening(mean: Tensor, covariance: Tensor, dim: int) -> Whitening:
 
 
 def discriminative_whitening(moments: ClassMoments, dim: int, shrinkage: float = 0.0) -> Whitening:
-    """Learns the whitening of Radenović et al.: within the classes, descriptors vary alike in all directions.
+    """Learns the whitening of Radenović et al.: within classes, descriptors vary equally in all directions.
 
-    The directions that stay are those in which descriptors then differ most.
+    The directions that are kept are those in which the descriptors then differ most.
 
     P = U^T C_S^(-1/2), with the eigenvectors U (D, dim) of C_S^(-1/2) C_D C_S^(-1/2) that have the largest
     eigenvalues, descending, and
@@ -320,28 +321,29 @@ def discriminative_whitening(moments: ClassMoments, dim: int, shrinkage: float =
         C_D = 1 / N^2 * sum over all pairs i < j of (x_i - x_j) (x_i - x_j)^T
 
     A pair matches if both are of one class; n(i) is the size of that class. C_S equals the scatter within the
-    classes, divided by N - C, and C_D the covariance, divided by N, so that neither needs pairs. P (x - mean) has
-    unit covariance within the classes. The largest component of each axis is positive.
+    classes, divided by N - C, and C_D the total scatter, divided by N, so that no pairs are needed to compute
+    them. P (x - mean) has unit covariance within the classes. The largest component of each axis is positive.
 
-    Where the paper has sums over given pairs, labels make a class of n have n (n - 1) / 2 of them. Divided by n
-    they count as the class's n descriptors, so that no large class decides alone. C_D is over all pairs, as in
-    the authors' own code. In classes of equal size both are the paper's formula: there the axes of the pairs
-    that do not match are the same, as C_D differs from theirs by a multiple of C_S, and P by a factor, which
-    normalisation takes away. A class of one has no matching pair, and counts in the mean and C_D alone.
+    The paper sums over given pairs; with labels, a class of n descriptors has n (n - 1) / 2 pairs. Dividing by n
+    gives the class the weight of its n descriptors, so that a large class does not dominate. C_D is over all
+    pairs, as in the authors' own code. For classes of equal size the result equals the paper's formula, which
+    sums C_D over the pairs that do not match: the two differ by a multiple of C_S, which leaves the axes
+    unchanged, and by a factor, which the normalisation removes. A class of one descriptor has no matching pair
+    and counts only in the mean and C_D.
 
     Radenović et al., "Fine-tuning CNN Image Retrieval with No Human Annotation", TPAMI 2018, sec. 3.4, after
     Mikolajczyk and Matas, "Improving Descriptors for Fast Tree Matching by Optimal Linear Projection", ICCV 2007.
 
     Args:
-        moments: of the descriptors and their classes.
-        dim: dimensions that are left. Without shrinkage C - 1 at most, or D: classes differ in C - 1
-            directions, and which of the others stay would be chance.
-        shrinkage: C_S becomes (1 - shrinkage) C_S + shrinkage tr(C_S) / D * I. Above 0 it has an inverse even
-            where there are fewer matching pairs than dimensions.
+        moments: the moments of the descriptors and their classes.
+        dim: number of dimensions that are kept. Without shrinkage at most C - 1, or D: classes differ in C - 1
+            directions, and the choice among the others would be arbitrary.
+        shrinkage: C_S becomes (1 - shrinkage) C_S + shrinkage tr(C_S) / D * I. If it is above 0, C_S is
+            invertible even with fewer matching pairs than dimensions.
 
     Raises:
         ValueError: if there are fewer than two classes, no matching pair, or shrinkage is not in [0, 1]; if C_S
-            has no inverse (it needs N - C >= D, or shrinkage); or if there is no such dim.
+            is not invertible (it needs N - C >= D, or shrinkage); or if dim is out of range.
 
     >>> import torch
     >>> rows = torch.tensor([[0.0, 0.0], [1.0, 2.0], [1.0, 0.0], [9.0, 0.0], [8.0, 2.0], [8.0, 0.0]])
@@ -352,7 +354,7 @@ def discriminative_whitening(moments: ClassMoments, dim: int, shrinkage: float =
     count, classes, width = moments.count, len(moments.places), moments.dim
     if classes < 2 or count == classes:
         raise ValueError(
-            "discriminative whitening needs two classes at least, and one of more than one descriptor, "
+            "discriminative whitening needs at least two classes, and a class of more than one descriptor, "
             f"got {count} descriptors in {classes} classes"
         )
     if not 0 <= shrinkage <= 1:
@@ -373,7 +375,7 @@ def discriminative_whitening(moments: ClassMoments, dim: int, shrinkage: float =
         few = f" ({width + classes} descriptors are needed, got {count})" if count - classes < width else ""
         raise ValueError(
             f"matching pairs of {classes} classes differ along {rank} of {width} dimensions, but must along all{few}; "
-            f"or give a shrinkage above {shrinkage:g}, 0.01 say"
+            f"or give a shrinkage above {shrinkage:g}, such as 0.01"
         )
     inverse_root = (axes / values.sqrt()) @ axes.T  # C_S^(-1/2)
     _, axes = torch.linalg.eigh(inverse_root @ (moments.scatter / count) @ inverse_root)
@@ -381,12 +383,12 @@ def discriminative_whitening(moments: ClassMoments, dim: int, shrinkage: float =
 
 
 def _rank(values: Tensor) -> int:
-    """How many of the ascending eigenvalues are more than rounding."""
+    """Returns how many of the ascending eigenvalues are above rounding errors."""
     return int((values > _FLOOR * values[-1].clamp(min=0)).sum())
 
 
 def _oriented(projection: Tensor) -> Tensor:
-    """The axes (dim, D) with the sign that makes the largest component of each positive."""
+    """Returns the axes (dim, D), each with the sign that makes its largest component positive."""
     largest = projection.gather(1, projection.abs().argmax(dim=1, keepdim=True))
     return projection * largest.sign()
 

@@ -1,4 +1,4 @@
-"""What the report draws: curves and thumbnails, as data URIs that stand in the page itself."""
+"""The drawings of the report, curves and thumbnails, as data URIs that are embedded in the page."""
 
 import base64
 import io
@@ -19,9 +19,9 @@ from revisitop.measures import RECALL_LEVELS
 
 
 def draw_curves(metrics: dict[str, dict[str, Metrics]]) -> list[dict[str, str]]:
-    """Interpolated precision over recall, a plot per protocol that has metrics, as data URIs of SVG.
+    """Draws interpolated precision over recall, one plot per protocol that has metrics, as data URIs of SVG.
 
-    Each plot is a dict: alt, light and dark, the last two with ink for such a ground.
+    Each plot is a dict with alt, light and dark; the last two are drawn for a light and a dark background.
     """
     plots = []
     for protocol in [each.protocol for each in next(iter(metrics.values()), {}).values()]:
@@ -56,10 +56,10 @@ def draw_heat_map(
     across: tuple[str, Sequence[Any]],
     chosen: tuple[Any, Any],
 ) -> dict[str, str]:
-    """A figure in percent for each pair of values of two options, as a plot like those of draw_curves.
+    """Draws a metric in percent for each pair of values of two options, as a plot like those of draw_curves.
 
     Args:
-        values: a row per value of `down`; NaN where there is none.
+        values: a row per value of `down`; NaN for missing values.
         down, across: the options and their values.
         chosen: the pair that is framed.
     """
@@ -84,26 +84,26 @@ def draw_heat_map(
     return {"alt": alt, "light": draw(False), "dark": draw(True)}
 
 
-def draw_lines(option: str, values: Sequence[Any], figures: Sequence[float], chosen: Any) -> dict[str, str]:
-    """A figure in percent for each value of an option, the chosen one marked, as a plot like those of draw_curves."""
+def draw_lines(option: str, values: Sequence[Any], metrics: Sequence[float], chosen: Any) -> dict[str, str]:
+    """Draws a metric in percent for each value of an option, with the chosen one marked; like draw_curves."""
 
     def draw(dark: bool) -> str:
         figure, axes, ink = _axes(dark, option)
         places = range(len(values))
-        axes.plot(places, figures, color="#5aa7f7" if dark else "#0b62c4", marker="o", linewidth=1.8)
+        axes.plot(places, metrics, color="#5aa7f7" if dark else "#0b62c4", marker="o", linewidth=1.8)
         best = list(values).index(chosen)
-        axes.plot([best], [figures[best]], color="#e5484d", marker="o", markersize=9)
-        axes.set(xlabel=option, ylabel="figure in percent")
+        axes.plot([best], [metrics[best]], color="#e5484d", marker="o", markersize=9)
+        axes.set(xlabel=option, ylabel="metric in percent")
         axes.set_xticks(places, [f"{each}" for each in values])
         axes.grid(color="#3a4149" if dark else "#dfe3e8", linewidth=0.8)
         return _finished(figure, axes, ink)
 
-    listed = ", ".join(f"{value}: {figure:.2f}" for value, figure in zip(values, figures, strict=True))
-    return {"alt": f"Figure by {option}: {listed}", "light": draw(False), "dark": draw(True)}
+    listed = ", ".join(f"{value}: {metric:.2f}" for value, metric in zip(values, metrics, strict=True))
+    return {"alt": f"Metric by {option}: {listed}", "light": draw(False), "dark": draw(True)}
 
 
 def _axes(dark: bool, title: str) -> tuple[Figure, Axes, str]:
-    """A figure of the page's size with its title, and the ink for such a ground."""
+    """Returns a figure of the size used in the page, with a title, its axes, and the colour of text and lines."""
     ink = "#d5d9de" if dark else "#2a2f35"
     figure = Figure(figsize=(4, 3), layout="constrained")
     axes = figure.subplots()
@@ -112,7 +112,7 @@ def _axes(dark: bool, title: str) -> tuple[Figure, Axes, str]:
 
 
 def _finished(figure: Figure, axes: Axes, ink: str) -> str:
-    """The figure as a data URI of SVG, its axes in ink and without a frame."""
+    """Returns the figure as a data URI of SVG, with coloured axes and no frame."""
     axes.tick_params(colors=ink, labelsize=9, length=0)
     for label in (axes.xaxis.label, axes.yaxis.label):
         label.set(color=ink, fontsize=9)
@@ -123,10 +123,10 @@ def _finished(figure: Figure, axes: Axes, ink: str) -> str:
 
 
 def read_thumbnail(image: ImageFile, side: int) -> Image.Image:
-    """The whole image, neither side longer than this, with the box drawn on it where there is one.
+    """Returns the whole image, with no side longer than `side`, and its box drawn on it if there is one.
 
     Raises:
-        ImageError: where it cannot be read.
+        ImageError: if it cannot be read.
     """
     thumbnail = Image.fromarray(read_image(image.path))
     width, height = thumbnail.size
@@ -137,7 +137,7 @@ def read_thumbnail(image: ImageFile, side: int) -> Image.Image:
 
 
 def jpeg_uri(thumbnail: Image.Image, side: int, quality: int) -> str:
-    """The image as JPEG, neither side longer than this, as a data URI."""
+    """Returns the image as a data URI of JPEG, with no side longer than `side`."""
     small, content = thumbnail.copy(), io.BytesIO()
     small.thumbnail((side, side))
     small.save(content, "JPEG", quality=quality, optimize=True)
@@ -145,7 +145,7 @@ def jpeg_uri(thumbnail: Image.Image, side: int, quality: int) -> str:
 
 
 def _draw_box(thumbnail: Image.Image, box: Box, x_scale: float, y_scale: float) -> None:
-    """A box in coordinates of the whole image, drawn on its thumbnail: light, between dark lines."""
+    """Draws a box, given in pixels of the whole image, on its thumbnail: a light line between dark ones."""
     right, bottom = thumbnail.width - 1, thumbnail.height - 1
     (x0, x1), (y0, y1) = sorted(box[::2]), sorted(box[1::2])
     x0, x1 = (min(max(x * x_scale, 0), right) for x in (x0, x1))

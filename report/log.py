@@ -1,4 +1,4 @@
-"""What a run says: on the screen, and in log.txt with the date and all that its numbers depend on."""
+"""The log of a run: on the screen, and in log.txt with the date and everything its results depend on."""
 
 import importlib.metadata
 import logging
@@ -16,18 +16,18 @@ _PACKAGES = ("torch", "torchvision", "numpy", "scipy", "pillow")
 
 
 class _LogFile(logging.FileHandler):
-    """A log that ends the run in one line if it cannot be written to, instead of a traceback for each line."""
+    """A log file that, if it cannot be written, ends the run with one message instead of a traceback per line."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         error = sys.exc_info()[1]
         if isinstance(error, OSError):
             logging.root.removeHandler(self)
-            raise InputError(f"cannot write {self.baseFilename} ({error.strerror}); all else that was made is kept")
+            raise InputError(f"cannot write {self.baseFilename} ({error.strerror}); all other files are kept")
         super().handleError(record)
 
 
 class _Screen(logging.StreamHandler):
-    """Lines for a person, who may close the pipe when there are enough of them."""
+    """Log lines on the screen; the reader may close the pipe."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         if isinstance(sys.exc_info()[1], BrokenPipeError):
@@ -36,18 +36,18 @@ class _Screen(logging.StreamHandler):
 
 
 class _OneLine(logging.Formatter):
-    """Names of files come from anywhere: what a terminal would obey, or takes a new line, is escaped."""
+    """Escapes control characters and line breaks, which may occur in file names."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
 
 
 def start_log(path: Path, config: dict[str, Any], screen: TextIO | None = None) -> dict[str, Any]:
-    """Opens the log (appending), writes the run's head, and returns it: date, command, versions, config.
+    """Opens the log for appending, writes the head of the run, and returns it: date, command, versions, config.
 
     Args:
         path: the log file.
-        config: the run's options, as nested dicts.
+        config: the options of the run, as nested dicts.
         screen: where lines are shown; stdout by default.
 
     Raises:
@@ -55,14 +55,16 @@ def start_log(path: Path, config: dict[str, Any], screen: TextIO | None = None) 
     """
     screen = screen or sys.stdout
     if hasattr(screen, "reconfigure"):
-        screen.reconfigure(errors="backslashreplace")  # a file's name may be no text
+        screen.reconfigure(errors="backslashreplace")  # a file name may not be valid text
     lines = _Screen(screen)
-    lines.addFilter(lambda record: record.levelno < logging.ERROR)  # errors stand on stderr
+    lines.addFilter(lambda record: record.levelno < logging.ERROR)  # errors go to stderr
     lines.setFormatter(_OneLine("%(message)s"))
     try:
         file = _LogFile(path, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
-        raise InputError(f"cannot write {path.absolute()} ({error.strerror}); start from a folder of yours") from None
+        raise InputError(
+            f"cannot write {path.absolute()} ({error.strerror}); start from a folder that you can write to"
+        ) from None
     file.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
     logging.basicConfig(level=logging.INFO, handlers=[lines, file], force=True)
     head: dict[str, Any] = {

@@ -1,7 +1,7 @@
-"""A run as one HTML page: its metrics and curves, and what each query found before and after reranking.
+"""The report of a run as one HTML page: its metrics and curves, and the results of each query by stage.
 
-The page needs nothing beside itself: style and images are inside it, and there is no script. What it
-shows is plain data (Page, Section, Query, Hit), so that rankings without ground truth can be shown, too.
+The page is self-contained: style and images are embedded, and there is no script. Its content is plain
+data (Page, Section, Query, Hit), so that it can also show rankings without ground truth.
 """
 
 import logging
@@ -29,25 +29,25 @@ from revisitop.protocols import REVISITED_PROTOCOLS, Protocol
 
 log = logging.getLogger(__name__)
 
-SHOWN = 10  # results of a query
+SHOWN = 10  # results per query
 PAGE_BYTES = 15_000_000
-# Side of a result's thumbnail in pixels and JPEG quality; the first with which the page is small enough is taken.
+# Side of a result's thumbnail in pixels, and JPEG quality; the first pair that makes the page small enough is used.
 _SIZES = ((192, 75), (176, 70), (160, 65), (144, 55), (120, 50), (96, 40), (64, 30))
-_QUERY_SCALE = 2  # a query's image has sides as many times longer
-_MAX_IMAGES = 3500  # what surely fits at the smallest size, even noise with long names
+_QUERY_SCALE = 2  # the image of a query is larger by this factor
+_MAX_IMAGES = 3500  # this many certainly fit at the smallest size, even noise with long names
 
 
 @dataclass(frozen=True)
 class Hit:
-    """One place of a ranking.
+    """One result of a ranking.
 
     Attributes:
-        name: as the page shows it.
-        image: the image, or None where there is none; a file that is missing or damaged does no harm.
-        score: what the ranking is ordered by; None where that is not known.
+        name: the name shown on the page.
+        image: the image, or None if there is none; the file may be missing or damaged.
+        score: the score by which the ranking is sorted; None if unknown.
         label: easy, hard, right, ignored or wrong; None without ground truth.
-        moved: places that reranking gained it (before and after reranking the same number), below 0 where it lost
-            some; None where that is not known.
+        moved: the number of places gained by reranking, the same before and after it, negative for places lost;
+            None if unknown.
     """
 
     name: str
@@ -69,12 +69,12 @@ class Term:
 
 @dataclass(frozen=True)
 class Why:
-    """Why a result stands where it does after reranking, see modules.explanation.Explanation.
+    """The explanation of a result's place after reranking, see modules.explanation.Explanation.
 
     Attributes:
         hit: the result that is explained.
         before, after: its places, from 0.
-        original: whether the expanded query met the candidate's own row.
+        original: whether S2 compares the expanded query with the candidate's own descriptor.
     """
 
     hit: Hit
@@ -99,9 +99,9 @@ class Query:
     """A query and its first results.
 
     Attributes:
-        name: as the page shows it.
+        name: the name shown on the page.
         image: the image; its box, if any, is drawn on it.
-        rankings: the first results of each stage, best first: the search's, then those of each reranking.
+        rankings: the first results of each stage, best first: of the search, then of each reranking.
         aps: average precision of each stage, between 0 and 1; empty without ground truth or positives.
         why: the explanation of one result, or None.
     """
@@ -114,32 +114,32 @@ class Query:
 
     @property
     def images(self) -> list[ImageFile]:
-        """Those of its results, and of the explanation."""
+        """Returns the images of its results and of the explanation."""
         hits = (hit for ranking in self.rankings.values() for hit in ranking)
         return [*(hit.image for hit in hits if hit.image is not None), *(self.why.images if self.why else ())]
 
     @property
     def changes(self) -> dict[str, float]:
-        """By how many percentage points, with one decimal, each reranking changed the AP of the search."""
+        """Returns the change of AP by each reranking, in percentage points with one decimal."""
         first, *later = self.aps or [""]
-        return {stage: round(100 * (self.aps[stage] - self.aps[first]), 1) + 0.0 for stage in later}  # no -0.0
+        return {stage: round(100 * (self.aps[stage] - self.aps[first]), 1) + 0.0 for stage in later}  # avoids -0.0
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page: a dataset, or a folder.
+    """A part of the page, for a dataset or a folder.
 
     Attributes:
         name: its heading.
-        queries: in the order in which they are shown.
-        order: that order in words, a sentence; "" says nothing about it.
-        metrics: per stage ("retrieval", "reranking") and protocol (E, M, H); empty without ground truth.
+        queries: the queries, in the order in which they are shown.
+        order: a sentence that explains this order, or "".
+        metrics: metrics by stage ("retrieval", "reranking") and protocol (E, M, H); empty without ground truth.
         note: a sentence below the heading.
-        omitted: queries that are not shown.
-        plots: pictures below the note, each with alt, light and dark, see report/drawing.py.
-        caption: of the plots.
-        tables: below them.
-        headings: of the stages' rankings; by default they tell what orders them.
+        omitted: number of queries that are not shown.
+        plots: plots below the note, each with alt, light and dark, see report/drawing.py.
+        caption: the caption of the plots.
+        tables: tables below the plots.
+        headings: headings for the rankings of the stages; by default they name the score that sorts them.
     """
 
     name: str
@@ -155,7 +155,7 @@ class Section:
 
     @property
     def labels(self) -> set[str]:
-        """Those of its results."""
+        """Returns the labels of its results."""
         hits = (hit for query in self.queries for ranking in query.rankings.values() for hit in ranking)
         return {hit.label for hit in hits if hit.label is not None}
 
@@ -164,7 +164,7 @@ class Section:
         return [each.protocol for each in next(iter(self.metrics.values()), {}).values()]
 
     def changed(self) -> "list[Changed]":
-        """What each reranking did to the queries' AP."""
+        """Returns how each reranking changed the AP of the queries."""
         changed = []
         for stage in dict.fromkeys(stage for query in self.queries for stage in query.changes):
             compared = [query for query in self.queries if stage in query.changes]
@@ -183,7 +183,7 @@ class Table(NamedTuple):
 
 
 class Changed(NamedTuple):
-    """The queries whose AP a reranking raised and lowered, the largest change first, and how many it left."""
+    """The queries whose AP a reranking raised or lowered, largest change first, and the number of unchanged ones."""
 
     stage: str
     gains: list[Query]
@@ -193,12 +193,12 @@ class Changed(NamedTuple):
 
 @dataclass(frozen=True)
 class Page:
-    """All that write_report shows.
+    """The content of a report.
 
     Attributes:
-        title: of the page.
-        settings: what the run depended on, by name.
-        sections: one per dataset.
+        title: the title of the page.
+        settings: the settings of the run, by name.
+        sections: one section per dataset.
     """
 
     title: str
@@ -207,7 +207,7 @@ class Page:
 
     @property
     def tables(self) -> list[tuple[list[Protocol], list[Section]]]:
-        """The sections with metrics, those of the same protocols together."""
+        """Returns the sections with metrics, grouped by their protocols."""
         tables: list[tuple[list[Protocol], list[Section]]] = []
         for section in self.sections:
             if section.metrics:
@@ -222,12 +222,12 @@ class Page:
 def evaluated_page(
     head: dict[str, Any], results: Sequence[Evaluated], distractors: Sequence[ImageFile], options: dict[str, Any]
 ) -> Page:
-    """Returns the page of a run: when and how it was made, every option, and a section per dataset.
+    """Returns the page of a run, with its date, command and options, and a section per dataset.
 
     Args:
-        head: of the run, see report.log.start_log, with its device.
-        distractors: the images of the rows behind the database's, as far as they are known.
-        options: each option's value.
+        head: the head of the run, see report.log.start_log, with its device.
+        distractors: the images of the distractors, which follow the database, as far as they are known.
+        options: the value of each option.
     """
     settings = {name: head[name] for name in ("date", "command", "device")}
     settings["versions"] = ", ".join(f"{name} {version}" for name, version in head["versions"].items())
@@ -246,7 +246,7 @@ def evaluated_page(
 
 
 def evaluated_section(evaluated: Evaluated, distractors: Sequence[ImageFile] = ()) -> Section:
-    """Returns a dataset's part of the page. AP is Medium's, or that of the query's only protocol.
+    """Returns the section of a dataset. AP is that of Medium, or of the only protocol of the query.
 
     Args:
         distractors: see evaluated_page.
@@ -280,7 +280,7 @@ def evaluated_section(evaluated: Evaluated, distractors: Sequence[ImageFile] = (
     if "note" in evaluated.facts:
         note += f". {evaluated.facts['note'].capitalize()}"
     plots = draw_curves(evaluated.metrics)
-    caption = "Interpolated precision, the mean over the queries; ignored images have left the rankings."
+    caption = "Mean interpolated precision of the queries; ignored images are removed from the rankings."
     return Section(dataset.name, queries, order, evaluated.metrics, f"{note}.", plots=plots, caption=caption)
 
 
@@ -292,14 +292,14 @@ def labelled_hits(
     distractors: Sequence[ImageFile] = (),
     moved: Sequence[int | None] | None = None,
 ) -> list[Hit]:
-    """A query's results, with what the ground truth says of them.
+    """Returns the results of a query, labelled by the ground truth.
 
     Args:
-        query: its number; None where there is no ground truth.
-        ids: database numbers, best first, -1 for none; distractors count from the database's end.
-        scores: of them; None where they are not known.
-        distractors: their images, as far as they are known.
-        moved: places that each gained; None where they are not known.
+        query: its number; None without ground truth.
+        ids: database numbers, best first, -1 for none; distractors are numbered after the database.
+        scores: their scores; None if unknown.
+        distractors: the images of the distractors, as far as they are known.
+        moved: the number of places that each gained; None if unknown.
     """
     own, kinds = len(dataset.database), {} if query is None else dataset.ground_truth[query].kinds
     labels = {number: label_of(kind) for kind, numbers in kinds.items() for number in numbers.tolist()}
@@ -307,7 +307,7 @@ def labelled_hits(
     found = []
     unknown = [None] * len(ids)
     for number, score, places in zip(ids, scores or unknown, moved or unknown, strict=True):
-        if number < 0:  # a saved ranking may end before
+        if number < 0:  # a saved ranking may be shorter
             continue
         if number < own:
             image, name = dataset.database[number], dataset.database_name(number)
@@ -319,7 +319,7 @@ def labelled_hits(
 
 
 def explained_hit(dataset: Dataset, explained: Explained, distractors: Sequence[ImageFile] = ()) -> Why:
-    """The explanation with its images, and what the ground truth says of them."""
+    """Returns the explanation with its images, labelled by the ground truth."""
 
     def hits(places: Sequence[int]) -> list[Hit]:
         return labelled_hits(dataset, explained.query, explained.ids[list(places)].tolist(), None, distractors)
@@ -336,13 +336,13 @@ def explained_hit(dataset: Dataset, explained: Explained, distractors: Sequence[
 
 
 def moves(ids: dict[str, list[int]]) -> dict[str, list[int | None]]:
-    """By how many places each of the first results of each stage moved up from the first stage, below 0 down.
+    """Returns by how many places the first results of each stage moved up from the first stage (negative: down).
 
-    The first stage's results have the places that they will gain, if just one stage follows it. None where a result
-    is not in both rankings.
+    For the first stage, these are the places that a result gains in the second, if there are just two stages.
+    None if a result is not in both rankings.
 
     Args:
-        ids: the whole rankings of the stages, database numbers.
+        ids: the complete rankings of the stages, as database numbers.
     """
     first, *later = ids
     before = {number: place for place, number in enumerate(ids[first])}
@@ -358,20 +358,20 @@ def moves(ids: dict[str, list[int]]) -> dict[str, list[int | None]]:
 
 
 def label_of(kind: str) -> str:
-    """The frame of an image of this kind of the ground truth."""
+    """Returns the label of images of this kind of the ground truth."""
     if kind in ("easy", "hard"):
         return kind
     return "ignored" if kind in ("junk", "itself") else "right"
 
 
 def write_report(page: Page, folder: Path) -> Path:
-    """Writes folder/index.html, below PAGE_BYTES, whole or not at all, and returns its path.
+    """Writes folder/index.html, smaller than PAGE_BYTES, atomically, and returns its path.
 
-    Thumbnails shrink where the page would become too large. Images that cannot be read are shown as
-    empty frames with their names.
+    Thumbnails are made smaller if the page would become too large. Images that cannot be read are shown
+    as empty frames with their names.
 
     Raises:
-        InputError: where it cannot be written.
+        InputError: if it cannot be written.
     """
     page = replace(page, sections=_first_queries(page.sections))
     template = environment().get_template("page.html")
@@ -382,7 +382,7 @@ def write_report(page: Page, folder: Path) -> Path:
         }
         uri = partial(_uri, thumbnails)
         html = template.render(page=page, uri=uri, query_scale=_QUERY_SCALE).encode("utf-8", errors="replace")
-        # a name on the disk need not be UTF-8
+        # a file name need not be valid UTF-8
         if len(html) < PAGE_BYTES:
             break
     path, new = folder / "index.html", folder / "index.html.new"
@@ -391,7 +391,9 @@ def write_report(page: Page, folder: Path) -> Path:
         new.write_bytes(html)
         os.replace(new, path)
     except OSError as error:
-        raise InputError(f"the report {path} cannot be written ({error.strerror}); all else is") from None
+        raise InputError(
+            f"the report {path} cannot be written ({error.strerror}); all other results are kept"
+        ) from None
     return path
 
 
@@ -400,7 +402,7 @@ def _uri(thumbnails: dict[tuple[ImageFile, int], str], image: ImageFile, scale: 
 
 
 def environment() -> jinja2.Environment:
-    """Returns what renders the templates of this folder: every value is escaped."""
+    """Returns the environment that renders the templates of this folder, with all values escaped."""
     made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -413,7 +415,7 @@ def environment() -> jinja2.Environment:
 
 
 def _first_queries(sections: Sequence[Section]) -> list[Section]:
-    """The sections, cut after the queries that one page can show."""
+    """Returns the sections, without the queries that do not fit on one page."""
     left, cut = _MAX_IMAGES, []
     for section in sections:
         used = list(accumulate(1 + len(query.images) for query in section.queries))
@@ -424,7 +426,7 @@ def _first_queries(sections: Sequence[Section]) -> list[Section]:
 
 
 def _read_images(sections: Sequence[Section]) -> dict[tuple[ImageFile, int], Image.Image]:
-    """The readable images by file and scale (1 of a result), each once, at the largest size of a thumbnail."""
+    """Returns the readable images by file and scale (1 for a result), each once, at the largest thumbnail size."""
     queries = [query for section in sections for query in section.queries]
     wanted = [(query.image, _QUERY_SCALE) for query in queries]
     wanted += [(image, 1) for query in queries for image in query.images]

@@ -1,4 +1,4 @@
-"""The results of a run: lines of the log, results.json, the rankings on disk, the summary."""
+"""The results of a run: its lines in the log, results.json, saved rankings, and the summary."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,11 +18,11 @@ from revisitop.retrieve import SAVED_RANKS, Ranking
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The rankings of a dataset and their metrics, by stage: "retrieval", then one for each reranker.
+    """The rankings of a dataset and their metrics by stage: "retrieval", then one stage per reranker.
 
     Attributes:
-        facts: what else is told of the dataset's run, for results.json.
-        explained: why one result stands where it does, for the page; or None.
+        facts: further facts about the run on this dataset, for results.json.
+        explained: the explanation of one result for the page, or None.
     """
 
     dataset: Dataset
@@ -36,7 +36,7 @@ class Evaluated:
         return f"{self.dataset.name}{' + distractors' if 'distractors' in self.facts else ''}"
 
     def as_dict(self) -> dict[str, Any]:
-        """For results.json, with the AP of each query by its name, in percent."""
+        """Returns the results for results.json, with the AP of each query in percent by its name."""
         names = unique_names(self.dataset)
         sizes = {"queries": len(self.dataset.queries), "database": len(self.dataset.database)}
         stages = {
@@ -57,7 +57,7 @@ class Evaluated:
         return {**sizes, **self.facts, **stages}
 
     def lines(self) -> Iterator[str]:
-        """The log's lines: mAP, values at k and the time of each stage."""
+        """Yields the lines for the log: mAP, values at k, and the time of each stage."""
         for stage, ranking in self.rankings.items():
             for line in in_words(self.metrics[stage]):
                 yield f"{stage.capitalize()} results: {line}"
@@ -65,7 +65,7 @@ class Evaluated:
 
 
 def unique_names(dataset: Dataset) -> list[str]:
-    """Returns the queries' names; one that stands there before gets the number of its place in the list."""
+    """Returns the names of the queries; repeated names are followed by the number of the query."""
     seen: set[str] = set()
     names = []
     for number in range(len(dataset.queries)):
@@ -76,13 +76,13 @@ def unique_names(dataset: Dataset) -> list[str]:
 
 
 def at_k(metrics: Metrics) -> dict[str, float]:
-    """The values at k in percent, by their names: mP@1."""
+    """Returns the values at k in percent, by their names, such as mP@1."""
     measure = metrics.protocol.measure
     return {f"{measure.at}@{k}": 100 * value for k, value in zip(measure.kappas, metrics.at_k.tolist(), strict=True)}
 
 
 def in_words(metrics: Mapping[str, Metrics]) -> list[str]:
-    """The metrics of each protocol in percent: mAP, then the values at k; then ranks of the first positive."""
+    """Returns the metrics of all protocols in percent as lines: mAP, values at k, ranks of the first positive."""
     measure = next(iter(metrics.values())).protocol.measure
     maps = ", ".join(f"{name}: {100 * each.map:.2f}" for name, each in metrics.items())
     precisions = [f"{name}: " + " ".join(f"{100 * value:.2f}" for value in each.at_k) for name, each in metrics.items()]
@@ -98,7 +98,7 @@ def in_words(metrics: Mapping[str, Metrics]) -> list[str]:
 
 
 def save_results(folder: Path, head: dict[str, Any], results: list[Evaluated]) -> None:
-    """Writes results.json, and the first ranks of the last dataset's rankings as <dataset>_<stage>_ranks.npy."""
+    """Writes results.json, and the first results of the latest dataset as <dataset>_<stage>_ranks.npy."""
     latest = results[-1]
     for stage, ranking in latest.rankings.items():
         path = folder / f"{latest.dataset.name}_{stage.replace(' ', '_')}_ranks.npy"
@@ -112,7 +112,7 @@ def save_results(folder: Path, head: dict[str, Any], results: list[Evaluated]) -
 
 
 def summary(results: list[Evaluated]) -> Iterator[str]:
-    """A line of mAP for each dataset and stage, below a heading for datasets of the same protocols."""
+    """Yields a line of mAP per dataset and stage, with a heading for each group of datasets with equal protocols."""
     before = None
     for each in results:
         if each.dataset.protocols != before:

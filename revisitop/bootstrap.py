@@ -1,4 +1,4 @@
-"""How far a difference between two rankings of the same queries may be chance."""
+"""Confidence intervals for the difference between two rankings of the same queries."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ _AT_A_TIME = 500
 
 
 class Difference(NamedTuple):
-    """The mean of B - A over the queries, and the interval of its bootstrap."""
+    """The mean of B - A over the queries, and its bootstrap interval."""
 
     mean: float
     low: float
@@ -19,11 +19,11 @@ class Difference(NamedTuple):
 
     @property
     def is_within_chance(self) -> bool:
-        """Whether the interval holds 0: other queries of the same kind might as well show the opposite."""
+        """Whether the interval contains 0: other queries of the same kind could show the opposite."""
         return self.low <= 0 <= self.high
 
     def __str__(self) -> str:
-        """In percentage points, of values between 0 and 1."""
+        """Returns the difference in percentage points, for values between 0 and 1."""
         mean, low, high = (100 * each for each in self[:3])
         return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
 
@@ -31,8 +31,8 @@ class Difference(NamedTuple):
 def paired_difference(a: np.ndarray, b: np.ndarray) -> Difference:
     """Returns the mean difference of two values per query, with its percentile bootstrap interval of 95 %.
 
-    10,000 times as many queries are drawn, with replacement, from those that have both values; the
-    interval holds the middle 95 % of the means of b - a. The draws are the same each time.
+    The queries that have both values are resampled with replacement 10,000 times; the interval contains
+    the middle 95 % of the means of b - a. The samples are the same each time.
 
     Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, ch. 13; Sakai, "Evaluating Evaluation
     Metrics Based on the Bootstrap", SIGIR 2006, for retrieval.

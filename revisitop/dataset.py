@@ -1,4 +1,4 @@
-"""A labelled dataset: images, and the ground truth of its queries."""
+"""A labelled dataset: its images, and the ground truth of its queries."""
 
 import hashlib
 import os
@@ -18,11 +18,11 @@ from revisitop.protocols import REVISITED_PROTOCOLS, Protocol
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """Of one query.
+    """The ground truth of one query.
 
     Attributes:
-        kinds: database numbers by kind (easy, hard, junk; ok; relevant), each an int64 array.
-        usage: to which part of the queries it belongs (Public, Private); "" where there are no parts.
+        kinds: int64 arrays of database numbers, by kind (easy, hard, junk; ok; relevant).
+        usage: the part of the queries to which it belongs (Public, Private); "" if there are no parts.
     """
 
     kinds: Mapping[str, np.ndarray]
@@ -30,24 +30,24 @@ class GroundTruth:
 
     @property
     def listed(self) -> np.ndarray:
-        """All that the protocols ask the position of, kind after kind."""
+        """All images whose position the protocols need, kind after kind."""
         return np.concatenate([*self.kinds.values()])
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A benchmark: its images, the ground truth of its queries, and how rankings are judged.
+    """A benchmark: its images, the ground truth of its queries, and its protocols.
 
     Attributes:
-        name: of its folder.
-        folder: holds the ground truth and the images.
-        queries: the query images with their boxes, Q of them.
-        database: the database images, N of them.
-        ground_truth: per query; its numbers count the database from 0.
-        protocols: the ways to judge rankings.
-        layout: the layout that it was read from, in words.
-        query_names, names: how queries and database images are called; by default their files' names.
-        in_database: the database number of each query, where the queries are database images themselves.
+        name: the name of its folder.
+        folder: the folder with the ground truth and the images.
+        queries: the Q query images with their boxes.
+        database: the N database images.
+        ground_truth: the ground truth of each query; database images are numbered from 0.
+        protocols: the protocols by which rankings are evaluated.
+        layout: the layout from which it was read, in words.
+        query_names, names: the names of queries and database images; by default their file names.
+        in_database: the database number of each query, if the queries are database images themselves.
     """
 
     name: str
@@ -72,23 +72,23 @@ class Dataset:
 
     @property
     def listed(self) -> list[Tensor]:
-        """Per query the database numbers (L,) whose rank the protocols ask for."""
+        """Returns, per query, the database numbers (L,) whose rank the protocols need."""
         return [torch.from_numpy(truth.listed) for truth in self.ground_truth]
 
     def images(self) -> Iterator[ImageFile]:
-        """The queries, then the database."""
+        """Iterates over the queries, then the database."""
         return chain(self.queries, self.database)
 
     @property
     def fingerprint(self) -> str:
-        """The SHA-256 of the names and boxes of queries and database, in their order."""
+        """The SHA-256 of the names and boxes of queries and database images, in order."""
         digest, cut = hashlib.sha256(str(len(self.queries)).encode()), len(f"{self.folder}/")
         for image in self.images():
             digest.update(f"{str(image.path)[cut:]} {image.box}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
     def check_files(self) -> None:
-        """Raises InputError where images are missing, with the names of the first and their number."""
+        """Raises InputError if images are missing; the message names the first few and their number."""
         missing, count = self.missing_files()
         if missing:
             raise InputError(
@@ -97,6 +97,6 @@ class Dataset:
             )
 
     def missing_files(self) -> tuple[list[Path], int]:
-        """The files that are not there, and how many there should be."""
-        paths = dict.fromkeys(str(image.path) for image in self.images())  # text: a million of them may be here
+        """Returns the missing files, and the number of files that should exist."""
+        paths = dict.fromkeys(str(image.path) for image in self.images())  # text, because there may be a million
         return [Path(path) for path in paths if not os.path.isfile(path)], len(paths)

@@ -1,4 +1,4 @@
-"""Saved descriptors: our own, revisitop's .mat files, and the distractors'."""
+"""Load saved descriptors: the project's own, revisitop's .mat files, and those of the distractors."""
 
 import logging
 import subprocess
@@ -24,21 +24,21 @@ from revisitop.safe_pickle import ArrayLike, load_pickle
 
 log = logging.getLogger(__name__)
 
-# float16 files are off by up to 5e-4; more than this is no rounding.
+# Lengths in float16 files are off by up to 5e-4; a larger deviation is not rounding.
 _UNIT_TOLERANCE = 1e-3
 
 
 def load_descriptors(path: Path, dataset: Dataset) -> tuple[Tensor, Tensor]:
-    """Returns the saved query and database descriptors of a dataset, (Q, D) and (N, D) float32, unit rows.
+    """Returns the saved query and database descriptors of a dataset, (Q, D) and (N, D) float32, unit descriptors.
 
     Args:
-        path: a .mat, .npz or .pth file with Q and X, a column per image as in revisitop's files or
-            a row per image; one of our pair <dataset>_query.npy and <dataset>_db.npy; or the folder
-            that holds the pair.
+        path: a .mat, .npz or .pth file with Q and X, with one column per image as in revisitop's files, or
+            one row per image; one of the two files <dataset>_query.npy and <dataset>_db.npy; or the folder
+            that contains both.
 
     Raises:
-        InputError: if a file is missing or damaged, does not fit the dataset, or holds a zero or
-            a number that is not finite in place of a descriptor.
+        InputError: if a file is missing or damaged, does not fit the dataset, or contains a zero vector
+            or values that are not finite.
     """
     if not path.exists():
         raise InputError(f"no file or folder {path}")
@@ -56,10 +56,10 @@ def load_descriptors(path: Path, dataset: Dataset) -> tuple[Tensor, Tensor]:
             arrays = [_array(content[name]) for name in ("Q", "X")]
         except (KeyError, TypeError, IndexError):
             raise InputError(f"{path} has no Q and X (query and database descriptors)") from None
-        except Exception as error:  # .npz files are decompressed only now
-            raise InputError(f"{path}: Q or X is damaged or no plain array ({_first_line(error)})") from None
+        except Exception as error:  # .npz files are decompressed here
+            raise InputError(f"{path}: Q or X is damaged or not a plain array ({_first_line(error)})") from None
     else:
-        raise InputError(f"{path}: a .mat, .npz, .pth or .npy file or a folder is needed")
+        raise InputError(f"{path} must be a .mat, .npz, .pth or .npy file or a folder")
     counts = (len(dataset.queries), len(dataset.database))
     columns_first = suffix == ".mat"
     queries, database = (
@@ -72,12 +72,12 @@ def load_descriptors(path: Path, dataset: Dataset) -> tuple[Tensor, Tensor]:
 
 
 def load_ranking(path: Path, dataset: Dataset) -> Ranking:
-    """Returns a ranking that somebody saved: similarities and database numbers, as AMES' nn_*.pkl has them.
+    """Loads a saved ranking: similarities and database numbers, as in AMES' nn_*.pkl.
 
     Args:
-        path: a .pkl file with a tensor or an array (2, Q, R): for each query the similarities of its first R
-            results, best first, and their numbers; -1 where there are no more. R may be below N: what is not
-            among the results then counts as never found.
+        path: a .pkl file with a tensor or an array (2, Q, R): for each query, the similarities of its first R
+            results, best first, and their numbers; -1 where there are no more. R may be below N: images that
+            are not among the results count as never found.
 
     Raises:
         InputError: if the file is damaged, is not safe to load, or does not fit the dataset.
@@ -89,21 +89,21 @@ def load_ranking(path: Path, dataset: Dataset) -> Ranking:
     saved = _array(content) if isinstance(content, Tensor | np.ndarray | ArrayLike) else np.empty(0)
     if saved.ndim != 3 or len(saved) != 2 or not np.issubdtype(saved.dtype, np.number):
         raise InputError(
-            f"{path} holds no ranking: a tensor (2, Q, R) of similarities and database numbers is expected"
+            f"{path} is not a ranking: a tensor (2, Q, R) of similarities and database numbers is expected"
         )
     q, n, r = len(dataset.queries), len(dataset.database), saved.shape[2]
     if saved.shape[1] != q:
-        raise InputError(f"{path} has {saved.shape[1]} queries, {dataset.name} has {q}")
+        raise InputError(f"{path} has {saved.shape[1]} queries, but {dataset.name} has {q}")
     scores, numbers = saved[0].astype(np.float32), saved[1]
     ids = np.where(np.isfinite(numbers), numbers, -2).astype(np.int64)
     if (ids != numbers).any() or (ids < -1).any() or (ids >= n).any():
-        raise InputError(f"{path}: the numbers of results must be whole, from 0 to {n - 1}, or -1 for none")
+        raise InputError(f"{path}: the numbers of results must be whole numbers from 0 to {n - 1}, or -1 for none")
     for query, row in enumerate(ids):
         there = row[row >= 0]
         if len(np.unique(there)) < len(there):
-            raise InputError(f"{path}: query {query} (from 0) has an image twice among its results")
+            raise InputError(f"{path}: query {query} (from 0) has the same image twice among its results")
     if r < n:
-        log.warning("%s has %d results of %d images: what is not among them counts as never found", path, r, n)
+        log.warning("%s has %d results of %d images: images that are not among them count as never found", path, r, n)
     positions = []
     for row, listed in zip(ids, dataset.listed, strict=True):
         place = np.full(n, NOT_FOUND, dtype=np.int64)
@@ -114,31 +114,31 @@ def load_ranking(path: Path, dataset: Dataset) -> Ranking:
 
 
 def descriptors_made_from(path: Path, dataset: Dataset) -> dict[str, Any]:
-    """Returns what the JSON beside saved descriptors tells of their making; empty if there is none.
+    """Returns the provenance of saved descriptors; empty if they have no provenance file.
 
     Args:
-        path: as of load_descriptors.
+        path: as in load_descriptors.
     """
     file = database_file(path, dataset)
     return {key: value for key, value in (read_provenance(file) or {}).items() if key != "stamps"}
 
 
 def database_file(path: Path, dataset: Dataset) -> Path:
-    """Returns the file that holds a dataset's database descriptors.
+    """Returns the file with the database descriptors of a dataset.
 
     Args:
-        path: as of load_descriptors.
+        path: as in load_descriptors.
     """
     folder = path if path.is_dir() else path.parent
     return folder / f"{dataset.name}_db.npy" if path.is_dir() or path.suffix.lower() == ".npy" else path
 
 
 def load_distractors(path: Path) -> Tensor | Int8Rows:
-    """The distractors' descriptors, (N, D), memory-mapped.
+    """Loads the descriptors of the distractors, (N, D), memory-mapped.
 
     Raises:
-        InputError: as load_rows, and where rows are no unit vectors (a thousand are looked at; zero rows,
-            of skipped images, are fine).
+        InputError: as load_rows, and if rows are not unit vectors (a thousand of them are checked; zero rows,
+            which belong to skipped images, are valid).
     """
     rows = load_rows(path)
     norms = rows[:: max(1, len(rows) // 1000)].float().norm(dim=1)
@@ -150,10 +150,10 @@ def load_distractors(path: Path) -> Tensor | Int8Rows:
 
 
 def load_rows(path: Path) -> Tensor | Int8Rows:
-    """Vectors of any origin, (N, D) float16, float32 or float64, or int8 with the scales beside; memory-mapped.
+    """Loads vectors (N, D) in float16, float32 or float64, or int8 with a file of scales; memory-mapped.
 
     Raises:
-        InputError: where the file is damaged, or holds something else.
+        InputError: if the file is damaged, or contains something else.
     """
     if path.suffix == ".npy":
         array = _load_npy(path, mmap_mode="c")
@@ -165,59 +165,59 @@ def load_rows(path: Path) -> Tensor | Int8Rows:
     if isinstance(rows, Tensor):
         rows = rows.detach()
     if not isinstance(rows, Tensor) or rows.ndim != 2 or not rows.is_floating_point() or not is_plain(rows):
-        raise InputError(f"{path} holds no (N, D) array of floating numbers, a descriptor per row")
+        raise InputError(f"{path} is not a floating-point array (N, D) with one descriptor per row")
     if not rows.numel():
-        raise InputError(f"{path} holds no descriptors: its shape is {tuple(rows.shape)}")
+        raise InputError(f"{path} contains no descriptors: its shape is {tuple(rows.shape)}")
     return rows
 
 
 def scales_path(path: Path) -> Path:
-    """The file of the scales of int8 rows: NAME.scale.npy of NAME.npy."""
+    """Returns the file with the scales of int8 rows: NAME.scale.npy for NAME.npy."""
     return path.with_suffix(".scale.npy")
 
 
 def _int8_rows(array: np.ndarray, path: Path) -> Int8Rows:
     scales = _load_npy(scales_path(path))
     if not isinstance(scales, np.ndarray) or scales.dtype != np.float32 or scales.shape != (len(array),):
-        raise InputError(f"{scales_path(path)} holds no float32 scale for each of the {len(array)} rows of {path}")
+        raise InputError(f"{scales_path(path)} must hold a float32 scale for each of the {len(array)} rows of {path}")
     return Int8Rows(torch.from_numpy(array), torch.from_numpy(scales))
 
 
 def check_distractors(path: Path, provenance: dict) -> None:
-    """Compares the provenance of the distractors' descriptors with the database's; warns if a file has none.
+    """Compares the provenance of the distractors with that of the database; warns if a file has none.
 
     Raises:
-        InputError: if they differ, and in what.
+        InputError: if they differ; the message names the differences.
     """
     differing = provenance_differences(path, provenance)
     if differing is None:
-        log.warning("%s: no %s tells what made it; not compared with this run", path, provenance_path(path).name)
+        log.warning("%s has no provenance file %s; it is not compared with this run", path, provenance_path(path).name)
     elif differing:
         raise InputError(
-            f"{path} was made with other settings ({short_list(differing)}); "
-            "run with those, or make it anew with extract_rop1m.py"
+            f"{path} was extracted with other settings ({short_list(differing)}); "
+            "run with those, or extract it again with extract_rop1m.py"
         )
 
 
 def _check_pair(queries: Path, database: Path) -> None:
-    """An interrupted run may have left queries and database that were made with different settings."""
+    """Raises InputError if query and database descriptors have different settings, as after an interrupted run."""
     made_from = read_provenance(queries) or {}
     provenance = {key: value for key, value in made_from.items() if key != "stamps"}
     if differing := provenance_differences(database, provenance):
         what = short_list(differing).replace("before", "in the database").replace("now", "in the queries")
-        raise InputError(f"{queries} and {database} were made with different settings ({what}); make them again")
+        raise InputError(f"{queries} and {database} have different settings ({what}); extract them again")
 
 
 def _array(values: Any) -> np.ndarray:
     if isinstance(values, Tensor):
         if not is_plain(values):
-            raise ValueError("no plain tensor")
+            raise ValueError("not a plain tensor")
         return values.detach().float().numpy() if values.is_floating_point() else values.numpy()
     return np.asarray(values)
 
 
 def add_distractors(rows: Tensor, distractors: Sequence[Tensor | Int8Rows]) -> Database:
-    """The database with the distractors' parts behind it. Raises InputError where widths differ."""
+    """Returns the database followed by the distractors. Raises InputError if dimensions differ."""
     if rows.shape[1] != distractors[0].shape[1]:
         raise InputError(f"the distractors have {distractors[0].shape[1]} dimensions, the database {rows.shape[1]}")
     return Database([rows, *distractors])
@@ -228,18 +228,18 @@ def _load_npy(path: Path, mmap_mode: str | None = None) -> Any:
         return np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
-    except Exception as error:  # zipfile's, zlib's and NumPy's own
-        raise InputError(f"{path} is damaged or no NumPy file ({_first_line(error)})") from None
+    except Exception as error:  # exceptions of zipfile, zlib and NumPy
+        raise InputError(f"{path} is damaged or not a NumPy file ({_first_line(error)})") from None
 
 
-# SciPy's reader can be led to crash by a damaged file: it works in a process of its own.
+# A damaged file can crash SciPy's reader, so that it runs in a process of its own.
 _READ_MAT = """
 import sys
 import numpy, scipy.io
 try:
     content = scipy.io.loadmat(sys.argv[1], variable_names=["X", "Q"])
 except NotImplementedError:
-    sys.exit("it is MATLAB 7.3 (HDF5); save it with -v7")
+    sys.exit("it is in MATLAB 7.3 format (HDF5); save it with -v7")
 except Exception as error:
     sys.exit((str(error) or type(error).__name__).splitlines()[0])
 numpy.savez(sys.argv[2], **{name: content[name] for name in ("X", "Q") if name in content})
@@ -247,10 +247,10 @@ numpy.savez(sys.argv[2], **{name: content[name] for name in ("X", "Q") if name i
 
 
 def load_mat(path: Path) -> dict[str, np.ndarray]:
-    """Returns the arrays Q and X of a MATLAB file, as far as they are there.
+    """Returns the arrays Q and X of a MATLAB file, without those that are missing.
 
     Raises:
-        InputError: if it is damaged or no MATLAB file.
+        InputError: if it is damaged or not a MATLAB file.
     """
     with tempfile.TemporaryDirectory() as folder:
         converted = Path(folder) / "descriptors.npz"
@@ -258,35 +258,33 @@ def load_mat(path: Path) -> dict[str, np.ndarray]:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if done.returncode:
             reason = done.stderr.strip().splitlines()[-1:] if done.returncode > 0 else [f"signal {-done.returncode}"]
-            raise InputError(f"{path} is damaged or no MATLAB file ({''.join(reason)})")
+            raise InputError(f"{path} is damaged or not a MATLAB file ({''.join(reason)})")
         try:
             with np.load(converted, allow_pickle=False) as content:
                 return dict(content)
         except ValueError:  # arrays of objects
-            raise InputError(f"{path}: Q or X is no array of numbers") from None
+            raise InputError(f"{path}: Q or X is not an array of numbers") from None
 
 
 def _rows(array: np.ndarray, count: int, columns_first: bool, what: str, dataset: str) -> Tensor:
-    """One unit row per image, whichever way the file holds them."""
+    """Returns one unit descriptor per image, as a row, whether the file has them as rows or columns."""
     if array.ndim != 2 or not np.issubdtype(array.dtype, np.floating):
-        raise InputError(f"{what}: expected a 2-dimensional array of floating numbers, got {array.dtype} {array.shape}")
+        raise InputError(f"{what}: expected a 2-dimensional floating-point array, got {array.dtype} {array.shape}")
     fits = [axis for axis in ((1, 0) if columns_first else (0, 1)) if array.shape[axis] == count]
     if not fits:
         raise InputError(f"{what}: {dataset} has {count} images, but the shape is {array.shape}")
-    if len(fits) == 2:  # as many dimensions as images: descriptors are what has unit length, a few damaged ones aside
+    if len(fits) == 2:  # as many dimensions as images: descriptors have unit length, a few damaged ones aside
         values = torch.from_numpy(array.astype(np.float32))
         unit = {axis: (values.norm(dim=1 - axis) - 1).abs() <= _UNIT_TOLERANCE for axis in fits}
         fits = [axis for axis in fits if unit[axis].float().mean() > 0.5]
         if len(fits) != 1:
-            advice = "both are of unit length, add a dimension of zeros" if fits else "save them with unit length"
-            raise InputError(f"{what}: the shape {array.shape} does not tell rows from columns; {advice}")
+            advice = "both have unit length; add a dimension of zeros" if fits else "save them with unit length"
+            raise InputError(f"{what}: rows and columns cannot be distinguished by the shape {array.shape}; {advice}")
     rows = torch.from_numpy(np.ascontiguousarray(array if fits[0] == 0 else array.T, dtype=np.float32))
     norms = rows.norm(dim=1)
     bad = (~(norms > 0) | ~torch.isfinite(norms)).nonzero().flatten()
     if len(bad):
-        raise InputError(
-            f"{what}: image {int(bad[0])} (from 0) has a zero or a number that is not finite for a descriptor"
-        )
+        raise InputError(f"{what}: the descriptor of image {int(bad[0])} (from 0) is zero or not finite")
     off = ((norms - 1).abs() > _UNIT_TOLERANCE).sum()
     if off:
         log.warning("%s: %d of %d are not of unit length; they are normalised", what, off, count)

@@ -1,8 +1,8 @@
-"""Metrics of rankings, by the protocols of a dataset: Easy / Medium / Hard, GLDv2's mAP@100, recall.
+"""Metrics of rankings by the protocols of a dataset: Easy / Medium / Hard, GLDv2's mAP@100, recall.
 
-Conventions: positions and ranks count from 0. A query's ignored images are taken out of the
-ranking before anything is counted. A query without a positive image has no AP and is left out of
-the means; where no query has one, the mean is NaN.
+Conventions: positions and ranks count from 0. The ignored images of a query are removed from the
+ranking before anything is computed. A query without a positive image has no AP and is left out of
+the means; if no query has one, the mean is NaN.
 
 Radenović et al., "Revisiting Oxford and Paris: Large-Scale Image Retrieval Benchmarking", CVPR 2018.
 """
@@ -28,9 +28,9 @@ class Metrics:
         protocol: the protocol.
         map: mean average precision.
         ap: average precision per query; NaN for a query without a positive, or of another usage.
-        at_k: the mean of the values at each of the measure's k.
+        at_k: the mean value at each k of the measure.
         precision: (101,), mean interpolated precision at the recalls 0, 0.01, ... 1.
-        first: mean and median rank, from 1, of the first positive, where the measure has it.
+        first: mean and median rank, from 1, of the first positive, if the measure includes it.
     """
 
     protocol: Protocol
@@ -46,13 +46,13 @@ def evaluate(
 ) -> dict[str, Metrics]:
     """Returns the metrics of each protocol, by its name.
 
-    Where a reranker scored candidates beyond those that it sorted, the images that a protocol ignores
-    leave the ranking before the first m are taken and sorted, as CVNet-Rerank's published figures have it.
+    If a reranker scored more candidates than it sorted, the images that a protocol ignores are removed
+    before the first m are sorted, as for the published results of CVNet-Rerank.
 
     Args:
-        ranking: with the positions of ``ground_truth[query].listed`` for each query.
-        ground_truth: per query.
-        protocols: a dataset's.
+        ranking: the ranking, with the positions of ``ground_truth[query].listed`` for each query.
+        ground_truth: the ground truth of each query.
+        protocols: the protocols of the dataset.
     """
     positions = [np.asarray(where) for where in ranking.positions]
     if ranking.candidates is None:
@@ -68,17 +68,17 @@ def evaluate(
 
 
 def most_ignored(ground_truth: Sequence[GroundTruth], protocols: Sequence[Protocol] = REVISITED_PROTOCOLS) -> int:
-    """Returns the most images that a protocol ignores for a query."""
+    """Returns the largest number of images that a protocol ignores for a query."""
     return max(len(ignored_images(truth, each)) for truth in ground_truth for each in protocols)
 
 
 def ignored_images(truth: GroundTruth, protocol: Protocol) -> np.ndarray:
-    """Returns the database numbers that leave the ranking."""
+    """Returns the database numbers that are removed from the ranking."""
     return truth.listed[positive_and_ignored(truth, protocol)[1]]
 
 
 def query_aps(metrics: dict[str, Metrics]) -> np.ndarray:
-    """The one AP of each query that a page shows: Medium's, or that of the first protocol that has one. (Q,)."""
+    """Returns the AP of each query for the report: that of Medium, or of the first protocol that has one. (Q,)."""
     chosen = [metrics["M"]] if "M" in metrics else list(metrics.values())
     aps = chosen[0].ap
     for each in chosen[1:]:
@@ -87,7 +87,7 @@ def query_aps(metrics: dict[str, Metrics]) -> np.ndarray:
 
 
 def _resorted_ranks(candidates: Candidates, query: int, truth: GroundTruth, protocol: Protocol) -> np.ndarray:
-    """Ascending ranks of the positives after the ignored images have left and the first m were sorted."""
+    """Returns ascending ranks of the positives, after ignored images were removed and the first m were sorted."""
     kept = ~np.isin(candidates.ids[query].numpy(), ignored_images(truth, protocol))
     order = candidates.scores[query][torch.from_numpy(kept)][: candidates.m].sort(descending=True, stable=True).indices
     ranks = protocol_ranks(np.asarray(candidates.positions[query]), truth, protocol)
@@ -99,13 +99,12 @@ def evaluate_positions(
     ground_truth: Sequence[GroundTruth],
     protocols: Sequence[Protocol] = REVISITED_PROTOCOLS,
 ) -> dict[str, Metrics]:
-    """Returns the metrics of each protocol, from where the listed images stand.
+    """Returns the metrics of each protocol, from the positions of the listed images.
 
     Args:
-        positions: per query (L,), the 0-based rank, in the ranking of all N images, of each of
-            ``ground_truth[query].listed``.
-        ground_truth: per query.
-        protocols: a dataset's.
+        positions: per query (L,), the 0-based ranks, among all N images, of ``ground_truth[query].listed``.
+        ground_truth: the ground truth of each query.
+        protocols: the protocols of the dataset.
     """
     for where, truth in zip(positions, ground_truth, strict=True):
         if len(where) != len(truth.listed):
@@ -121,24 +120,24 @@ def evaluate_positions(
 
 
 def positive_and_ignored(truth: GroundTruth, protocol: Protocol) -> tuple[np.ndarray, np.ndarray]:
-    """Which of truth.listed are positive in a protocol, and which leave the ranking, as masks (L,)."""
+    """Returns which of truth.listed are positive in a protocol, and which are ignored, as masks (L,)."""
     kinds = np.repeat([*truth.kinds], [len(numbers) for numbers in truth.kinds.values()])
     positive = np.isin(kinds, protocol.positive)
     return positive, ~positive
 
 
 def protocol_ranks(where: np.ndarray, truth: GroundTruth, protocol: Protocol) -> np.ndarray:
-    """Ascending ranks of a query's positives after the ignored images have left. (L,) -> (positives,).
+    """Returns ascending ranks of a query's positives after ignored images were removed. (L,) -> (positives,).
 
     Args:
-        where: its listed images' positions, see evaluate_positions.
+        where: the positions of its listed images, see evaluate_positions.
     """
     positive, ignored = positive_and_ignored(truth, protocol)
     return remove_ignored(np.asarray(where)[positive], np.asarray(where)[ignored])
 
 
 def summarise(ranks: Sequence[np.ndarray], ground_truth: Sequence[GroundTruth], protocol: Protocol) -> Metrics:
-    """Returns the metrics of one protocol, from each query's ascending ranks of its positives, without the ignored."""
+    """Returns the metrics of one protocol, from the ascending ranks of each query's positives, see protocol_ranks."""
     nothing = np.empty(0, dtype=np.int64)
     counted = [
         own if protocol.usage in (None, truth.usage) else nothing
@@ -161,7 +160,7 @@ def summarise(ranks: Sequence[np.ndarray], ground_truth: Sequence[GroundTruth], 
 def evaluate_ranks(
     ranks: np.ndarray, ground_truth: Sequence[GroundTruth], protocols: Sequence[Protocol] = REVISITED_PROTOCOLS
 ) -> dict[str, Metrics]:
-    """The same from full rankings, as revisitop's own tools hold them: (N, Q), a column per query."""
+    """Returns the metrics from full rankings, (N, Q), one column per query, as in revisitop's own tools."""
     positions = []
     for ranking, truth in zip(np.asarray(ranks).T, ground_truth, strict=True):
         where = np.empty(len(ranking), dtype=np.int64)
@@ -171,7 +170,7 @@ def evaluate_ranks(
 
 
 def remove_ignored(positive: np.ndarray, ignored: np.ndarray) -> np.ndarray:
-    """Ascending ranks of the positives in the ranking without the ignored images."""
+    """Returns ascending ranks of the positives in the ranking without the ignored images."""
     positive = np.sort(positive)
     return positive - np.searchsorted(np.sort(ignored), positive)
 
@@ -179,12 +178,12 @@ def remove_ignored(positive: np.ndarray, ignored: np.ndarray) -> np.ndarray:
 def evaluate_predictions(
     predictions: Sequence[np.ndarray], ground_truth: Sequence[GroundTruth], protocols: Sequence[Protocol]
 ) -> dict[str, Metrics]:
-    """The same from lists of results that may be cut off, empty, or hold -1 for what scores nothing.
+    """Returns the metrics from lists of results that may be cut off or empty, or contain -1.
 
     Args:
-        predictions: per query database numbers, best first, each at most once; -1 keeps its rank.
-        ground_truth: per query.
-        protocols: a dataset's.
+        predictions: per query, database numbers, best first, each at most once; -1 takes a rank but never scores.
+        ground_truth: the ground truth of each query.
+        protocols: the protocols of the dataset.
     """
     positions = []
     for row, truth in zip(predictions, ground_truth, strict=True):

@@ -1,4 +1,4 @@
-"""Which result of a run is explained: one that shows what SuperGlobal's reranking does."""
+"""Choose the result of a run that the report explains: one that shows the effect of SuperGlobal's reranking."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,18 +11,18 @@ from modules.reranking import SuperGlobalReranker
 from revisitop.retrieve import Ranking
 from revisitop.stages import Reranked, Searched, Stage
 
-_FIRST = 10  # results after reranking of which one is explained
+_FIRST = 10  # number of first results after reranking, one of which is explained
 
 
 @dataclass(frozen=True)
 class Explained:
-    """Why one result of one query stands where it does.
+    """The explanation of the place of one result.
 
     Attributes:
-        query: the query's number; None where there is no ground truth of it.
-        ids: (M,) int64, the database numbers of its candidates as the search had them.
-        explanation: its places count these.
-        original: whether the expanded query met the candidates' own rows.
+        query: the number of the query; None if it has no ground truth.
+        ids: (M,) int64, the database numbers of its candidates in the order of the search.
+        explanation: the explanation, whose places refer to `ids`.
+        original: whether S2 compares the expanded query with the candidates' own descriptors.
     """
 
     query: int | None
@@ -37,14 +37,14 @@ def explain_largest(
     stages: Mapping[str, Stage],
     searched: Searched,
 ) -> Explained | None:
-    """Returns the explanation of one result, or None where SuperGlobal did not rerank.
+    """Returns the explanation of one result, or None if SuperGlobal did not rerank.
 
-    The query is the one whose AP changed most, the result the one that gained most places among its first ten.
+    The query is the one whose AP changed most; the result is the one of its first ten that gained most places.
 
     Args:
-        rankings: of each stage, by its title, the search's first.
-        aps: (Q,), the AP of each query after each stage; NaN for none.
-        stages: what followed the search, by title.
+        rankings: the ranking of each stage by title, that of the search first.
+        aps: (Q,), the AP of each query by stage; NaN for none.
+        stages: the stages after the search, by title.
         searched: the search.
     """
     own = [title for title, each in stages.items() if isinstance(each, Reranked)]

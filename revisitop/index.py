@@ -1,10 +1,10 @@
-"""Approximate search: an index finds each query's candidates, and no other row is looked at.
+"""Approximate search: an index finds the candidates of each query.
 
-FAISS indexes are named by their factory strings ("Flat", "IVF4096,PQ64", "HNSW32", "OPQ64,IVF4096,PQ64"), see Douze et
-al., "The Faiss library", 2024. They are trained with a sample, filled a few rows at a time, and kept on disk:
+FAISS indexes are specified by factory strings ("Flat", "IVF4096,PQ64", "HNSW32", "OPQ64,IVF4096,PQ64"), see Douze et
+al., "The Faiss library", 2024. They are trained with a sample, filled in blocks of rows, and saved to disk:
 
     NAME.IVF4096_PQ64.faiss         the index
-    NAME.IVF4096_PQ64.faiss.json    its provenance: the factory string, and what the rows were made from
+    NAME.IVF4096_PQ64.faiss.json    its provenance: the factory string, and the provenance of the rows
 
 Shapes: Q queries, N database rows, D dimensions, M candidates per query, L listed rows of a query.
 """
@@ -33,13 +33,13 @@ from revisitop.measures import NOT_FOUND
 log = logging.getLogger(__name__)
 
 _ROWS = 8192
-_SAMPLE = 32768  # training rows at least: 128 for each of a product quantizer's 256 centroids
-_PER_LIST = 40  # training rows for each list of an inverted file; FAISS warns below 39
-_LISTS_VISITED = 1 / 16  # the share of an inverted file's lists that a query visits, unless it is told
+_SAMPLE = 32768  # smallest number of training rows: 128 for each of a product quantizer's 256 centroids
+_PER_LIST = 40  # training rows per list of an inverted file; FAISS warns below 39
+_LISTS_VISITED = 1 / 16  # the default share of the lists of an inverted file that a query visits
 
 
 class IndexedDatabase(Database):
-    """A database whose candidates come from an index; a subclass overrides :meth:`find`, and rows if it keeps them."""
+    """A database whose candidates come from an index. A subclass overrides :meth:`find`, and perhaps `rows`."""
 
     def find(self, queries: Tensor, m: int) -> tuple[Tensor, Tensor]:
         """Returns the numbers of each query's candidates, best first, -1 for none, and their scores. (Q, M), (Q, M)."""
@@ -49,16 +49,16 @@ class IndexedDatabase(Database):
         """Returns at most m candidates of each query; a listed row that is not among them counts as never found.
 
         Args:
-            queries: (Q, D), unit rows.
-            m: candidates; all rows if there are fewer.
-            listed: per query the row numbers (L,) int64 whose rank is wanted; none by default. The rank of a
-                row that is no candidate is NOT_FOUND, which adds nothing to any metric.
+            queries: (Q, D), unit descriptors.
+            m: number of candidates; all rows if there are fewer.
+            listed: per query, the row numbers (L,) int64 whose rank is wanted; none by default. The rank of a
+                row that is not a candidate is NOT_FOUND, which adds nothing to any metric.
 
         Raises:
             InputError: if a query has NaN.
         """
         if len(bad := (~queries.isfinite().all(dim=1)).nonzero()):
-            raise InputError(f"the descriptor of query {int(bad[0])} (from 0) has NaN; make it again")
+            raise InputError(f"the descriptor of query {int(bad[0])} (from 0) has NaN; extract it again")
         ids, scores = self.find(queries.cpu().float(), min(m, len(self)))
         scores = scores.masked_fill(ids < 0, -torch.inf)
         if missing := int((ids < 0).sum()):
@@ -68,14 +68,14 @@ class IndexedDatabase(Database):
         if wanted := sum(map(len, positions)):
             lost = sum(int((where == NOT_FOUND).sum()) for where in positions)
             log.info(
-                "%d of %d images that metrics ask for are not among the index's first %d: they count as never found",
+                "%d of %d images that metrics need are not among the first %d of the index: they count as never found",
                 lost, wanted, ids.shape[1],
             )  # fmt: skip
         return SearchResult(ids, scores, positions)
 
 
 def positions_of(numbers: Tensor, ids: Tensor) -> Tensor:
-    """The 0-based place of each number among the ids; NOT_FOUND where it is not among them. (L,), (M,) -> (L,)."""
+    """Returns the 0-based place of each number among the ids, or NOT_FOUND. (L,), (M,) -> (L,)."""
     if not len(numbers):
         return torch.empty(0, dtype=torch.int64)
     same = numbers[:, None] == ids
@@ -85,9 +85,9 @@ def positions_of(numbers: Tensor, ids: Tensor) -> Tensor:
 def by_cosine(queries: Tensor, ids: Tensor, database: Database) -> tuple[Tensor, Tensor]:
     """Returns the candidates in the order of exact search, and their cosines. (Q, M) -> (Q, M), (Q, M).
 
-    A score is the float32 nearest to the float64 product; equal scores keep the lower row number first.
+    A score is the float64 product rounded to float32; among equal scores the lower row number comes first.
     """
-    ids = ids.sort(dim=1).values  # so that equal scores end in this order
+    ids = ids.sort(dim=1).values  # so that equal scores keep this order
     scores = torch.full(ids.shape, -torch.inf)
     for query, row, out in zip(queries.double(), ids, scores, strict=True):
         out[row >= 0] = (database.rows(row[row >= 0]).double() @ query).float() + 0.0
@@ -100,10 +100,10 @@ class FaissDatabase(IndexedDatabase):
 
     Args:
         database: the rows.
-        index: holds them in their order, by inner product.
-        decoded: whether rows come from the index, as it holds them, made of unit length. If not, they are the
-            database's own, and candidates are sorted by their exact cosine.
-        size: bytes of the index.
+        index: the inner-product index of the rows, in their order.
+        decoded: whether rows are decoded from the index and normalised. Otherwise they are those of the
+            database, and candidates are sorted by their exact cosine.
+        size: the size of the index in bytes.
     """
 
     def __init__(self, database: Database, index: Any, decoded: bool = False, size: int = 0):
@@ -111,12 +111,12 @@ class FaissDatabase(IndexedDatabase):
         self.index, self.decoded, self.size, self._exact = index, decoded, size, database
 
     def find(self, queries: Tensor, m: int) -> tuple[Tensor, Tensor]:
-        """Returns the index's candidates, see :class:`IndexedDatabase`."""
+        """Returns the candidates of the index, see :class:`IndexedDatabase`."""
         scores, ids = map(torch.from_numpy, self.index.search(queries.numpy(), m))
         return (ids, scores) if self.decoded else by_cosine(queries, ids, self._exact)
 
     def rows(self, ids: Any) -> Any:
-        """The rows with these numbers, exact or decoded, see Database.rows."""
+        """Returns the rows with these numbers, exact or decoded, see Database.rows."""
         if not self.decoded or not isinstance(ids, Tensor):
             return super().rows(ids)
         rows = torch.from_numpy(self.index.reconstruct_batch(ids.flatten().cpu().numpy()))
@@ -124,13 +124,13 @@ class FaissDatabase(IndexedDatabase):
 
 
 def new_index(factory: str, dim: int) -> Any:
-    """Returns an empty FAISS index by inner product.
+    """Returns an empty FAISS index for the inner product.
 
     Raises:
-        InputError: if FAISS is not installed, or knows no such index of this many dimensions.
+        InputError: if FAISS is not installed, or has no such index for this number of dimensions.
     """
     faiss = _faiss()
-    if re.search(r"(?<!\d)0+(?!\d)", factory):  # FAISS would end the process when such an index is filled
+    if re.search(r"(?<!\d)0+(?!\d)", factory):  # filling such an index would make FAISS abort the process
         raise InputError(f"{factory!r} has a count of 0")
     with _faiss_errors(f"FAISS has no index {factory!r} for {dim} dimensions"):
         return faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
@@ -144,20 +144,20 @@ def indexed(
     parameters: str = "",
     decoded: bool = False,
 ) -> FaissDatabase:
-    """Returns the database with its index, from `path` if it is kept there, else built and kept.
+    """Returns the database with its index, which is loaded from `path` if it exists, else built and saved.
 
     Args:
         database: the rows.
-        factory: FAISS's name of the index.
-        path: the beginning of the index's name.
-        made_from: what identifies the rows, as JSON can hold it.
-        parameters: of the search, FAISS's "nprobe=64" or "efSearch=512". By default, a query visits a sixteenth
-            of an inverted file's lists, and everything else is FAISS's own.
-        decoded: where rows come from, see :class:`FaissDatabase`.
+        factory: the factory string of the index.
+        path: the beginning of the file name of the index.
+        made_from: the provenance of the rows, as JSON.
+        parameters: FAISS's search parameters, such as "nprobe=64" or "efSearch=512". By default, a query visits
+            a sixteenth of the lists of an inverted file, and all other parameters are FAISS's defaults.
+        decoded: the source of the rows, see :class:`FaissDatabase`.
 
     Raises:
         InputError: if FAISS is not installed, does not know the index or its parameters, needs more rows
-            for its training, or cannot decode rows; or if a row has NaN.
+            for training, or cannot decode rows; or if a row has NaN.
     """
     faiss, file = _faiss(), Path(f"{path}.{plain_name(factory)}.faiss")
     provenance = jsonable({"factory": factory, "rows": len(database), "dim": database.dim, **made_from})
@@ -169,12 +169,12 @@ def indexed(
     lists = faiss.try_extract_index_ivf(index)
     if lists is not None:
         lists.nprobe = max(1, round(lists.nlist * _LISTS_VISITED))
-    with _faiss_errors(f"{parameters!r} are no parameters of the index {factory}"):
+    with _faiss_errors(f"invalid parameters {parameters!r} for the index {factory}"):
         faiss.ParameterSpace().set_index_parameters(index, parameters)
     if decoded:
-        with _faiss_errors(f"the index {factory} does not give its rows back, take the exact ones"):
+        with _faiss_errors(f"the index {factory} cannot decode its rows; use the exact ones"):
             if isinstance(faiss.downcast_index(lists) if lists is not None else index, faiss.IndexIVFFastScan):
-                raise RuntimeError("FAISS has no map of a fast-scan index")  # and would end the process
+                raise RuntimeError("FAISS cannot map a fast-scan index")  # it would abort the process
             if lists is not None:
                 lists.make_direct_map()
             index.reconstruct(0)
@@ -182,33 +182,33 @@ def indexed(
 
 
 def _kept(file: Path, provenance: dict[str, Any]) -> Any:
-    """The index of an earlier run; None if there is none of the same rows."""
+    """Returns the index of an earlier run, or None if there is none with the same rows."""
     before = read_provenance(file)
     if before is None or not file.is_file():
         return None
     if {key: before.get(key) for key in provenance} != provenance or before.get("bytes") != file.stat().st_size:
-        log.info("%s: of other rows, or damaged; to be built anew", file)
+        log.info("%s: built from other rows, or damaged; it will be built again", file)
         return None
     try:
         index = _faiss().read_index(str(file))
     except (RuntimeError, MemoryError) as error:
-        log.warning("%s cannot be read (%s), to be built anew", file, _reason(error))
+        log.warning("%s cannot be read (%s); it will be built again", file, _reason(error))
         return None
     if (index.ntotal, index.d) != (provenance["rows"], provenance["dim"]):
         return None
-    log.info("%s: used again, built from the same rows", file)
+    log.info("%s: reused, built from the same rows", file)
     return index
 
 
 def _built(database: Database, factory: str) -> Any:
-    """A new index of all rows, trained with a sample of them."""
+    """Returns a new index of all rows, trained with a sample of them."""
     index, start, n = new_index(factory, database.dim), time.perf_counter(), len(database)
     if not index.is_trained:
         count = min(n, _training_rows(index))
         sample = np.sort(np.random.default_rng(0).choice(n, count, replace=False))
         rows = database.rows(torch.from_numpy(sample)).numpy()
         _check_finite(rows, sample)
-        with _faiss_errors(f"{n} rows are too few, or of the wrong kind, to train the index {factory}"):
+        with _faiss_errors(f"{n} rows are too few, or unsuitable, to train the index {factory}"):
             index.train(rows)
         del rows
     with tqdm(total=n, desc=f"index {factory}", unit="row", dynamic_ncols=True) as bar:
@@ -229,11 +229,11 @@ def _training_rows(index: Any) -> int:
 
 def _check_finite(rows: np.ndarray, numbers: Sequence[int]) -> None:
     if len(bad := np.flatnonzero(~np.isfinite(rows).all(axis=1))):
-        raise InputError(f"the descriptor of database row {numbers[bad[0]]} (from 0) has NaN; make it again")
+        raise InputError(f"the descriptor of database row {numbers[bad[0]]} (from 0) has NaN; extract it again")
 
 
 def _keep(index: Any, file: Path, provenance: dict[str, Any]) -> None:
-    """Writes the index, whole or not at all, and then its provenance."""
+    """Writes the index atomically, and then its provenance."""
     part = Path(f"{file}.part")
     with _faiss_errors(f"{file} cannot be written"):
         _faiss().write_index(index, str(part))
@@ -243,7 +243,7 @@ def _keep(index: Any, file: Path, provenance: dict[str, Any]) -> None:
 
 
 def _faiss() -> Any:
-    """The package, which is only needed here."""
+    """Imports the package, which is needed only here."""
     try:
         import faiss
     except ImportError:
@@ -253,7 +253,7 @@ def _faiss() -> Any:
 
 @contextmanager
 def _faiss_errors(problem: str) -> Iterator[None]:
-    """FAISS's exceptions inside become an InputError."""
+    """A context that converts FAISS's exceptions to an InputError."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -261,6 +261,6 @@ def _faiss_errors(problem: str) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """FAISS's own words, without the place in its source."""
+    """Returns FAISS's message without the place in its source code."""
     text = " ".join(str(error).split()) or "out of memory"
     return re.sub(r".*(?:failed: |Error: |\.\w+:\d+: )", "", text)[:200].rstrip(". ")

@@ -1,4 +1,4 @@
-"""A folder per class: each image is a query against all others; classes of one image are distractors."""
+"""The layout with a folder per class: each image is a query against all others; single images are distractors."""
 
 import os
 from collections import defaultdict
@@ -14,9 +14,9 @@ from revisitop.protocols import CLASS_PROTOCOLS
 
 
 def class_folders(folder: Path) -> list[Path]:
-    """Returns the folders of classes, by name; hidden ones are none. Empty if no image is in any.
+    """Returns the class folders, sorted by name, without hidden ones; empty if none contains an image.
 
-    A folder jpg/ belongs to another layout, whose ground truth is not there yet.
+    A folder jpg/ belongs to another layout whose ground truth is still missing.
     """
     if not folder.is_dir() or (folder / "jpg").is_dir():
         return []
@@ -28,11 +28,13 @@ def read_classes(name: str, folder: Path) -> Dataset:
     """Returns the dataset of a folder of class folders.
 
     Raises:
-        InputError: if a class has no image, an image (a link, say) is in two classes, or no class has two images.
+        InputError: if a class has no image, an image is in two classes (as a link), or no class has two images.
     """
     classes = {path.name: sorted(_images(path)) for path in class_folders(folder)}
     if empty := [name for name, images in classes.items() if not images]:
-        raise InputError(f"{folder / empty[0]} holds no image, and {len(classes)} classes are here; delete the folder")
+        raise InputError(
+            f"{folder / empty[0]} contains no image, but {len(classes)} other folders do; delete the folder"
+        )
     seen: dict[str, Path] = {}
     for images in classes.values():
         for path in images:
@@ -46,7 +48,7 @@ def read_classes(name: str, folder: Path) -> Dataset:
         numbers[path.relative_to(folder).parts[0]].append(number)
     in_database = [number for own in numbers.values() if len(own) > 1 for number in own]
     if not in_database:
-        raise InputError(f"{folder}: no class has two images, so that no query has anything to find")
+        raise InputError(f"{folder}: no class has two images, so that no query has a positive image")
     truth = []
     for own in numbers.values():
         for number in own if len(own) > 1 else ():

@@ -1,8 +1,8 @@
 """GLDv2's layout: index.csv, queries.csv (or test.csv) and solution.csv; images in index/ and in test/ or queries/.
 
 index.csv has a column id; queries.csv has id and, optionally, x0, y0, x1, y1; solution.csv has id, images (index
-ids separated by spaces, None where the query is ignored) and, optionally, Usage: Public, Private, Ignored or any
-other name. Images are a/b/c/<id>.jpg, with the first three characters of the id, or <id>.<ending> beside each other.
+ids separated by spaces, None if the query is ignored) and, optionally, Usage: Public, Private, Ignored or any
+other name. Image files are a/b/c/<id>.jpg, with the first three characters of the id, or <id>.<suffix> in one folder.
 
 Weyand et al., "Google Landmarks Dataset v2", CVPR 2020.
 """
@@ -27,22 +27,22 @@ _CORNERS = ("x0", "y0", "x1", "y1")
 
 
 def solution_file(folder: Path) -> Path | None:
-    """Returns the file that makes a folder a dataset of this layout, if it is there."""
+    """Returns the solution file, which identifies a dataset of this layout, or None."""
     return _find(folder, SOLUTIONS)
 
 
 def read_csv_dataset(name: str, folder: Path) -> Dataset:
-    """Returns the dataset of a folder of this layout. Ignored queries are left out.
+    """Reads a dataset of this layout. Ignored queries are left out.
 
     Raises:
-        InputError: if a file is missing, has no header, or contradicts another one: an id in the solution that
-            no list has, a query without a line in the solution, an id twice, a box that holds nothing.
+        InputError: if a file is missing or has no header, an id of the solution is in no list, a query is not in
+            the solution, an id is listed twice, or a box is empty.
     """
     solution, index, queries = solution_file(folder), _find(folder, ("index.csv",)), _find(folder, ("queries.csv",))
     tests = _find(folder, ("test.csv",))
     if index is None or (queries is None and tests is None):
         missing = "index.csv" if index is None else "queries.csv (or test.csv)"
-        raise InputError(f"{folder} has {solution.name} and no {missing}")
+        raise InputError(f"{folder} has {solution.name} but no {missing}")
     listed = queries or tests
     places = _numbered(index, _column(index))
     boxes = dict(_boxes(listed))
@@ -90,12 +90,12 @@ def read_csv_dataset(name: str, folder: Path) -> Dataset:
 
 
 class ImagesById(Sequence[ImageFile]):
-    """Images below a folder by their ids: a/b/c/<id>.jpg, or <id>.<ending>; no more in memory than the ids.
+    """Images below a folder by their ids: a/b/c/<id>.jpg, or <id>.<suffix>; only the ids are kept in memory.
 
     Args:
         root: the folder.
-        ids: the images' ids.
-        boxes: of each image, or None.
+        ids: the ids of the images.
+        boxes: the box of each image, or None.
     """
 
     def __init__(self, root: Path, ids: Sequence[str], boxes: Sequence[Box | None] | None = None):
@@ -120,13 +120,13 @@ class ImagesById(Sequence[ImageFile]):
 
 
 def read_predictions(path: Path, dataset: Dataset) -> list[np.ndarray]:
-    """Returns the predictions of a file in the challenge's form, `id,images`: database numbers, best first.
+    """Reads predictions in the format of the challenge, `id,images`, as database numbers, best first.
 
-    An image that is not in the database, or that stands in the line before, keeps its rank and is -1. A query
-    without a line has no predictions; lines of queries that the solution ignores are passed over.
+    An image that is not in the database, or that is repeated in a line, keeps its rank as -1. A query
+    without a line has no predictions; lines of queries that the solution ignores are skipped.
 
     Raises:
-        InputError: if the file has no header `id,images`, a query twice, or one that the dataset does not know.
+        InputError: if the file has no header `id,images`, a query twice, or an unknown query.
     """
     places = {name: number for number, name in enumerate(dataset.names)}
     known, found = set(dataset.query_names), {}
@@ -135,7 +135,7 @@ def read_predictions(path: Path, dataset: Dataset) -> list[np.ndarray]:
         if query in found:
             raise InputError(f"{path}: query {query} has two lines")
         if query not in known and query not in ignored:
-            raise InputError(f"{path}: {query} is no query of {dataset.name}")
+            raise InputError(f"{path}: {query} is not a query of {dataset.name}")
         numbers, seen = [], set()
         for image in row["images"].split():
             number = places.get(image, -1)
@@ -146,7 +146,7 @@ def read_predictions(path: Path, dataset: Dataset) -> list[np.ndarray]:
 
 
 def write_predictions(path: Path, dataset: Dataset, ids: np.ndarray) -> None:
-    """Writes the first 100 results of each query in the challenge's form. ids (Q, R)."""
+    """Writes the first 100 results of each query in the format of the challenge. ids (Q, R)."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["id", "images"])
@@ -172,7 +172,7 @@ def _nested(image: str) -> str:
 
 
 def _rows(path: Path, columns: Sequence[str], key: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """The lines of a CSV file by its header, with the value of the key column."""
+    """Yields the lines of a CSV file as dicts, with the value of the key column."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -185,11 +185,13 @@ def _rows(path: Path, columns: Sequence[str], key: str) -> Iterator[tuple[str, d
     try:
         header = [name.strip() for name in lines.fieldnames or []]
         if missing := [name for name in columns if name not in header]:
-            raise InputError(f"{path}: the first line must be a header with {', '.join(columns)}; no {missing[0]}")
+            raise InputError(
+                f"{path}: the first line must be a header with {', '.join(columns)}; {missing[0]} is missing"
+            )
         lines.fieldnames = header
         for row in lines:
             if None in row or any(row[name] is None for name in columns):
-                raise InputError(f"{path}, line {lines.line_num}: not as many columns as in the header")
+                raise InputError(f"{path}, line {lines.line_num}: the number of columns differs from the header")
             if not row[key].strip():
                 raise InputError(f"{path}, line {lines.line_num}: the {key} is empty")
             yield row[key].strip(), row
@@ -202,31 +204,31 @@ def _column(path: Path) -> list[str]:
 
 
 def _numbered(path: Path, ids: list[str]) -> dict[str, int]:
-    """The place of each id. Raises InputError for what is twice in the list, leaves the folder, or holds a space."""
+    """Returns the place of each id. Raises InputError if one is repeated, outside the folder, or contains a space."""
     places: dict[str, int] = {}
     for number, each in enumerate(ids):
         if each in places:
-            raise InputError(f"{path}: {each} is there twice")
+            raise InputError(f"{path}: {each} is listed twice")
         places[_checked(path, each)] = number
     if not places:
-        raise InputError(f"{path} lists nothing")
+        raise InputError(f"{path} lists no image")
     return places
 
 
 def _checked(path: Path, image: str, spaced: bool = False) -> str:
     if "/" in image or "\\" in image or "\0" in image or image in (".", "..") or len(image) > 200:
-        raise InputError(f"{path}: {image[:50]!r} is no id of an image")
+        raise InputError(f"{path}: {image[:50]!r} is not a valid id of an image")
     if not spaced and any(letter.isspace() for letter in image):
-        raise InputError(f"{path}: {image!r} holds a space, which separates the images of a solution")
+        raise InputError(f"{path}: {image!r} contains a space, which separates the images of a solution")
     return image
 
 
 def _boxes(path: Path) -> Iterator[tuple[str, Box | None]]:
-    """Each query's id and box."""
+    """Yields the id and box of each query."""
     seen = set()
     for query, row in _rows(path, ("id",), "id"):
         if query in seen:
-            raise InputError(f"{path}: {query} is there twice")
+            raise InputError(f"{path}: {query} is listed twice")
         seen.add(_checked(path, query, spaced=True))
         cells = [(row.get(corner) or "").strip() for corner in _CORNERS]
         if not any(cells):
@@ -237,5 +239,5 @@ def _boxes(path: Path) -> Iterator[tuple[str, Box | None]]:
         except ValueError:
             raise InputError(f"{path}: query {query} has no box of four numbers x0, y0, x1, y1: {cells}") from None
         if not all(map(math.isfinite, box)) or box[2] <= box[0] or box[3] <= box[1]:
-            raise InputError(f"{path}: the box of query {query} holds nothing: {', '.join(cells)}")
+            raise InputError(f"{path}: the box of query {query} is empty: {', '.join(cells)}")
         yield query, box

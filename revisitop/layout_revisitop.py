@@ -1,4 +1,4 @@
-"""revisitop's layout: gnd_NAME.pkl with easy, hard and junk images, or ok and junk as older sets have it; jpg/."""
+"""revisitop's layout: jpg/, and gnd_NAME.pkl with easy, hard and junk images, or ok and junk as in older datasets."""
 
 import hashlib
 import math
@@ -18,20 +18,20 @@ _REVISITED, _OK = ("easy", "hard", "junk"), ("ok", "junk")
 
 
 def read_ground_truth(name: str, path: Path) -> Dataset:
-    """The dataset that a ground-truth file describes; its images belong in the jpg/ beside the file.
+    """Reads the dataset of a ground-truth file; its images belong in the folder jpg/ beside the file.
 
     Raises:
-        InputError: where the file is unsafe, damaged or inconsistent.
+        InputError: if the file is unsafe, damaged or inconsistent.
     """
     content = load_pickle(path)
     try:
         names, query_names, entries = (list(content[key]) for key in ("imlist", "qimlist", "gnd"))
     except (TypeError, KeyError, IndexError):
-        raise InputError(f"{path} is no ground truth: a dict with imlist, qimlist and gnd is expected") from None
+        raise InputError(f"{path} is not a ground truth: a dict with imlist, qimlist and gnd is expected") from None
     if len(query_names) != len(entries):
         raise InputError(f"{path}: {len(query_names)} queries but {len(entries)} entries of ground truth")
     if not names or not query_names:
-        raise InputError(f"{path}: {len(query_names)} queries, {len(names)} database images; it must have both")
+        raise InputError(f"{path}: {len(query_names)} queries and {len(names)} database images; it must have both")
     jpg, names, query_names = path.parent / "jpg", _names(names, path, "imlist"), _names(query_names, path, "qimlist")
     kinds = _OK if all(_has(entry, "ok") and not _has(entry, "easy") for entry in entries) else _REVISITED
     boxes = [
@@ -50,12 +50,12 @@ def read_ground_truth(name: str, path: Path) -> Dataset:
 
 
 def load_distractor_list(folder: Path) -> tuple[str, ImageList]:
-    """The images of revisitop1m.txt, in its order, and the list's SHA-256.
+    """Returns the SHA-256 of revisitop1m.txt, and its images in the order of the list.
 
-    The names count from the folder, or from its jpg/. The images themselves are not looked for.
+    Names are relative to the folder, or to its jpg/. It is not checked that the images exist.
 
     Raises:
-        InputError: where the list is missing or empty.
+        InputError: if the list is missing or empty.
     """
     path = folder / "revisitop1m.txt"
     try:
@@ -64,7 +64,7 @@ def load_distractor_list(folder: Path) -> tuple[str, ImageList]:
         raise InputError(f"{path}: {error.strerror}; python -m tools.download revisitop1m fetches it") from None
     names = [line.strip() for line in content.splitlines() if line.strip()]
     if not names:
-        raise InputError(f"{path} names no image")
+        raise InputError(f"{path} lists no image")
     roots = (folder, folder / "jpg")
     root = next((root for name in names[:100] for root in roots if (root / os.fsdecode(name)).is_file()), roots[1])
     return hashlib.sha256(content).hexdigest(), ImageList(root, names)
@@ -74,7 +74,7 @@ def _names(values: Any, path: Path, key: str) -> list[str]:
     names = [value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value for value in values]
     wrong = [name for name in names if not isinstance(name, str) or not name or "\0" in name or len(name) > 1000]
     if wrong:
-        raise InputError(f"{path}: {key} must hold names of images, but has {_shown(wrong[0])}")
+        raise InputError(f"{path}: {key} must contain names of images, but has {_shown(wrong[0])}")
     return [str(name) for name in names]
 
 
@@ -129,5 +129,5 @@ def _is_number(value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    """A value of a file that is not trusted, for an error: short, whatever it holds."""
+    """Returns a value of an untrusted file as short text, for an error message."""
     return repr(value)[:50] if isinstance(value, str | int | float) else f"a {type(value).__name__}"

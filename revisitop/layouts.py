@@ -1,4 +1,4 @@
-"""A dataset is a folder: which of the three layouts it has is told by what is in it."""
+"""Load a dataset from a folder; its layout, one of three, is recognised from its files."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ LAYOUTS = (
 
 
 def dataset_folder(data_dir: Path, name: str) -> Path | None:
-    """Returns the dataset's folder below data_dir, or below its data/datasets as revisitop lays it out, or None."""
+    """Returns the folder of the dataset in data_dir, or in its data/datasets as in revisitop, or None."""
     folders = (data_dir / name, data_dir / "data" / "datasets" / name)
     for folder in folders:
         if (folder / f"gnd_{name}.pkl").is_file():
@@ -24,18 +24,22 @@ def dataset_folder(data_dir: Path, name: str) -> Path | None:
 
 
 def load_dataset(name: str, data_dir: Path) -> Dataset:
-    """Reads a dataset's ground truth and checks it; the images themselves are not opened.
+    """Reads and checks the ground truth of a dataset; the images themselves are not opened.
 
     Raises:
-        InputError: if the dataset is not there, or its ground truth is unsafe, damaged or inconsistent.
+        InputError: if the dataset is missing, or its ground truth is unsafe, damaged or inconsistent.
     """
     folder = dataset_folder(data_dir, name)
     if folder is None:
-        there = f"{data_dir / name} has none of the layouts" if (data_dir / name).is_dir() else f"no {data_dir / name}"
+        there = (
+            f"{data_dir / name} has none of the supported layouts"
+            if (data_dir / name).is_dir()
+            else f"no {data_dir / name}"
+        )
         raise InputError(f"no dataset {name}: {there}: {LAYOUTS.replace('NAME', name)}")
     pickled = folder / f"gnd_{name}.pkl"
     if not pickled.is_file():
         return read_csv_dataset(name, folder) if solution_file(folder) else read_classes(name, folder)
     if solution := solution_file(folder):
-        raise InputError(f"{folder} has both {pickled.name} and {solution.name}: which one counts? Keep one of them")
+        raise InputError(f"{folder} has both {pickled.name} and {solution.name}; remove one of them")
     return read_ground_truth(name, pickled)

@@ -1,7 +1,7 @@
-"""What is measured of one query: average precision in its three forms, and values at k.
+"""Measures of one query: average precision in its three forms, and values at k.
 
-Every function takes the ascending 0-based ranks of all of a query's positives, in the ranking that the
-ignored images have left.
+Every function takes the ascending 0-based ranks of all positives of a query, in the ranking without the
+ignored images.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,19 +11,19 @@ import numpy as np
 
 KAPPAS = (1, 5, 10)
 RECALL_LEVELS = 101  # 0, 0.01, ... 1
-NOT_FOUND = 1 << 40  # the rank of an image that no list of results has: it adds nothing to any metric
-LAST = 100  # results of a query that GLDv2's metric looks at
+NOT_FOUND = 1 << 40  # the rank of an image that was not found: it adds nothing to any metric
+LAST = 100  # number of results per query that GLDv2's metric uses
 
 
 class Measure(NamedTuple):
-    """What a protocol measures.
+    """The measures of a protocol.
 
     Attributes:
-        title: of the mean of the average precisions: mAP.
-        at: of the mean of the values at k: mP@k.
-        kappas: the k.
-        ap: the average precision, from a query's ranks.
-        at_k: the values at each k, from a query's ranks and the k.
+        title: the name of the mean average precision: mAP.
+        at: the name of the mean value at k: mP (as in mP@k).
+        kappas: the values of k.
+        ap: the average precision, a function of a query's ranks.
+        at_k: the values at each k, a function of a query's ranks and the kappas.
     """
 
     title: str
@@ -34,7 +34,7 @@ class Measure(NamedTuple):
 
 
 def average_precision(ranks: np.ndarray) -> float:
-    """Trapezoid rule over the ascending 0-based ranks of all positives; NaN where there is none.
+    """Returns the AP by the trapezoid rule over the ascending 0-based ranks of all positives; NaN without positives.
 
     The k-th positive (from 0) at rank r adds (k/r + (k+1)/(r+1)) / 2 / n_pos, where k/r is 1 at r = 0.
 
@@ -48,9 +48,9 @@ def average_precision(ranks: np.ndarray) -> float:
 
 
 def average_precision_at_100(ranks: np.ndarray) -> float:
-    """GLDv2's: sum over the positives within the first 100 of (positives so far) / rank, over min(n_pos, 100).
+    """Returns GLDv2's AP: the sum over positives in the first 100 of (positives so far) / rank, over min(n_pos, 100).
 
-    Ranks in this formula count from 1. NaN where there is no positive.
+    Ranks in this formula count from 1. NaN without positives.
 
     Weyand et al., "Google Landmarks Dataset v2", CVPR 2020, sec. 4.1.
     """
@@ -61,7 +61,7 @@ def average_precision_at_100(ranks: np.ndarray) -> float:
 
 
 def precision_until_last(ranks: np.ndarray, kappas: Sequence[int]) -> np.ndarray:
-    """Precision within the first min(k, rank of the last positive, from 1), for each k; NaN without positives."""
+    """Returns the precision within the first min(k, rank of the last positive, from 1); NaN without positives."""
     if len(ranks) == 0:
         return np.full(len(kappas), np.nan)
     first = np.minimum(kappas, ranks[-1] + 1)
@@ -69,37 +69,39 @@ def precision_until_last(ranks: np.ndarray, kappas: Sequence[int]) -> np.ndarray
 
 
 def precision_at(ranks: np.ndarray, kappas: Sequence[int]) -> np.ndarray:
-    """The share of positives within the first k, for each k; NaN without positives."""
+    """Returns the share of positives within the first k, for each k; NaN without positives."""
     if len(ranks) == 0:
         return np.full(len(kappas), np.nan)
     return np.searchsorted(ranks, kappas) / np.array(kappas)
 
 
 def recall_at(ranks: np.ndarray, kappas: Sequence[int]) -> np.ndarray:
-    """1 where a positive stands within the first k, else 0, for each k; NaN without positives."""
+    """Returns 1 if there is a positive within the first k, else 0, for each k; NaN without positives."""
     if len(ranks) == 0:
         return np.full(len(kappas), np.nan)
     return (ranks[0] < np.array(kappas)).astype(float)
 
 
 def first_rank(ranks: np.ndarray) -> int:
-    """The rank, from 1, of the first positive; 101 where there is none within the first 100."""
+    """Returns the rank, from 1, of the first positive; 101 if there is none within the first 100."""
     return int(ranks[0]) + 1 if len(ranks) and ranks[0] < LAST else LAST + 1
 
 
 def interpolated_precision(ranks: np.ndarray) -> np.ndarray:
-    """Interpolated precision at the recalls 0, 0.01, ... 1; NaN where there is no positive. (n_pos,) -> (101,).
+    """Returns interpolated precision at the recalls 0, 0.01, ... 1; NaN without positives. (n_pos,) -> (101,).
 
-    At recall r it is the highest precision that any cut of the ranking with recall r or more has. The
+    At recall r it is the highest precision at any cutoff of the ranking with recall r or more. The
     k-th positive (from 0) at the ascending 0-based rank r_k gives recall (k+1)/n_pos and precision
-    (k+1)/(r_k+1); as everywhere here, ignored images have left the ranking before.
+    (k+1)/(r_k+1).
     """
     n = len(ranks)
     if n == 0:
         return np.full(RECALL_LEVELS, np.nan)
     precision = np.arange(1, n + 1) / (ranks + 1)
     highest = np.maximum.accumulate(precision[::-1])[::-1]
-    needed = -(-np.arange(RECALL_LEVELS) * n // (RECALL_LEVELS - 1))  # positives for each recall, in whole numbers
+    needed = -(
+        -np.arange(RECALL_LEVELS) * n // (RECALL_LEVELS - 1)
+    )  # number of positives needed for each recall, in integers
     return highest[np.maximum(needed, 1) - 1]
 
 

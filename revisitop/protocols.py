@@ -1,4 +1,4 @@
-"""The ways to judge a ranking: which lists of the ground truth are positive, and what is measured."""
+"""Evaluation protocols: which lists of the ground truth are positive, and what is measured."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from revisitop.measures import CHALLENGE, RECALL, REVISITED, Measure
 
 @dataclass(frozen=True)
 class Protocol:
-    """A way to judge the rankings of a dataset. Listed images that are not positive leave the ranking.
+    """A protocol to evaluate rankings. Listed images that are not positive are removed from the ranking.
 
     Attributes:
-        name: short, as in the log: E.
-        title: as in tables: Easy.
+        name: the short name in the log, such as E.
+        title: the name in tables, such as Easy.
         positive: the kinds of the ground truth that are positive.
         measure: what is measured.
-        usage: the queries of this usage alone; None for all.
+        usage: restricts the protocol to the queries of this usage; None for all.
     """
 
     name: str
@@ -35,7 +35,7 @@ CLASS_PROTOCOLS = (Protocol("all", "All", ("same class",), RECALL),)
 
 
 def challenge_protocols(usages: Sequence[str]) -> tuple[Protocol, ...]:
-    """GLDv2's metric, apart for each usage; "all" where the solution tells none."""
+    """Returns protocols with GLDv2's metric for each usage; "all" if the solution has no usages."""
     if not usages:
         return (Protocol("all", "All", ("relevant",), CHALLENGE),)
     return tuple(Protocol(usage, usage, ("relevant",), CHALLENGE, usage) for usage in usages)

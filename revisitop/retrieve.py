@@ -1,7 +1,7 @@
 """From descriptors to rankings: search, then rerank. No ground truth is needed here.
 
-Shapes: Q queries, N database rows, D dimensions, R results that are kept, M candidates that a reranker
-sorts, L listed rows of a query (those whose rank a metric asks for).
+Shapes: Q queries, N database descriptors (rows), D dimensions, R results that are kept, M candidates that a
+reranker sorts, L listed rows of a query (those whose rank a metric needs).
 """
 
 import time
@@ -23,28 +23,28 @@ SAVED_RANKS = 400
 
 
 class Candidates(NamedTuple):
-    """What a reranker scored beyond the m places that it sorts, as the search had found it.
+    """The candidates that a reranker scored, more than the m that it sorts, in the order of the search.
 
-    A benchmark that drops some images from a ranking sorts the first m of the others anew.
+    A benchmark that drops some images from a ranking sorts the first m of the others again.
     """
 
     ids: Tensor  # (Q, M) int64, in the order of the search
-    scores: Tensor  # (Q, M), the reranker's
-    positions: list[Tensor]  # per query (L,) int64, as the search had them
+    scores: Tensor  # (Q, M), those of the reranker
+    positions: list[Tensor]  # per query (L,) int64, those of the search
     m: int
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """The first results of each query, and where the listed rows stand.
+    """The first results of each query, and the positions of the listed rows.
 
     Attributes:
         ids: (Q, R) int64, the first results of each query, best first.
-        scores: (Q, R), what they are ordered by: the cosine; after reranking, its score in the first places.
+        scores: (Q, R), the scores that order them: the cosine or, in the first places after reranking, the new score.
         positions: per query (L,) int64, the 0-based rank of each listed row among all N.
-        seconds: what it took, for all queries.
-        once: what preparing the database for it took, which further queries would not need.
-        candidates: None, or what a reranker scored beyond the places that it sorted.
+        seconds: the time for all queries.
+        once: the time to prepare the database, which is not needed again for further queries.
+        candidates: the candidates of a reranker that scored more than it sorted, or None.
     """
 
     ids: Tensor
@@ -63,22 +63,22 @@ def retrieve(
     device: torch.device | str = "cpu",
     processes: Processes | None = None,
 ) -> Ranking:
-    """Returns the ranking by cosine similarity: exact, see modules.search.search, or what the database's index finds.
+    """Returns the ranking by cosine similarity, by exact search (modules.search.search) or the index of the database.
 
-    The processes of a `torchrun` each search a part of the rows, and all get the whole ranking; it is the same to
-    the bit as one process's.
+    With `torchrun`, each process searches a part of the rows, and all get the whole ranking, which is identical
+    to the bit to that of a single process.
 
     Args:
-        queries: (Q, D), unit rows.
-        database: the rows. Of an IndexedDatabase, a listed row that the index does not find among the first m
+        queries: (Q, D), unit descriptors.
+        database: the rows. With an IndexedDatabase, a listed row that the index does not find among the first m
             has the position NOT_FOUND.
-        m: results that are kept, R: at least what the rerankers to come look at.
-        listed: per query the row numbers (L,) int64 whose rank is wanted; none by default.
+        m: R, the number of results that are kept: at least as many as the following rerankers need.
+        listed: per query, the row numbers (L,) int64 whose rank is wanted; none by default.
         device: where the products are computed.
-        processes: those that search together, with the same arguments; by default this one alone.
+        processes: the processes that search together, with the same arguments; by default only this one.
 
     Raises:
-        InputError: if a descriptor has NaN; it is named.
+        InputError: if a descriptor has NaN; the message names it.
     """
     start = time.perf_counter()
     if isinstance(database, IndexedDatabase):
@@ -92,7 +92,7 @@ def retrieve(
             own = len(database.parts[0])
             where = f"database row {error.row}" if error.row < own else f"distractor {error.row - own}"
             raise InputError(
-                f"the descriptor of {where} (from 0) or of query {error.query} has NaN; make it again"
+                f"the descriptor of {where} (from 0) or of query {error.query} has NaN; extract it again"
             ) from None
     if count > 1:
         found = merged(processes.gathered(found), min(m, len(database)))
@@ -106,13 +106,13 @@ def rerank(
     database: Database,
     device: torch.device | str = "cpu",
 ) -> Ranking:
-    """Returns the ranking with its first reranker.m places in the order of the reranker's scores; equal scores stay.
+    """Returns the ranking with its first reranker.m places sorted by the reranker's scores, equal scores as before.
 
     Args:
-        ranking: what retrieve gave, with at least reranker.m + reranker.spare results, or all there are.
-        queries: (Q, D), unit rows.
-        database: the rows that the ranking's ids count.
-        device: where the reranker works.
+        ranking: the result of retrieve, with at least reranker.m + reranker.spare results, or all of them.
+        queries: (Q, D), unit descriptors.
+        database: the rows to which the ids of the ranking refer.
+        device: the device of the reranker.
     """
     start = time.perf_counter()
     scored = reranker.scores(queries, ranking, database.rows, device)
@@ -128,11 +128,11 @@ def rerank(
 
 
 def move(positions: Tensor, order: Tensor) -> Tensor:
-    """Returns the positions after the first len(order) places were reordered; later ones stay.
+    """Returns the positions after the first len(order) places were reordered; later ones are unchanged.
 
     Args:
-        positions: (L,) places in the old ranking.
-        order: (M,) the old place of each new place.
+        positions: (L,) places in the previous ranking.
+        order: (M,) the previous place of each new place.
     """
     if not len(order):
         return positions

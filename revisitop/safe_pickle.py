@@ -1,7 +1,7 @@
-"""Read pickles of ground truth that come from the internet: containers, numbers, text and NumPy arrays, no code.
+"""Read ground-truth pickles from the internet safely: containers, numbers, text and NumPy arrays, but no code.
 
-NumPy's own pickle protocol trusts what a file says of dtypes and can be led to follow addresses out of the
-file. Here an array is rebuilt from its bytes, its shape and a plain dtype (integers, floats, booleans, text).
+NumPy's own pickle protocol trusts the dtypes in a file, and a malicious file can make it follow addresses.
+Here an array is rebuilt from its bytes, its shape and a plain dtype (integers, floats, booleans, text).
 """
 
 import math
@@ -17,26 +17,26 @@ import numpy as np
 
 from model.errors import InputError
 
-# Kind and size in bytes, as NumPy writes them; text has a length instead.
+# Kind and size in bytes, as NumPy writes them; text has a length instead of a size.
 _PLAIN = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|[US]\d{1,4})")
 
 
 def load_pickle(path: Path) -> Any:
     """Returns the content of a pickle of containers, numbers, text and arrays.
 
-    Arrays inside containers are ArrayLike: they can be iterated, measured and given to np.asarray.
+    Arrays inside containers are ArrayLike: they support iteration, len and np.asarray.
 
     Raises:
-        InputError: if the file holds anything else, or is damaged.
+        InputError: if the file contains anything else, or is damaged.
     """
     try:
         content = _Unpickler(BytesIO(path.read_bytes()), encoding="latin1").load()
     except _RefusedError as error:
-        raise InputError(f"{path} refused: it would call {error}, which no ground truth needs") from None
+        raise InputError(f"{path} is refused: it would call {error}, which no ground truth needs") from None
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
-    except Exception as error:  # damaged pickles raise nearly anything
-        raise InputError(f"{path} is damaged or no pickle ({type(error).__name__}); fetch it again") from None
+    except Exception as error:  # damaged pickles raise almost any exception
+        raise InputError(f"{path} is damaged or not a pickle ({type(error).__name__}); fetch it again") from None
     return content.array if isinstance(content, ArrayLike) else content
 
 
@@ -45,7 +45,7 @@ class _RefusedError(Exception):
 
 
 class _PlainType:
-    """What stands for a dtype: its text, and nothing that a file says later but the byte order."""
+    """Stands for a dtype: its text, and of the state in the file only the byte order."""
 
     def __init__(self, text: Any, *_: Any):
         if not isinstance(text, str) or not _PLAIN.fullmatch(text):
@@ -65,7 +65,7 @@ class _PlainType:
 
 
 class ArrayLike:
-    """An array in the making: NumPy's pickles give it its bytes after it was made."""
+    """An array under construction: NumPy's pickles set its bytes after creating it."""
 
     def __init__(self) -> None:
         self.array = np.zeros(0)
@@ -116,7 +116,7 @@ def _latin1(text: str, encoding: str) -> bytes:
 
 
 def _bytes(*arguments: Any) -> bytes:
-    """How protocol 2 writes empty bytes, and older protocols bytearrays; a number would be a size."""
+    """Returns empty bytes, which protocol 2 writes as a call, as older protocols do for bytearrays."""
     if not arguments:
         return b""
     if isinstance(arguments[0], bytes):
@@ -130,7 +130,7 @@ _BUILTINS = {"list": list, "tuple": tuple, "dict": dict, "set": set, "frozenset"
 _BUILTINS |= {"bytes": _bytes, "bytearray": _bytes}
 _CALLS = {
     **{(module, name): call for module in ("builtins", "__builtin__") for name, call in _BUILTINS.items()},
-    ("_codecs", "encode"): _latin1,  # how protocol 2 writes bytes
+    ("_codecs", "encode"): _latin1,  # protocol 2 writes bytes this way
     ("numpy", "ndarray"): ArrayLike,
     ("numpy", "dtype"): _PlainType,
     ("multiarray", "_reconstruct"): _reconstruct,
@@ -140,10 +140,10 @@ _CALLS = {
 
 
 class _Unpickler(pickle._Unpickler):
-    """Calls nothing but what stands above; NumPy 2 renamed the modules that older pickles name.
+    """Calls only the functions above, under the module names of NumPy 1 and NumPy 2.
 
-    It is Python's own unpickler in Python: the one in C makes room for whatever number of objects or
-    bytes a file claims to have.
+    It extends Python's unpickler written in Python, because the one in C allocates any number of objects or
+    bytes that a file claims to have.
     """
 
     dispatch: ClassVar[dict] = dict(pickle._Unpickler.dispatch)
@@ -155,7 +155,7 @@ class _Unpickler(pickle._Unpickler):
         raise _RefusedError(f"{module}.{name}")
 
     def _load_build(self) -> None:
-        """Gives its state to an array or a dtype, and to nothing else."""
+        """Sets the state of arrays and dtypes, and of nothing else."""
         state = self.stack.pop()
         if not isinstance(self.stack[-1], ArrayLike | _PlainType):
             raise _RefusedError(f"the state of a {type(self.stack[-1]).__name__}")

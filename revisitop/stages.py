@@ -1,6 +1,6 @@
-"""What follows a search: a stage makes a new ranking of the search's.
+"""Stages after the search, which turn its ranking into a new one.
 
-A reranker sorts each query's first results; query expansion and database-side augmentation search once more.
+A reranker sorts the first results of each query; query expansion and database-side augmentation search again.
 """
 
 import time
@@ -24,14 +24,14 @@ from revisitop.retrieve import SAVED_RANKS, Ranking, rerank, retrieve
 
 @dataclass(frozen=True)
 class Searched:
-    """A search: what it found, and what it was given.
+    """A search: its result, and its input.
 
     Attributes:
-        ranking: by cosine similarity.
-        queries: (Q, D), unit rows.
-        database: the rows that the ranking's ids count.
-        listed: per query the row numbers (L,) int64 whose rank is wanted; None for none.
-        device: where the work is done.
+        ranking: the ranking by cosine similarity.
+        queries: (Q, D), unit descriptors.
+        database: the rows to which the ids of the ranking refer.
+        listed: per query, the row numbers (L,) int64 whose rank is wanted, or None.
+        device: the device of the computation.
     """
 
     ranking: Ranking
@@ -41,16 +41,16 @@ class Searched:
     device: torch.device | str = "cpu"
 
     def again(self, queries: Tensor, database: Database) -> Ranking:
-        """Returns the ranking of another search, for as many results of each query."""
+        """Returns the ranking of another search with the same number of results per query."""
         return retrieve(queries, database, self.ranking.ids.shape[1], self.listed, self.device)
 
 
 class Stage(Protocol):
-    """Makes a new ranking of one that a search gave.
+    """Computes a new ranking from that of a search.
 
     Attributes:
-        needed: results of the search that it looks at.
-        shortlist: in words, what it orders anew.
+        needed: the number of results of the search that it uses.
+        shortlist: what it reorders, in words.
     """
 
     @property
@@ -60,7 +60,7 @@ class Stage(Protocol):
     def shortlist(self) -> str: ...
 
     def __call__(self, searched: Searched) -> Ranking:
-        """Returns the new ranking of a search that gave at least `needed` results, or all there are.
+        """Returns the new ranking, given a search with at least `needed` results, or all of them.
 
         Raises:
             InputError: if a descriptor has NaN.
@@ -76,14 +76,14 @@ def search_for(
     device: torch.device | str = "cpu",
     processes: Processes | None = None,
 ) -> Searched:
-    """Searches, see revisitop.retrieve, for as many results as the stages and the files of rankings need."""
+    """Searches for as many results as the stages and the saved rankings need, see revisitop.retrieve."""
     m = max([SAVED_RANKS, *(each.needed for each in stages)])
     return Searched(retrieve(queries, database, m, listed, device, processes), queries, database, listed, device)
 
 
 @dataclass(frozen=True)
 class Reranked:
-    """The first results in the order of a reranker's scores; the others stay."""
+    """Sorts the first results by the scores of a reranker; the others keep their places."""
 
     reranker: Reranker
 
@@ -95,7 +95,7 @@ class Reranked:
     def shortlist(self) -> str:
         if self.reranker.spare:
             return f"the first {self.reranker.m} results that the protocol does not ignore"
-        return f"the first {self.reranker.m} results, ignored images among them"
+        return f"the first {self.reranker.m} results, including ignored images"
 
     def __call__(self, searched: Searched) -> Ranking:
         """Returns the new ranking, see :class:`Stage`."""
@@ -104,7 +104,7 @@ class Reranked:
 
 @dataclass(frozen=True)
 class SearchedAgain:
-    """The whole database, searched once more with expanded queries (AQE, alpha-QE)."""
+    """Searches the whole database again with expanded queries (AQE, alpha-QE)."""
 
     expansion: QueryExpansion
 
@@ -126,13 +126,13 @@ class SearchedAgain:
 
 @dataclass(frozen=True)
 class Augmented:
-    """The whole database, each row replaced by the mean of its neighbourhood, searched once more (DBA).
+    """Searches the whole database again, with each row replaced by the mean of its neighbourhood (DBA).
 
-    The augmented rows stand in a temporary file while they are used.
+    The augmented rows are stored in a temporary file while they are used.
 
     Attributes:
-        k: rows that make up a new row.
-        folder: where the temporary file is.
+        k: number of rows of which a new row is the mean.
+        folder: the folder of the temporary file.
     """
 
     k: int = DBA_K
@@ -153,7 +153,7 @@ class Augmented:
                 augmented_rows(database, self.k, out=rows, device=searched.device, on_rows=bar.update)
             except NotFiniteError as error:
                 raise InputError(
-                    f"the descriptor of database row {error.row} (from 0) has NaN; make it again"
+                    f"the descriptor of database row {error.row} (from 0) has NaN; extract it again"
                 ) from None
         once = time.perf_counter() - start
         return replace(searched.again(searched.queries, Database(rows)), once=once)

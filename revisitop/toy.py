@@ -1,9 +1,9 @@
-"""The embedded benchmark: drawn facades in ROxford's layout, and random weights in CVNet's.
+"""The embedded benchmark: drawn facades in ROxford's layout, and random weights in CVNet's format.
 
-It is there so that a first run, and the tests, take every part of the real path without a download:
-a gauge of the code, never a claim about accuracy. Each landmark is one facade, seen from other
-distances and angles, in other light and weather, and behind occluders; how strong the change is
-decides whether an image is easy, hard or junk. Everything is drawn from seeds.
+With it, a first run and the tests use every part of the real pipeline without a download. It tests the
+code, and says nothing about accuracy. Each landmark is one facade, seen from different distances and
+angles, in different light and weather, and behind occluders; the strength of the change decides whether
+an image is easy, hard or junk. Everything is drawn from fixed seeds.
 """
 
 import csv
@@ -37,20 +37,24 @@ DRAWN_DISCLAIMER = "toy: drawn images; its metrics show that the code works, not
 LANDMARKS = "toy_gldv2"
 NAMES = ("toy", LANDMARKS)
 
-_VERSION = 2  # raise it when the drawing changes: older toy folders are then drawn again
+_VERSION = 2  # increase it when the drawing changes, so that older toy folders are drawn again
 _LANDMARKS = 12
-_VIEWS = {"easy": (5, 0.05, 0.2), "hard": (5, 0.3, 0.5), "junk": (1, 1.0, 1.2)}  # images, strength from, to
+_VIEWS = {
+    "easy": (5, 0.05, 0.2),
+    "hard": (5, 0.3, 0.5),
+    "junk": (1, 1.0, 1.2),
+}  # number of images, lowest and highest strength
 _DISTRACTORS = 12
-# A view of each landmark whose cosines leave 1e-6 between positives and negatives: a CPU's last bits swap none.
+# Views whose cosines with positives and negatives differ by at least 1e-6, so that rounding swaps none.
 _QUERY_SEEDS = (38, 2, 6, 67, 0, 1, 18, 6, 20, 17, 24, 39)
-_FACADE = 320  # side of a facade in pixels, before it is seen from somewhere
+_FACADE = 320  # side of a facade in pixels, before the view is computed
 
 
 def ensure_dataset(data_dir: Path, progress: Callable[[Iterable], Iterable] = iter) -> None:
-    """Draws data_dir/toy where it is not there yet, whole or not at all.
+    """Draws data_dir/toy if it is missing, atomically.
 
     Raises:
-        InputError: where it cannot be written.
+        InputError: if it cannot be written.
     """
     folder = dataset_folder(data_dir, "toy")
     if folder is not None:
@@ -71,9 +75,9 @@ def ensure_dataset(data_dir: Path, progress: Callable[[Iterable], Iterable] = it
 
 
 def ensure_landmarks(data_dir: Path, progress: Callable[[Iterable], Iterable] = iter) -> None:
-    """Lays the images of toy out as data_dir/toy_gldv2, in GLDv2's layout, if that is not there yet.
+    """Creates data_dir/toy_gldv2 if it is missing: the images of toy in GLDv2's layout.
 
-    What is easy or hard in toy is relevant; half of the queries are Public, half Private.
+    Easy and hard images of toy are relevant; half of the queries are Public, half Private.
 
     Raises:
         InputError: if it cannot be written.
@@ -117,19 +121,19 @@ def ensure_landmarks(data_dir: Path, progress: Callable[[Iterable], Iterable] = 
 
 
 def ensure_weights(folder: Path, depth: int) -> Path:
-    """A checkpoint of random weights in the published layout, written on first use.
+    """Returns a checkpoint of random weights in the published format, which is written on first use.
 
-    A file that is damaged, or from before the reranker's weights, is written again.
+    A file that is damaged, or from a version without the weights of the reranker, is written again.
     """
     path = folder / f"toy_R{depth}.pyth"
     if not _holds_reranker(path):
         log.info("drawing the random weights %s", path)
         new = Path(f"{path}.{os.getpid()}.new")
         try:
-            with new.open("wb") as file:  # given a path, torch.save would write its name into the file
+            with new.open("wb") as file:  # given a path, torch.save would store its name in the file
                 torch.save(seeded_checkpoint(depth), file)
             os.replace(new, path)
-        except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch.save
+        except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError if the disk is full
             new.unlink(missing_ok=True)
             raise InputError(f"cannot write {path} ({str(error).splitlines()[0]})") from None
     return path
@@ -143,11 +147,11 @@ def _holds_reranker(path: Path) -> bool:
 
 
 def seeded_checkpoint(depth: int, prefix: str = "encoder_q.") -> dict:
-    """Random weights in the layout of a published checkpoint, the same on every machine.
+    """Returns random weights in the format of a published checkpoint, the same on every machine.
 
-    With the encoder behind "encoder_q.", as CVNet has it, the file holds the reranker's keys as well.
-    Every tensor is drawn from NumPy's PCG64, seeded with the CRC-32 of its bare key. The bias of head.fc
-    then takes out the direction that all rectified features share, so that images differ.
+    With the prefix "encoder_q.", as in CVNet's files, the keys of the reranker are included.
+    Every tensor is drawn from NumPy's PCG64, seeded with the CRC-32 of its key without prefix. The bias of
+    head.fc then removes the direction that all rectified features share, so that images differ.
     """
     with torch.device("meta"):
         encoder, reranker = ResNet(depth), CVNetLayers()
@@ -186,7 +190,7 @@ def _draw_weights(key: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def _draw_dataset(folder: Path, progress: Callable[[Iterable], Iterable]) -> None:
-    """Database images stand in a mixed order, as a landmark's images do in the real benchmarks."""
+    """Draws all images; those of the database are in mixed order, as in the real benchmarks."""
     views = [
         (landmark, kind, number, float(strength))
         for landmark in range(_LANDMARKS)
@@ -202,7 +206,7 @@ def _draw_dataset(folder: Path, progress: Callable[[Iterable], Iterable]) -> Non
     def draw(name: str, landmark: int, seed: tuple, strength: float) -> list[float]:
         rng = np.random.default_rng([zlib.crc32(str(part).encode()) for part in seed])
         image, box = draw_view(draw_facade(landmark), rng, strength)
-        image.save(folder / "jpg" / f"{name}.jpg", format="PNG")  # lossless, under the name that the layout wants
+        image.save(folder / "jpg" / f"{name}.jpg", format="PNG")  # lossless, under the name that the layout requires
         return box
 
     images = list(zip(names, (views[index] for index in order), strict=True))
@@ -217,7 +221,7 @@ def _draw_dataset(folder: Path, progress: Callable[[Iterable], Iterable]) -> Non
 
 
 def draw_facade(landmark: int) -> Image.Image:
-    """A building on a transparent ground, (320, 320) RGBA; its style follows from the number alone."""
+    """Draws a building on a transparent ground, (320, 320) RGBA; its style depends only on the number."""
     rng = np.random.default_rng([7, landmark])
     side = _FACADE
     facade = Image.new("RGBA", (side, side), (0, 0, 0, 0))
@@ -277,9 +281,9 @@ def draw_facade(landmark: int) -> Image.Image:
 
 
 def draw_view(facade: Image.Image, rng: np.random.Generator, strength: float) -> tuple[Image.Image, list[float]]:
-    """The facade seen from somewhere: the image, and the box of the facade in it.
+    """Draws a view of the facade; returns the image, and the box of the facade in it.
 
-    Strength 0 is a frontal view in clear light; at 1 little of the facade is left to see.
+    Strength 0 is a frontal view in clear light; at 1 little of the facade is visible.
     """
     width, height = (int(n) for n in rng.integers(200, 281, 2))
     sky = np.array([175, 200, 225]) + rng.uniform(-30, 30) + strength * rng.uniform(-25, 25, 3)
@@ -288,7 +292,7 @@ def draw_view(facade: Image.Image, rng: np.random.Generator, strength: float) ->
     scene = np.broadcast_to(sky * (1 - fade) + ground * fade, (height, width, 3))
     image = Image.fromarray(scene.astype(np.uint8))
 
-    # Where the four corners of the facade come to stand: distance, place, tilt and perspective.
+    # The positions of the four corners of the facade: distance, place, tilt and perspective.
     size = 1.3 * min(width, height) * (1 - strength * rng.uniform(-0.3, 0.45))
     centre = np.array([width, height]) / 2 + strength * rng.uniform(-0.22, 0.22, 2) * (width, height)
     angle = strength * rng.uniform(-0.25, 0.25)
@@ -331,7 +335,7 @@ def _colour(rng: np.random.Generator, low: int, high: int) -> tuple[int, ...]:
 
 
 def _homography(corners: np.ndarray) -> list[float]:
-    """Pillow's eight numbers of the map from the image to the facade, from where its corners stand."""
+    """Returns Pillow's eight coefficients of the map from the image to the facade, given the facade's corners."""
     rows, right = [], []
     for (x, y), (u, v) in zip(corners, [(0, 0), (_FACADE, 0), (_FACADE, _FACADE), (0, _FACADE)], strict=True):
         rows += [[x, y, 1, 0, 0, 0, -u * x, -u * y], [0, 0, 0, x, y, 1, -v * x, -v * y]]

@@ -23,14 +23,15 @@ DATA = Path(__file__).parent / "data"
 
 
 def pytest_configure() -> None:
-    """Processes of pytest-xdist keep to a core each, as do the commands that they start."""
+    """Limits each process of pytest-xdist, and the commands that it starts, to one core."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         torch.set_num_threads(1)
 
 
 class _ByFixture(LoadScopeScheduling):
-    """Hands out tests one by one; those of toy and of the package, which take long to make, each to one process."""
+    """Distributes tests one by one, but those of toy, and those of the package, to a single process each: both take
+    long to prepare."""
 
     def _split_scope(self, nodeid: str) -> str:
         return next((each for each in ("toy", "test_package") if each in nodeid), nodeid)
@@ -72,7 +73,7 @@ def toy_data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def toy_run(toy_data, tmp_path_factory) -> tuple[Path, str]:
-    """The folder of descriptors and the screen of a run of test.py on toy, with one scale; nothing was there before."""
+    """The folder of descriptors and the screen output of a first run of test.py on toy, with one scale."""
     folder = tmp_path_factory.mktemp("toy_run")
     words = ["TEST.DATASET_LIST", "['toy']", "TEST.DATA_DIR", str(toy_data), "TEST.SCALE_LIST", "1"]
     done = subprocess.run(
@@ -82,13 +83,13 @@ def toy_run(toy_data, tmp_path_factory) -> tuple[Path, str]:
 
 
 def kept(output: Path, name: str) -> Path:
-    """The folder of the descriptors that the newest run used."""
+    """Returns the folder of the descriptors that the newest run used."""
     results = json.loads((latest(output) / "results.json").read_text())
     return output.parent / results["datasets"][name]["descriptors"]
 
 
 def latest(output: Path) -> Path:
-    """The folder of the newest run's results."""
+    """Returns the folder of the results of the newest run."""
     return output / "runs" / "latest"
 
 
@@ -153,7 +154,7 @@ def command(monkeypatch, capsys, tmp_path):
 
 
 class Layout:
-    """A small dataset in ROxford's layout, whose ground truth a test may change before writing it."""
+    """A small dataset in ROxford's layout, whose ground truth a test can change before writing it."""
 
     def __init__(self, data_dir: Path, name: str = "roxford5k"):
         self.data_dir, self.folder, self.name = data_dir, data_dir / name, name

@@ -1,23 +1,23 @@
-"""Textbook formulations, slow and dense, that the fast ones are held against."""
+"""Textbook formulations, slow and dense, with which the fast ones are compared."""
 
 import numpy as np
 
 
 def full_ranking(queries: np.ndarray, database: np.ndarray) -> np.ndarray:
-    """(Q, N): every row of the database, best first, equal scores by row number."""
+    """Returns all rows of the database, best first, equal scores by row number. -> (Q, N)."""
     scores = (queries.astype(np.float64) @ database.astype(np.float64).T).astype(np.float32)
     return np.argsort(-scores, axis=1, kind="stable")
 
 
 def dense_reranking(query: np.ndarray, candidates: np.ndarray, k: int, beta: float, s2: str = "refined") -> np.ndarray:
-    """SuperGlobal's new order of the candidates. (D,), (M, D) -> (M,)."""
+    """Returns SuperGlobal's order of the candidates. (D,), (M, D) -> (M,)."""
     return np.argsort(-superglobal_scores(query, candidates, k, beta, s2), kind="stable")
 
 
 def superglobal_scores(
     query: np.ndarray, candidates: np.ndarray, k: int, beta: float, s2: str = "refined"
 ) -> np.ndarray:
-    """(S1 + S2) / 2 of the candidates, with all refined rows and their neighbours built. (D,), (M, D) -> (M,)."""
+    """Returns (S1 + S2) / 2 of the candidates, computed from all refined descriptors. (D,), (M, D) -> (M,)."""
     gram = candidates @ candidates.T
     itself_first = np.where(np.eye(len(gram)), np.inf, gram)
     near = np.argsort(-itself_first, axis=1, kind="stable")[:, : k + 1]
@@ -31,13 +31,13 @@ def superglobal_scores(
 
 
 def unit(x: np.ndarray) -> np.ndarray:
-    """The vector at length 1; a zero vector stays zero."""
+    """Returns the vector at length 1; a zero vector stays zero."""
     length = np.sqrt((x * x).sum())
     return x / length if length > 0 else x
 
 
 def query_expansion(query: np.ndarray, candidates: np.ndarray, n: int, alpha: float) -> np.ndarray:
-    """alpha-QE's query, from its first n candidates; AQE's with alpha = 0. (D,), (M, D) -> (D,)."""
+    """Returns the query expanded by the first n candidates (alpha-QE; AQE if alpha = 0). (D,), (M, D) -> (D,)."""
     total = query.copy()
     for x in candidates[:n]:
         total += max(query @ x, 0.0) ** alpha * x
@@ -45,12 +45,12 @@ def query_expansion(query: np.ndarray, candidates: np.ndarray, n: int, alpha: fl
 
 
 def query_expansion_scores(query: np.ndarray, candidates: np.ndarray, n: int, alpha: float) -> np.ndarray:
-    """Similarities of the candidates to the expanded query. (D,), (M, D) -> (M,)."""
+    """Returns the similarities of the candidates to the expanded query. (D,), (M, D) -> (M,)."""
     return candidates @ query_expansion(query, candidates, n, alpha)
 
 
 def database_augmentation(rows: np.ndarray, k: int, alpha: float | None = None) -> np.ndarray:
-    """DBA: each row as the weighted sum of itself and its k - 1 nearest others. float64 (N, D) -> (N, D)."""
+    """Returns the rows after DBA, weighted sums of each row and its k - 1 nearest others. float64 (N, D) -> (N, D)."""
     augmented = []
     for number, (row, ranking) in enumerate(zip(rows, full_ranking(rows, rows), strict=True)):
         near = [number, *(other for other in ranking if other != number)][:k]
@@ -63,12 +63,12 @@ def database_augmentation(rows: np.ndarray, k: int, alpha: float | None = None) 
 
 
 def nearest_others(gram: np.ndarray) -> list[list[int]]:
-    """For each node all others, the most similar first, equally similar ones by their numbers."""
+    """Returns for each node all others, most similar first, equally similar ones by number."""
     return [sorted(set(range(len(gram))) - {i}, key=lambda j, i=i: (-gram[i, j], j)) for i in range(len(gram))]
 
 
 def k_reciprocal_scores(query: np.ndarray, candidates: np.ndarray, k1: int, k2: int, lambda_value: float) -> np.ndarray:
-    """-((1 - lambda) Jaccard distance + lambda (1 - q . x)) of the candidates. (D,), (M, D) -> (M,)."""
+    """Returns -((1 - lambda) Jaccard distance + lambda (1 - q . x)) of the candidates. (D,), (M, D) -> (M,)."""
     nodes = np.vstack([query, candidates])
     gram = nodes @ nodes.T
     others = nearest_others(gram)
@@ -98,7 +98,7 @@ def k_reciprocal_scores(query: np.ndarray, candidates: np.ndarray, k1: int, k2: 
 def diffusion_scores(
     query: np.ndarray, candidates: np.ndarray, k: int, kq: int, gamma: float, alpha: float
 ) -> np.ndarray:
-    """f of (I - alpha D^(-1/2) A D^(-1/2)) f = y, on the graph of the candidates. (D,), (M, D) -> (M,)."""
+    """Solves (I - alpha D^(-1/2) A D^(-1/2)) f = y on the graph of the candidates. (D,), (M, D) -> (M,)."""
     m = len(candidates)
     gram = candidates @ candidates.T
     near = [set(others[:k]) for others in nearest_others(gram)]
@@ -114,7 +114,7 @@ def diffusion_scores(
 
 
 def mean_average_precision(rankings: np.ndarray, ground_truth: list[dict], positive: tuple, ignored: tuple) -> float:
-    """The revisited protocol, walking down each ranking. rankings (Q, N) -> mAP in percent."""
+    """Evaluates the revisited protocol, walking down each ranking. rankings (Q, N) -> mAP in percent."""
     values = []
     for ranking, lists in zip(rankings, ground_truth, strict=True):
         good = {number for kind in positive for number in lists[kind]}
@@ -143,7 +143,7 @@ def all_protocols(rankings: np.ndarray, ground_truth: list[dict]) -> dict[str, f
 
 
 def challenge_map(predictions: dict[str, list[str]], solution: dict[str, set[str]]) -> float:
-    """GLDv2's mAP@100 in percent, prediction by prediction. A query without predictions counts 0."""
+    """Returns GLDv2's mAP@100 in percent, prediction by prediction. A query without predictions counts 0."""
     total = 0.0
     for query, positives in solution.items():
         seen, good, ap = set(), 0, 0.0
@@ -157,7 +157,7 @@ def challenge_map(predictions: dict[str, list[str]], solution: dict[str, set[str
 
 
 def recall_at(rankings: np.ndarray, positives: list[set[int]], ignored: list[set[int]], k: int) -> float:
-    """The share, in percent, of the queries with a positive that have one within the first k that are not ignored."""
+    """Returns the percentage of queries with a positive among the first k images that are not ignored."""
     values = []
     for ranking, good, out in zip(rankings, positives, ignored, strict=True):
         if good:
@@ -167,10 +167,10 @@ def recall_at(rankings: np.ndarray, positives: list[set[int]], ignored: list[set
 
 
 def discriminative_projection(rows: np.ndarray, labels: np.ndarray, dim: int, balanced: bool) -> np.ndarray:
-    """(dim, D), up to a factor and signs: eig(C_S^-1/2 C_D C_S^-1/2)^T C_S^-1/2 over explicit pairs. (N, D), (N,).
+    """Returns eig(C_S^-1/2 C_D C_S^-1/2)^T C_S^-1/2 from explicit pairs. (N, D), (N,) -> (dim, D), up to a factor.
 
-    The paper's: C_S sums d d^T over matching pairs, C_D over those that do not match. Balanced: a matching pair
-    of a class of n counts 1/n, and C_D sums over all pairs.
+    In the paper, C_S sums d d^T over matching pairs, C_D over those that do not match. If balanced, a matching
+    pair of a class of n has the weight 1/n, and C_D sums over all pairs.
     """
     rows, width = rows.astype(np.float64), rows.shape[1]
     intraclass, interclass = np.zeros((width, width)), np.zeros((width, width))

@@ -1,15 +1,15 @@
-"""A simulated GPU: tensors that say they are on ``cuda:0``, hold their values on the CPU, and keep CUDA's rules.
+"""A simulated GPU: tensors that claim to be on ``cuda:0``, with values on the CPU, and CUDA's rules.
 
 It shows, without a GPU:
 
 - operations on tensors of different devices, which raise a RuntimeError as on a GPU;
-- copies to pinned memory whose values are used before they have arrived: until somebody waits for the
-  device, the host's tensor holds NaN (or the smallest integer);
+- copies to pinned memory whose values are used before they have arrived: until the host waits for the
+  device, its tensor contains NaN (or the smallest integer);
 - every implicit synchronisation, with the line of the project that caused it;
-- results: they are the CPU's own arithmetic.
+- results, which are computed by the CPU.
 
-It can't show speed, memory, other kernels' rounding, errors inside of kernels, errors that depend on
-several streams or devices (there is one of each), or a pinned source that is overwritten before it was sent.
+It cannot show speed, memory, the rounding of GPU kernels, errors inside of kernels, errors that depend on
+several streams or devices (there is one of each), or a pinned source that is overwritten before it is sent.
 """
 
 import sys
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 DEVICE = torch.device("cuda:0")
 TOTAL_BYTES = 16 << 30
 
-# How often each operation waits for the device: for the size of its result, or to look at a value.
+# How often each operation waits for the device: for the size of its result, or for a value.
 _WAITS = {
     "aten::_local_scalar_dense": 1,
     "aten::nonzero": 1,
@@ -46,7 +46,7 @@ _INDEXED = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_
 
 
 class Synchronisation(NamedTuple):
-    """An implicit one: what waited for the device, in which function of the project, in which line of which file."""
+    """An implicit synchronisation: the operation, and the function, line and file of the project that caused it."""
 
     what: str
     function: str
@@ -58,7 +58,7 @@ class OnDevice(Tensor):
 
     @staticmethod
     def __new__(cls, held: Tensor) -> "OnDevice":
-        with torch.inference_mode(False):  # so that views of it may be made in that mode and out of it
+        with torch.inference_mode(False):  # so that views can be created inside and outside of that mode
             out = Tensor._make_wrapper_subclass(
                 cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,
                 device=DEVICE,
@@ -81,10 +81,10 @@ class OnDevice(Tensor):
 
 
 class SimulatedDevice(TorchDispatchMode):
-    """Takes every operation while it is active.
+    """Intercepts all operations while it is active.
 
     Attributes:
-        synchronisations: the implicit ones so far, in order.
+        synchronisations: the implicit synchronisations so far, in order.
         reserved, allocated: bytes, as PyTorch's allocator would report them.
     """
 
@@ -92,26 +92,26 @@ class SimulatedDevice(TorchDispatchMode):
         super().__init__()
         self.synchronisations: list[Synchronisation] = []
         self.reserved = self.allocated = 0
-        self._sent: list[tuple[Tensor, Tensor]] = []  # (host, values), not arrived yet
-        self._arrived = 0  # of all that were ever sent
-        self._pinned: dict[int, Any] = {}  # storages by address, kept so that no other has that address
+        self._sent: list[tuple[Tensor, Tensor]] = []  # (host, values) that have not arrived yet
+        self._arrived = 0  # number of arrived copies
+        self._pinned: dict[int, Any] = {}  # storages by address, kept so that addresses are not reused
         self._lock = threading.Lock()
 
     def counted(self) -> dict[str, int]:
-        """How often each function of the project waited for the device; the count starts anew."""
+        """Returns how often each function of the project waited for the device, and resets the counts."""
         counts = Counter(each.function for each in self.synchronisations)
         self.synchronisations.clear()
         return dict(counts)
 
     def arrive(self, upto: int | None = None) -> None:
-        """The first `upto` copies to the host arrive, or all."""
+        """Lets the first `upto` copies to the host arrive, or all."""
         while self._sent and (upto is None or self._arrived < upto):
             host, values = self._sent.pop(0)
             host.copy_(values)
             self._arrived += 1
 
     def sent(self) -> int:
-        """How many copies to pinned memory there have been."""
+        """The number of copies to pinned memory so far."""
         return self._arrived + len(self._sent)
 
     def pin(self, x: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ class SimulatedDevice(TorchDispatchMode):
             return self.pin(out) if pinned else out
         name = func._schema.name
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
-            with self:  # made of others, in inference mode; elsewhere they come one by one
+            with self:  # composite operations, in inference mode; in other modes they are intercepted one by one
                 return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
         if name == "aten::_to_copy":
             return self._to_copy(*args, **kwargs)
@@ -153,7 +153,7 @@ class SimulatedDevice(TorchDispatchMode):
         return self._run(func, args, kwargs)
 
     def _run(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        """The operation on the values that the tensors hold."""
+        """Runs the operation on the values of the tensors."""
         owners = {id(leaf.held): leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, OnDevice)}
         args, kwargs = tree_map(_held, (args, kwargs))
         given = kwargs.get("device")
@@ -170,7 +170,7 @@ class SimulatedDevice(TorchDispatchMode):
         def placed(x: Any) -> Any:
             if not isinstance(x, Tensor):
                 return x
-            return owners[id(x)] if id(x) in owners else OnDevice(x)  # in place, the tensor itself
+            return owners[id(x)] if id(x) in owners else OnDevice(x)  # an in-place operation returns the tensor itself
 
         return tree_map(placed, out)
 
@@ -200,7 +200,7 @@ class SimulatedDevice(TorchDispatchMode):
         return to
 
     def _receive(self, x: Tensor, non_blocking: bool) -> None:
-        """The host waits unless the copy is from pinned memory and need not block."""
+        """Copies to the device; the host waits unless the source is pinned and the copy is non-blocking."""
         if not (non_blocking and self.is_pinned(x)):
             self._wait("copy to the device")
 
@@ -210,7 +210,7 @@ class SimulatedDevice(TorchDispatchMode):
         return host
 
     def _indices(self, name: str, x: Tensor, indices: list[Tensor | None], values: Tensor | None = None) -> list:
-        """Indices on the CPU are copied to the device; masks are counted, unless they only say where one value goes."""
+        """Copies indices to the device; masks are counted, unless they only select where to set a value."""
         if isinstance(x, OnDevice):
             indices = [self._moved(each) for each in indices]
         masks = [each for each in indices if each is not None and each.dtype in (torch.bool, torch.uint8)]
@@ -239,7 +239,7 @@ def _least(dtype: torch.dtype) -> int:
 
 
 def _place() -> tuple[str, str]:
-    """The innermost function of the project that is being called, tests aside, and its line."""
+    """Returns the innermost running function of the project, except tests, and its line."""
     frame = sys._getframe(2)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
@@ -251,12 +251,12 @@ def _place() -> tuple[str, str]:
 
 @contextmanager
 def simulated_device() -> Iterator[SimulatedDevice]:
-    """Inside, PyTorch has one GPU, the simulated one."""
+    """A context in which PyTorch has one GPU, the simulated one."""
     device = SimulatedDevice()
     torch._C._ensureCUDADeviceGuardSet()  # without a driver, choosing the device does nothing
 
     class Event:
-        """Of the one stream: what was sent before it was recorded has arrived after synchronize()."""
+        """An event of the only stream: copies sent before it was recorded have arrived after synchronize()."""
 
         def __init__(self, **_: Any):
             self.upto = 0
@@ -271,7 +271,7 @@ def simulated_device() -> Iterator[SimulatedDevice]:
             return device._arrived >= self.upto
 
         def wait(self, stream: Any = None) -> None:
-            """For streams; there is one."""
+            """A stream; there is only one."""
 
     class Stream:
         def __init__(self, *_: Any, **__: Any):
@@ -286,10 +286,10 @@ def simulated_device() -> Iterator[SimulatedDevice]:
             device.arrive()
 
         def wait_event(self, event: Event) -> None:
-            """The one stream is in order."""
+            """Does nothing, because the only stream is in order."""
 
         def wait_stream(self, stream: "Stream") -> None:
-            """The one stream is in order."""
+            """Does nothing, because the only stream is in order."""
 
     def pin_memory(x: Tensor, *_: Any) -> Tensor:
         return device.pin(x.clone())
@@ -310,12 +310,12 @@ def simulated_device() -> Iterator[SimulatedDevice]:
         "stream": lambda _: nullcontext(),
         "Stream": Stream,
         "Event": Event,
-        "_lazy_init": lambda: None,  # asked by PyTorch's C++ before each factory function
+        "_lazy_init": lambda: None,  # called by PyTorch's C++ code before each factory function
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in cuda.items():
             patch.setattr(torch.cuda, name, value)
-        if hasattr(torch, "accelerator"):  # what a DataLoader asks before it pins memory
+        if hasattr(torch, "accelerator"):  # a DataLoader checks this before it pins memory
             for name, value in {
                 "is_available": lambda: True,
                 "current_accelerator": lambda *_, **__: torch.device("cuda"),
@@ -323,13 +323,13 @@ def simulated_device() -> Iterator[SimulatedDevice]:
                 "set_device_index": lambda _: None,
             }.items():
                 patch.setattr(torch.accelerator, name, value, raising=False)
-        patch.setattr(torch.backends.cudnn, "enabled", False)  # whose operators have no values on a CPU
+        patch.setattr(torch.backends.cudnn, "enabled", False)  # its operators cannot run on a CPU
         patch.setattr(Tensor, "pin_memory", pin_memory)
         patch.setattr(Tensor, "record_stream", lambda x, stream: None)
         patch.setattr(Tensor, "is_pinned", lambda x, *_: device.is_pinned(x))
         before = torch.__future__.get_overwrite_module_params_on_conversion()
         torch.__future__.set_overwrite_module_params_on_conversion(True)
-        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=) copies where it can be seen
+        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=) copies visibly
         try:
             with device:
                 yield device

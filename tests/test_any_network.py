@@ -1,4 +1,4 @@
-"""MODEL.NAME in every command."""
+"""MODEL.NAME works in every command."""
 
 import json
 import shutil
@@ -39,10 +39,10 @@ def test_a_run_has_the_networks_descriptors_and_its_distractors(command, layout,
     images = [torch.from_numpy(dataset.database[number].read()) for number in range(3)]
     np.testing.assert_allclose(extract_batch(extractor, images).numpy(), rows[:3], atol=2e-6)
     other = command("test.py", *data, *QUICK, "SupG.onemeval", "SupG.rgem", "False")
-    assert (other.code, "was made with other settings (rgem: 2.5 before, off now)" in other.err) == (2, True)
+    assert (other.code, "was extracted with other settings (rgem: 2.5 before, off now)" in other.err) == (2, True)
 
 
-def test_tables_and_search_take_it(command, layout, data):
+def test_tables_and_search_support_other_networks(command, layout, data):
     outcome = command("tools/tables.py", "main", *data, *QUICK)
     assert outcome.code == 0, outcome.err
     assert "| torchvision_resnet18 | roxford5k | reranking |" in outcome.out
@@ -52,7 +52,7 @@ def test_tables_and_search_take_it(command, layout, data):
     assert json.loads(outcome.out)["queries"][0]["results"][0]["file"] == "db_3.jpg"
 
 
-def test_what_a_network_cannot_take_is_refused_and_the_advice_works(command, data):
+def test_unsupported_settings_of_a_network_are_refused_and_the_advice_works(command, data):
     words = [*data, "MODEL.NAME", "timm:vit_tiny_patch16_224", "TEST.WEIGHTS", "untrained", "TEST.SCALE_LIST", 1]
     for advice in (["MODEL.POOLING", "average"], ["SupG.rgem", "False"]):
         outcome = command("test.py", *words, "DATA_LOADER.NUM_WORKERS", 0)
@@ -62,17 +62,17 @@ def test_what_a_network_cannot_take_is_refused_and_the_advice_works(command, dat
     assert command("test.py", *words, "DATA_LOADER.NUM_WORKERS", 0).code == 0
 
 
-def test_pretrained_weights_without_a_connection_are_told(command, data, monkeypatch, tmp_path):
+def test_pretrained_weights_without_a_connection_are_reported(command, data, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     for scheme in ("http", "https"):
         monkeypatch.setenv(f"{scheme}_proxy", "http://127.0.0.1:9")
     outcome = command("test.py", *data, "MODEL.NAME", "torchvision:resnet18")
     assert outcome.code == 2
     line = outcome.err.splitlines()[-1]
-    assert "its pretrained weights cannot be had" in line
+    assert "its pretrained weights cannot be downloaded" in line
     assert str(tmp_path / "hub" / "checkpoints") in line
 
 
-def test_local_features_are_cvnets_own(command, data):
+def test_cvnet_reranks_with_its_own_network(command, data):
     outcome = command("test.py", *data, *QUICK, "TEST.RERANKER", "cvnet")
     assert (outcome.code, "needs CVNet's own network" in outcome.err) == (2, True)

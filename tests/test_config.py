@@ -25,7 +25,7 @@ def test_the_documented_commands_parse():
     assert cfg.SupG.onemeval is True
 
 
-def test_a_boolean_alone_is_true_and_a_value_is_taken():
+def test_a_boolean_option_without_a_value_is_true():
     words = ["SupG.gemp", "false", "SupG.rgem", "SupG.sgem", "0", "SupG.rerank"]
     assert pair_options(words) == [
         ("SupG.gemp", "false"),
@@ -70,22 +70,22 @@ def test_a_yaml_file_is_merged_before_the_command_line(tmp_path):
         (["SupG.gemp", "SupG.gem"], "did you mean SupG.gemp?"),
         (["test.weights", "x"], "did you mean TEST.WEIGHTS?"),
         (["MODEL.DEPTH", "52"], "52 is not one of 50, 101"),
-        (["MODEL.DEPTH", "deep"], "'deep' has the wrong type"),
+        (["MODEL.DEPTH", "deep"], "'deep' has an invalid type"),
         (["MODEL.DEPTH"], "MODEL.DEPTH needs a value"),
         (["TEST.SCALE_LIST", "4"], "4 is not one of 1, 3, 5"),
-        (["TEST.SCALE_LIST", "(0.5, 0)"], "is no list of 1 to 20 factors"),
+        (["TEST.SCALE_LIST", "(0.5, 0)"], "is not a list of 1 to 20 factors"),
         (["TEST.SCALE_LIST", "(1, 1)"], "has 1 twice"),
-        (["TEST.SCALE_LIST", "large"], "'large' has the wrong type"),
+        (["TEST.SCALE_LIST", "large"], "'large' has an invalid type"),
         (["TEST.DEVICE", "cuda:01"], "is not one of auto, cpu, cuda, cuda:N"),
         (["TEST.DEVICE", "cuda:٣"], "is not one of auto, cpu, cuda, cuda:N"),
         (["SupG.rgem_window", "1" + 20 * "0" + "1"], "is not odd and between 1 and 999"),
         (["SupG.rerank_beta", "1e300"], "is not between 0 and 1e+06"),
         (["MODEL.HEADS.REDUCTION_DIM", "99999999999"], "is not between 1 and"),
-        (["TEST.OUT_DIR", "a\0b"], "holds a zero byte"),
-        (["SupG.gemp", "maybe"], "'maybe' has the wrong type"),
+        (["TEST.OUT_DIR", "a\0b"], "contains a zero byte"),
+        (["SupG.gemp", "maybe"], "'maybe' has an invalid type"),
         (["SupG.gemp_p", "nan"], "is not above 0"),
         (["SupG.rerank_k", "30", "SupG.rerank_m", "20"], "SupG.rerank_k 30 is above SupG.rerank_m 20"),
-        (["TEST.DATASET_LIST", "['../oxford']"], "'../oxford', which is no name of a folder"),
+        (["TEST.DATASET_LIST", "['../oxford']"], "'../oxford', which is not the name of a folder"),
         (["TEST.DATASET_LIST", "[]"], "is empty"),
         (["SupG.rerank_k", "TEST.SCALE_LIST", "1"], "SupG.rerank_k needs a value"),
         (["toy"], "unknown option toy; --help lists all"),
@@ -94,13 +94,13 @@ def test_a_yaml_file_is_merged_before_the_command_line(tmp_path):
         (["--weights", "x"], "unrecognized arguments: --weights"),
     ],
 )
-def test_bad_options_are_told(words, message):
+def test_bad_options_are_rejected(words, message):
     with pytest.raises(InputError, match=re.escape(message)):
         parse_config(words, "")
 
 
 @pytest.mark.parametrize("value", ["2024", "5", "[1]", "True", "'x'", "None", "1e3"])
-def test_text_that_looks_like_something_else_is_text(value):
+def test_options_of_type_text_stay_text(value):
     assert value == make_config([("TEST.OUT_DIR", value)]).TEST.OUT_DIR
 
 
@@ -113,13 +113,13 @@ def test_a_config_file_is_never_run_and_never_grows(tmp_path):
         + "".join(f"b{i}: &b{i} [{', '.join(9 * ['*a' if i == 0 else f'*b{i - 1}'])}]\n" for i in range(30))
     )
     for path in (evil, bomb):
-        with pytest.raises(InputError, match=rf"{path.name} holds no YAML options"):
+        with pytest.raises(InputError, match=rf"{path.name} contains no YAML options"):
             parse_config(["--config-file", str(path)], "")
     assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("content", ["- a\n- b\n", "MODEL: [", "word"])
-def test_a_config_file_that_holds_no_options_is_told(tmp_path, content):
+def test_a_config_file_without_options_is_rejected(tmp_path, content):
     path = tmp_path / "run.yaml"
     path.write_text(content)
     with pytest.raises(InputError, match=r"run.yaml"):
@@ -150,9 +150,9 @@ def test_the_default_options_are_the_defaults_of_the_library():
     ("value", "problem"),
     [
         ("colbert", "which is not one of superglobal"),
-        ("superglobal,none", "has none beside others"),
-        ("[]", "none is the word for no reranker"),
-        ("aqe,aqe", "names one twice"),
+        ("superglobal,none", "has none together with others"),
+        ("[]", "for no reranker use none"),
+        ("aqe,aqe", "has one twice"),
     ],
 )
 def test_rerankers_are_a_list_of_known_names(value, problem):

@@ -1,4 +1,4 @@
-"""Every block of shell and Python in README and docs runs, on stand-ins for data, or says why not."""
+"""Every block of shell and Python code in README and docs runs with substitute data, or states why not."""
 
 import importlib
 import re
@@ -15,7 +15,7 @@ import torch
 import torchvision
 import yaml
 from conftest import ROOT, Layout, latest
-from described import describe
+from drawn_descriptors import draw_descriptors
 
 import modules
 
@@ -24,19 +24,19 @@ BLOCK = re.compile(
     r"(?:<!-- not run: (?P<reason>.+?) -->\n)?^```(?P<language>bash|python)\n(?P<code>.*?)^```", re.M | re.S
 )
 
-# What stands for a name of the reader's own, or for what a small stand-in does not have.
+# Replacements for names that stand for the reader's own, and for things that the substitute data lack.
 STAND_INS = {"--dim 512": "--dim 4", "--test NAME": "--test roxford5k", "--folds 5": "--folds 3"}
 
 
 def blocks(page: str) -> list[tuple[str, str]]:
-    """The language and the code of those that run."""
+    """Returns the language and the code of the blocks that run."""
     found = list(BLOCK.finditer((ROOT / page).read_text()))
     return [(each["language"], each["code"]) for each in found if each["reason"] is None]
 
 
 @pytest.fixture
 def work(tmp_path, checkpoint_50, checkpoint_101, monkeypatch) -> Path:
-    """A folder with small datasets, weights, vectors and images of all names that the documentation uses."""
+    """A folder with small datasets, weights, vectors and images under all names that the documentation uses."""
     folder = tmp_path / "work"
     data = folder / "revisitop"
     for name in ("roxford5k", "rparis6k"):
@@ -72,7 +72,7 @@ def work(tmp_path, checkpoint_50, checkpoint_101, monkeypatch) -> Path:
         (landmarks / f"{kind}.csv").write_text("\n".join(["id", *(f"{kind[0]}{number}" for number in range(4)), ""]))
     solution = [f"q{number},i{number} i0,{('Public', 'Private')[number % 2]}" for number in range(4)]
     (landmarks / "solution.csv").write_text("\n".join(["id,images,Usage", *solution, ""]))
-    describe(tmp_path / "plain", tmp_path / "plain", "v", 0)
+    draw_descriptors(tmp_path / "plain", tmp_path / "plain", "v", 0)
     shutil.copy(tmp_path / "plain" / "v_query.npy", folder / "q.npy")
     shutil.copy(tmp_path / "plain" / "v_db.npy", folder / "d.npy")
     ids = np.argsort(-(np.load(folder / "q.npy") @ np.load(folder / "d.npy").T), axis=1)[:, :30]
@@ -95,7 +95,7 @@ def test_every_block_runs(page, work, command, monkeypatch):
 
 
 def run_line(line: str, work: Path, command) -> None:
-    """Runs a command of ours in this process."""
+    """Runs a command of the project in this process."""
     line, _, comment = line.partition("  #")
     if not line.strip() or "needs the network" in comment:
         return
@@ -112,7 +112,7 @@ def run_line(line: str, work: Path, command) -> None:
     assert python == "python", f"{line}: only commands of ours run here, mark the block with the reason"
     script, words = (f"{words[1].replace('.', '/')}.py", words[2:]) if words[0] == "-m" else (words[0], words[1:])
     networks = [word for word in words if word.startswith(("timm:", "torchvision:"))]
-    if networks and "TEST.WEIGHTS" not in words:  # instead of the library's download
+    if networks and "TEST.WEIGHTS" not in words:  # instead of a download by the library
         words += ["TEST.WEIGHTS", "untrained"]
     if "trained.pth" in words:
         torch.save(torchvision.models.resnet101().state_dict(), work / "trained.pth")
@@ -135,7 +135,7 @@ def test_a_block_that_does_not_run_says_why():
             assert found["reason"] is None or len(found["reason"].split()) >= 3
 
 
-def test_the_site_builds_without_a_warning(tmp_path):
+def test_the_site_builds_without_warnings(tmp_path):
     pytest.importorskip("mkdocs", reason="the site needs docs/requirements.txt")
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"],
@@ -146,7 +146,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert "SupG.rerank_beta" in options
 
 
-def test_links_outside_the_site_lead_somewhere():
+def test_links_outside_the_site_are_valid():
     for page in ("README.md", "CONTRIBUTING.md"):
         for target, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", (ROOT / page).read_text()):
             path = ROOT / (target or page)
@@ -194,7 +194,7 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().split()) < 1200
 
 
-# ---- CONTRIBUTING: what it says to write is enough ----
+# ---- CONTRIBUTING: its instructions are complete ----
 
 
 def block_of_contributing(mark: str) -> str:
@@ -236,7 +236,7 @@ def test_a_reranker_is_a_class_and_two_lines(tmp_path):
     (copy / "assembly.py").write_text(assembly)
     config = (copy / "config.py").read_text()
     (copy / "config.py").write_text(config.replace('RERANKER_NAMES = ("', 'RERANKER_NAMES = ("by-first", "'))
-    describe(tmp_path / "data", tmp_path / "features", "new", 0)
+    draw_descriptors(tmp_path / "data", tmp_path / "features", "new", 0)
     words = ["TEST.DATASET_LIST", "new", "TEST.DATA_DIR", tmp_path / "data", "TEST.FEATURES", tmp_path / "features"]
     done = subprocess.run(
         [sys.executable, copy / "test.py", *words, "TEST.RERANKER", "by-first"],

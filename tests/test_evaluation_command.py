@@ -1,4 +1,4 @@
-"""The command line of test.py, from files to figures."""
+"""The command line of test.py, from files to metrics."""
 
 import json
 import os
@@ -21,13 +21,13 @@ MODULES = ("SupG.gemp", "SupG.rgem", "SupG.sgem", "SupG.relup", "SupG.rerank", "
 
 
 def logged(work, stage: str) -> dict[str, float]:
-    """The figures of the log's last line of this stage."""
+    """Returns the metrics in the last line of this stage in the log."""
     lines = re.findall(rf"{stage} results: mAP E: ([\d.]+), M: ([\d.]+), H: ([\d.]+)", (work / "log.txt").read_text())
     return dict(zip("EMH", map(float, lines[-1]), strict=True))
 
 
 def evaluate_saved(work, layout, rerank: tuple | None = None) -> dict[str, float]:
-    """The protocol's figures for the descriptors that a run saved, by the textbook."""
+    """Returns the metrics of the protocol for the descriptors that a run saved, computed by the textbook formulas."""
     queries, rows = (np.load(kept(work / "output", "roxford5k") / f"roxford5k_{kind}.npy") for kind in ("query", "db"))
     ranking = full_ranking(queries, rows)
     if rerank:
@@ -38,7 +38,7 @@ def evaluate_saved(work, layout, rerank: tuple | None = None) -> dict[str, float
 
 
 @pytest.mark.parametrize("scales", [1, 3, 5])
-def test_figures_are_the_protocols_for_the_saved_descriptors(command, layout, checkpoint_50, tmp_path, scales):
+def test_metrics_follow_the_protocol_for_the_saved_descriptors(command, layout, checkpoint_50, tmp_path, scales):
     outcome = command(
         "test.py", "MODEL.DEPTH", 50, "TEST.WEIGHTS", checkpoint_50.parent, "TEST.DATA_DIR", layout.data_dir,
         *MODULES, "TEST.DATASET_LIST", "['roxford5k']", "TEST.SCALE_LIST", scales, "DATA_LOADER.NUM_WORKERS", 0,
@@ -54,26 +54,26 @@ def test_figures_are_the_protocols_for_the_saved_descriptors(command, layout, ch
     assert np.load(latest(work / "output") / "roxford5k_reranking_ranks.npy").shape == (3, 24)
 
 
-def test_reranking_can_be_set_and_switched_off_and_descriptors_are_used_again(command, layout, checkpoint_50, tmp_path):
+def test_reranking_can_be_set_and_switched_off_and_descriptors_are_reused(command, layout, checkpoint_50, tmp_path):
     base = ("TEST.WEIGHTS", checkpoint_50, "TEST.DATA_DIR", layout.data_dir, "TEST.DATASET_LIST", "roxford5k")
     quick = ("TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0)
     outcome = command("test.py", *base, *quick, "SupG.rerank", "False")
     assert outcome.code == 0, outcome.err
     assert "Reranking" not in outcome.out
     outcome = command("test.py", *base, *quick, "SupG.rerank_m", 10, "SupG.rerank_k", 3, "SupG.rerank_beta", 0.5)
-    assert "used again" in outcome.out
+    assert "reused" in outcome.out
     work = tmp_path / "work"
     assert logged(work, "Reranking") == pytest.approx(evaluate_saved(work, layout, (10, 3, 0.5)), abs=0.0051)
 
     before = np.load(kept(work / "output", "roxford5k") / "roxford5k_db.npy")
-    shutil.copy(layout.image("db_3"), layout.image("db_4"))  # one image changed: it alone is extracted again
+    shutil.copy(layout.image("db_3"), layout.image("db_4"))  # only the changed image is extracted again
     assert "roxford5k database: 1 images extracted" in command("test.py", *base, *quick).out
     after = np.load(kept(work / "output", "roxford5k") / "roxford5k_db.npy")
     assert np.flatnonzero((before != after).any(axis=1)).tolist() == [4]
     np.testing.assert_array_equal(after[4], after[3])
 
 
-def test_descriptors_of_another_precision_are_made_anew(command, layout, checkpoint_50, tmp_path):
+def test_descriptors_of_another_precision_are_extracted_again(command, layout, checkpoint_50, tmp_path):
     base = ("TEST.WEIGHTS", checkpoint_50, "TEST.DATA_DIR", layout.data_dir, "TEST.DATASET_LIST", "roxford5k")
     rows = {}
     for precision in ("fp32", "bf16"):
@@ -107,7 +107,7 @@ def test_the_script_starts_from_another_folder_and_ends_with_code_2_and_one_line
 
 @pytest.fixture
 def refused(command, layout, checkpoint_50):
-    """Runs on roxford5k, with a good checkpoint unless the test names another; returns the error's line."""
+    """Runs on roxford5k, with a valid checkpoint unless the test gives another; returns the line of the error."""
 
     def run(*arguments, weights=checkpoint_50) -> str:
         outcome = command(
@@ -116,14 +116,14 @@ def refused(command, layout, checkpoint_50):
         )  # fmt: skip
         assert outcome.code == 2
         assert "Traceback" not in outcome.err
-        last = outcome.err.splitlines()[-1]  # before it there may be a progress bar
+        last = outcome.err.splitlines()[-1]  # a progress bar may precede it
         assert last.startswith("error: ")
         return last
 
     return run
 
 
-def test_weights_that_are_not_there(refused, tmp_path):
+def test_missing_weights(refused, tmp_path):
     assert "no file or folder" in refused(weights=tmp_path / "none.pyth")
 
 
@@ -145,10 +145,10 @@ def test_a_resnet_101_file_for_depth_50(refused, checkpoint_101):
     assert "is a ResNet-101" in refused(weights=checkpoint_101.parent)
 
 
-def test_a_file_that_is_no_checkpoint(refused, tmp_path):
+def test_a_file_that_is_not_a_checkpoint(refused, tmp_path):
     path = tmp_path / "page.pyth"
     path.write_text("<html>")
-    assert "is no PyTorch file" in refused(weights=path)
+    assert "is not a PyTorch file" in refused(weights=path)
 
 
 def test_a_truncated_checkpoint(refused, checkpoint_50, tmp_path):
@@ -166,13 +166,13 @@ class RunsCode:
 def test_a_checkpoint_that_would_run_code(refused, tmp_path):
     path = tmp_path / "evil.pyth"
     torch.save({"model_state": RunsCode()}, path)
-    assert "might run code when loaded: refused" in refused(weights=path)
+    assert "might run code when loaded" in refused(weights=path)
     assert not (tmp_path / "work" / "ran").exists()
 
 
 def test_ground_truth_that_would_run_code(refused, layout, tmp_path):
     layout.ground_truth_file.write_bytes(pickle.dumps({"gnd": RunsCode()}))
-    assert "refused: it would call posix.mkdir" in refused()
+    assert "is refused: it would call posix.mkdir" in refused()
     assert not (tmp_path / "work" / "ran").exists()
 
 
@@ -184,7 +184,7 @@ def test_ground_truth_that_points_past_the_image_list(refused, layout):
 
 def test_damaged_ground_truth(refused, layout):
     layout.ground_truth_file.write_bytes(layout.ground_truth_file.read_bytes()[:100])
-    assert "is damaged or no pickle" in refused()
+    assert "is damaged or not a pickle" in refused()
 
 
 def test_missing_images(refused, layout):
@@ -203,7 +203,7 @@ def test_damaged_images_are_all_named(refused, layout):
     assert re.search(r"2 images cannot be used: .*db_3.jpg: .*truncated.*, .*db_9.jpg: not an image", line)
 
 
-def test_after_a_damaged_image_is_replaced_the_run_goes_on(refused, layout, tmp_path):
+def test_after_a_damaged_image_is_replaced_the_run_resumes(refused, layout, tmp_path):
     image = layout.image("db_20")
     whole = image.read_bytes()
     image.write_text("not an image")
@@ -225,7 +225,7 @@ def test_an_image_of_too_many_pixels_is_read_with_the_limit_that_the_error_advis
     assert command("test.py", *data, "TEST.SCALE_LIST", 1, *line.split(" try ")[1].split()).code == 0
 
 
-def test_missing_images_of_the_last_dataset_are_told_before_the_first_is_extracted(refused, layout):
+def test_missing_images_of_the_last_dataset_are_reported_before_the_first_is_extracted(refused, layout):
     shutil.copytree(layout.folder, layout.data_dir / "rparis6k")
     (layout.data_dir / "rparis6k" / "gnd_roxford5k.pkl").rename(layout.data_dir / "rparis6k" / "gnd_rparis6k.pkl")
     (layout.data_dir / "rparis6k" / "jpg" / "db_3.jpg").unlink()
@@ -253,8 +253,8 @@ def test_a_query_box_outside_its_image(refused, layout):
         (("SupG.gem",), "did you mean SupG.gemp?"),
         (("TEST.SCALE_LIST", 4), "4 is not one of 1, 3, 5"),
         (("TEST.DATASET_LIST", "rparis6k"), "no dataset rparis6k in"),
-        (("TEST.OUT_DIR", "/dev/null/out"), "TEST.OUT_DIR: /dev/null/out cannot be made"),
-        (("SupG.onemeval",), "no feats_1m_RN50.pth here; extract_rop1m.py makes it"),
+        (("TEST.OUT_DIR", "/dev/null/out"), "TEST.OUT_DIR: /dev/null/out cannot be created"),
+        (("SupG.onemeval",), "no file feats_1m_RN50.pth; create it with extract_rop1m.py"),
     ],
 )
 def test_bad_options(refused, words, message):
@@ -268,7 +268,7 @@ def test_roxford5k_never_takes_the_toys_weights(command, layout):
     assert "see weights/README.md for the download of CVPR2022_CVNet_R50.pyth" in outcome.err
 
 
-# ---- descriptors from elsewhere ----
+# ---- saved descriptors ----
 
 
 @pytest.fixture
@@ -330,11 +330,11 @@ def test_unit_length_is_restored_with_a_warning(evaluate_features, layout, tmp_p
         (lambda q, x: (q, x[:-1]), "roxford5k has 24 images, but the shape is (16, 23)"),
         (lambda q, x: (q[:, :-1], x), "queries have 15 dimensions, the database 16"),
         (lambda q, x: (q, x * (np.arange(24) != 5)[:, None]), "image 5 (from 0) has a zero"),
-        (lambda q, x: (q + np.nan, x), "image 0 (from 0) has a zero or a number that is not finite"),
-        (lambda q, x: ((q * 100).astype(np.int16), x), "floating numbers, got int16"),
+        (lambda q, x: (q + np.nan, x), "the descriptor of image 0 (from 0) is zero or not finite"),
+        (lambda q, x: ((q * 100).astype(np.int16), x), "floating-point array, got int16"),
     ],
 )
-def test_saved_descriptors_that_do_not_fit_are_told(evaluate_features, tmp_path, features, change, message):
+def test_saved_descriptors_that_do_not_fit_are_rejected(evaluate_features, tmp_path, features, change, message):
     outcome = evaluate_features(save_features(tmp_path / "saved", "mat", *change(*features)))
     assert outcome.code == 2
     assert message in outcome.err
@@ -346,13 +346,13 @@ def test_queries_and_database_of_different_settings_are_not_compared(evaluate_fe
         (folder / f"roxford5k_{kind}.json").write_text(json.dumps({"scales": scales, "stamps": [kind]}))
     outcome = evaluate_features(folder)
     assert outcome.code == 2
-    assert "with different settings (scales: 5 in the database, 3 in the queries)" in outcome.err
+    assert "have different settings (scales: 5 in the database, 3 in the queries)" in outcome.err
 
 
 @pytest.mark.parametrize(
     "name", ["none.mat", "bad.mat", "bad.npz", "bad.pth", "roxford5k_db.npy", "x.txt", "other.npy"]
 )
-def test_files_without_descriptors_are_told(evaluate_features, tmp_path, name):
+def test_files_without_descriptors_are_rejected(evaluate_features, tmp_path, name):
     path = tmp_path / name
     if name != "none.mat":
         path.write_text("something else")
@@ -362,7 +362,9 @@ def test_files_without_descriptors_are_told(evaluate_features, tmp_path, name):
 
 
 @pytest.mark.parametrize("dimensions", [3, 24])
-def test_as_many_dimensions_as_images_and_descriptors_are_what_has_unit_length(command, layout, tmp_path, dimensions):
+def test_with_as_many_dimensions_as_images_descriptors_are_recognised_by_unit_length(
+    command, layout, tmp_path, dimensions
+):
     rows = np.random.default_rng(0).standard_normal((27, dimensions)).astype(np.float32)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     words = ("TEST.DATA_DIR", layout.data_dir, "TEST.DATASET_LIST", "roxford5k", "TEST.FEATURES")
@@ -375,10 +377,10 @@ def test_as_many_dimensions_as_images_and_descriptors_are_what_has_unit_length(c
     np.savez(tmp_path / "long.npz", Q=2 * rows[:3], X=2 * rows[3:])
     outcome = command("test.py", *words, tmp_path / "long.npz")
     assert outcome.code == 2
-    assert "does not tell rows from columns; save them with unit length" in outcome.err
+    assert "rows and columns cannot be distinguished by the shape (16, 16); save them with unit length" in outcome.err
 
 
-# The second process is killed amid its images, at the first start.
+# At the first start, the second process is killed while it extracts.
 KILLED = f"""
 import os, runpy, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -438,7 +440,7 @@ def test_the_processes_of_a_torchrun_share_extraction_and_search(
 
 
 def test_the_processes_of_a_torchrun_share_a_table(command, layout, checkpoint_50, tmp_path, one_thread):
-    """A dataset that is not there has its row, as in one process."""
+    """A missing dataset has its row, as with one process."""
     words = ("rerank", "TEST.WEIGHTS", checkpoint_50, "TEST.DATA_DIR", layout.data_dir)
     words += ("TEST.DATASET_LIST", "['roxford5k', 'rparis6k']", "TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0)
     (tmp_path / "shared").mkdir()

@@ -1,4 +1,4 @@
-"""The command line of extract_rop1m.py, killed and restarted, and the evaluation that reads its file."""
+"""The command line of extract_rop1m.py, killed and restarted, and the evaluation that uses its file."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from model.store import provenance_path
 
 COUNT = 40
 
-# Blocks of three rows, so that a kill comes between blocks.
+# Blocks of three rows, so that it is killed between blocks.
 DRIVER = f"""
 import runpy, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -62,7 +62,7 @@ def work(tmp_path):
 
 @pytest.fixture(scope="session")
 def whole(distractors, checkpoint_50, tmp_path_factory):
-    """The file of a run that nothing interrupted, with other batches than those of `arguments`."""
+    """The file of an uninterrupted run, with other batches than those of `arguments`."""
     folder = tmp_path_factory.mktemp("whole")
     command = [
         sys.executable, ROOT / "extract_rop1m.py", "--weight", checkpoint_50, "--depth", "50",
@@ -73,19 +73,19 @@ def whole(distractors, checkpoint_50, tmp_path_factory):
 
 
 def one_thread() -> dict[str, str]:
-    """What torchrun gives each of its processes."""
+    """Returns the environment that torchrun gives to each of its processes."""
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def lines_of(path) -> int:
     try:
         return path.read_bytes().count(b"\n")
-    except FileNotFoundError:  # a journal that was just joined with another
+    except FileNotFoundError:  # the journal has just been joined with another
         return 1
 
 
 def run_until(command: list, work, blocks: int | None) -> int | None:
-    """Starts a command; kills it, and all its processes, once the journals hold so many blocks of rows."""
+    """Starts a command; kills it and all its processes when the journals contain that many blocks of rows."""
     process = subprocess.Popen(command, cwd=work, env=one_thread(), start_new_session=True)
     while blocks is not None and process.poll() is None:
         if sum(lines_of(path) - 1 for path in work.glob("*.journal*")) >= blocks:
@@ -134,7 +134,7 @@ def test_two_processes_killed_and_restarted_end_with_the_same_file(work, argumen
     assert not list(work.glob("*.journal*"))
 
 
-def test_damage_between_two_runs_is_told_and_never_used(work, arguments, whole):
+def test_damage_between_two_runs_is_reported_and_damaged_rows_are_never_used(work, arguments, whole):
     command = [sys.executable, "driver.py", *arguments]
     assert run_until(command, work, 5) is None
     part, journal = work / "feats_1m_RN50.pth.part", work / "feats_1m_RN50.pth.journal"
@@ -160,7 +160,7 @@ def test_a_second_start_after_the_end_changes_nothing(command, arguments, whole,
     assert (tmp_path / "work" / whole.name).stat() == before
 
 
-def test_a_image_that_cannot_be_read_stops_or_is_skipped(command, arguments, distractors, tmp_path):
+def test_an_image_that_cannot_be_read_stops_the_run_or_is_skipped(command, arguments, distractors, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(distractors, folder)
     (folder / "jpg" / "1" / "004.jpg").write_text("no image")
@@ -219,14 +219,14 @@ def test_a_file_of_other_settings_is_neither_overwritten_nor_mixed(command, argu
         shutil.copy(path, tmp_path / "work")
     outcome = command("extract_rop1m.py", *arguments, "SupG.gemp", "False")
     assert outcome.code == 2
-    assert "was made with other settings (gemp: 4.6 before, off now)" in outcome.err
+    assert "was extracted with other settings (gemp: 4.6 before, off now)" in outcome.err
     (tmp_path / "work" / "feats_1m_RN50.pth.json").unlink()
     outcome = command("extract_rop1m.py", *arguments)
     assert outcome.code == 2
-    assert "no feats_1m_RN50.pth.json tells what made it" in outcome.err
+    assert "has no provenance file feats_1m_RN50.pth.json" in outcome.err
 
 
-def test_a_second_file_of_other_settings_and_another_ending_is_not_taken_for_the_first(
+def test_a_second_file_with_other_settings_and_suffix_is_not_mistaken_for_the_first(
     command, layout, arguments, checkpoint_50
 ):
     for out, relup in (("found.pth", True), ("found.npy", False)):
@@ -255,7 +255,7 @@ def test_an_interrupted_run_of_other_settings_is_not_mixed(work, command, argume
     assert "relup: 0.014 before, off now" in outcome.err
 
 
-def test_a_full_disk_is_told_before_the_start(command, arguments, monkeypatch):
+def test_a_full_disk_is_reported_before_the_start(command, arguments, monkeypatch):
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
     outcome = command("extract_rop1m.py", *arguments)
@@ -295,7 +295,7 @@ def far_rows(count: int, dim: int = 2048) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["pth", "npy", "half", "old.pth"])
 def test_distractors_follow_the_database(evaluate, layout, tmp_path, kind):
     rows = far_rows(500)
-    rows[7] = evaluate.rows[3]  # the same score as a database image, which stands before it
+    rows[7] = evaluate.rows[3]  # the same score as a database image, which precedes it
     rows[9] = 0
     work = tmp_path / "work"
     work.mkdir()
@@ -327,13 +327,11 @@ def test_distractors_of_other_settings_are_refused(command, layout, checkpoint_5
     )  # fmt: skip
     outcome = command("test.py", *options)
     assert outcome.code == 2
-    assert "was made with other settings (scales: [1.0] before, [0.7071, 1.0, 1.4142] now)" in outcome.err
+    assert "was extracted with other settings (scales: [1.0] before, [0.7071, 1.0, 1.4142] now)" in outcome.err
     assert command("test.py", *options, "TEST.SCALE_LIST", "1").code == 0
 
 
-def test_distractors_that_do_not_tell_what_made_them_are_used_with_a_warning(
-    command, layout, checkpoint_50, whole, tmp_path
-):
+def test_distractors_without_provenance_are_used_with_a_warning(command, layout, checkpoint_50, whole, tmp_path):
     path = tmp_path / "alone.pth"
     path.symlink_to(whole)
     outcome = command(
@@ -341,7 +339,7 @@ def test_distractors_that_do_not_tell_what_made_them_are_used_with_a_warning(
         "TEST.DISTRACTORS", path, "SupG.onemeval", "TEST.SCALE_LIST", "1", "DATA_LOADER.NUM_WORKERS", "0",
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
-    assert "no alone.pth.json tells what made it; not compared with this run" in outcome.out
+    assert "has no provenance file alone.pth.json; it is not compared with this run" in outcome.out
 
 
 def test_distractors_of_another_depth_are_refused(command, layout, checkpoint_101, whole):
@@ -361,14 +359,14 @@ def test_distractors_of_another_depth_are_refused(command, layout, checkpoint_10
             np.where(np.arange(5)[:, None] == 3, np.nan, far_rows(5)),
             "the descriptor of distractor 3 (from 0)",
         ),
-        (far_rows(5)[:0], "holds no descriptors"),
+        (far_rows(5)[:0], "contains no descriptors"),
         (far_rows(5) * 3, "not of unit length (3 to 3)"),
-        (far_rows(5).astype(np.float64).astype(np.int64), "holds no (N, D) array"),
-        (far_rows(5)[0], "holds no (N, D) array"),
+        (far_rows(5).astype(np.float64).astype(np.int64), "is not a floating-point array (N, D)"),
+        (far_rows(5)[0], "is not a floating-point array (N, D)"),
     ],
 )
 @pytest.mark.parametrize("suffix", [".pth", ".npy"])
-def test_distractors_that_do_not_fit_are_told(evaluate, tmp_path, rows, message, suffix):
+def test_distractors_that_do_not_fit_are_rejected(evaluate, tmp_path, rows, message, suffix):
     path = tmp_path / f"feats{suffix}"
     if suffix == ".npy":
         np.save(path, rows.astype(np.float32) if rows.dtype == np.float64 else rows)
@@ -381,7 +379,7 @@ def test_distractors_that_do_not_fit_are_told(evaluate, tmp_path, rows, message,
 
 @pytest.mark.parametrize("kept", [0, 0.5, 0.999])
 @pytest.mark.parametrize("suffix", [".pth", ".npy"])
-def test_truncated_and_empty_files_are_told(evaluate, tmp_path, suffix, kept):
+def test_truncated_and_empty_files_are_rejected(evaluate, tmp_path, suffix, kept):
     path = tmp_path / f"feats{suffix}"
     np.save(path, far_rows(50)) if suffix == ".npy" else torch.save(torch.from_numpy(far_rows(50)), path)
     os.truncate(path, int(path.stat().st_size * kept))

@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-# Without the packages that a borrowed machine may lack.
+# Without packages that the machine may lack.
 WITHOUT = "import runpy, sys; sys.modules.update(dict.fromkeys(['yacs', 'torchvision', 'timm', 'scipy'], None))\n"
 RUN = f"sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); runpy.run_path(sys.argv[0], run_name='__main__')"
 
@@ -62,7 +62,7 @@ def test_the_rows_fit_the_table_of_the_readme(results):
     assert {row.count("|") for row in rows} == {header.count("|")}
 
 
-def test_a_part_that_would_not_fit_is_left_out_with_a_word():
+def test_a_part_that_would_not_fit_is_skipped_with_a_message():
     printed = run("--minutes", "0")
     assert printed.count("left out: it takes about") == 10
     assert "FAILED" not in printed
@@ -103,7 +103,7 @@ def test_the_counts_are_those_of_the_operators(benchmarks, capsys):
     main(["--size", "64x48", "--batch", "2", "--scales", "1", "--queries", "2", "--m", "40"])
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     launches = {row[0]: row[2] for row in rows}
-    assert launches["convolution"] == "53"  # of ResNet-50
+    assert launches["convolution"] == "53"  # those of ResNet-50
     assert (launches["shortcut"], launches["bias"], launches["clamp"]) == ("0", "3", "3")  # the others are fused
     assert int(launches["matrix product"]) >= 3
     for table in (rows[1:9], rows[9:]):

@@ -1,4 +1,4 @@
-"""Disks that are full, folders that vanish, file systems that lack something: one line, and nothing is lost."""
+"""Full disks, vanished folders and limited file systems are reported in one line, and nothing is lost."""
 
 import errno
 import os
@@ -23,7 +23,7 @@ def words(layout, checkpoint_50) -> list[str]:
 
 
 def limited(work: Path, words: list[str], most_bytes: int) -> subprocess.CompletedProcess:
-    """Runs test.py where no file can be larger than so many bytes, as on a full disk."""
+    """Runs test.py with a limit on the size of files, which has the effect of a full disk."""
     work.mkdir(exist_ok=True)
     return subprocess.run(
         [sys.executable, ROOT / "test.py", *words], cwd=work, capture_output=True, text=True, check=False,
@@ -40,7 +40,7 @@ def told_in_one_line(outcome) -> str:
     return lines[0]
 
 
-def test_a_disk_too_full_for_the_rows_is_told_and_the_run_resumes(command, words, tmp_path):
+def test_a_disk_too_full_for_the_rows_is_reported_and_the_run_resumes(command, words, tmp_path):
     outcome = limited(tmp_path / "work", words, 100_000)  # the queries' rows fit, the database's do not
     assert outcome.returncode == 2
     assert "roxford5k_db.npy.part" in told_in_one_line(outcome)
@@ -52,7 +52,7 @@ def test_a_disk_too_full_for_the_rows_is_told_and_the_run_resumes(command, words
     np.testing.assert_array_equal(rows, np.load(kept(tmp_path / "work" / "alone", "roxford5k") / "roxford5k_db.npy"))
 
 
-def test_a_disk_too_full_for_the_log_is_told(words, tmp_path):
+def test_a_disk_too_full_for_the_log_is_reported(words, tmp_path):
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "log.txt").write_bytes(b"-" * 500_000)
     outcome = limited(tmp_path / "work", words, 500_100)
@@ -60,7 +60,7 @@ def test_a_disk_too_full_for_the_log_is_told(words, tmp_path):
     assert "log.txt" in told_in_one_line(outcome)
 
 
-def test_a_folder_removed_in_mid_run_is_told_and_the_next_run_is_whole(command, words, tmp_path, monkeypatch):
+def test_a_folder_removed_during_a_run_is_reported_and_the_next_run_is_complete(command, words, tmp_path, monkeypatch):
     output, read = tmp_path / "work" / "output", ImageFile.read
 
     def remove(image: ImageFile) -> np.ndarray:
@@ -76,15 +76,15 @@ def test_a_folder_removed_in_mid_run_is_told_and_the_next_run_is_whole(command, 
     assert command("test.py", *words).code == 0
 
 
-def test_a_clock_that_was_set_back_changes_nothing(command, words, tmp_path):
+def test_a_clock_that_was_set_back_has_no_effect(command, words, tmp_path):
     assert command("test.py", *words).code == 0
     for path in (tmp_path / "work" / "output").rglob("*"):
         os.utime(path, (4e9, 4e9), follow_symlinks=False)
-    assert command("test.py", *words).out.count("used again") == 2
+    assert command("test.py", *words).out.count("reused") == 2
 
 
 @pytest.mark.parametrize("error", [errno.EOPNOTSUPP, errno.EINVAL, None])
-def test_a_file_system_that_reserves_no_room_will_do(tmp_path, monkeypatch, error):
+def test_a_file_system_that_cannot_reserve_space_is_supported(tmp_path, monkeypatch, error):
     def refuse(*_):
         raise OSError(error, os.strerror(error))
 

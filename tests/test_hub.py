@@ -30,7 +30,7 @@ def test_a_list_of_mixed_sizes_and_kinds_keeps_its_order(hub_model, reference):
     torch.testing.assert_close(together, alone, atol=2e-6, rtol=0)
 
 
-def test_pil_images_are_turned_upright_and_stay_as_they_were(hub_model, reference):
+def test_pil_images_are_turned_upright_without_changing_them(hub_model, reference):
     image = Image.fromarray(reference["image_1"][:60, :80]).rotate(90, expand=True)
     image.getexif()[0x0112] = 6  # to be turned by 90 degrees clockwise
     size = image.size
@@ -61,17 +61,15 @@ def test_modules_are_switched_as_on_the_command_line(checkpoint_50):
         None,
         5,
     )
-    with pytest.raises(ValueError, match="scales is one of 1, 3, 5, or factors, got 4"):
+    with pytest.raises(ValueError, match="scales must be one of 1, 3, 5, or factors, got 4"):
         load(scales=4)
 
 
-def test_a_module_of_the_users_with_our_name_is_told(monkeypatch):
+def test_another_module_with_the_name_of_ours_is_reported(monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "model"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "model", types.ModuleType("model"))
-    with pytest.raises(
-        ImportError, match="a module named 'model' is imported already, and it is not this repository's"
-    ):
+    with pytest.raises(ImportError, match="another module named 'model' is imported already"):
         torch.hub.load(str(ROOT), "reranker", source="local")
 
 
@@ -83,23 +81,23 @@ def test_the_reranker_comes_with_its_settings():
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (torch.rand(2, 64, 64), r"image 0: a tensor has shape \(3, H, W\), got \(2, 64, 64\)"),
+        (torch.rand(2, 64, 64), r"image 0 must have shape \(3, H, W\), got \(2, 64, 64\)"),
         (torch.rand(1, 3, 0, 64), r"got \(3, 0, 64\)"),
-        (torch.zeros(3, 64, 64, dtype=torch.uint8), "RGB in 0..1 is needed, got torch.uint8; divide it by 255"),
-        (255 * torch.rand(3, 64, 64), r"RGB in 0..1 is needed, \(3, 64, 64\) has .* to 25"),
-        (torch.full((3, 64, 64), float("nan")), "RGB in 0..1 is needed, .* has nan to nan"),
-        ([torch.rand(3, 64, 64), "a.jpg"], "image 1: a tensor .* or a PIL image is needed, got str"),
-        ("a.jpg", "image 0: a tensor .* got str"),
+        (torch.zeros(3, 64, 64, dtype=torch.uint8), "must be RGB in 0..1, got torch.uint8; divide it by 255"),
+        (255 * torch.rand(3, 64, 64), r"must be RGB in 0..1, \(3, 64, 64\) has .* to 25"),
+        (torch.full((3, 64, 64), float("nan")), "must be RGB in 0..1, .* has nan to nan"),
+        ([torch.rand(3, 64, 64), "a.jpg"], "image 1 must be a tensor .* or a PIL image, got str"),
+        ("a.jpg", "image 0 must be a tensor .* got str"),
         (Image.new("F", (8, 8)), "image 0: floating-point image"),
         (3, "got int"),
     ],
 )
-def test_what_is_no_image_is_told(hub_model, image, message):
+def test_invalid_images_are_rejected(hub_model, image, message):
     with pytest.raises(ValueError, match=message):
         hub_model(image)
 
 
-def test_missing_weights_are_told():
+def test_missing_weights_are_reported():
     with pytest.raises(ValueError, match=r"no file or folder nowhere\.pyth; see weights/README\.md"):
         torch.hub.load(str(ROOT), "superglobal_resnet50", source="local", weights="nowhere.pyth")
 

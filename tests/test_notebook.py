@@ -1,4 +1,4 @@
-"""The notebook runs from its first cell to its last, and was committed with what it gives."""
+"""The notebook runs from the first cell to the last, and was committed with its outputs."""
 
 import os
 import re
@@ -10,12 +10,12 @@ TOUR = ROOT / "notebooks" / "tour.ipynb"
 
 
 def shown(notebook) -> list[list[str]]:
-    """What each cell gives: texts without their digits, which a machine's rounding and speed change, and figures."""
+    """Returns the outputs of each cell: figures, and texts without digits, which depend on the machine."""
     return [
         [
             re.sub(r"\d+", "0", output.text) if output.output_type == "stream" else ", ".join(output.data)
             for output in cell.outputs
-            if output.get("name") != "stderr"  # bars of progress
+            if output.get("name") != "stderr"  # progress bars
         ]
         for cell in notebook.cells
         if cell.cell_type == "code"
@@ -27,7 +27,7 @@ def nbformat():
     return pytest.importorskip("nbformat", reason="nbformat is not installed")
 
 
-def test_the_tour_runs_on_toy_and_shows_what_was_committed(nbformat, toy_data, tmp_path, monkeypatch):
+def test_the_tour_runs_on_toy_with_the_committed_outputs(nbformat, toy_data, tmp_path, monkeypatch):
     nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
     pytest.importorskip("ipykernel", reason="ipykernel is not installed")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
@@ -36,14 +36,14 @@ def test_the_tour_runs_on_toy_and_shows_what_was_committed(nbformat, toy_data, t
     committed, fresh = (nbformat.read(TOUR, as_version=4) for _ in range(2))
     place = {"metadata": {"path": str(tmp_path / "notebooks")}}
     nbclient.NotebookClient(fresh, timeout=300, kernel_name="python3", resources=place).execute()
-    for cell in fresh.cells:  # beside its figure a cell gives the figure's name
+    for cell in fresh.cells:  # beside a figure, a cell outputs the name of the figure
         for output in cell.get("outputs", []):
             output.get("data", {}).pop("text/plain", None)
     assert shown(fresh) == shown(committed)
     assert sum("jpeg" in each for cell in shown(fresh) for each in cell) == 6
 
 
-def test_what_was_committed_is_small_and_of_one_run(nbformat):
+def test_the_committed_notebook_is_small_and_from_one_run(nbformat):
     assert TOUR.stat().st_size < 300_000
     cells = [cell for cell in nbformat.read(TOUR, as_version=4).cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))

@@ -1,4 +1,4 @@
-"""Every option in every command is used, or refused with a line that names it; and what errors advise works."""
+"""Every command uses or refuses each option, with a line that names it; and the advice in errors works."""
 
 import re
 import shlex
@@ -35,7 +35,7 @@ CHANGED = {
 
 
 class Recording(config.CfgNode):
-    """Options that tell which of them are read by what is not the parser."""
+    """Options that record which of them are read outside of the parser."""
 
     read: set[str]
 
@@ -58,7 +58,7 @@ def tiny(tmp_path) -> Layout:
 
 @pytest.fixture
 def runs(tiny, checkpoint_50, tmp_path) -> dict[str, list[tuple]]:
-    """Command lines of each command that together take all of its ways."""
+    """Command lines of each command that together cover all its branches."""
     rows = np.random.default_rng(0).standard_normal((5, 2048)).astype(np.float32)
     torch.save(torch.from_numpy(rows / np.linalg.norm(rows, axis=1, keepdims=True)), tmp_path / "far.pth")
     million = tiny.data_dir / "revisitop1m"
@@ -145,7 +145,7 @@ def test_each_option_of_the_network_changes_the_descriptors_provenance(key, chec
     assert recipes[0].provenance() != recipes[1].provenance()
 
 
-def test_an_option_without_effect_is_told(command, tiny, checkpoint_50):
+def test_an_option_without_effect_is_reported(command, tiny, checkpoint_50):
     words = ("TEST.WEIGHTS", checkpoint_50, "TEST.DATA_DIR", tiny.data_dir, "TEST.DATASET_LIST", "roxford5k")
     off = ("SupG.gemp", "False", "SupG.gemp_p", 3, "TEST.RERANKER", "none", "SupG.rerank_m", 30)
     outcome = command("test.py", *words, *off, "TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0)
@@ -154,11 +154,11 @@ def test_an_option_without_effect_is_told(command, tiny, checkpoint_50):
     assert "SupG.rerank_m 30 has no effect with TEST.RERANKER none\n" in outcome.out
 
 
-# ---- whatever an error advises works ----
+# ---- the advice of errors works ----
 
 
 def advised(outcome) -> list[str]:
-    """The words of the first thing that the error's line advises."""
+    """Returns the words of the first advice in the line of the error."""
     assert outcome.code == 2
     return shlex.split(re.search(r"; try (.*?)(?: or .*)?$", outcome.err.splitlines()[-1])[1])
 
@@ -179,17 +179,17 @@ def test_descriptors_of_another_size_are_used_as_advised(command, runs):
     assert command("test.py", *words, *advice).code == 0
 
 
-def test_a_gpu_that_is_not_there_is_replaced_as_advised(command, runs):
+def test_a_missing_gpu_is_replaced_as_advised(command, runs):
     words = runs["test.py"][1]
     advice = advised(command("test.py", *words, "TEST.DEVICE", "cuda:99"))
     assert command("test.py", *words, *advice).code == 0
 
 
-def test_an_interrupted_run_stays_whole_beside_a_run_of_other_settings(command, runs, tiny):
+def test_an_interrupted_run_is_not_affected_by_a_run_with_other_settings(command, runs, tiny):
     words, damaged = runs["test.py"][1], tiny.image("db_3")
     whole = damaged.read_bytes()
     damaged.write_text("not an image")
-    assert command("test.py", *words).code == 2  # the images before it are kept
+    assert command("test.py", *words).code == 2  # the descriptors of images before it are kept
     damaged.write_bytes(whole)
     assert command("test.py", *words, "SupG.gemp", "False").code == 0
     assert "3 of 4 are there from an earlier run" in command("test.py", *words).out
@@ -218,11 +218,11 @@ def test_help_and_mistyped_options_need_no_pytorch(tmp_path):
         assert done.returncode == expected, done.stderr
 
 
-def test_a_checkpoint_that_does_not_fit_costs_nothing_that_is_there(command, runs):
+def test_a_checkpoint_that_does_not_fit_leaves_saved_descriptors_unchanged(command, runs):
     words = runs["test.py"][1]
     assert command("test.py", *words).code == 0
     assert command("test.py", *words, "MODEL.DEPTH", 101).code == 2
-    assert command("test.py", *words).out.count("used again") == 3  # queries, database, cvnet's scores
+    assert command("test.py", *words).out.count("reused") == 3  # queries, database, cvnet's scores
     words = runs["extract_rop1m.py"][0]
     assert command("extract_rop1m.py", *words, "--depth", 101).code == 2
     assert not list(Path().glob("feats_1m_RN101*"))

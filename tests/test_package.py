@@ -98,18 +98,7 @@ def test_an_installed_command_runs_and_writes_in_the_current_folder_alone(site, 
     rows = np.eye(8, dtype=np.float32)
     np.save(tmp_path / "q.npy", rows[:2])
     np.save(tmp_path / "d.npy", rows[::-1])
-    words = [
-        "--queries",
-        "q.npy",
-        "--database",
-        "d.npy",
-        "--out",
-        "ranks.npy",
-        "SupG.rerank_k",
-        "3",
-        "SupG.rerank_m",
-        "5",
-    ]
+    words = ["--queries", "q.npy", "--database", "d.npy", "--out", "ranks.npy", "SupG.rerank_k", "3"]
     done = installed_command(site, tmp_path, "rerank", *words)
     assert done.returncode == 0, done.stderr
     assert np.load(tmp_path / "ranks.npy")[:, 0].tolist() == [7, 6]
@@ -119,7 +108,7 @@ def test_an_installed_command_runs_and_writes_in_the_current_folder_alone(site, 
 
 
 def run_installed(site, folder, code: str) -> str:
-    """What the code prints in a fresh process that sees PyTorch and the installed package, and nothing of ours."""
+    """Returns the output of the code in a new process with PyTorch and the installed package, outside the checkout."""
     hidden = "import sys\nsys.modules.update(dict.fromkeys(['torchvision', 'yacs', 'modules', 'model', 'PIL'], None))\n"
     done = subprocess.run(
         [sys.executable, "-c", hidden + code], cwd=folder, env={**os.environ, "PYTHONPATH": str(site)},
@@ -129,7 +118,7 @@ def run_installed(site, folder, code: str) -> str:
     return done.stdout
 
 
-def test_it_imports_without_torchvision_yacs_and_this_checkout(site, tmp_path):
+def test_the_package_imports_without_torchvision_yacs_and_this_checkout(site, tmp_path):
     out = run_installed(site, tmp_path, f"from superglobal import {', '.join(NAMES)}\nprint(attach.__module__)")
     assert out == "superglobal.attach\n"
 

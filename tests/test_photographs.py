@@ -14,7 +14,7 @@ SCRIPT = "benchmarks/photographs.py"
 
 @pytest.fixture(scope="module")
 def benchmark():
-    sys.path.insert(0, str(ROOT / "benchmarks"))  # its own neighbour, alternate.py
+    sys.path.insert(0, str(ROOT / "benchmarks"))  # for its import of alternate.py
     try:
         spec = importlib.util.spec_from_file_location("photographs", ROOT / SCRIPT)
         module = importlib.util.module_from_spec(spec)

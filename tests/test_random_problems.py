@@ -16,14 +16,14 @@ KINDS = ("easy", "hard", "junk")
 
 
 def coarse_rows(rng: np.random.Generator, n: int) -> np.ndarray:
-    """(n, 4) rows whose products are exact in every dtype, so that many tie; some are zero, some are equal."""
+    """Returns (n, 4) rows whose products are exact in every dtype, so that many tie; some are zero, some equal."""
     rows = rng.integers(-1, 2, (n, 4)).astype(np.float32) / 2
     rows[rng.random(n) < 0.1] = 0
     return np.broadcast_to(rows[:1], rows.shape).copy() if rng.random() < 0.05 else rows
 
 
 def random_truth(rng: np.random.Generator, n: int) -> dict[str, list[int]]:
-    """Lists of easy, hard and junk images, any of which may be empty."""
+    """Returns lists of easy, hard and junk images, any of which may be empty."""
     numbers, ends = rng.permutation(n), np.sort(rng.integers(0, min(n, 12) + 1, 3))
     return {kind: part.tolist() for kind, part in zip(KINDS, np.split(numbers, ends)[:3], strict=True)}
 
@@ -54,7 +54,7 @@ def test_reranking_and_its_metrics_are_the_textbooks():
         n, d, q = int(rng.integers(1, 50)), int(rng.integers(2, 20)), int(rng.integers(1, 12))
         m, k, beta = int(rng.integers(1, 60)), int(rng.integers(1, 13)), float(rng.uniform(0, 1))
         rows = rng.standard_normal((n, d))
-        rows = rows[rng.integers(0, n, n)] if rng.random() < 0.3 else rows  # some rows twice, or more often
+        rows = rows[rng.integers(0, n, n)] if rng.random() < 0.3 else rows  # some rows are repeated
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
         rows[rng.random(n) < 0.05] = 0
         rows = rows.astype(np.float32).astype(np.float64)
@@ -70,7 +70,7 @@ def test_reranking_and_its_metrics_are_the_textbooks():
         for query in range(q):
             first = ranking[query, :m].copy()
             order = dense_reranking(queries[query], rows[first], min(k, m), beta)
-            # Rows that are equal may stand for each other.
+            # Equal rows can be exchanged.
             np.testing.assert_array_equal(rows[again.ids[query, :m].numpy()], rows[first[order]])
         np.testing.assert_array_equal(again.ids[:, m:], ranking[:, m:])
         metrics = {name: 100 * each.map for name, each in evaluate(again, truth).items()}
@@ -78,7 +78,7 @@ def test_reranking_and_its_metrics_are_the_textbooks():
 
 
 def test_reranking_of_equal_scores_keeps_the_lower_place_first():
-    """Without the neighbours' share every score is exact, in the textbook's order of sums and in ours."""
+    """With beta = 0 every score is exact, in the order of sums of the textbook and of the project."""
     rng = np.random.default_rng(2)
     for _ in range(100):
         n, q, m = int(rng.integers(1, 60)), int(rng.integers(1, 12)), int(rng.integers(1, 70))
@@ -94,7 +94,7 @@ def test_reranking_of_equal_scores_keeps_the_lower_place_first():
 
 
 class TabledScores:
-    """A reranker whose scores are given, (Q, N) by image, and which looks at `spare` places beyond the m it sorts."""
+    """A reranker with given scores, (Q, N) by image, that scores `spare` more candidates than the m that it sorts."""
 
     def __init__(self, table: torch.Tensor, m: int, spare: int):
         self.table, self.m, self.spare = table, m, spare
@@ -104,7 +104,7 @@ class TabledScores:
 
 
 @pytest.mark.filterwarnings("ignore:Mean of empty slice", "ignore:invalid value encountered")
-def test_ignored_images_leave_before_the_first_m_are_sorted_anew():
+def test_ignored_images_are_removed_before_the_first_m_are_sorted_again():
     rng = np.random.default_rng(3)
     for _ in range(100):
         n, q, m = int(rng.integers(1, 60)), int(rng.integers(1, 12)), int(rng.integers(1, 70))

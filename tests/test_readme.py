@@ -1,4 +1,4 @@
-"""The program of one's own in the documentation gives what it says."""
+"""The program in the documentation gives the documented results."""
 
 import re
 
@@ -6,13 +6,13 @@ from conftest import ROOT, Layout
 
 
 def program(mark: str) -> str:
-    """The page's Python block that holds the mark."""
+    """Returns the Python block of the page that contains the mark."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "modules.md").read_text(), re.DOTALL)
     (code,) = [block for block in blocks if mark in block]
     return code
 
 
-def test_the_steps_of_a_program_of_ones_own(monkeypatch, capsys, tmp_path, checkpoint_50):
+def test_the_library_functions_in_a_users_program(monkeypatch, capsys, tmp_path, checkpoint_50):
     (tmp_path / "weights").symlink_to(checkpoint_50.parent)
     Layout(tmp_path / "data")
     (tmp_path / "holiday").symlink_to(tmp_path / "data" / "roxford5k" / "jpg")

@@ -1,7 +1,7 @@
-"""Everything that runs on a GPU, on a simulated one: results are the CPU's, and nobody waits more often than is known.
+"""All code for GPUs on a simulated one: results equal the CPU's, and the number of waits for the device is known.
 
-What waits for the device is asserted per function of the project. A wait lets the GPU run dry, so a
-new one has to be worth that, and to be written down here with its reason.
+The waits for the device are asserted per function of the project. A wait leaves the GPU idle, so that a new one
+needs a good reason, which is documented here.
 """
 
 import runpy
@@ -37,29 +37,29 @@ from modules.reciprocal import KReciprocalReranker
 from modules.reranking import SuperGlobalReranker
 from modules.search import Database, search
 
-# ---- what is known to wait ----
+# ---- the known waits ----
 
-# A batch of extraction: nothing, where the images come in pinned memory.
+# A batch of extraction: none, if the images are in pinned memory.
 A_BATCH = {}
-# Images that are not pinned: each is sent before the next.
+# Images that are not pinned: each copy waits.
 UNPINNED_IMAGE = "<listcomp>"
-# Modules of one's own program look for NaN in what they are given: the images and the vectors of the scales; and
-# whether descriptors are finite. (Regional-GeM and GeM+ are one kernel, which does not look into the map.)
+# In a user's program, the modules look for NaN in their input, the images and the vectors of the scales, and check
+# that descriptors are finite. (Regional-GeM and GeM+ are one kernel, which does not check the feature map.)
 A_CALL_OF_A_NETWORK = {"check_tensor": 2, "multi_scale_descriptor": 1}
 # hub: the range of each tensor on the device; whether all descriptors are finite.
 HUB_TENSOR, HUB_CALL = {"_pixels": 1}, {"forward": 1}
 # A call of rerank with everything on the device: whether there are ids below 0, and then whether there are any of the
 # first m.
 RERANK_CALL, RERANK_CALL_ABSENT = {"_by_blocks": 1}, {"_by_blocks": 2}
-# Each block of queries: the distinct ids that are fetched, whether rows are of unit length, whether scores are finite.
+# Each block of queries: the distinct ids to fetch, whether rows have unit length, whether scores are finite.
 RERANK_BLOCK = {"_fetched": 1, "_warn_of_long_rows": 1, "check_finite": 1}
-# And where candidates are absent: the numbers of those that are there are counted, twice.
+# And if candidates are absent: the present ones are counted, twice.
 RERANK_BLOCK_ABSENT = {**RERANK_BLOCK, "_fetched": 3}
-# A chunk of search: which scores may be near to a listed one.
+# A chunk of search: which scores may be close to a listed one.
 SEARCH_CHUNK = {"_count_clear": 1}
 # CVNet's ResNet adds biases in another order on a GPU, see model/folding.py.
 OTHER_ROUNDING, MAP_ROUNDING = {"atol": 2e-6, "rtol": 1e-5}, {"atol": 2e-5, "rtol": 1e-5}
-# Diffusion looks at every 16th step.
+# Diffusion tests for convergence at every 16th step.
 DIFFUSION_STEPS = 16
 
 
@@ -90,7 +90,7 @@ def unit_rows(*shape: int, seed: int = 0) -> Tensor:
 
 def test_tensors_of_two_devices_do_not_mix(device):
     x = torch.ones(2, 3, device=DEVICE)
-    assert (x + torch.tensor(1.0)).sum().item() == 12  # numbers do
+    assert (x + torch.tensor(1.0)).sum().item() == 12  # numbers on the CPU are allowed
     for operation in (lambda y: x + y, lambda y: y + x, lambda y: x @ y.T, lambda y: torch.cat([x, y])):
         with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
             operation(torch.ones(2, 3))
@@ -133,7 +133,7 @@ def test_an_asynchronous_copy_arrives_when_its_event_is_waited_for(device):
     ],
 )
 @pytest.mark.parametrize("inference", [False, True])
-def test_what_waits_for_the_device_is_counted(device, waits, count, inference):
+def test_waits_for_the_device_are_counted(device, waits, count, inference):
     x = torch.arange(3, device=DEVICE)
     with torch.inference_mode(inference):
         waits(x)
@@ -149,7 +149,7 @@ def recipe(checkpoint_50) -> Recipe:
 
 
 def unfused(network: nn.Module) -> nn.Module:
-    """The network on the CPU with the arithmetic that the device has, too."""
+    """Returns the network on the CPU with the arithmetic of the device."""
     for layer in network.modules():
         if isinstance(layer, FoldedConv):
             layer.fused = False
@@ -215,7 +215,7 @@ def test_scale_gem_is_the_cpus(device, p):
 
 
 class SmallNetwork(nn.Module):
-    """Pixels -> unit rows, in a moment."""
+    """A fast extractor: pixels -> unit descriptors."""
 
     def __init__(self):
         super().__init__()
@@ -271,7 +271,7 @@ def test_the_papers_network_extracts_the_cpus_descriptors(device, recipe, on_cpu
     np.testing.assert_allclose(rows, expected, **OTHER_ROUNDING)
 
 
-def test_memory_that_pytorch_holds_and_does_not_use_is_free(device):
+def test_memory_that_pytorch_reserves_without_using_it_is_free(device):
     extractor = NetworkExtractor(SmallNetwork().to(DEVICE), nn.Identity(), dim=8, scales=(4.0,))
     device.reserved = 15 << 30
     small = batching.first_batch_size(extractor).pixels
@@ -300,7 +300,7 @@ ROWS, QUERIES = 900, 4
 
 @pytest.fixture(scope="module")
 def problem() -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Queries, rows with some that are equal, and a list of rows for each query."""
+    """Returns queries, rows (some of them equal), and a list of rows for each query."""
     rows = unit_rows(ROWS, 32, seed=1)
     rows[500:600] = rows[:100]
     listed = [torch.tensor([7, 507, 3 * query, 800]) for query in range(QUERIES - 1)]
@@ -347,7 +347,7 @@ def ids(problem) -> Tensor:
 
 
 def absent(ids: Tensor) -> Tensor:
-    """The same with candidates that are not there, some of them between others."""
+    """The same with absent candidates, some of them between present ones."""
     out = ids.clone()
     out[1, 3:] = -1
     out[2, 5:30:2] = -1
@@ -425,7 +425,7 @@ def test_feature_maps_come_to_the_cpu(device, checkpoint_50, pair_network, image
         torch.testing.assert_close(maps[number], expected[number], **MAP_ROUNDING)
 
 
-def test_the_keys_of_a_batch_are_as_many_as_the_device_holds_where_maps_are_still_on_the_cpu(device):
+def test_the_batch_of_keys_fits_the_device_even_if_maps_are_on_the_cpu(device):
     network = CVNetRerank.__new__(CVNetRerank)
     nn.Module.__init__(network)
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Several runs at once in one folder: each ends with the right metrics."""
+"""Several simultaneous runs in one folder: each ends with the correct metrics."""
 
 import json
 import re
@@ -15,7 +15,7 @@ def start(work, *arguments) -> subprocess.Popen:
 
 
 @pytest.mark.parametrize("settings", [[(), ("SupG.gemp", "False")], [("TEST.RESUME", "False")] * 2])
-def test_two_runs_at_once_end_as_if_alone(layout, checkpoint_50, command, tmp_path, settings):
+def test_two_simultaneous_runs_give_the_results_of_single_runs(layout, checkpoint_50, command, tmp_path, settings):
     data = ("TEST.WEIGHTS", checkpoint_50, "TEST.DATA_DIR", layout.data_dir, "TEST.DATASET_LIST", "roxford5k")
     data = (*data, "TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0)
     (tmp_path / "together").mkdir()
@@ -50,7 +50,7 @@ def owner(work, then: str) -> subprocess.Popen:
     )
 
 
-def test_the_second_waits_for_the_end_of_the_first_and_names_it(tmp_path):
+def test_a_second_run_waits_for_the_first_and_names_it(tmp_path):
     first = owner(tmp_path, "print('owned', flush=True); input()")
     assert first.stdout.readline() == "owned\n"
     second = owner(tmp_path, "print('owned')")

@@ -1,4 +1,4 @@
-"""Archives of images: brought, checked, unpacked whole or not at all, and deleted."""
+"""Archives of images: download, check, unpack atomically, and delete them."""
 
 import gzip
 import os
@@ -22,15 +22,15 @@ UNPACKING = ".unpacking"
 def unpack_all(
     fetcher: Fetcher, archives: Iterable[Source], folder: Path, into: Path, check_of: Callable[[Source, Path], Check]
 ) -> list[str]:
-    """Brings the images of archives that are not unpacked yet; each archive is deleted before the next.
+    """Downloads and unpacks the archives that are not unpacked yet; each is deleted before the next.
 
     Args:
-        folder: for the archives, and for unpacked.txt, which tells what is done.
-        into: for the images.
-        check_of: for an archive and the folder into which it is to be unpacked, what does that, see get_archive.
+        folder: where the archives go, and unpacked.txt, which lists the finished ones.
+        into: where the images go.
+        check_of: returns, for an archive and the folder to unpack it into, the check of get_archive.
 
     Returns:
-        What went wrong with the others, a line for each.
+        The errors of the archives that failed, a line each.
     """
     marker, problems = folder / "unpacked.txt", []
     unpacked = marker.read_text().split() if marker.exists() else []
@@ -49,17 +49,17 @@ def unpack_all(
 
 
 def get_archive(fetcher: Fetcher, source: Source, folder: Path, into: Path, check: Check) -> Path:
-    """Brings the archive's images into a folder, each whole or not at all. Returns the archive, needed no more.
+    """Downloads an archive and unpacks its images into a folder, atomically. Returns the archive, which may be deleted.
 
     Args:
-        folder: for the archive.
-        into: for the images.
-        check: unpacks the archive into the folder `.unpacking` of `into`, and raises InputError if it is not sound.
+        folder: where the archive goes.
+        into: where the images go.
+        check: unpacks the archive into the folder `.unpacking` of `into`, and raises InputError if it is invalid.
 
     Raises:
-        InputError: if no address gives a sound archive.
+        InputError: if no address provides a valid archive.
     """
-    new = into / UNPACKING  # in the folder itself, which may be a link to another disk
+    new = into / UNPACKING  # inside the folder, which may be a link to another disk
     try:
         path = fetcher.fetch(source, folder, check)
         for member_file in [file for file in new.rglob("*") if file.is_file()]:
@@ -71,18 +71,18 @@ def get_archive(fetcher: Fetcher, source: Source, folder: Path, into: Path, chec
     return path
 
 
-# A member is both a file and a folder: as the folder was empty, the archive is at fault.
+# A member is both a file and a folder; the folder was empty, so that the archive is invalid.
 _NAME_CLASHES = (FileExistsError, IsADirectoryError, NotADirectoryError)
 
 
 def unpack(archive: Path, folder: Path, flat: bool, wanted: Callable[[str], bool] = lambda name: True) -> None:
-    """Extracts files of a .tar or .tar.gz into an empty folder, beside each other if `flat`; reads it to its end.
+    """Unpacks files of a .tar or .tar.gz into an empty folder, without subfolders if `flat`; reads it to its end.
 
     Args:
-        wanted: which files are extracted, by their names without folders.
+        wanted: which files are unpacked, by their names without folders.
 
     Raises:
-        InputError: if it is damaged, holds no file, or a member is a link, a device or leaves the folder.
+        InputError: if it is damaged or contains no file, or a member is a link, a device or outside the folder.
     """
     held = 0
     shutil.rmtree(folder, ignore_errors=True)
@@ -99,12 +99,12 @@ def unpack(archive: Path, folder: Path, flat: bool, wanted: Callable[[str], bool
                         path.parent.mkdir(parents=True, exist_ok=True)
                         with path.open("wb") as member_file:
                             shutil.copyfileobj(tar.extractfile(member), member_file)
-            while file.read(1 << 20):  # tar's end comes before gzip's, where the checksum is
+            while file.read(1 << 20):  # the checksum is at the end of the gzip stream, after the end of the tar
                 pass
     except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, *_NAME_CLASHES) as error:
-        raise InputError(f"{archive} is damaged or no archive ({error})") from None
+        raise InputError(f"{archive} is damaged or not an archive ({error})") from None
     if not held:
-        raise InputError(f"{archive} holds no file")
+        raise InputError(f"{archive} contains no file")
 
 
 def _opened(archive: Path) -> BinaryIO:
@@ -117,17 +117,17 @@ def _opened(archive: Path) -> BinaryIO:
 
 
 def _refuse_unsafe(archive: Path, member: tarfile.TarInfo, folder: Path) -> None:
-    path = PureWindowsPath(member.name)  # knows both kinds of slashes
+    path = PureWindowsPath(member.name)  # handles both kinds of slashes
     if path.anchor or ".." in path.parts or "\0" in member.name:
-        raise InputError(f"{archive} refused: its member {member.name!r} would leave the folder")
+        raise InputError(f"{archive} is refused: its member {member.name!r} would leave the folder")
     if not member.isfile() and not member.isdir():
-        raise InputError(f"{archive} refused: its member {member.name!r} is a link or device, not a file")
+        raise InputError(f"{archive} is refused: its member {member.name!r} is a link or device, not a file")
     if hasattr(tarfile, "data_filter"):  # Python 3.10.12, 3.11.4, 3.12
         tarfile.data_filter(member, str(folder))
 
 
 def find_bad(images: Sequence[ImageFile], name: str, decode: bool) -> list[str]:
-    """The images that are not there, or cannot be decoded, each with the reason."""
+    """Returns a line for each image that is missing or cannot be decoded, with the reason."""
 
     def problem(image: ImageFile) -> str | None:
         if not decode:

@@ -1,10 +1,10 @@
-"""What descriptors are kept in TEST.OUT_DIR/descriptors, what made them, and how much room they take.
+"""List or delete the descriptors in TEST.OUT_DIR/descriptors, with their provenance and size.
 
 python -m tools.cache
 python -m tools.cache --delete toy-3f2a9c0d1e4b
 python -m tools.cache --delete all
 
-Each recipe and list of images has a folder of its own, which every command uses again.
+Each recipe and list of images has a folder of its own, which all commands reuse.
 """
 
 import shutil
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
 
 
 def chosen(kept: list[Kept], names: list[str], root: Path) -> list[Kept]:
-    """Returns the folders of these names, or all. Raises InputError for a name that is not there."""
+    """Returns the folders with these names, or all. Raises InputError if a name does not exist."""
     if names == ["all"]:
         return kept
     by_name = {each.folder.name: each for each in kept}
@@ -46,13 +46,13 @@ def chosen(kept: list[Kept], names: list[str], root: Path) -> list[Kept]:
 
 def delete(kept: list[Kept]) -> None:
     for each in kept:
-        with owned(each.folder):  # a run that is at it ends first
+        with owned(each.folder):  # waits for a run that uses it
             shutil.rmtree(each.folder)
         print(f"deleted {each.folder}, {megabytes(each.size)}")
 
 
 def in_words(kept: Kept) -> list[str]:
-    """A line with name, size and date, and one with what made it."""
+    """Returns a line with name, size and date, and one with the provenance."""
     written = datetime.fromtimestamp(kept.used).isoformat(" ", "minutes")
     state = "" if kept.complete else ", not complete"
     facts = {key: f"{value}"[:12] if key.endswith("sha256") else value for key, value in kept.made_from.items()}
@@ -60,7 +60,7 @@ def in_words(kept: Kept) -> list[str]:
     made_from = ", ".join(f"{key} {'off' if value is None else value}" for key, value in facts.items())
     return [
         printable(f"{kept.folder.name}  {megabytes(kept.size)}, written {written}{state}"),
-        printable(f"    {made_from or 'what made it is not known'}"),
+        printable(f"    {made_from or 'unknown provenance'}"),
     ]
 
 

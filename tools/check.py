@@ -1,4 +1,4 @@
-"""What a dataset's folder is understood as: its layout, its lists, and which images are missing or damaged.
+"""Check the folder of a dataset: its layout, its lists, and which images are missing or damaged.
 
 python -m tools.check NAME TEST.DATA_DIR DIR
 python -m tools.check NAME --decode
@@ -22,8 +22,8 @@ from revisitop.dataset import Dataset
 
 def main(argv: list[str]) -> None:
     line = CommandLine(__doc__, ("TEST.DATA_DIR",), "python -m tools.check")
-    line.add("name", metavar="NAME", help="of the dataset's folder")
-    line.add("--decode", action="store_true", help="read every image to its end, which may take long")
+    line.add("name", metavar="NAME", help="name of the dataset's folder")
+    line.add("--decode", action="store_true", help="also decode every image, which may take long")
     args, cfg, _ = line.parse(argv)
     dataset = find_dataset(cfg, args.name)
     for text in in_words(dataset):
@@ -31,16 +31,16 @@ def main(argv: list[str]) -> None:
     missing, count = dataset.missing_files()
     if missing:
         raise InputError(f"{len(missing)} of {count} images are missing ({short_list(missing)})")
-    print(f"images: all {count:,} files are there")
+    print(f"images: all {count:,} files exist")
     if args.decode:
         images = tqdm(dataset.images(), total=len(dataset.queries) + len(dataset.database), unit="img")
         if damaged := list(dict.fromkeys(problem for image in images if (problem := image.problem()))):
             raise InputError(f"{len(damaged)} images cannot be used: {short_list(damaged, 50)}")
-        print("images: all can be read")
+        print("images: all can be decoded")
 
 
 def in_words(dataset: Dataset) -> Iterator[str]:
-    """What was understood, line by line."""
+    """Yields the description of a dataset line by line."""
     yield f"{dataset!r}"
     yield f"layout: {dataset.layout}"
     usages = Counter(truth.usage for truth in dataset.ground_truth)

@@ -1,11 +1,11 @@
-"""Saved descriptors in half or a quarter of the room: float16, or int8 with a scale per row; what is lost is measured.
+"""Store descriptors in half or a quarter of the space: float16, or int8 with a scale per row; reports the loss.
 
 python -m tools.compact feats_1m_RN50.pth --dtype float16 --out feats_1m_RN50.npy
 python -m tools.compact feats_1m_RN50.pth --dtype int8 --out distractors_int8.npy
 
-FILE is .npy or .pth, (N, D) unit rows. int8 writes the scales beside the rows, as NAME.scale.npy of NAME.npy.
-TEST.DISTRACTORS and tools.rerank's --database take both kinds. Rows are read and written a few at a time; a part of
-them, as queries, tells the loss. For fewer dimensions there is tools.whiten (PCA), for shorter codes TEST.INDEX.
+FILE is .npy or .pth, (N, D) unit descriptors. int8 writes the scales to NAME.scale.npy beside NAME.npy.
+TEST.DISTRACTORS and the --database of tools.rerank accept both kinds. Rows are read and written in blocks; the loss is
+measured with some of them as queries. For fewer dimensions use tools.whiten (PCA), for shorter codes TEST.INDEX.
 """
 
 import logging
@@ -34,13 +34,13 @@ _ROWS, _QUERIES, _FIRST = 8192, 100, 10
 def main(argv: list[str]) -> None:
     line = CommandLine(__doc__, ("TEST.DEVICE",), "python -m tools.compact")
     line.add("file", type=Path, metavar="FILE", help="descriptors, .npy or .pth")
-    line.add("--dtype", choices=("float16", "int8"), required=True, help="numbers of the new file")
+    line.add("--dtype", choices=("float16", "int8"), required=True, help="data type of the new file")
     line.add("--out", type=Path, required=True, metavar="FILE", help="the new file, .npy")
     args, cfg, _ = line.parse(argv)
     if args.out.suffix != ".npy":
-        raise InputError(f"--out {args.out}: rows are written as NumPy's .npy, name it so")
+        raise InputError(f"--out {args.out} must end in .npy: rows are written in NumPy's format")
     if args.out.resolve() == args.file.resolve():
-        raise InputError(f"--out {args.out} is the file that is read: give another name")
+        raise InputError(f"--out {args.out} is the input file: give another name")
     start_log(Path("log.txt"), plain(cfg), screen=sys.stdout)
     exact = Database(load_distractors(args.file))
     device = start_device(cfg, {})
@@ -58,10 +58,10 @@ def main(argv: list[str]) -> None:
 
 
 def write_compact(rows: Database, path: Path, dtype: str) -> None:
-    """Writes the rows as float16 or int8, whole or not at all.
+    """Writes the rows as float16 or int8, atomically.
 
     Raises:
-        InputError: if a row has NaN, or nothing can be written.
+        InputError: if a row has NaN, or the file cannot be written.
     """
     names = [path, scales_path(path)] if dtype == "int8" else [path]
     parts = [name.with_name(f"{name.name}.{os.getpid()}.new") for name in names]
@@ -83,7 +83,7 @@ def write_compact(rows: Database, path: Path, dtype: str) -> None:
         if dtype == "int8":
             with parts[1].open("wb") as file:
                 np.save(file, scales)
-        for part, name in zip(reversed(parts), reversed(names), strict=True):  # int8 rows never stand without scales
+        for part, name in zip(reversed(parts), reversed(names), strict=True):  # int8 rows never exist without scales
             part.replace(name)
     except OSError as error:
         raise InputError(f"--out {path} cannot be written ({error.strerror})") from None
@@ -93,7 +93,7 @@ def write_compact(rows: Database, path: Path, dtype: str) -> None:
 
 
 def loss(exact: Database, compact: Database, device: torch.device) -> str:
-    """What became of the cosines and of the first ten of some rows as queries, in words."""
+    """Returns the error of the cosines, and of the first ten results with some rows as queries, in words."""
     numbers = torch.linspace(0, len(exact) - 1, min(_QUERIES, len(exact))).long()
     queries, largest, total = exact.rows(numbers), 0.0, 0.0
     for (_, before), (_, after) in zip(exact.chunks(_ROWS), compact.chunks(_ROWS), strict=True):
@@ -104,8 +104,8 @@ def loss(exact: Database, compact: Database, device: torch.device) -> str:
     kept = np.mean([np.isin(a, b).sum() for a, b in zip(first.numpy(), new.numpy(), strict=True)])
     same = int((first == new).all(dim=1).sum())
     return (
-        f"error of a cosine: {largest:.1e} at most, {mean:.1e} in the mean; of the first {first.shape[1]}, {kept:.2f} "
-        f"stay in the mean, and {same} of {len(queries)} queries keep them in their order"
+        f"error of a cosine: {largest:.1e} at most, {mean:.1e} on average; of the first {first.shape[1]}, {kept:.2f} "
+        f"stay on average, and {same} of {len(queries)} queries keep them in order"
     )
 
 

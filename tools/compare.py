@@ -1,11 +1,11 @@
-"""Compare two runs, query by query: which got better or worse, and whether the difference may be chance.
+"""Compare two runs query by query: which queries improved or got worse, and whether this may be chance.
 
 python -m tools.compare output/runs/RUN_A output/runs/RUN_B
 python -m tools.compare output/runs/latest:retrieval output/runs/latest:reranking
 
-A run is a folder in TEST.OUT_DIR/runs; behind a colon may stand one of its stages (by default the last). Differences
-are B - A in percentage points, with the 95 % interval of a paired bootstrap over the queries: where it holds 0, other
-queries of the same kind might show the opposite. A page shows the first results of both for each query.
+A run is a folder in TEST.OUT_DIR/runs, optionally followed by a colon and one of its stages (by default the last).
+Differences are B - A in percentage points, with the 95 % interval of a paired bootstrap over the queries: if it
+contains 0, other queries of the same kind might show the opposite. A page shows the first results of both runs.
 """
 
 import json
@@ -31,7 +31,7 @@ from tools.tables import markdown
 
 log = logging.getLogger(__name__)
 
-_NAMED = 5  # queries with the largest gains and losses
+_NAMED = 5  # number of queries listed with the largest gains and losses
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Run:
 
     Attributes:
         letter: A or B.
-        folder: the run's.
-        content: of its results.json.
-        wanted: the stage that was asked for; "" for the last.
+        folder: the folder of the run.
+        content: the content of its results.json.
+        wanted: the requested stage; "" for the last.
     """
 
     letter: str
@@ -51,18 +51,18 @@ class Run:
     wanted: str
 
     def stage(self, dataset: str) -> str:
-        """The name of the stage.
+        """Returns the name of the stage.
 
         Raises:
             InputError: if the run has no such stage.
         """
         stages = [key for key, value in self.content["datasets"][dataset].items() if is_stage(value)]
         if self.wanted and self.wanted not in stages:
-            raise InputError(f"{self.folder}: {dataset} has no {self.wanted}, it has {', '.join(stages)}")
+            raise InputError(f"{self.folder}: {dataset} has no stage {self.wanted}; it has {', '.join(stages)}")
         return self.wanted or stages[-1]
 
     def aps(self, dataset: str) -> dict[str, dict[str, float]]:
-        """The AP of each query, in percent, by protocol and name."""
+        """Returns the AP of each query, in percent, by protocol and name."""
         values = self.content["datasets"][dataset][self.stage(dataset)]
         return {name: each["AP"] for name, each in values.items() if isinstance(each, dict) and "AP" in each}
 
@@ -70,7 +70,7 @@ class Run:
         return f"{self.letter}: {self.stage(dataset)} of {self.folder.name}"
 
     def ids(self, dataset: str) -> np.ndarray | None:
-        """The first results, (Q, R); None where they are not kept."""
+        """Returns the first results, (Q, R); None if they are not saved."""
         path = self.folder / f"{dataset}_{self.stage(dataset).replace(' ', '_')}_ranks.npy"
         try:
             ids = np.load(path, allow_pickle=False)
@@ -85,8 +85,8 @@ class Compared:
 
     Attributes:
         dataset, protocol: their names.
-        names: of the queries.
-        a, b: (Q,), between 0 and 1; NaN for a query that the protocol has not.
+        names: the names of the queries.
+        a, b: (Q,), between 0 and 1; NaN for a query without AP in this protocol.
     """
 
     dataset: str
@@ -108,7 +108,7 @@ class Compared:
         ]  # fmt: skip
 
     def largest(self) -> Iterator[str]:
-        """The largest gains and losses, a line each."""
+        """Yields a line with the largest gains, and one with the largest losses."""
         changes = self.b - self.a
         order = [int(i) for i in np.argsort(-np.nan_to_num(changes), kind="stable")]
         gains = [i for i in order if changes[i] > 0][:_NAMED]
@@ -122,7 +122,7 @@ class Compared:
 def main(argv: list[str]) -> None:
     line = CommandLine(__doc__, ("TEST.DATA_DIR", "TEST.OUT_DIR"), "python -m tools.compare")
     line.add("run_a", metavar="RUN_A", help="folder of a run, or FOLDER:STAGE")
-    line.add("run_b", metavar="RUN_B", help="the same")
+    line.add("run_b", metavar="RUN_B", help="the run to compare it with")
     args, cfg, given = line.parse(argv)
     a, b = read_run("A", args.run_a), read_run("B", args.run_b)
     names = [name for name in a.content["datasets"] if name in b.content["datasets"]]
@@ -136,7 +136,7 @@ def main(argv: list[str]) -> None:
     for run, other in ((a, b), (b, a)):
         for name in run.content["datasets"]:
             if name not in other.content["datasets"]:
-                log.warning("%s is in %s alone", name, run.folder)
+                log.warning("%s is only in %s", name, run.folder)
     interval = f"{CONFIDENCE:.0%} interval"
     head = ["dataset", "protocol", "A", "B", "B - A", interval, "better", "worse", "same", ""]
     for text in (markdown(head), markdown(["---"] * len(head))):
@@ -167,7 +167,7 @@ def read_run(letter: str, text: str) -> Run:
     """Returns the run of a folder, or FOLDER:STAGE.
 
     Raises:
-        InputError: if it is none of ours.
+        InputError: if it is not a run of this project.
     """
     folder, _, stage = (text, "", "") if Path(text).exists() else text.rpartition(":")
     path = Path(folder or text)
@@ -176,9 +176,11 @@ def read_run(letter: str, text: str) -> Run:
         content = json.loads((path / "results.json").read_text(encoding="utf-8"))
         stages = [value for dataset in content["datasets"].values() for value in dataset.values() if is_stage(value)]
     except FileNotFoundError:
-        raise InputError(f"{path} is no folder of a run: it has no results.json; TEST.OUT_DIR/runs has them") from None
+        raise InputError(
+            f"{path} is not a run: it has no results.json; runs are folders in TEST.OUT_DIR/runs"
+        ) from None
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"{path}/results.json is damaged, or not of a run of test.py ({error})") from None
+        raise InputError(f"{path}/results.json is damaged, or not from a run of test.py ({error})") from None
     if not stages:
         raise InputError(f"{path}/results.json has no results of a dataset")
     return Run(letter, path.resolve() if path.is_symlink() else path, content, stage)
@@ -193,22 +195,22 @@ def known(run: Run) -> str:
 
 
 def compare(a: Run, b: Run, name: str) -> list[Compared]:
-    """The protocols that both have.
+    """Compares the protocols that both runs have.
 
     Raises:
         InputError: if the queries differ.
     """
-    ours, theirs = a.aps(name), b.aps(name)
+    aps_a, aps_b = a.aps(name), b.aps(name)
     compared = []
-    for protocol in (each for each in ours if each in theirs):
-        names = list(ours[protocol])
-        if set(names) != set(theirs[protocol]):
-            odd = sorted(set(names) ^ set(theirs[protocol]))
-            raise InputError(f"the queries of {name} differ between the runs: {short_list(odd)} in one alone")
-        values = ([_ratio(of[protocol][each]) for each in names] for of in (ours, theirs))
+    for protocol in (each for each in aps_a if each in aps_b):
+        names = list(aps_a[protocol])
+        if set(names) != set(aps_b[protocol]):
+            odd = sorted(set(names) ^ set(aps_b[protocol]))
+            raise InputError(f"the queries of {name} differ between the runs: {short_list(odd)} only in one")
+        values = ([_ratio(of[protocol][each]) for each in names] for of in (aps_a, aps_b))
         compared.append(Compared(name, protocol, names, *map(np.array, values)))
     if not compared:
-        raise InputError(f"{name} was judged by other protocols: {', '.join(ours)} and {', '.join(theirs)}")
+        raise InputError(f"{name} was evaluated by different protocols: {', '.join(aps_a)} and {', '.join(aps_b)}")
     return compared
 
 
@@ -217,11 +219,11 @@ def _ratio(percent: float | None) -> float:
 
 
 def differing_options(a: Run, b: Run) -> Iterator[str]:
-    """A line for each option whose value differs."""
-    ours, theirs = (dict(_flat(run.content.get("config", {}))) for run in (a, b))
+    """Yields a line for each option whose value differs."""
+    options_a, options_b = (dict(_flat(run.content.get("config", {}))) for run in (a, b))
     for key in option_values(make_config([])):
-        if ours.get(key) != theirs.get(key):
-            yield f"{key}: A {ours.get(key)}, B {theirs.get(key)}"
+        if options_a.get(key) != options_b.get(key):
+            yield f"{key}: A {options_a.get(key)}, B {options_b.get(key)}"
 
 
 def _flat(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -233,19 +235,19 @@ def _flat(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def section(a: Run, b: Run, dataset: Dataset, results: Sequence[Compared]) -> Section:
-    """The dataset's queries with what both runs found; the largest changes first.
+    """Returns the section of a dataset: its queries with the results of both runs, largest changes first.
 
     Raises:
-        InputError: if the rankings are not kept, or are not of this dataset.
+        InputError: if the rankings are not saved, or are not of this dataset.
     """
     name = dataset.name
     ids = {run.letter: run.ids(name) for run in (a, b)}
     missing = [run.folder for run in (a, b) if ids[run.letter] is None]
     if missing:
-        raise InputError(f"{missing[0]} has no rankings of it")
+        raise InputError(f"{missing[0]} has no saved rankings of it")
     names = unique_names(dataset)
     if any(len(each) != len(names) for each in ids.values()) or set(names) != set(results[0].names):
-        raise InputError(f"the runs had other queries than {dataset.folder} has now")
+        raise InputError(f"the queries of the runs differ from those that {dataset.folder} has now")
     shown = next((each for each in results if each.protocol == "M"), results[0])
     own = dict(zip(shown.names, zip(shown.a, shown.b, strict=True), strict=True))
     queries = []

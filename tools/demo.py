@@ -1,11 +1,11 @@
-"""Watch SuperGlobal search and rerank: a page on this machine, on toy, your datasets or your own images.
+"""Try search and reranking on a web page on this machine, with toy, your datasets or your own images.
 
 python -m tools.demo
 python -m tools.demo TEST.DATASET_LIST roxford5k TEST.WEIGHTS ./weights
 python -m tools.demo --database holiday/ --weights ./weights
 
-Pick a query or upload an image, draw a box, move M, K and beta, and click a result: why is it there? The page needs
-Gradio (pip install gradio), and is for this machine alone unless --host or --share says otherwise.
+Pick a query or upload an image, draw a box, change M, K and beta, and click a result to see why it has its place. The
+page needs Gradio (pip install gradio), and is only accessible from this machine unless --host or --share is given.
 """
 
 import logging
@@ -21,8 +21,8 @@ from model.errors import InputError, run_command
 log = logging.getLogger(__name__)
 
 UPLOAD_BYTES = 20 << 20
-_SHOWN = 48  # queries
-_VISITORS = 200  # whose results are kept
+_SHOWN = 48  # number of queries shown
+_VISITORS = 200  # number of visitors whose results are kept
 _CHOICE = """
 element.addEventListener('click', event => {
   const chosen = event.target.closest('[data-choice]');
@@ -69,7 +69,7 @@ element.addEventListener('pointercancel', () => { start = null; });
 
 def main(argv: list[str]) -> None:
     args, cfg, given = parse(argv)
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nothing is sent anywhere
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # sends no data anywhere
     try:
         import gradio
     except ImportError:
@@ -87,11 +87,11 @@ def main(argv: list[str]) -> None:
     elif not args.database.is_dir():
         raise InputError(f"--database {args.database}: there is no such folder")
     elif "TEST.DATASET_LIST" in given:
-        raise InputError("--database and TEST.DATASET_LIST both say what is searched; name one of them")
+        raise InputError("--database and TEST.DATASET_LIST both select what is searched; give only one")
 
     head = start_log(Path("log.txt"), plain(cfg))
     library = Library(cfg, make_output(cfg), start_device(cfg, head), args.database)
-    for chatty in ("httpx", "httpcore"):  # Gradio asks itself whether it is there
+    for chatty in ("httpx", "httpcore"):  # Gradio sends requests to itself
         logging.getLogger(chatty).setLevel(logging.WARNING)
     page = build(gradio, library)
     try:
@@ -103,26 +103,28 @@ def main(argv: list[str]) -> None:
         )  # fmt: skip
     except OSError as error:
         raise InputError(f"--port {args.port}: {error}") from None
-    log.info("the page is %s; Ctrl-C ends it", page.share_url or page.local_url)
+    log.info("the page is at %s; stop it with Ctrl-C", page.share_url or page.local_url)
     page.block_thread()
 
 
 def parse(argv: list[str]) -> Parsed:
-    here = "the page has no use for it"
+    here = "the page does not use it"
     uses = (
         *NETWORK, *LOADING, "TEST.DATA_DIR", "TEST.DATASET_LIST", "TEST.DEVICE", "TEST.OUT_DIR", "TEST.RESUME",
         "SupG.rerank_m", "SupG.rerank_k", "SupG.rerank_beta", "SupG.rerank_s2",
     )  # fmt: skip
     instead = {"TEST.RERANKER": f"the page shows SuperGlobal; {here}", "TEST.REPORT": here}
     line = CommandLine(__doc__, uses, "python -m tools.demo", instead)
-    line.add("--database", type=Path, metavar="FOLDER", help="images of your own, in folders or not [toy]")
+    line.add("--database", type=Path, metavar="FOLDER", help="your own images, also in subfolders [toy]")
     line.add_flag(
         "--weights", "TEST.WEIGHTS", metavar="PATH",
-        help="the checkpoint, or a folder in which exactly one fits the depth [./weights; toy has its own]",
+        help="the checkpoint, or a folder in which exactly one fits the depth [./weights; random for toy]",
     )  # fmt: skip
-    line.add("--host", default="127.0.0.1", metavar="ADDRESS", help="where it listens; 0.0.0.0: to all [127.0.0.1]")
-    line.add("--port", type=int, default=7860, metavar="N", help="its port [7860]")
-    line.add("--share", action="store_true", help="a public address through Gradio's servers, for anybody who has it")
+    line.add("--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on; 0.0.0.0 for all [127.0.0.1]")
+    line.add("--port", type=int, default=7860, metavar="N", help="port [7860]")
+    line.add(
+        "--share", action="store_true", help="create a public address on Gradio's servers, for everybody who knows it"
+    )
     return line.parse(argv)
 
 
@@ -132,11 +134,11 @@ def styles() -> str:
 
 
 def build(gr: Any, library: Any) -> Any:
-    """Returns the page, a gradio.Blocks. What a visitor found is in that visitor's own state.
+    """Returns the page, a gradio.Blocks. The results of a visitor are kept in the state of that visitor.
 
     Args:
         gr: the module gradio.
-        library: what is searched, a tools.demo_steps.Library.
+        library: the data to search, a tools.demo_steps.Library.
     """
     from modules.reranking import SuperGlobalReranker
     from report.page import environment
@@ -147,10 +149,10 @@ def build(gr: Any, library: Any) -> Any:
 
     def piece(name: str, *values: Any) -> str:
         text = str(getattr(pieces, name)(*values))
-        return f'<div class="sg">{text}</div>'.encode(errors="replace").decode()  # a file's name may be no text
+        return f'<div class="sg">{text}</div>'.encode(errors="replace").decode()  # a file name may not be valid text
 
     def told(*outputs: Any) -> Callable:
-        """What goes wrong is said in the message's place, and everything else stays as it is."""
+        """Shows errors in the place for messages, and leaves everything else as it is."""
 
         def wrap(act: Callable) -> Callable:
             @wraps(act)
@@ -160,8 +162,8 @@ def build(gr: Any, library: Any) -> Any:
                 except InputError as error:
                     text = piece("message", error.in_options({}))
                 except Exception:
-                    log.exception("the page could not do what was asked for")
-                    text = piece("message", "that went wrong; the terminal tells more")
+                    log.exception("an action on the page failed")
+                    text = piece("message", "this failed; see the terminal")
                 return [*(gr.skip() for _ in outputs), text]
 
             return safely
@@ -222,7 +224,7 @@ def build(gr: Any, library: Any) -> Any:
                     )  # fmt: skip
                 modules = gr.CheckboxGroup(
                     library.modules, value=list(library.chosen), label="Modules of the descriptor", elem_id="modules",
-                    info="Switching one describes the images anew where that was not done before.",
+                    info="A new combination extracts the images again.",
                 )  # fmt: skip
                 message = gr.HTML(elem_id="message", js_on_load=None, apply_default_css=False)
                 comparison = gr.HTML(js_on_load=_CHOICE, elem_id="results", apply_default_css=False)
@@ -274,7 +276,7 @@ def build(gr: Any, library: Any) -> Any:
         def filtered(found: Any, text: str):
             return [gr.skip() if found is None else strip(found.collection, text, found.asked.number)]
 
-        # Nobody but the page itself calls these. What is cheap shows no spinner; of many moves the last one counts.
+        # Only the page itself calls these. Fast actions show no spinner; of many slider moves, only the last is used.
         settings, shows = [name, modules, text], [*everything, message]
         own = {"api_visibility": "private"}
         quick = {**own, "show_progress": "hidden"}
@@ -296,15 +298,15 @@ def build(gr: Any, library: Any) -> Any:
 
 
 def numbers_of(text: str) -> list[float]:
-    """The numbers of a text such as "1, 2, 3, 4".
+    """Parses the numbers of a text such as "1, 2, 3, 4".
 
     Raises:
-        InputError: if it holds anything else.
+        InputError: if it contains anything else.
     """
     try:
         return [float(word) for word in text.replace(",", " ").split()]
     except ValueError:
-        raise InputError("a box is four numbers, x0, y0, x1, y1 in pixels") from None
+        raise InputError("a box consists of four numbers, x0, y0, x1, y1 in pixels") from None
 
 
 if __name__ == "__main__":

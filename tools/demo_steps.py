@@ -1,4 +1,4 @@
-"""The steps behind the page of tools.demo: describe, search, rerank, judge and explain one query. No page is needed."""
+"""The steps of the page of tools.demo, without the page: extract, search, rerank, evaluate and explain one query."""
 
 import logging
 import math
@@ -35,23 +35,23 @@ from tools.search import extract_folders, find_images
 log = logging.getLogger(__name__)
 
 MODULES = {"GeM+": "SupG.gemp", "Regional-GeM": "SupG.rgem", "Scale-GeM": "SupG.sgem", "ReLU+": "SupG.relup"}
-MOST_CANDIDATES = 1000  # of which M are reranked
-UPLOAD_SIDE = 1024  # longer sides of an upload are made smaller: as ROxford's images are, and for the memory
+MOST_CANDIDATES = 1000  # largest M
+UPLOAD_SIDE = 1024  # uploads are reduced to this longer side, that of ROxford's images, to limit the memory
 UPLOAD_PIXELS = 60_000_000
-_SMALLEST_BOX = 8  # pixels; a smaller one is a click
+_SMALLEST_BOX = 8  # pixels; a smaller box is treated as a click
 _THUMBNAIL_SIDE, _QUALITY = 160, 72
-_NETWORKS = 2  # kept in memory, each for its own modules
+_NETWORKS = 2  # number of networks kept in memory, each with its own modules
 
 
 @dataclass(frozen=True)
 class Collection:
-    """Described images, and the queries that are known of them.
+    """Images with their descriptors, and the known queries.
 
     Attributes:
-        dataset: the images; without ground truth where it is a folder.
-        queries: (Q, D), the descriptors of its queries.
-        database: N rows of D.
-        unreadable: names of images that were left out.
+        dataset: the images; a folder has no ground truth.
+        queries: (Q, D), the descriptors of the queries.
+        database: (N, D), the descriptors of the database.
+        unreadable: names of images that were skipped.
     """
 
     dataset: Dataset
@@ -61,11 +61,11 @@ class Collection:
 
     @property
     def most(self) -> int:
-        """The largest M."""
+        """The largest possible M."""
         return min(MOST_CANDIDATES, len(self.database))
 
     def named(self, text: str, count: int) -> tuple[list[int], int]:
-        """Returns the numbers of the first queries whose name has this text in it, and how many have."""
+        """Returns the numbers of the first queries whose name contains this text, and the number of all matches."""
         names = (self.dataset.query_name(number) for number in range(len(self.dataset.queries)))
         numbers = [number for number, name in enumerate(names) if text.lower() in name.lower()]
         return numbers[:count], len(numbers)
@@ -73,14 +73,14 @@ class Collection:
 
 @dataclass(frozen=True)
 class Asked:
-    """An image that is searched for, or the part of it in a box.
+    """A query: an image, or the part of it in a box.
 
     Attributes:
-        name: as the page shows it.
-        box: x0, y0, x1, y1 in its pixels; None for all of it.
-        image: its file, or None where it was uploaded.
+        name: the name shown on the page.
+        box: x0, y0, x1, y1 in its pixels; None for the whole image.
+        image: its file, or None for an upload.
         pixels: (H, W, 3) uint8 RGB of an upload.
-        number: of the collection's query that it is, or None.
+        number: its number among the queries of the collection, or None.
     """
 
     name: str
@@ -90,23 +90,22 @@ class Asked:
     number: int | None = None
 
     def whole(self) -> np.ndarray:
-        """(H, W, 3) uint8 RGB, without regard to the box. Raises ImageError where the file cannot be read."""
+        """Returns the whole image, (H, W, 3) uint8 RGB. Raises ImageError if the file cannot be read."""
         return self.pixels if self.pixels is not None else read_image(self.image.path)
 
     def in_box(self) -> np.ndarray:
         return self.whole() if self.box is None else crop(self.whole(), self.box, Path(self.name))
 
     def pixels_of(self, fractions: Sequence[float]) -> list[float]:
-        """Returns x0, y0, x1, y1 in pixels of these fractions of its sides."""
+        """Converts x0, y0, x1, y1 from fractions of the sides to pixels."""
         height, width = self.whole().shape[:2]
         return [part * side for part, side in zip(fractions, 2 * (width, height), strict=False)]
 
     def boxed(self, numbers: Sequence[float] | None) -> "Asked":
-        """Returns the same image with the box of these four pixel numbers, clipped to it; None, or a box of almost no
-        size, takes the box away.
+        """Returns the same image with this box in pixels, clipped to it; None or a very small box removes the box.
 
         Raises:
-            InputError: if they are no four finite numbers.
+            InputError: if they are not four finite numbers.
         """
         if numbers is None:
             return replace(self, box=None)
@@ -123,21 +122,21 @@ class Asked:
 
 @dataclass(frozen=True)
 class Found:
-    """What the search found for one query: all that one visitor's page depends on.
+    """The search results of one query, which the page of one visitor depends on.
 
     Attributes:
         asked: the query.
-        collection: what was searched.
+        collection: the searched collection.
         query: (1, D), its descriptor.
-        ranking: by cosine similarity, of as many results as the largest M.
-        described, searched: the seconds that this took.
+        ranking: the ranking by cosine similarity, with as many results as the largest M.
+        extracted, searched: the seconds of extraction and search.
     """
 
     asked: Asked
     collection: Collection
     query: Tensor
     ranking: Ranking
-    described: float
+    extracted: float
     searched: float
 
 
@@ -147,9 +146,9 @@ class Compared:
 
     Attributes:
         before, after: the first results.
-        places: before reranking, of the first results before and after it.
-        aps: average precision before and after, by the protocol's title; empty where there is no ground truth.
-        seconds: what reranking took.
+        places: the places before reranking, of the first results before and after it.
+        aps: average precision before and after, by the title of the protocol; empty without ground truth.
+        seconds: the seconds of reranking.
     """
 
     before: list[Hit]
@@ -160,10 +159,10 @@ class Compared:
 
 
 def read_upload(path: Path, name: str) -> Asked:
-    """Returns an uploaded image as a query, its sides limited to UPLOAD_SIDE.
+    """Reads an uploaded image as a query, with its longer side limited to UPLOAD_SIDE.
 
     Raises:
-        InputError: if it is no image that can be read, or too large; it is called by its name alone.
+        InputError: if it is not a readable image, or too large; the message has its name without the path.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
@@ -181,8 +180,8 @@ def read_upload(path: Path, name: str) -> Asked:
     return Asked(name, pixels=np.array(small))
 
 
-def find(collection: Collection, asked: Asked, query: Tensor, described: float = 0.0) -> Found:
-    """Returns what the search finds for a descriptor (1, D)."""
+def find(collection: Collection, asked: Asked, query: Tensor, extracted: float = 0.0) -> Found:
+    """Searches the collection with a descriptor (1, D)."""
     start = time.perf_counter()
     listed = (
         None
@@ -191,11 +190,11 @@ def find(collection: Collection, asked: Asked, query: Tensor, described: float =
     )
     found = search(query, collection.database, max(collection.most, SHOWN), listed)
     seconds = time.perf_counter() - start
-    return Found(asked, collection, query, Ranking(*found, seconds), described, seconds)
+    return Found(asked, collection, query, Ranking(*found, seconds), extracted, seconds)
 
 
 def compare(found: Found, reranker: SuperGlobalReranker) -> Compared:
-    """Returns the first results of the search and those of the reranker."""
+    """Reranks, and returns the first results before and after it."""
     dataset, searched = found.collection.dataset, found.ranking
     reranked = rerank(searched, reranker, found.query, found.collection.database)
     number = found.asked.number if dataset.ground_truth else None
@@ -216,35 +215,35 @@ def compare(found: Found, reranker: SuperGlobalReranker) -> Compared:
 
 
 def explained(found: Found, reranker: SuperGlobalReranker, place: int) -> Why:
-    """Returns why the result that the search had at this place (from 0) stands where it does.
+    """Explains the new place of the result that was at this place (from 0) in the search.
 
     Raises:
-        InputError: if the reranker does not look at it.
+        InputError: if the result is not reranked.
     """
     dataset, ids = found.collection.dataset, found.ranking.ids[0, : reranker.m]
     if not 0 <= place < len(ids):
-        raise InputError(f"the result at place {place + 1} keeps it: the first {len(ids)} are reranked")
+        raise InputError(f"the result at place {place + 1} keeps its place: only the first {len(ids)} are reranked")
     reason = explain(found.query[0], found.collection.database.rows(ids), place, reranker)
     number = found.asked.number if dataset.ground_truth else None
     return explained_hit(dataset, Explained(number, ids, reason, reranker.s2 == "original"))
 
 
 class Library:
-    """What all visitors share: the datasets, their descriptors by the modules that made them, and the networks.
+    """The data that all visitors share: datasets, descriptors by modules, and networks.
 
     Args:
         cfg: the options.
-        output: where descriptors are kept.
-        device: what describes.
-        folder: images of one's own, instead of the datasets that the options name.
+        output: where descriptors are saved.
+        device: the device for the extraction.
+        folder: a folder of images to use instead of the datasets of the options.
     """
 
     def __init__(self, cfg: CfgNode, output: Output, device: torch.device, folder: Path | None = None):
         self.cfg, self.output, self.device, self.folder = cfg, output, device, folder
         self._collections: dict[tuple, Collection] = {}
         self._networks: dict[tuple, Any] = {}
-        self._lock = threading.Lock()  # one description at a time
-        if folder is None:  # whatever is missing is told before there is a page
+        self._lock = threading.Lock()  # one extraction at a time
+        if folder is None:  # reports missing data before the page starts
             self.experiments: dict[str, Experiment] = {
                 name: prepare(cfg, name, output, device) for name in cfg.TEST.DATASET_LIST
             }
@@ -254,7 +253,7 @@ class Library:
             find_recipe(cfg)
         scales = cfg.TEST.SCALE_LIST
         several = scales != 1 and scales != [1.0]
-        # With one scale Scale-GeM has nothing to choose from.
+        # With one scale, Scale-GeM has no effect.
         self.modules = [title for title in MODULES if several or title != "Scale-GeM"]
         self.chosen = tuple(title for title in self.modules if self._is_on(title))
 
@@ -264,12 +263,12 @@ class Library:
     def _with(self, modules: Sequence[str]) -> CfgNode:
         return varied(self.cfg, {MODULES[title]: title in modules for title in self.modules})
 
-    def is_described(self, name: str, modules: Sequence[str]) -> bool:
-        """Whether its images were described with these modules in this process."""
+    def is_extracted(self, name: str, modules: Sequence[str]) -> bool:
+        """Returns whether this process has extracted its images with these modules."""
         return (name, frozenset(modules)) in self._collections
 
     def collection(self, name: str, modules: Sequence[str]) -> Collection:
-        """Returns the images with their descriptors, made where they are missing; others wait meanwhile.
+        """Returns the images with their descriptors, and extracts missing ones, while other visitors wait.
 
         Raises:
             InputError: if a setting does not fit, or no image can be read.
@@ -298,10 +297,10 @@ class Library:
         return Collection(dataset, own.descriptors, Database(own.descriptors), own.unreadable)
 
     def ask(self, collection: Collection, number: int) -> Asked:
-        """Returns one of the collection's queries, with its own box.
+        """Returns a query of the collection, with its own box.
 
         Raises:
-            InputError: if it has none of this number.
+            InputError: if there is no query with this number.
         """
         if not 0 <= number < len(collection.dataset.queries):
             raise InputError(f"there is no query {number}")
@@ -309,20 +308,20 @@ class Library:
         return Asked(collection.dataset.query_name(number), image.box, ImageFile(image.path), number=number)
 
     def find(self, name: str, modules: Sequence[str], asked: Asked) -> Found:
-        """Returns what the search finds for a query, described where its descriptor is not kept.
+        """Searches with a query, and extracts its descriptor if it is not saved.
 
         Raises:
-            InputError: if its image cannot be read, or not be described.
+            InputError: if its image cannot be read, or its descriptor cannot be extracted.
         """
         collection, start = self.collection(name, modules), time.perf_counter()
         own = None if asked.number is None else collection.dataset.queries[asked.number]
         if own is not None and own.box == asked.box:
             query = collection.queries[asked.number : asked.number + 1].clone()
         else:
-            query = self._describe(name, modules, asked)
+            query = self._extract(name, modules, asked)
         return find(collection, asked, query, time.perf_counter() - start)
 
-    def _describe(self, name: str, modules: Sequence[str], asked: Asked) -> Tensor:
+    def _extract(self, name: str, modules: Sequence[str], asked: Asked) -> Tensor:
         pixels = torch.from_numpy(np.ascontiguousarray(asked.in_box()))
         with self._lock:
             key = name, frozenset(modules)
@@ -336,7 +335,7 @@ class Library:
 
 @lru_cache(maxsize=20_000)
 def thumbnail_uri(image: ImageFile, scale: int = 1) -> str | None:
-    """Returns the image as a small JPEG, or None where it cannot be read; each is decoded once."""
+    """Returns the image as a small JPEG, or None if it cannot be read; each image is decoded once."""
     try:
         return jpeg_uri(read_thumbnail(image, scale * _THUMBNAIL_SIDE), scale * _THUMBNAIL_SIDE, _QUALITY)
     except ImageError:
@@ -344,5 +343,5 @@ def thumbnail_uri(image: ImageFile, scale: int = 1) -> str | None:
 
 
 def preview_uri(asked: Asked, side: int = 480) -> str:
-    """Returns the whole query image as a JPEG. Raises ImageError where it cannot be read."""
+    """Returns the whole query image as a JPEG. Raises ImageError if it cannot be read."""
     return jpeg_uri(Image.fromarray(asked.whole()), side, 80)

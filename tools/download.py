@@ -1,10 +1,10 @@
-"""Fetch images, ground truth, example descriptors and weights into the folders where they are looked for.
+"""Download images, ground truth, example descriptors and weights into the folders where the commands look for them.
 
 python -m tools.download roxford5k rparis6k weights
 python -m tools.download revisitop1m features
 
-Start it again after whatever happened: existing files are only verified, interrupted downloads are
-resumed, and an archive is deleted once its images are in place.
+The same command can be started again at any time: existing files are only verified, interrupted downloads
+are resumed, and an archive is deleted once its images are unpacked.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from tools.transfer import Fetcher, Source
 
 @dataclass(frozen=True)
 class Images:
-    """A set of images: the file that lists them, the archives that hold them, and whether their folders go."""
+    """A set of images: the file that lists them, their archives, and whether these are unpacked without folders."""
 
     listing: Source
     archives: tuple[Source, ...]
@@ -64,9 +64,9 @@ FEATURES = tuple(
 )
 WEIGHTS = {
     50: Source((PTAK,), f"{NETWORKS}/{PUBLISHED[50]}"),
-    101: Source((), f"{NETWORKS}/{PUBLISHED[101]}"),  # on no host that we know of; a --mirror may have it
+    101: Source((), f"{NETWORKS}/{PUBLISHED[101]}"),  # no known host has it, but a --mirror may
 }
-DRIVE = "https://github.com/sungonce/CVNet"  # its README links the web drive that holds both
+DRIVE = "https://github.com/sungonce/CVNet"  # its README links to a web drive with both
 ITEMS = (*IMAGES, "gldv2", "features", "weights")
 
 HELP = f"""items:
@@ -74,16 +74,16 @@ HELP = f"""items:
   rparis6k     ground truth and images of RParis6k: DATA_DIR/rparis6k/
   revisitop1m  list and 100 archives of the million distractors: DATA_DIR/revisitop1m/
   gldv2        Google Landmarks v2: lists, solution, 100 archives of index images (about 85 GB) and 20 of test images
-               (10 GB), of which the 1,129 queries are kept: DATA_DIR/gldv2/
+               (10 GB), of which only the 1,129 queries are kept: DATA_DIR/gldv2/
   features     revisitop's example descriptors, for TEST.FEATURES: DATA_DIR/*.mat
-  weights      WEIGHTS_DIR/{PUBLISHED[50]}; for {PUBLISHED[101]}, the way to it
+  weights      WEIGHTS_DIR/{PUBLISHED[50]}; for {PUBLISHED[101]}, instructions
 
---mirror URL: each file is looked for under URL first, at the path that it has on its own host, and there
-only then. {CMP}/{FEATURES[0].path}
-is looked for as URL/{FEATURES[0].path}
+--mirror URL: each file is requested from URL first, with the same path as on its own host, which is the fallback:
+{CMP}/{FEATURES[0].path}
+is requested as URL/{FEATURES[0].path}
 
-A file or archive that you got in another way is used, too: put it into the item's folder.
-Exit code: 0 where everything is there; 2 where something is missing still, and a line says what to do."""
+Files and archives from other sources are used, too, if they are in the folder of the item.
+Exit codes: 0 if everything is complete; 2 if something is missing, with a line that says what to do."""
 
 
 def main(argv: list[str]) -> None:
@@ -99,7 +99,7 @@ def main(argv: list[str]) -> None:
                 missing[item] = get_gldv2(fetcher, folder / "gldv2", args.all_test_images)
             else:
                 missing[item] = {"features": get_features, "weights": get_weights}[item](fetcher, folder)
-        except OSError as error:  # the disk's: the network's are InputErrors by now
+        except OSError as error:  # of the disk; those of the network are InputErrors
             missing[item] = [f"{error.filename or folder}: {error.strerror}"]
         if not missing[item]:
             print(f"{item} is complete")
@@ -107,9 +107,11 @@ def main(argv: list[str]) -> None:
         for problem in problems:
             print(f"{item}: {problem}", file=sys.stderr)
     if incomplete := [item for item, problems in missing.items() if problems]:
-        raise InputError(f"not complete: {', '.join(incomplete)}; see above, and start the same command again to go on")
+        raise InputError(
+            f"not complete: {', '.join(incomplete)}; see above, and start the same command again to resume"
+        )
     if not fetcher.fetched:
-        print("everything was there already, nothing was downloaded")
+        print("everything is complete already, nothing was downloaded")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -127,23 +129,23 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--all-test-images", action="store_true", help="of gldv2, keep all 117,577 test images, not only the queries"
     )
-    parser.add_argument("--mirror", type=_http_address, metavar="URL", help="where to look first; see below")
+    parser.add_argument("--mirror", type=_http_address, metavar="URL", help="a mirror to try first; see below")
     return parser.parse_args(argv)
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        raise InputError(f"{message}; --help tells more")
+        raise InputError(f"{message}; see --help")
 
 
 def _http_address(text: str) -> str:
     if not re.match(r"https?://[^/]", text) or not urlsplit(text).hostname:
-        raise argparse.ArgumentTypeError(f"{text!r} is no http:// or https:// address")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an http:// or https:// address")
     return text.rstrip("/")
 
 
 def get_images(fetcher: Fetcher, name: str, data_dir: Path) -> list[str]:
-    """The list, the archives that are not unpacked yet, and a look at every listed image. Returns what is missing."""
+    """Downloads the list and the archives that are not unpacked yet, and checks all images. Returns what is missing."""
     wanted, folder = IMAGES[name], dataset_folder(data_dir, name) or data_dir / name
     has_ground_truth = wanted.listing.name.endswith(".pkl")
     problems = []
@@ -160,7 +162,7 @@ def get_images(fetcher: Fetcher, name: str, data_dir: Path) -> list[str]:
 
     marker = folder / "unpacked.txt"
     begun = marker.exists() and bool(marker.read_text().split())
-    if not begun and not problems and not bad_images():  # they came in another way
+    if not begun and not problems and not bad_images():  # they came from another source
         return []
     problems += unpack_all(
         fetcher, wanted.archives, folder, folder / "jpg",
@@ -175,7 +177,7 @@ def get_images(fetcher: Fetcher, name: str, data_dir: Path) -> list[str]:
 
 
 def get_features(fetcher: Fetcher, data_dir: Path) -> list[str]:
-    """revisitop's example descriptors. Returns what is missing."""
+    """Downloads revisitop's example descriptors. Returns what is missing."""
     problems = []
     for source in FEATURES:
         try:
@@ -186,11 +188,11 @@ def get_features(fetcher: Fetcher, data_dir: Path) -> list[str]:
 
 
 def get_weights(fetcher: Fetcher, folder: Path) -> list[str]:
-    """A checkpoint per depth; the way to those that no address gives. Returns what is missing."""
+    """Downloads the checkpoints. Returns what is missing, with instructions if there is no address."""
     problems = []
     for depth, source in WEIGHTS.items():
         try:
-            find_checkpoint(folder, depth)  # under whatever name
+            find_checkpoint(folder, depth)  # under any name
             continue
         except InputError:
             pass
@@ -205,21 +207,21 @@ def get_weights(fetcher: Fetcher, folder: Path) -> list[str]:
 
 
 def check_list(path: Path) -> None:
-    """Raises InputError where the file is no list of image names, or ends within one."""
+    """Raises InputError if the file is not a list of image names, or ends within one."""
     names = [line.strip() for line in path.read_bytes().splitlines() if line.strip()]
     wrong = [name for name in names if not re.search(rb"\.(jpe?g|png)$", name, re.IGNORECASE)]
     if wrong or not names:
-        raise InputError(f"{path} is no list of images: {f'it has {wrong[0][:40]!r}' if wrong else 'it is empty'}")
+        raise InputError(f"{path} is not a list of images: {f'it has {wrong[0][:40]!r}' if wrong else 'it is empty'}")
 
 
 def check_mat(path: Path) -> None:
-    """Raises InputError if the file is no MATLAB file with the descriptors Q and X."""
+    """Raises InputError if the file is not a MATLAB file with the descriptors Q and X."""
     if not {"Q", "X"} <= load_mat(path).keys():
         raise InputError(f"{path} has no Q and X (query and database descriptors)")
 
 
 def check_checkpoint(depth: int, path: Path) -> None:
-    """Raises InputError where the file is no checkpoint of this depth."""
+    """Raises InputError if the file is not a checkpoint of this depth."""
     with torch.device("meta"):
         encoder = ResNet(depth)
     load_encoder(encoder, path)

@@ -1,10 +1,10 @@
-"""Evaluate predictions of anybody's: a CSV file in the form of the Google Landmarks challenge, no images needed.
+"""Evaluate predictions from any source: a CSV file in the format of the Google Landmarks challenge; needs no images.
 
 python -m tools.evaluate --predictions FILE gldv2 TEST.DATA_DIR DIR
 
 FILE has the header id,images and a line per query: its id, and the ids of index images, best first, separated by
-spaces. A query without a line counts 0; an image that repeats an earlier one, or is not in the index,
-scores nothing and keeps its rank; queries that the solution ignores are passed over.
+spaces. A query without a line counts 0. An image that repeats an earlier one, or is not in the index, keeps its rank
+but never scores. Queries that the solution ignores are skipped.
 """
 
 import sys
@@ -21,7 +21,7 @@ from revisitop.measures import CHALLENGE
 
 def main(argv: list[str]) -> None:
     line = CommandLine(__doc__, ("TEST.DATA_DIR",), "python -m tools.evaluate")
-    line.add("name", metavar="NAME", help="of the dataset, in GLDv2's layout")
+    line.add("name", metavar="NAME", help="name of the dataset, in GLDv2's layout")
     line.add("--predictions", type=Path, required=True, metavar="FILE", help="the predictions, id,images")
     args, cfg, _ = line.parse(argv)
     dataset = find_dataset(cfg, args.name)
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     if empty:
         print(f"{empty} of {len(predictions)} queries have no predictions and count 0")
     if unknown:
-        print(f"{unknown} predictions repeat an earlier one or are not in the index; they score nothing")
+        print(f"{unknown} predictions repeat an earlier one or are not in the index; they never score")
 
 
 if __name__ == "__main__":

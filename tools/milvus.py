@@ -1,9 +1,9 @@
-"""A folder's descriptors in Milvus: a file of Milvus Lite inside this process, or a server, by the same calls.
+"""Keep the descriptors of a folder in Milvus: a file of Milvus Lite in this process, or a server, with the same calls.
 
-A collection for each folder and recipe holds an entity per image. Its key follows from the image's name and `content`
-from its descriptor, so that a folder that has changed is updated in place, an interrupted update is resumed by the next
-one, and nothing stands twice. A collection that is made here has a flat index, whose search is exact; give it another
-one with Milvus's own tools, and it is used.
+Each folder and recipe has a collection with one entity per image. The key of an entity is computed from the name of
+the image, and its field `content` from the descriptor, so that a changed folder is updated in place, an interrupted
+update is resumed by the next one, and there are no duplicates. A new collection has a flat index, whose search is
+exact; another index, created with Milvus's own tools, is used if there is one.
 """
 
 import hashlib
@@ -26,21 +26,21 @@ from revisitop.index import IndexedDatabase, by_cosine
 log = logging.getLogger(__name__)
 
 _FIELDS = {"key", "name", "content", "vector"}
-_ASKED = 16000  # entities that are asked for at once; Milvus takes 16384, and Milvus Lite reads all for each request
-_SENT_BYTES = 4 << 20  # of vectors that are sent at once
-_GOT_BYTES = 32 << 20  # of vectors that come at once
-_KEPT_BYTES = 1 << 30  # of vectors of a search's candidates that are kept for what follows
+_ASKED = 16000  # entities per request; Milvus allows 16384, and Milvus Lite reads all of them for each request
+_SENT_BYTES = 4 << 20  # of vectors per upload
+_GOT_BYTES = 32 << 20  # of vectors per download
+_KEPT_BYTES = 1 << 30  # of vectors of candidates that are kept after a search
 _NAME_BYTES = 16384
-_TIMEOUT = 20.0  # seconds until a server counts as not there
+_TIMEOUT = 20.0  # seconds until a server counts as unreachable
 
 
 @dataclass(frozen=True)
 class Milvus:
-    """An open connection.
+    """An open connection to Milvus.
 
     Attributes:
-        uri: a file NAME.db, or a server's address.
-        client: pymilvus's.
+        uri: a file NAME.db, or the address of a server.
+        client: the client of pymilvus.
     """
 
     uri: str
@@ -48,25 +48,25 @@ class Milvus:
 
     @classmethod
     def connect(cls, uri: str) -> "Milvus":
-        """Opens the file or the server; a server's token is MILVUS_TOKEN of the environment.
+        """Connects to the file or the server; the token for a server is the environment variable MILVUS_TOKEN.
 
         Raises:
-            InputError: if pymilvus is not installed, or nothing answers.
+            InputError: if pymilvus is not installed, or the server does not answer.
         """
         try:
             import pymilvus
         except ImportError:
             raise InputError("Milvus needs its client: pip install pymilvus milvus-lite") from None
-        logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # what it tells is raised, too
+        logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # its messages are also raised
         with _milvus_errors(uri):
             token = os.environ.get("MILVUS_TOKEN", "")
             return cls(uri, pymilvus.MilvusClient(uri, token=token, timeout=_TIMEOUT))
 
     def collection(self, name: str, dim: int) -> None:
-        """Makes the collection if it is not there, and readies it for search.
+        """Creates the collection if it is missing, and prepares it for search.
 
         Raises:
-            InputError: if it is, and holds something else.
+            InputError: if it exists with other contents.
         """
         from pymilvus import DataType
 
@@ -76,7 +76,7 @@ class Milvus:
                 width = fields.get("vector", {}).get("params", {}).get("dim")
                 if fields.keys() != _FIELDS or int(width or 0) != dim:
                     raise InputError(
-                        f"the collection {name} in {self.uri} is of another database "
+                        f"the collection {name} in {self.uri} belongs to another database "
                         f"({', '.join(fields)}; {width} dimensions, not {dim}): drop it, or give another address"
                     )
                 self.client.load_collection(name)
@@ -91,14 +91,14 @@ class Milvus:
             self.client.create_collection(name, schema=schema, index_params=index, consistency_level="Strong")
 
     def update(self, collection: str, names: Sequence[str], rows: Tensor) -> "MilvusDatabase":
-        """Returns the collection after it was made to hold these images and no others.
+        """Updates the collection so that it contains exactly these images, and returns it as a database.
 
         Args:
-            names: of the images, N of them, each once.
+            names: the names of the N images, each once.
             rows: (N, D), their descriptors, float32.
 
         Raises:
-            InputError: if the collection is of another database, or the server fails; the next update resumes.
+            InputError: if the collection belongs to another database, or the server fails; the next update resumes.
         """
         self.collection(collection, rows.shape[1])
         keys = [_digest(os.fsencode(name)) for name in names]
@@ -119,13 +119,13 @@ class Milvus:
                     ],
                 )
         log.info(
-            "%s, collection %s: %d images new or changed, %d gone, %d as before",
+            "%s, collection %s: %d images new or changed, %d removed, %d unchanged",
             self.uri, collection, len(fresh), len(gone), len(keys) - len(fresh),
         )  # fmt: skip
         return MilvusDatabase(self, collection, rows, keys)
 
     def _contents(self, collection: str) -> dict[str, str]:
-        """What the collection holds: content by key."""
+        """Returns the contents of the collection by key."""
         found, pages = {}, self.client.query_iterator(collection, _ASKED, output_fields=["key", "content"])
         while page := pages.next():
             found |= {entity["key"]: entity["content"] for entity in page}
@@ -134,13 +134,13 @@ class Milvus:
 
 
 class MilvusDatabase(IndexedDatabase):
-    """A collection as a database: candidates and rows come from Milvus, numbered as the images are.
+    """A collection as a database: candidates and rows come from Milvus, numbered like the images.
 
     Args:
         milvus: the connection.
-        collection: its name.
-        rows: (N, D), of the images in their order.
-        keys: theirs.
+        collection: the name of the collection.
+        rows: (N, D), the descriptors of the images in their order.
+        keys: the keys of the images.
     """
 
     def __init__(self, milvus: Milvus, collection: str, rows: Tensor, keys: Sequence[str]):
@@ -150,7 +150,7 @@ class MilvusDatabase(IndexedDatabase):
         self._recent: dict[int, Tensor] = {}
 
     def find(self, queries: Tensor, m: int) -> tuple[Tensor, Tensor]:
-        """Returns Milvus's candidates in the order of their exact cosine, see IndexedDatabase."""
+        """Returns the candidates of Milvus, sorted by their exact cosine, see IndexedDatabase."""
         ids = torch.full((len(queries), m), -1, dtype=torch.int64)
         self._recent = {}
         block = max(1, _GOT_BYTES // (4 * self.dim * m))
@@ -165,7 +165,7 @@ class MilvusDatabase(IndexedDatabase):
         return by_cosine(queries, ids, self)
 
     def rows(self, ids: Any) -> Any:
-        """The rows with these numbers, from Milvus, see Database.rows."""
+        """Returns the rows with these numbers from Milvus, see Database.rows."""
         if not isinstance(ids, Tensor):
             return self.rows(as_tensor(ids, "ids")).numpy()
         unique, inverse = ids.flatten().cpu().unique(return_inverse=True)
@@ -180,13 +180,13 @@ class MilvusDatabase(IndexedDatabase):
         return rows[inverse].view(*ids.shape, self.dim)
 
     def _keep(self, entities: Sequence[Mapping[str, Any]]) -> None:
-        """Keeps the vectors of candidates, which a reranker will ask for, as far as there is room."""
+        """Keeps the vectors of candidates, which a reranker will need, while there is room."""
         for entity in entities:
             if len(self._recent) * 4 * self.dim < _KEPT_BYTES:
                 self._recent[self.numbers[entity["key"]]] = torch.as_tensor(entity["vector"], dtype=torch.float32)
 
     def _got(self, numbers: list[int]) -> dict[int, Tensor]:
-        """The rows with these numbers, from Milvus."""
+        """Requests the rows with these numbers from Milvus."""
         if not numbers:
             return {}
         keys = [self.keys[number] for number in numbers]
@@ -194,18 +194,18 @@ class MilvusDatabase(IndexedDatabase):
             got = self.milvus.client.get(self.collection, ids=keys, output_fields=["key", "vector"])
         rows = {self.numbers[each["key"]]: torch.as_tensor(each["vector"], dtype=torch.float32) for each in got}
         if len(rows) < len(numbers):
-            raise InputError(f"{self.milvus.uri} has lost images of {self.collection}; start again to put them back")
+            raise InputError(f"{self.milvus.uri} has lost images of {self.collection}; start again to restore them")
         return rows
 
 
 def collection_name(name: str) -> str:
-    """A name as Milvus takes it, of letters, digits and underscores."""
+    """Returns the name in the form that Milvus allows: letters, digits and underscores."""
     return f"superglobal_{re.sub(r'[^A-Za-z0-9_]', '_', name)}"
 
 
 @contextmanager
 def _milvus_errors(uri: str) -> Iterator[None]:
-    """Milvus's exceptions inside become an InputError in one line."""
+    """A context that converts exceptions of Milvus to an InputError with one line."""
     from pymilvus.exceptions import MilvusException
 
     try:
@@ -220,5 +220,5 @@ def _digest(content: bytes) -> str:
 
 
 def _text(name: str) -> str:
-    """The name as UTF-8 can hold it."""
+    """Returns the name as valid UTF-8."""
     return os.fsencode(name).decode(errors="replace").encode()[: _NAME_BYTES - 4].decode(errors="ignore")

@@ -1,4 +1,4 @@
-"""Search a folder of images of your own: descriptors, search and reranking, without any ground truth.
+"""Search a folder of your own images: descriptors, search and reranking, without ground truth.
 
 python -m tools.search --database holiday/ --queries tower.jpg --weights ./weights
 python -m tools.search --database holiday/ --queries details/ --weights ./weights --top 20 --json > found.json
@@ -6,8 +6,8 @@ python -m tools.search --database holiday/ --queries tower.jpg --index milvus:ho
 python -m tools.search --database holiday/ --queries tower.jpg --index milvus:http://localhost:19530
 torchrun --nproc-per-node=8 -m tools.search --database holiday/ --queries details/
 
-The folder is extracted once; the next search extracts what is new or has changed. With --index, the folder is kept in a
-vector database, too, which is updated in place; candidates and their descriptors come from there.
+The folder is extracted once; the next search extracts only new and changed images. With --index, the folder is also
+kept in a vector database, which is updated in place and provides the candidates and their descriptors.
 """
 
 import argparse
@@ -57,13 +57,13 @@ _NAMED_AT_MOST = 50
 
 @dataclass(frozen=True)
 class Folder:
-    """Images of one's own, those that can be read, with their descriptors.
+    """The readable images of a folder, with their descriptors.
 
     Attributes:
-        root: what their names count from.
-        images: N of them.
-        descriptors: (N, D), unit rows.
-        unreadable: the others, by name.
+        root: the folder to which their names are relative.
+        images: the N readable images.
+        descriptors: (N, D), unit descriptors.
+        unreadable: the names of the other images.
     """
 
     root: Path
@@ -101,7 +101,7 @@ def main(argv: list[str]) -> None:
         names = [database.name(number) for number in range(len(database.images))]
         with owned(cache):
             rows = milvus.update(collection_name(cache.name), names, database.descriptors)
-    elif args.index:  # one process keeps the vector database, and asks it
+    elif args.index:  # only one process updates and searches the vector database
         processes.end()
         return
     else:
@@ -118,7 +118,7 @@ def main(argv: list[str]) -> None:
 
     title, final = list(rankings.items())[-1]
     reranked = final is not searched.ranking
-    scores = f"of the {title}, which depend on the other results" if reranked else "cosine similarity"
+    scores = f"those of the {title}, which depend on the other results" if reranked else "cosine similarity"
     if args.json:
         print(json.dumps({"scores": scores, **as_dict(queries, database, final, args.top)}, indent=1))
     else:
@@ -135,12 +135,12 @@ def main(argv: list[str]) -> None:
 
 
 def parse(argv: list[str]) -> Parsed:
-    truth = "it is for test.py, which has ground truth"
-    instead = {"TEST.FEATURES": truth, "SupG.onemeval": truth, "TEST.DISTRACTORS": truth, "TEST.REPORT": "say --report"}
-    instead |= {"TEST.DATA_DIR": "say --database", "TEST.DATASET_LIST": "say --database"}
+    truth = "it needs ground truth, as in test.py"
+    instead = {"TEST.FEATURES": truth, "SupG.onemeval": truth, "TEST.DISTRACTORS": truth, "TEST.REPORT": "use --report"}
+    instead |= {"TEST.DATA_DIR": "use --database", "TEST.DATASET_LIST": "use --database"}
     uses = (*NETWORK, *LOADING, *INDEX, *RERANKING, "TEST.DEVICE", "TEST.OUT_DIR", "TEST.RESUME")
     line = CommandLine(__doc__, uses, "python -m tools.search", instead)
-    line.add("--database", type=Path, required=True, metavar="FOLDER", help="images, in folders or not")
+    line.add("--database", type=Path, required=True, metavar="FOLDER", help="images, also in subfolders")
     line.add("--queries", type=Path, required=True, metavar="FOLDER|FILE", help="an image, or several")
     line.add_flag(
         "--weights", "TEST.WEIGHTS", metavar="PATH",
@@ -148,18 +148,18 @@ def parse(argv: list[str]) -> Parsed:
     )  # fmt: skip
     line.add_flag("--depth", "MODEL.DEPTH", type=int, choices=(50, 101), help="layers of the ResNet encoder [50]")
     line.add_flag(
-        "--max-pixels", "DATA_LOADER.MAX_PIXELS", type=int, metavar="N", help="leave out images of more [178956970]"
+        "--max-pixels", "DATA_LOADER.MAX_PIXELS", type=int, metavar="N", help="skip images with more pixels [178956970]"
     )
-    line.add("--index", type=milvus_uri, metavar="milvus:URI", help="keep the folder in Milvus, a file or a server")
+    line.add("--index", type=milvus_uri, metavar="milvus:URI", help="keep the folder in Milvus, in a file or a server")
     line.add("--top", type=top, default=10, metavar="K", help=f"results per query, 1 to {SAVED_RANKS} [10]")
-    line.add("--json", action="store_true", help="print JSON, and everything else on stderr")
-    line.add("--report", action="store_true", help="write a page of the first 10 for each query")
+    line.add("--json", action="store_true", help="print JSON on stdout, and everything else on stderr")
+    line.add("--report", action="store_true", help="write a page with the first 10 results of each query")
     parsed = line.parse(argv)
     if "cvnet" in parsed.cfg.TEST.RERANKER:
-        raise InputError(f"TEST.RERANKER cvnet takes minutes for each query; {truth}")
+        raise InputError(f"TEST.RERANKER cvnet takes minutes per query; {truth}")
     if parsed.args.index and (parsed.cfg.TEST.INDEX or "dba" in parsed.cfg.TEST.RERANKER):
         taken = "TEST.INDEX" if parsed.cfg.TEST.INDEX else "TEST.RERANKER dba"
-        raise InputError(f"--index and {taken} do not go together: leave one of them out")
+        raise InputError(f"--index and {taken} cannot be combined: leave one of them out")
     return parsed
 
 
@@ -181,7 +181,7 @@ def folder_of(path: Path) -> Path:
 
 
 def find_images(path: Path) -> list[ImageFile]:
-    """Returns the file, or the image files of a folder and its subfolders by name; what is left out is logged.
+    """Returns the file, or the image files of a folder and its subfolders, by name; skipped files are logged.
 
     Raises:
         InputError: if there is none.
@@ -208,24 +208,24 @@ def find_images(path: Path) -> list[ImageFile]:
             elif entry.is_dir() and not entry.is_symlink():
                 yield from walk(entry)
             elif suffix not in suffixes:
-                leave_out("of a format that is not read here" if suffix in known else "no images", entry)
+                leave_out("unsupported image formats" if suffix in known else "not images", entry)
             elif entry.is_file():
                 yield entry
             else:
-                leave_out("broken links, folders behind links, or no files", entry)
+                leave_out("broken links, linked folders, or not files", entry)
 
     images = [ImageFile(file) for file in walk(path)]
     for reason, names in left_out.items():
-        named = "" if reason in ("hidden", "no images") else f": {short_list(names, _NAMED_AT_MOST)}"
+        named = "" if reason in ("hidden", "not images") else f": {short_list(names, _NAMED_AT_MOST)}"
         hint = "; pip install pillow-heif for .heic" if any(name.lower().endswith(".heic") for name in names) else ""
-        log.info("%s: %d left out, %s%s%s", path, len(names), reason, named, hint)
+        log.info("%s: %d skipped, %s%s%s", path, len(names), reason, named, hint)
     if not images:
-        raise InputError(f"{path} holds no image; files with endings such as .jpg, .png, .webp or .tif count")
+        raise InputError(f"{path} contains no image; files with suffixes such as .jpg, .png, .webp or .tif are read")
     return images
 
 
 def _other_image_suffixes() -> set[str]:
-    """Endings of images that cannot be read here."""
+    """Returns suffixes of images that cannot be read."""
     cameras = {".heic", ".heif", ".avif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2"}
     return ({*Image.registered_extensions()} | cameras) - image_suffixes()
 
@@ -237,10 +237,10 @@ def extract_folders(
     cfg: CfgNode,
     processes: Processes | None = None,
 ) -> list[Folder]:
-    """Returns the images that can be read, with their descriptors; the others are named, and left out.
+    """Returns the readable images of each set, with their descriptors; the others are logged and skipped.
 
     Args:
-        processes: of a `torchrun`, which share the work; by default this one alone.
+        processes: the processes of a `torchrun`, which share the extraction; by default only this one.
 
     Raises:
         InputError: if none can be read.
@@ -248,7 +248,7 @@ def extract_folders(
     folders = []
     extracted = extract_together(sets, recipe, cfg, device, processes, on_error="skip")
     for each, descriptors in zip(sets, extracted, strict=True):
-        readable = descriptors.any(dim=1)  # one that cannot be read is a row of zeros
+        readable = descriptors.any(dim=1)  # an unreadable image has a row of zeros
         images = [image for image, good in zip(each.images, readable.tolist(), strict=True) if good]
         bad = [
             _name(image, each.folder) for image, good in zip(each.images, readable.tolist(), strict=True) if not good
@@ -258,7 +258,7 @@ def extract_folders(
             raise InputError(f"{each.title}: {problem}{' and more' if len(bad) > 1 else ''}")
         if bad:
             log.warning(
-                "%s: %d of %d cannot be read and are left out: %s",
+                "%s: %d of %d cannot be read and are skipped: %s",
                 each.title, len(bad), len(descriptors), short_list(bad, _NAMED_AT_MOST),
             )  # fmt: skip
         folders.append(Folder(each.folder, images, descriptors[readable] if bad else descriptors, bad))
@@ -266,7 +266,7 @@ def extract_folders(
 
 
 class Result(NamedTuple):
-    """A result of a query: its score, and beside a reranking's own score the cosine similarity."""
+    """A result of a query: its score and its cosine similarity, which differ after reranking."""
 
     rank: int
     file: str
@@ -310,7 +310,7 @@ def as_dict(queries: Folder, database: Folder, final: Ranking, count: int) -> di
 
 
 def section(queries: Folder, database: Folder, rankings: dict[str, Ranking]) -> Section:
-    """The queries in their own order, with what each found."""
+    """Returns the section of the report: the queries in their order, with their results."""
 
     def hits(ranking: Ranking, query: int) -> list[Hit]:
         pairs = zip(ranking.ids[query, :SHOWN].tolist(), ranking.scores[query].tolist(), strict=False)

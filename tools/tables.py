@@ -1,4 +1,4 @@
-"""The paper's tables on this machine, as Markdown beside the published figures.
+"""Reproduce the paper's tables on this machine, as Markdown, beside the published numbers.
 
 python -m tools.tables main
 python -m tools.tables ablation MODEL.DEPTH 50
@@ -6,13 +6,13 @@ python -m tools.tables rerank TEST.DATASET_LIST "['roxford5k']" SupG.onemeval
 python -m tools.tables rerankers TEST.DATASET_LIST "['roxford5k']"
 
 main       ResNet-50 and ResNet-101, or the network of MODEL.NAME, with and without reranking and +1M distractors;
-           with TEST.RERANKER cvnet, reranking by local features, too (hours to days, without +1M)
-ablation   each of the four modules switched off, all of them, and reranking by both readings of S2
-rerank     reranking with other M, K and beta, one of them at a time
-rerankers  SuperGlobal's reranking beside its rivals, or what TEST.RERANKER names: metrics, time, memory, bytes kept
+           with TEST.RERANKER cvnet also reranking by local features (hours to days, without +1M)
+ablation   each of the four modules switched off, all four off, and reranking with both forms of S2
+rerank     reranking with other values of M, K and beta, one at a time
+rerankers  SuperGlobal's reranking and the alternatives, or those of TEST.RERANKER: metrics, time, memory, bytes
 
-Rows come as they are done, and stand in TEST.OUT_DIR/runs/latest, too. Images are extracted once per
-network and setting, for test.py, too; an interrupted table resumes. What is missing is said in its row.
+Rows are printed as they are finished, and saved in TEST.OUT_DIR/runs/latest. Images are extracted once per network and
+setting, shared with test.py; an interrupted table is resumed. A row says what it is missing.
 """
 
 import json
@@ -62,8 +62,8 @@ log = logging.getLogger(__name__)
 
 MODULES = {"gemp": "GeM+", "rgem": "Regional-GeM", "sgem": "Scale-GeM", "relup": "ReLU+"}
 COSTS = ("ms per query", "peak memory, MB", "bytes per image")
-PUBLISHED = ("M", "H")  # the protocols of which the paper has figures
-GLOBAL = tuple(name for name in RERANKER_NAMES if name != "cvnet")  # what rerankers compares by default
+PUBLISHED = ("M", "H")  # the protocols for which the paper has results
+GLOBAL = tuple(name for name in RERANKER_NAMES if name != "cvnet")  # the default rerankers of the table rerankers
 SWEEP = {
     "m": (50, 100, 200, 400, 800, 1600),
     "k": (1, 3, 5, 9, 15, 25),
@@ -74,7 +74,7 @@ SWEEP = {
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table: metrics by protocol, the published figures in percent, and what is missing."""
+    """A row of a table: metrics by protocol, the published numbers in percent, and a note about what is missing."""
 
     network: str
     dataset: str
@@ -100,14 +100,14 @@ class Row:
 
 
 class Variant(NamedTuple):
-    """A row of reranking.
+    """A row with reranking.
 
     Attributes:
-        title: of its stage.
-        words: what sets it apart from the others of the table.
-        stage: what reranks.
+        title: the title of its stage.
+        words: what distinguishes it from the other rows of the table.
+        stage: the stage that reranks.
         method: M, K, beta and S2 of SuperGlobal's reranking; None for another reranker.
-        bytes_kept: per image, beside its descriptor.
+        bytes_kept: bytes per image beside its descriptor.
     """
 
     title: str
@@ -118,12 +118,12 @@ class Variant(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Rows that share a network and its descriptors.
+    """Rows with the same network and descriptors.
 
     Attributes:
         cfg: the options of these rows.
-        words: what sets the network apart from the others of the table.
-        variants: the rows of reranking, of an experiment.
+        words: what distinguishes the network from the others of the table.
+        variants: returns the rows with reranking for an experiment.
     """
 
     cfg: CfgNode
@@ -148,7 +148,7 @@ def main(argv: list[str]) -> None:
         lines.append(line)
         print(line, flush=True)
 
-    for protocols, names in by_protocols(cfg).items():  # a table for each kind of dataset
+    for protocols, names in by_protocols(cfg).items():  # a table per kind of dataset
         say("\n".join([""] * bool(lines) + heading(protocols, table.costs)))
         for part in table.parts(cfg, args.depth or list(STAGE_DEPTHS)):
             for row in chain.from_iterable(rows(part, name, protocols, output, device, processes) for name in names):
@@ -167,18 +167,18 @@ def main(argv: list[str]) -> None:
     if "toy" in cfg.TEST.DATASET_LIST:
         log.info("%s", toy.DISCLAIMER)
     if missing:
-        log.info("rows that lack data, weights or distractors: %d; their notes say what to do", missing)
+        log.info("rows without data, weights or distractors: %d; see their notes", missing)
 
 
 def parse(argv: list[str]) -> Parsed:
     line = CommandLine(__doc__, prog="python -m tools.tables")
-    line.refuse({"TEST.FEATURES": "the tables extract the images themselves", "TEST.REPORT": "it is for test.py"})
-    line.add("task", choices=TABLES, help="see above")
-    line.add("--depth", type=int, action="append", choices=STAGE_DEPTHS, help="only this network's part of main [both]")
+    line.refuse({"TEST.FEATURES": "the tables extract the images themselves", "TEST.REPORT": "use test.py"})
+    line.add("task", choices=TABLES, help="the table, see above")
+    line.add("--depth", type=int, action="append", choices=STAGE_DEPTHS, help="only this part of main [both]")
     args, assumed = line.read(argv), {}
     line.name += f" {args.task}"
     if args.task == "main":
-        line.refuse({"MODEL.DEPTH": "main has both networks, and --depth", "SupG.onemeval": "main has both"})
+        line.refuse({"MODEL.DEPTH": "main has both networks; use --depth", "SupG.onemeval": "main has both"})
         assumed["SupG.onemeval"] = True
     elif args.depth:
         raise InputError(f"--depth is for main; {args.task} takes MODEL.DEPTH {args.depth[0]}")
@@ -186,10 +186,10 @@ def parse(argv: list[str]) -> Parsed:
         assumed["TEST.RERANKER"] = list(GLOBAL)
     parsed = line.config(args, assumed)
     if assumed.get("TEST.RERANKER") and parsed.cfg.TEST.INDEX:
-        assumed["TEST.RERANKER"].remove("dba")  # every row is new, an index would have to be, too
+        assumed["TEST.RERANKER"].remove("dba")  # dba replaces all rows, so that an index would not fit
     cfg = parsed.cfg
     if args.task == "rerank" and (cfg.TEST.RERANKER != ["superglobal"] or not cfg.SupG.rerank):
-        raise InputError("rerank sweeps SuperGlobal's reranking: leave TEST.RERANKER and SupG.rerank as they are")
+        raise InputError("rerank varies SuperGlobal's reranking: leave TEST.RERANKER and SupG.rerank at their defaults")
     if args.task == "rerankers" and "TEST.RERANKER" not in parsed.given:
         parsed = parsed._replace(cfg=varied(cfg, assumed))
     elif set(cfg.TEST.RERANKER) - {"none", "superglobal"} and "superglobal" not in cfg.TEST.RERANKER:
@@ -198,7 +198,7 @@ def parse(argv: list[str]) -> Parsed:
 
 
 def main_table(cfg: CfgNode, depths: Sequence[int]) -> Iterator[Part]:
-    fast = [name for name in cfg.TEST.RERANKER if name not in ("cvnet", "dba")]  # what takes days with +1M
+    fast = [name for name in cfg.TEST.RERANKER if name not in ("cvnet", "dba")]  # the others take days with +1M
     for depth in depths if cfg.MODEL.NAME == "cvnet" else [cfg.MODEL.DEPTH]:
         yield Part(varied(cfg, {"MODEL.DEPTH": depth}), "", chosen)
         changes = {"MODEL.DEPTH": depth, "SupG.onemeval": True, "TEST.RERANKER": fast or ["none"]}
@@ -239,7 +239,7 @@ def in_words(m: int, k: int, beta: float, s2: str) -> str:
 
 
 def chosen(experiment: Experiment) -> list[Variant]:
-    """What TEST.RERANKER names, SuperGlobal's reranking by its usual title and the others by their own."""
+    """Returns the rows of TEST.RERANKER; that of SuperGlobal has the usual title, the others their own."""
     variants = []
     for name in experiment.cfg.TEST.RERANKER:
         own = varied(experiment.cfg, {"TEST.RERANKER": [name]})
@@ -254,7 +254,7 @@ def chosen(experiment: Experiment) -> list[Variant]:
 
 
 def both_readings(experiment: Experiment) -> list[Variant]:
-    """The same, and behind SuperGlobal's reranking that of the paper's text (or of its code, where that was asked)."""
+    """Returns these rows, and after SuperGlobal's the one with the other form of S2."""
     variants = []
     for each in chosen(experiment):
         variants.append(each)
@@ -267,19 +267,19 @@ def both_readings(experiment: Experiment) -> list[Variant]:
 
 
 def by_protocols(cfg: CfgNode) -> dict[tuple[Protocol, ...], list[str]]:
-    """The datasets by the protocols that judge them; one that cannot be read is with the revisited ones."""
+    """Returns the datasets grouped by their protocols; unreadable ones are grouped with the revisited ones."""
     tables: dict[tuple[Protocol, ...], list[str]] = {}
     for name in cfg.TEST.DATASET_LIST:
         try:
             protocols = find_dataset(cfg, name).protocols
-        except InputError:  # its rows will say so
+        except InputError:  # its rows report this
             protocols = REVISITED_PROTOCOLS
         tables.setdefault(protocols, []).append(name)
     return tables
 
 
 def heading(protocols: Sequence[Protocol], costs: bool) -> list[str]:
-    """The first two lines of a table, with columns for the costs or for the published figures."""
+    """Returns the first two lines of a table, with columns for the costs or for the published numbers."""
     cells = ["network", "dataset", "setting"]
     for protocol in protocols:
         usual = protocol in REVISITED_PROTOCOLS
@@ -292,9 +292,9 @@ def heading(protocols: Sequence[Protocol], costs: bool) -> list[str]:
 def rows(
     part: Part, name: str, protocols: Sequence[Protocol], output: Output, device: torch.device, processes: Processes
 ) -> Iterator[Row]:
-    """A row of retrieval and one per reranker, all from one search; or one that says what is missing.
+    """Yields a row for retrieval and one per reranker, from a single search; or a row that says what is missing.
 
-    The processes of a `torchrun` share extraction and search; the first one has the rows.
+    The processes of a `torchrun` share extraction and search; only the first one yields rows.
     """
     cfg = part.cfg
 
@@ -313,7 +313,7 @@ def rows(
         stages = "retrieval, reranking" if reranks else "retrieval"
         yield Row(network_title(cfg), name, setting(stages), protocols, note=error.in_options(ADVICE))
         return
-    if processes.count > 1:  # what only one of them meets, a damaged image say, ends them all
+    if processes.count > 1:  # an error in only one of them, such as a damaged image, ends all of them
         queries, database = experiment.descriptors(processes)
     variants, truth = part.variants(experiment), experiment.dataset.ground_truth
     stages = [each.stage for each in variants]
@@ -341,7 +341,7 @@ def rows(
 
 
 def bytes_per_row(database: Database) -> int:
-    """Bytes of a float32 descriptor, and of its share of an index; of the index alone where that gives the rows."""
+    """Returns the bytes of a float32 descriptor and its share of an index; only the latter if rows are decoded."""
     if not isinstance(database, FaissDatabase):
         return 4 * database.dim
     own = 0 if database.decoded else 4 * database.dim
@@ -349,13 +349,13 @@ def bytes_per_row(database: Database) -> int:
 
 
 def costs_of(ranking: Ranking, peak: PeakMemory, bytes_kept: int) -> tuple[str, ...]:
-    """The cells of COSTS."""
+    """Returns the cells of COSTS."""
     memory = "" if peak.bytes is None else f"{peak.bytes / 1e6:.0f}"
     return f"{1000 * ranking.seconds / len(ranking.ids):.1f}", memory, f"{bytes_kept:,}"
 
 
 def costs_explained(cfg: CfgNode, device: torch.device) -> str:
-    """What each row orders anew, and what the costs are of."""
+    """Returns a text about what each row reorders, and about the meaning of the costs."""
     subject = Subject(None, (), (), 0, None, Path())
     lines = []
     for name in cfg.TEST.RERANKER:
@@ -364,8 +364,8 @@ def costs_explained(cfg: CfgNode, device: torch.device) -> str:
                 lines.append(f"{STAGES[name].title}: {stage.shortlist}.")
         elif name == "cvnet":
             lines.append(f"{STAGES[name].title}: the first results that a protocol does not ignore, as published.")
-    lines.append("Times are the stage's alone, after the search; memory is what it needed beyond what was in use.")
-    lines.append("Bytes are of a float32 descriptor and of what else is kept of an image.")
+    lines.append("Times are those of the stage only, after the search; memory is what it used in addition.")
+    lines.append("Bytes include a float32 descriptor and everything else that is kept of an image.")
     return "\n".join(lines)
 
 
@@ -378,11 +378,11 @@ def published() -> dict:
 def find_published(
     cfg: CfgNode, name: str, stage: str, method: tuple[int, int, float, str] | None = None
 ) -> dict[str, float] | None:
-    """Returns the paper's figures, for the paper's settings and exact search alone (in any precision).
+    """Returns the paper's numbers, which apply only to the paper's settings and exact search (in any precision).
 
     Args:
         stage: retrieval or reranking.
-        method: M, K, beta and S2 of a reranking; None for another reranker, which has none.
+        method: M, K, beta and S2 of a reranking; None for another reranker, which has no published numbers.
     """
     usual = make_config([("MODEL.DEPTH", cfg.MODEL.DEPTH), ("TEST.PRECISION", cfg.TEST.PRECISION)])
     anywhere = Path()
@@ -399,11 +399,11 @@ def markdown(cells: Sequence[str]) -> str:
 
 
 class Table(NamedTuple):
-    """A table by its name.
+    """A kind of table.
 
     Attributes:
-        parts: its rows, of the options and the networks' depths.
-        costs: whether it has columns of time and memory, instead of published figures.
+        parts: returns its parts, given the options and the depths of the networks.
+        costs: whether it has columns for time and memory instead of published numbers.
     """
 
     parts: Callable[[CfgNode, Sequence[int]], Iterator[Part]]

@@ -1,4 +1,4 @@
-"""Fetch files over HTTP from hosts that may cut connections, lie about lengths, or send something else."""
+"""Download files over HTTP from unreliable hosts, which may cut connections, or send wrong lengths or other files."""
 
 import json
 import os
@@ -16,17 +16,17 @@ from tqdm import tqdm
 
 from model.errors import InputError
 
-TIMEOUT = (10, 60)  # seconds for a connection, and for the next bytes
-RETRIES = 4  # of a request that finds no answer, and of a download that gets no further
-BACKOFF = 1.0  # seconds before the second try, doubled with each
-CHUNK = 1 << 16  # a cut connection may lose as much
+TIMEOUT = (10, 60)  # seconds to connect, and to receive the next bytes
+RETRIES = 4  # of a request without an answer, and of a download without progress
+BACKOFF = 1.0  # seconds before the second try, doubled each time
+CHUNK = 1 << 16  # bytes that a cut connection may lose
 
-Check = Callable[[Path], object]  # raises InputError where a file is not what it should be
+Check = Callable[[Path], object]  # raises InputError if a file is invalid
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file: the hosts that have it, to be tried in turn, and its path there."""
+    """A file: its hosts, which are tried in turn, and its path there."""
 
     hosts: tuple[str, ...]
     path: str
@@ -37,21 +37,21 @@ class Source:
 
 
 class _SilentHostError(InputError):
-    """No connection can be made."""
+    """A host does not accept connections."""
 
 
 class Fetcher:
-    """Gets each file from the first address that has it whole and right; `fetched` counts them.
+    """Downloads each file from the first address that provides it complete and valid; `fetched` counts the files.
 
-    A file grows as NAME.part, beside a NAME.part.json that tells its ETag or date for the next start.
+    A file is downloaded as NAME.part, beside a NAME.part.json with its ETag or date, with which it can be resumed.
 
     Args:
-        mirror: a URL under which each file is looked for before its own hosts are asked.
+        mirror: a URL that is tried before the hosts of a file.
     """
 
     def __init__(self, mirror: str | None = None):
         self.mirror, self.fetched = mirror, 0
-        self.silent: set[str] = set()  # hosts that no connection could be made to
+        self.silent: set[str] = set()  # hosts that do not accept connections
         self.session = requests.Session()
         retry = urllib3.Retry(
             RETRIES, backoff_factor=BACKOFF, status_forcelist=(429, 500, 502, 503, 504), raise_on_status=False
@@ -60,11 +60,11 @@ class Fetcher:
             self.session.mount(scheme, HTTPAdapter(max_retries=retry))
 
     def fetch(self, source: Source, folder: Path, check: Check) -> Path:
-        """Makes sure that the file is in the folder, and returns its path. One that is there is only checked.
+        """Downloads the file into the folder if it is missing, and returns its path. An existing file is only checked.
 
         Raises:
-            InputError: where no address gives it, with what each answered; or where the present one is wrong.
-            OSError: where it cannot be written.
+            InputError: if no address provides it, with the answer of each; or if the existing file is invalid.
+            OSError: if it cannot be written.
         """
         target = folder / source.name
         if target.exists():
@@ -87,16 +87,16 @@ class Fetcher:
                 if isinstance(error, _SilentHostError):
                     self.silent.add(host)
                 problems.append(f"{address}: {error}")
-                print(f"no luck with {problems[-1]}", file=sys.stderr)
+                print(f"failed: {problems[-1]}", file=sys.stderr)
                 continue
             os.replace(part, target)
             _discard(part)
             self.fetched += 1
             return target
-        raise InputError(f"no address gives {target.name} ({'; '.join(problems) or 'none is known'})")
+        raise InputError(f"no address provides {target.name} ({'; '.join(problems) or 'none is known'})")
 
     def _fetch_checked(self, address: str, part: Path, check: Check) -> None:
-        """Where the whole is wrong, the half that was there may be another host's: then all is fetched once more."""
+        """Downloads and checks the file. If a resumed file is invalid, it is downloaded once more from the start."""
         resumed = part.exists()
         self._complete(address, part)
         try:
@@ -109,7 +109,7 @@ class Fetcher:
             self._fetch_checked(address, part, check)
 
     def _complete(self, address: str, part: Path) -> None:
-        """Brings the part to its full length. Raises InputError where it gets no further."""
+        """Downloads the part to its full length. Raises InputError if there is no progress."""
         furthest, failures = _size(part), 0
         while problem := self._request(address, part):
             failures = 1 if _size(part) > furthest else failures + 1
@@ -119,10 +119,10 @@ class Fetcher:
             time.sleep(BACKOFF * 2 ** (failures - 1))
 
     def _request(self, address: str, part: Path) -> str | None:
-        """Asks once for what the part lacks. Returns why it is not complete, or None where it is.
+        """Requests the missing bytes of the part once. Returns why it is incomplete, or None if it is complete.
 
         Raises:
-            InputError: where the answer is a refusal, or none.
+            InputError: if the request is refused or not answered.
         """
         have, note = _size(part), _read_note(part)
         if have and note.get("length") == have:  # interrupted before it was checked
@@ -145,20 +145,20 @@ class Fetcher:
                 return _receive(response, part, 0, None)
             if response.status_code == 206 and span and span[1] == str(have):
                 return _receive(response, part, have, None if span[2] == "*" else int(span[2]))
-            if response.status_code == 416 and span and span[2] == str(have):  # nothing was lacking
+            if response.status_code == 416 and span and span[2] == str(have):  # it was complete already
                 return None
             if have and response.status_code in (206, 416):
                 _discard(part)
-                return "it does not go on where it was asked to"
+                return "the answer does not start where it was requested to"
             raise InputError(f"{response.status_code} {response.reason}")
 
 
 def _receive(response: requests.Response, part: Path, have: int, length: int | None) -> str | None:
-    """Writes the body behind the first `have` bytes. Returns why the part is not complete, or None where it is."""
+    """Appends the body to the first `have` bytes. Returns why the part is incomplete, or None if it is complete."""
     left = response.raw.length_remaining
     if length is None and left is not None:
         length = have + left
-    etag = response.headers.get("ETag", "W/")  # weak ones are no use for If-Range
+    etag = response.headers.get("ETag", "W/")  # weak ones cannot be used in If-Range
     validator = response.headers.get("Last-Modified") if etag.startswith("W/") else etag
     _note(part).write_text(json.dumps({"validator": validator}))
     cut = None
@@ -167,7 +167,7 @@ def _receive(response: requests.Response, part: Path, have: int, length: int | N
     )
     with bar, part.open("ab" if have else "wb") as file:
         try:
-            # Undecoded: servers that call a .tgz "Content-Encoding: gzip" would have it unpacked.
+            # Not decoded: a .tgz with "Content-Encoding: gzip" would be decompressed.
             for block in response.raw.stream(CHUNK, decode_content=False):
                 file.write(block)
                 bar.update(len(block))
@@ -177,14 +177,14 @@ def _receive(response: requests.Response, part: Path, have: int, length: int | N
     if cut is None and length in (None, size):
         _note(part).write_text(json.dumps({"validator": validator, "length": size}))
         return None
-    return f"{size} of {length or 'unknown'} bytes came{f' ({cut})' if cut else ''}"
+    return f"{size} of {length or 'unknown'} bytes were received{f' ({cut})' if cut else ''}"
 
 
 def _refuse_web_page(path: Path) -> None:
     with path.open("rb") as file:
         head = file.read(1024)
     if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype", b"<html")):
-        raise InputError("a web page came instead of the file")
+        raise InputError("a web page was received instead of the file")
 
 
 def _note(part: Path) -> Path:
@@ -194,7 +194,7 @@ def _note(part: Path) -> Path:
 def _read_note(part: Path) -> dict:
     try:
         note = json.loads(_note(part).read_bytes())
-    except (OSError, ValueError):  # none, or cut off: what came is checked at the end anyway
+    except (OSError, ValueError):  # missing or cut off: the file is checked at the end anyway
         return {}
     return note if isinstance(note, dict) else {}
 
@@ -209,7 +209,7 @@ def _size(path: Path) -> int:
 
 
 def _in_words(error: Exception) -> str:
-    """The reason, out of the wrappings of requests and urllib3."""
+    """Returns the reason, extracted from the nested exceptions of requests and urllib3."""
     while error.args and isinstance(error.args[0], Exception):
         error = error.args[0]
     reason = getattr(error, "reason", None) or error

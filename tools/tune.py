@@ -1,4 +1,4 @@
-"""Choose M, K, beta, or any option of descriptors and rerankers, on a validation set; the test set is read afterwards.
+"""Choose M, K, beta, or any option of descriptors and rerankers, on a validation set; then evaluate on the test set.
 
 python -m tools.tune --on rparis6k --test roxford5k
 python -m tools.tune --on gldv2:Public --test gldv2:Private
@@ -6,10 +6,10 @@ python -m tools.tune --folds 5 --test NAME
 python -m tools.tune --on NAME --test NAME --try SupG.rerank_k 5,9,15 --try SupG.gemp_p 3,4.6,6
 
 Every combination of the values is evaluated on the validation set: another dataset, the queries of one usage, or the
-other folds of the test set's own queries. What is chosen is judged on the test set beside the paper's values, with the
+other folds of the test set's own queries. The chosen values are compared with the paper's on the test set, with the
 95 % interval of a paired bootstrap over its queries. Images are extracted once for each setting of the network, and
-kept as those of test.py are; rerankers need no further extraction. TEST.FEATURES takes a folder with the saved
-descriptors of both sets instead.
+their descriptors are kept like those of test.py; rerankers need no further extraction. TEST.FEATURES takes a folder
+with the saved descriptors of both sets instead.
 """
 
 import argparse
@@ -55,7 +55,7 @@ from tools.tables import markdown
 
 log = logging.getLogger(__name__)
 
-# What is tried by default, of each reranker.
+# The values that are tried by default for each reranker.
 GRIDS: dict[str, dict[str, tuple]] = {
     "superglobal": {
         "SupG.rerank_m": (100, 200, 400, 800),
@@ -74,7 +74,7 @@ GRIDS: dict[str, dict[str, tuple]] = {
     },
 }  # fmt: skip
 _FIXED = ("TEST.RERANKER", "SupG.rerank", "MODEL.NAME", "TEST.WEIGHTS")
-_SHOWN = 10  # settings in the log
+_SHOWN = 10  # number of settings in the log
 _ON_PAGE = 30
 PAPER, CHOSEN = "reranking with the paper's values", "reranking with the chosen values"
 
@@ -94,7 +94,7 @@ class Part:
         return cls(name, usage)
 
     def protocols(self, experiment: Experiment) -> list[Protocol]:
-        """Those that judge a setting: Medium and Hard of the revisited benchmarks; else all, of the usage.
+        """Returns the protocols for settings: Medium and Hard of the revisited benchmarks, else all of the usage.
 
         Raises:
             InputError: if there is no such usage.
@@ -114,18 +114,18 @@ class Part:
 
 @dataclass(frozen=True)
 class Curve:
-    """What each setting gave on the validation set.
+    """The results of all settings on the validation set.
 
     Attributes:
-        settings: S of them, the paper's first.
-        aps: (S, P, Q), AP by setting, protocol and query; NaN for a query that a protocol has not.
+        settings: the S settings, the paper's first.
+        aps: (S, P, Q), AP by setting, protocol and query; NaN for a query without AP in a protocol.
     """
 
     settings: list[Setting]
     aps: np.ndarray
 
-    def figures(self, queries: np.ndarray | None = None) -> np.ndarray:
-        """The figure that is chosen by, (S,): the mean over the protocols of their mAP, of these queries."""
+    def metrics(self, queries: np.ndarray | None = None) -> np.ndarray:
+        """Returns the metric of each setting, (S,): the mean mAP over the protocols, for these queries."""
         aps = self.aps if queries is None else self.aps[:, :, queries]
         known = ~np.isnan(aps)
         counts = known.sum(axis=2)
@@ -134,8 +134,8 @@ class Curve:
         return np.nanmean(maps, axis=1)
 
     def best(self, queries: np.ndarray | None = None) -> int:
-        """The number of the best setting; of equally good ones the first, so that the paper's stays if it can."""
-        return int(np.nanargmax(self.figures(queries)))
+        """Returns the number of the best setting, the first among equals, so that the paper's is preferred."""
+        return int(np.nanargmax(self.metrics(queries)))
 
 
 def main(argv: list[str]) -> None:
@@ -152,7 +152,7 @@ def main(argv: list[str]) -> None:
     device = start_device(cfg, head)
     for name in {test.name, *([validation.name] if validation else [])}:
         if dataset_folder(Path(cfg.TEST.DATA_DIR), name) is None:
-            find_dataset(cfg, name)  # draws it, or says that it is missing; what is there is not read yet
+            find_dataset(cfg, name)  # draws toy, or reports a missing dataset; nothing is evaluated yet
     log.info("%d settings of %s", len(settings), ", ".join(grid))
 
     bench = Bench(cfg, output, device)
@@ -164,7 +164,7 @@ def main(argv: list[str]) -> None:
     if validation:
         method = str(validation)
         log.info("chosen on %s: %s", method, words(chosen))
-        judged = bench.judge(test, settings[0], chosen)  # only here is the test set read
+        judged = bench.judge(test, settings[0], chosen)  # the test set is evaluated only here
     else:
         method = f"{args.folds} folds of the queries of {test}"
         judged, by_fold = bench.cross_validate(test, curve, args.folds)
@@ -179,7 +179,7 @@ def main(argv: list[str]) -> None:
     run = output.new_run(f"tune-{test.name}")
     tuning = {"validation": method, "test": str(test), "chosen": chosen, "paper": settings[0], "by fold": by_fold}
     tuning["settings"] = [
-        {**setting, "figure": 100 * float(figure)} for setting, figure in zip(settings, curve.figures(), strict=True)
+        {**setting, "figure": 100 * float(metric)} for setting, metric in zip(settings, curve.metrics(), strict=True)
     ]
     save_results(run, {**head, "tuning": tuning}, [judged.evaluated])
     output.publish(run)
@@ -199,23 +199,23 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, CfgNode]:
     line.add("--test", required=True, metavar="NAME[:USAGE]", help="the test set")
     line.add(
         "--try", dest="tried", nargs=2, action="append", metavar=("KEY", "VALUES"),
-        help="an option and its values, 5,9,15 (or split by ;); may be given several times [the reranker's own]",
+        help="an option and its values, 5,9,15 (or split by ;); may be repeated [the options of the reranker]",
     )  # fmt: skip
     args, cfg, _ = line.parse(argv)
     if (args.on is None) == (args.folds is None):
-        raise InputError("give either --on, a validation set, or --folds, for the queries of --test themselves")
+        raise InputError("give either --on, a validation set, or --folds, to use the queries of --test")
     if args.folds is not None and args.folds < 2:
-        raise InputError(f"--folds {args.folds}: at least 2 are needed")
+        raise InputError(f"--folds must be at least 2, got {args.folds}")
     if len(cfg.TEST.RERANKER) > 1 or "cvnet" in cfg.TEST.RERANKER:
-        raise InputError(f"TEST.RERANKER: tuning takes one of {', '.join(GRIDS)} or none, cvnet would take days")
+        raise InputError(f"TEST.RERANKER: tuning takes one of {', '.join(GRIDS)} or none; cvnet would take days")
     return args, cfg
 
 
 def read_grid(tried: Sequence[Sequence[str]] | None, cfg: CfgNode) -> dict[str, tuple]:
-    """The values of each option that are tried, the paper's among them; by default those of the reranker.
+    """Returns the values to try for each option, including the paper's; by default the options of the reranker.
 
     Raises:
-        InputError: for options that cannot be tried, or values that they do not take.
+        InputError: if an option cannot be tried, or a value is invalid.
     """
     reranker = cfg.TEST.RERANKER[0] if cfg.SupG.rerank or cfg.TEST.RERANKER != ["superglobal"] else "none"
     if not tried:
@@ -226,10 +226,10 @@ def read_grid(tried: Sequence[Sequence[str]] | None, cfg: CfgNode) -> dict[str, 
     grid: dict[str, tuple] = {}
     for key, text in tried:
         if key not in allowed:
-            raise InputError(f"--try {key}: it cannot be tried; {', '.join(allowed)} can")
+            raise InputError(f"--try {key}: this option cannot be tried; {', '.join(allowed)} can")
         values = [word.strip() for word in text.split(";" if ";" in text else ",") if word.strip()]
         if not values:
-            raise InputError(f"--try {key} names no value")
+            raise InputError(f"--try {key} needs at least one value")
         typed = [option_values(varied(cfg, {key: word}))[key] for word in values]
         if (paper := option_values(default_config())[key]) not in typed:
             typed.append(paper)
@@ -243,7 +243,7 @@ def read_grid(tried: Sequence[Sequence[str]] | None, cfg: CfgNode) -> dict[str, 
 
 
 def combinations(cfg: CfgNode, grid: Mapping[str, tuple]) -> list[Setting]:
-    """Every combination that is possible (K <= M); the paper's values first."""
+    """Returns all valid combinations (K <= M), the paper's values first."""
     defaults = option_values(default_config())
     paper = {key: defaults[key] for key in grid}
     settings = [paper]
@@ -262,12 +262,12 @@ def combinations(cfg: CfgNode, grid: Mapping[str, tuple]) -> list[Setting]:
 
 @dataclass(frozen=True)
 class Judged:
-    """The test set with the paper's values and with the chosen ones.
+    """The results on the test set with the paper's values and with the chosen ones.
 
     Attributes:
-        evaluated: its rankings and metrics.
-        protocols: P of them.
-        paper, chosen: (Q,) AP for each protocol.
+        evaluated: the rankings and metrics of the test set.
+        protocols: its P protocols.
+        paper, chosen: per protocol, (Q,) AP.
     """
 
     evaluated: Evaluated
@@ -279,7 +279,7 @@ class Judged:
         return [paired_difference(a, b) for a, b in zip(self.paper, self.chosen, strict=True)]
 
     def rows(self) -> list[list[str]]:
-        """A table of cells, its heading first."""
+        """Returns the cells of a table, with its heading first."""
         rows = [["protocol", "paper's", "chosen", "difference", f"{CONFIDENCE:.0%} interval", ""]]
         for protocol, a, b, by in zip(self.protocols, self.paper, self.chosen, self.differences(), strict=True):
             means = [f"{100 * np.nanmean(each):.2f}" if by.queries else "" for each in (a, b)]
@@ -289,27 +289,27 @@ class Judged:
         return rows
 
     def verdict(self) -> str:
-        """What the differences say, a sentence."""
+        """Returns a sentence about the differences."""
         pairs = zip(self.protocols, self.differences(), strict=True)
         beyond = [protocol.title for protocol, difference in pairs if not difference.is_within_chance]
         if all(np.array_equal(a, b, equal_nan=True) for a, b in zip(self.paper, self.chosen, strict=True)):
-            return "The chosen values rank the test set as the paper's do."
+            return "The chosen values give the same rankings of the test set as the paper's."
         if beyond:
-            return f"The {CONFIDENCE:.0%} interval of the difference does not hold 0 for {', '.join(beyond)}."
+            return f"The {CONFIDENCE:.0%} interval of the difference does not contain 0 for {', '.join(beyond)}."
         return (
-            f"The gain may be chance, each {CONFIDENCE:.0%} interval holds 0: "
-            "on other queries of this kind the paper's values may be as good."
+            f"The difference may be chance, because every {CONFIDENCE:.0%} interval contains 0: "
+            "on other queries of this kind the paper's values may be just as good."
         )
 
 
 class Bench:
-    """Evaluates settings; experiments that share the network's options share their descriptors."""
+    """Evaluates settings; experiments with equal options of the network share their descriptors."""
 
     def __init__(self, cfg: CfgNode, output: Output, device: torch.device):
         self.cfg, self.output, self.device = cfg, output, device
 
     def by_network(self, settings: Sequence[Setting]) -> dict[tuple, list[int]]:
-        """The numbers of the settings that share a network's options."""
+        """Returns the numbers of the settings, grouped by the options of the network."""
         groups: dict[tuple, list[int]] = {}
         for number, setting in enumerate(settings):
             shared = tuple((key, str(value)) for key, value in setting.items() if key in NETWORK)
@@ -317,7 +317,7 @@ class Bench:
         return groups
 
     def rankings(self, name: str, settings: Sequence[Setting]) -> Iterator[tuple[int, Experiment, Ranking, Ranking]]:
-        """The number of each setting, its experiment, its search, and its last ranking; from one search per network."""
+        """Yields the number, experiment, search and last ranking of each setting, with one search per network."""
         for numbers in self.by_network(settings).values():
             first = prepare(varied(self.cfg, settings[numbers[0]]), name, self.output, self.device)
             experiments = [replace(first, cfg=varied(self.cfg, settings[number])) for number in numbers]
@@ -331,7 +331,7 @@ class Bench:
                 yield number, experiment, searched.ranking, ranking
 
     def curve(self, part: Part, settings: list[Setting]) -> Curve:
-        """The AP of every setting on a dataset."""
+        """Returns the AP of all settings on a dataset."""
         aps: list[np.ndarray | None] = [None] * len(settings)
         bar = tqdm(total=len(settings), desc=f"settings on {part}", dynamic_ncols=True)
         with bar:
@@ -345,13 +345,13 @@ class Bench:
         return curve
 
     def judge(self, test: Part, paper: Setting, chosen: Setting) -> Judged:
-        """The test set with the paper's values and with the chosen ones."""
+        """Returns the results on the test set with the paper's values and with the chosen ones."""
         done = {number: rest for number, *rest in self.rankings(test.name, [paper, chosen])}
         experiment, searched, first = done[0]
         return judged_of(test, experiment, {"retrieval": searched, PAPER: first, CHOSEN: done[1][2]})
 
     def cross_validate(self, test: Part, curve: Curve, folds: int) -> tuple[Judged, list[Setting]]:
-        """The test set where each query has what was best for the other folds' queries; and what that was."""
+        """Returns the results with each query at the best setting of the other folds, and these settings."""
         judged = np.flatnonzero(~np.isnan(curve.aps[0]).all(axis=0))
         if len(judged) < folds:
             raise InputError(f"--folds {folds}: {test} has {len(judged)} queries with positive images; give fewer")
@@ -382,7 +382,7 @@ def judged_of(test: Part, experiment: Experiment, rankings: dict[str, Ranking]) 
 
 
 def taken(first: Ranking, second: Ranking, chosen: np.ndarray) -> Ranking:
-    """The first ranking, with these queries' results (Q,) of the second."""
+    """Returns the first ranking, with the results of these queries (Q,) taken from the second."""
     rows = torch.from_numpy(chosen)
     positions = [b if take else a for a, b, take in zip(first.positions, second.positions, chosen, strict=True)]
     ids, scores = (
@@ -396,21 +396,21 @@ def words(setting: Setting) -> str:
 
 
 def in_words(curve: Curve) -> Iterator[str]:
-    """The best settings and the paper's, with their figures in percent."""
-    figures = curve.figures()
-    order = np.argsort(-np.nan_to_num(figures, nan=-1), kind="stable")
+    """Yields lines with the best settings and the paper's, and their metrics in percent."""
+    metrics = curve.metrics()
+    order = np.argsort(-np.nan_to_num(metrics, nan=-1), kind="stable")
     for place, number in enumerate(order, start=1):
         if place <= _SHOWN or number == 0:
             mark = "  (the paper's)" if number == 0 else ""
-            yield f"{place:5d}  {100 * figures[number]:6.2f}  {words(curve.settings[number])}{mark}"
+            yield f"{place:5d}  {100 * metrics[number]:6.2f}  {words(curve.settings[number])}{mark}"
 
 
 def tuning_section(method: str, test: Part, grid: Mapping[str, tuple], curve: Curve, judged: Judged) -> Section:
-    """The page's part on the validation set: heat maps of pairs of options, curves of each, and all settings."""
-    figures, best = curve.figures(), curve.settings[curve.best()]
+    """Returns the section on the validation set: heat maps of pairs of options, curves of each, the best settings."""
+    metrics, best = curve.metrics(), curve.settings[curve.best()]
 
     def best_with(**wanted: Any) -> float:
-        own = [f for s, f in zip(curve.settings, figures, strict=True) if wanted.items() <= s.items()]
+        own = [each for setting, each in zip(curve.settings, metrics, strict=True) if wanted.items() <= setting.items()]
         return 100 * max(own, default=np.nan)
 
     several = {key: values for key, values in grid.items() if len(values) > 1}
@@ -422,17 +422,17 @@ def tuning_section(method: str, test: Part, grid: Mapping[str, tuple], curve: Cu
     for key, values in several.items():
         plots.append(draw_lines(key, values, [best_with(**{key: each}) for each in values], best[key]))
     listed = [
-        [*(str(curve.settings[i][key]) for key in grid), f"{100 * figures[i]:.2f}", "" if i else "the paper's"]
-        for i in np.argsort(-np.nan_to_num(figures, nan=-1), kind="stable")[:_ON_PAGE]
+        [*(str(curve.settings[i][key]) for key in grid), f"{100 * metrics[i]:.2f}", "" if i else "the paper's"]
+        for i in np.argsort(-np.nan_to_num(metrics, nan=-1), kind="stable")[:_ON_PAGE]
     ]
     tables = [
         Table(f"On {test}, mAP in percent", judged.rows()),
-        Table(f"The best settings on {method}", [[*grid, "figure", ""], *listed]),
+        Table(f"The best settings on {method}", [[*grid, "mAP", ""], *listed]),
     ]
     note = f"Chosen on {method}: {words(best)}. {judged.verdict()}"
     caption = (
-        "The figure is the mean mAP of the protocols, on the validation set, in percent; where other options were "
-        "tried, too, it is that with the best of them. Red marks what was chosen."
+        "The metric is the mean mAP of the protocols on the validation set, in percent; if other options were tried, "
+        "too, with their best values. Red marks the chosen values."
     )
     return Section("Validation", [], note=note, plots=plots, caption=caption, tables=tables)
 

@@ -4,10 +4,10 @@ python -m tools.whiten --from roxford5k --dim 512 --out whitening.pth
 python -m tools.whiten --from holiday/ --dim 512 --out whitening.pth --weights ./weights
 python -m tools.whiten --from rows.npy --dim 512 --out whitening.pth
 
---from takes a dataset's name (its database; a folder in TEST.DATA_DIR), a folder of images, or a .npy or .pth file of
-descriptors, (N, D). PCA whitening by default. With --labels FILE (a line with a class per row), or with
---discriminative of a dataset in class folders, directions in which images of one class differ are shortened.
-Memory does not grow with the number of descriptors.
+--from takes the name of a dataset (its database; a folder in TEST.DATA_DIR), a folder of images, or a .npy or .pth file
+of descriptors, (N, D). The default is PCA whitening. With --labels FILE (a class per line and row), or with
+--discriminative for a dataset in class folders, directions in which images of one class differ are shortened.
+The memory does not grow with the number of descriptors.
 
 Jégou and Chum, "Negative Evidences and Co-Occurences in Image Retrieval", ECCV 2012; Radenović et al., TPAMI 2018.
 """
@@ -44,12 +44,17 @@ def main(argv: list[str]) -> None:
         __doc__, (*NETWORK, *LOADING, "TEST.DATA_DIR", "TEST.OUT_DIR", "TEST.DEVICE", "TEST.RESUME"),
         "python -m tools.whiten",
     )  # fmt: skip
-    line.refuse({"MODEL.WHITENING": "a whitening is learnt from descriptors that are not whitened"})
-    line.add("--from", dest="source", required=True, metavar="NAME|FOLDER|FILE", help="where descriptors come from")
-    line.add("--dim", type=positive, required=True, metavar="N", help="dimensions that are left")
-    line.add("--out", type=Path, required=True, metavar="FILE", help="the whitening's file")
-    line.add("--labels", type=Path, metavar="FILE", help="a line per descriptor, its class: discriminative whitening")
-    line.add("--discriminative", action="store_true", help="with the classes of a dataset in class folders")
+    line.refuse({"MODEL.WHITENING": "a whitening is learnt from descriptors without whitening"})
+    line.add("--from", dest="source", required=True, metavar="NAME|FOLDER|FILE", help="source of the descriptors")
+    line.add("--dim", type=positive, required=True, metavar="N", help="number of dimensions to keep")
+    line.add("--out", type=Path, required=True, metavar="FILE", help="file for the whitening")
+    line.add(
+        "--labels",
+        type=Path,
+        metavar="FILE",
+        help="the class of each descriptor, a line each: discriminative whitening",
+    )
+    line.add("--discriminative", action="store_true", help="use the classes of a dataset in class folders")
     line.add("--shrinkage", type=float, default=0.0, metavar="S", help="0 to 1, for few descriptors per class [0]")
     line.add_flag("--weights", "TEST.WEIGHTS", metavar="PATH", help="the checkpoint, see TEST.WEIGHTS")
     args, cfg, _ = line.parse(argv)
@@ -59,7 +64,7 @@ def main(argv: list[str]) -> None:
         classes = read_labels(args.labels, len(rows))
     discriminative = bool(args.discriminative or args.labels)
     if discriminative and classes is None:
-        raise InputError(f"--discriminative needs classes, which {args.source} has not; give --labels FILE")
+        raise InputError(f"--discriminative needs classes, which {args.source} does not have; give --labels FILE")
     dim = rows.shape[1]
     try:
         if discriminative:
@@ -82,12 +87,12 @@ def main(argv: list[str]) -> None:
 
 def positive(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 1 << 20:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
 
 
 def descriptors(args: argparse.Namespace, cfg: Any) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
-    """Returns the descriptors (N, D), their classes if the source has some, and what they are."""
+    """Returns the descriptors (N, D), their classes if the source has some, and their provenance."""
     source = Path(args.source)
     if source.is_file():
         return load_distractors(source), None, {"source": str(source)}
@@ -109,7 +114,7 @@ def descriptors(args: argparse.Namespace, cfg: Any) -> tuple[Tensor, Tensor | No
 
 
 def read_labels(path: Path, count: int) -> Tensor:
-    """The class of each descriptor as a number. Raises InputError if their number differs."""
+    """Reads the class of each descriptor as a number. Raises InputError if the number of lines differs."""
     try:
         names = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -120,7 +125,7 @@ def read_labels(path: Path, count: int) -> Tensor:
 
 
 def blocks(rows: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """The first number of each block, and its rows."""
+    """Yields the number of the first row of each block, and its rows."""
     bar = tqdm(total=len(rows), desc="covariance", unit="row", dynamic_ncols=True)
     with bar:
         for start in range(0, len(rows), _ROWS):

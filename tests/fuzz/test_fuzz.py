@@ -1,6 +1,6 @@
-"""Damaged files of every kind that comes from elsewhere: an InputError, or a result; never anything else.
+"""Damaged files of every kind that comes from outside give an InputError or a result, and nothing else.
 
-A moment for each kind within the test run; longer by hand: FUZZ_SECONDS=600 python -m pytest tests/fuzz
+Each kind is tested briefly in a test run; to test longer: FUZZ_SECONDS=600 python -m pytest tests/fuzz
 """
 
 import contextlib
@@ -32,11 +32,11 @@ from revisitop.layouts import load_dataset
 from tools.archives import unpack
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", 0.7))
-SLOW = 5.0  # seconds for one input
+SLOW = 5.0  # seconds allowed per input
 
 
 def mutated(samples: list[bytes], seed: int = 0) -> Iterator[bytes]:
-    """Samples with some bytes changed, cut off, repeated or taken from another, for SECONDS."""
+    """Yields samples with bytes changed, cut off, repeated or taken from another sample, for SECONDS."""
     rng, end = random.Random(seed), time.monotonic() + SECONDS
     while time.monotonic() < end:
         data = bytearray(rng.choice(samples))
@@ -60,7 +60,7 @@ def mutated(samples: list[bytes], seed: int = 0) -> Iterator[bytes]:
 
 
 def survives(path: Path, samples: list[bytes], read: Callable[[Path], object]) -> None:
-    """Reads each mutated sample; the rejected ones must be some, and so must the accepted."""
+    """Reads mutated samples; some of them must be rejected, and some accepted."""
     refused = tried = 0
     for data in mutated(samples):
         path.write_bytes(data)
@@ -133,11 +133,11 @@ def test_checkpoints(tmp_path):
 
 @pytest.mark.parametrize("name", ["rows.npy.part", "rows.npy.journal", "rows.npy", "rows.npy.json"])
 def test_stores(tmp_path, name):
-    provenance, stamps = {"checkpoint": "abc"}, [f"image-{row}" for row in range(10)]
+    provenance, fingerprints = {"checkpoint": "abc"}, [f"image-{row}" for row in range(10)]
     rows = np.random.default_rng(0).random((10, 4), dtype=np.float32) + 1
 
     def begin() -> DescriptorStore:
-        store = DescriptorStore(tmp_path / "rows.npy", 10, 4, provenance, resume=False, stamps=stamps)
+        store = DescriptorStore(tmp_path / "rows.npy", 10, 4, provenance, resume=False, fingerprints=fingerprints)
         for row in range(6 if name.endswith(("part", "journal")) else 10):
             store.write(row, rows[row])
         store.flush()
@@ -154,8 +154,8 @@ def test_stores(tmp_path, name):
                 other.write_bytes(content)
         for other in set(tmp_path.iterdir()) - whole.keys() - {path}:
             other.unlink()
-        found = DescriptorStore(tmp_path / "rows.npy", 10, 4, provenance, stamps=stamps)
-        if name.endswith(("part", "journal")) and found.done.any():  # what counts as there is right, to the bit
+        found = DescriptorStore(tmp_path / "rows.npy", 10, 4, provenance, fingerprints=fingerprints)
+        if name.endswith(("part", "journal")) and found.done.any():  # rows that count as done are correct, to the bit
             np.testing.assert_array_equal(found.part_rows()[found.done], rows[found.done])
 
     path = tmp_path / name
@@ -192,7 +192,7 @@ def test_archives(tmp_path):
         assert {path.name for path in (tmp_path / "inside").iterdir()} == {"folder"}
     assert min(refused, unpacked) > 0
     whole = archive.read_bytes()
-    survives(tmp_path / "y.tar.gz", [whole], lambda path: unpack(path, folder, True))  # what gzip itself tells
+    survives(tmp_path / "y.tar.gz", [whole], lambda path: unpack(path, folder, True))  # damage that gzip detects
 
 
 def test_command_lines(tmp_path):

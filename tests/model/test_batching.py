@@ -7,7 +7,7 @@ from model.batching import BatchSize, equal_sizes, in_fitting_parts
 
 
 def images(sizes: list[tuple[int, int]]) -> list[tuple[int, torch.Tensor]]:
-    """Numbered, each filled with its number."""
+    """Returns numbered images, each filled with its number."""
     return [(number, torch.full((*size, 3), number, dtype=torch.uint8)) for number, size in enumerate(sizes)]
 
 
@@ -16,7 +16,7 @@ def brightness(batch) -> torch.Tensor:
 
 
 class SmallDevice:
-    """Runs out of memory with more than `most` images."""
+    """An extractor that runs out of memory with more than `most` images."""
 
     def __init__(self, most: int, error: Exception):
         self.most, self.error, self.tried = most, error, []
@@ -49,7 +49,7 @@ def test_equal_sizes_are_found_across_others():
     assert batches == [(0, 2, 4, 6), (1, 3, 5, 7), (8, 10), (9, 11)]
 
 
-def test_a_image_of_a_rare_size_waits_no_longer_than_the_window(monkeypatch):
+def test_an_image_of_a_rare_size_waits_no_longer_than_the_window(monkeypatch):
     monkeypatch.setattr(batching, "WINDOW_IMAGES", 4)
     read = []
 
@@ -86,7 +86,7 @@ def test_large_images_come_in_smaller_batches():
         MemoryError(),
     ],
 )
-def test_out_of_memory_halves_the_batch_and_goes_on(error):
+def test_out_of_memory_halves_the_batch_and_continues(error):
     device = SmallDevice(3, error)
     size = BatchSize(10**9, 16)
     batch = [pixels for _, pixels in images([(2, 2)] * 13)]
@@ -95,7 +95,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(error):
     assert torch.cat([vectors for _, vectors in parts]).flatten().tolist() == list(range(13))
     device.tried.clear()
     list(in_fitting_parts(device.extract, batch, range(13), size))
-    assert max(device.tried) <= 3  # what did not fit is not tried again
+    assert max(device.tried) <= 3  # sizes that did not fit are not tried again
 
 
 def test_a_single_image_that_does_not_fit_is_named():
@@ -124,7 +124,7 @@ def test_a_convolution_without_an_engine_is_tried_once_with_half_as_many_images(
     assert device.tried == [1]
 
 
-def test_other_errors_are_not_taken_for_a_lack_of_memory():
+def test_other_errors_are_not_mistaken_for_a_lack_of_memory():
     device = SmallDevice(0, RuntimeError("shapes differ"))
     with pytest.raises(RuntimeError, match="shapes differ"):
         list(in_fitting_parts(device.extract, [torch.empty(2, 2, 3)] * 4, "abcd", BatchSize(100)))

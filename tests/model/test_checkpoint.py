@@ -45,7 +45,7 @@ def test_files_from_before_pytorch_1_6_are_read(tmp_path):
             lambda s: s.update({"stem.bn.bias": torch.zeros(32)}),
             r"wrong shape \(stem.bn.bias \(32,\) instead of \(64,\)",
         ),
-        (lambda s: s["stem.bn.bias"].fill_(float("nan")), "stem.bn.bias holds numbers that are not finite"),
+        (lambda s: s["stem.bn.bias"].fill_(float("nan")), "stem.bn.bias contains values that are not finite"),
     ],
 )
 def test_a_state_that_does_not_fit_is_never_loaded_in_part(checkpoint_50, tmp_path, change, message):
@@ -72,14 +72,14 @@ def test_another_descriptor_size_is_named(checkpoint_50):
 
 
 @pytest.mark.parametrize(("key", "value"), [("head.pool.p", 0.0), ("s1.b1.f.a_bn.running_var", -1.0)])
-def test_numbers_that_cannot_be_are_told(checkpoint_50, key, value):
+def test_invalid_numbers_are_rejected(checkpoint_50, key, value):
     state = encoder_state(checkpoint_50)
     state[key] = torch.full_like(state[key], value)
     with pytest.raises(InputError, match=re.escape(key)):
         load_strictly(encoder(), state, checkpoint_50, "a ResNet-50")
 
 
-def test_loaded_weights_do_not_hang_on_the_file(checkpoint_50, tmp_path):
+def test_loaded_weights_do_not_depend_on_the_file(checkpoint_50, tmp_path):
     path = tmp_path / "copy.pyth"
     path.write_bytes(checkpoint_50.read_bytes())
     network = load_encoder(encoder(), path)
@@ -93,13 +93,13 @@ def test_loaded_weights_do_not_hang_on_the_file(checkpoint_50, tmp_path):
     ("content", "message"),
     [
         (b"", "is empty"),
-        (b"<!DOCTYPE html>", "is no PyTorch file"),
+        (b"<!DOCTYPE html>", "is not a PyTorch file"),
         ({"a": torch.zeros(3)}, "holds no CVNet encoder: .* its first keys are a$"),
-        ([1, 2], "it holds a list, not a dict"),
-        ({"model_state": RunsCode()}, "might run code when loaded: refused"),
+        ([1, 2], "it contains a list, not a dict"),
+        ({"model_state": RunsCode()}, "is refused: it contains more than tensors and might run code"),
     ],
 )
-def test_a_file_that_is_no_checkpoint_is_told(tmp_path, monkeypatch, content, message):
+def test_a_file_that_is_not_a_checkpoint_is_rejected(tmp_path, monkeypatch, content, message):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "file.pth"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
@@ -110,7 +110,7 @@ def test_a_file_that_is_no_checkpoint_is_told(tmp_path, monkeypatch, content, me
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("kept", [0.02, 0.5, 0.99])
-def test_a_truncated_checkpoint_is_told(tmp_path, zipped, kept):
+def test_a_truncated_checkpoint_is_rejected(tmp_path, zipped, kept):
     path = tmp_path / "cut.pth"
     torch.save(small_state(), path, _use_new_zipfile_serialization=zipped)
     os.truncate(path, int(path.stat().st_size * kept))

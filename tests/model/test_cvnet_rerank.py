@@ -17,7 +17,7 @@ def network(checkpoint_50) -> CVNetRerank:
 
 @pytest.fixture(scope="module")
 def maps(network, reference) -> list[Tensor]:
-    """Of image_0 and image_1, (1, 1024, 12, 18) and (1, 1024, 17, 11)."""
+    """The feature maps of image_0 and image_1, (1, 1024, 12, 18) and (1, 1024, 17, 11)."""
     return [feature_map(network, reference[f"image_{i}"]) for i in (0, 1)]
 
 
@@ -127,7 +127,10 @@ def test_depth_101_loads(checkpoint_101):
             lambda s: s.update({"cv_learner.mlp.0.bias": torch.zeros(64)}),
             r"wrong shape \(cv_learner.mlp.0.bias \(64,\) instead of \(128,\)\)",
         ),
-        (lambda s: s["cv_learner.mlp.2.bias"].fill_(float("nan")), "cv_learner.mlp.2.bias holds numbers that are not"),
+        (
+            lambda s: s["cv_learner.mlp.2.bias"].fill_(float("nan")),
+            "cv_learner.mlp.2.bias contains values that are not",
+        ),
         (lambda s: s.pop("encoder_q.s4.b1.f.b.weight"), r"a ResNet-50: keys 1 missing \(s4.b1.f.b.weight\)"),
         (
             lambda s: [s.pop(key) for key in list(s) if not key.startswith("encoder_q.")],
@@ -135,7 +138,7 @@ def test_depth_101_loads(checkpoint_101):
         ),
     ],
 )
-def test_a_state_that_does_not_fit_is_told(tmp_path, seeded_state, change, message):
+def test_a_state_that_does_not_fit_is_rejected(tmp_path, seeded_state, change, message):
     state = {key: value.clone() for key, value in seeded_state.items()}
     change(state)
     path = tmp_path / "changed.pyth"
@@ -156,21 +159,21 @@ def test_keys_behind_module_are_found(tmp_path, seeded_state, reference, maps):
     np.testing.assert_allclose(out, reference["cvnet_scores"][0, 1], atol=1e-6, rtol=0)
 
 
-def test_shapes_that_do_not_fit_are_told(network):
-    with pytest.raises(ValueError, match=r"a query's feature map: shape \(1, 1024, h, w\) is needed, got \(2, 1024"):
+def test_shapes_that_do_not_fit_are_rejected(network):
+    with pytest.raises(ValueError, match=r"a query's feature map must have shape \(1, 1024, h, w\), got \(2, 1024"):
         network.query_inputs(random_maps(2, 3, 3))
     query = network.query_inputs(random_maps(1, 3, 3))
-    with pytest.raises(ValueError, match=r"keys' feature maps: shape \(K, 1024, h, w\) is needed, got \(4, 512, 3"):
+    with pytest.raises(ValueError, match=r"keys' feature maps must have shape \(K, 1024, h, w\), got \(4, 512, 3"):
         network.score(query, random_maps(4, 3, 3)[:, :512])
-    with pytest.raises(ValueError, match=r"a query's inputs: shape \(3, 256, h, w\) is needed, got \(1, 1024, 3, 3\)"):
+    with pytest.raises(ValueError, match=r"a query's inputs must have shape \(3, 256, h, w\), got \(1, 1024, 3, 3\)"):
         network.score(random_maps(1, 3, 3), random_maps(1, 3, 3))
 
 
-def test_a_pair_that_does_not_fit_into_memory_is_told(network, monkeypatch):
+def test_a_pair_that_does_not_fit_into_memory_is_reported(network, monkeypatch):
     def full(*_):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
     query = network.query_inputs(random_maps(1, 3, 4))
     monkeypatch.setattr(network.cv_learner, "forward", full)
-    with pytest.raises(InputError, match="too small for CVNet-Rerank of maps of 4 x 3 and 6 x 5 positions"):
+    with pytest.raises(InputError, match="too small for CVNet-Rerank with maps of 4 x 3 and 6 x 5 positions"):
         network.score(query, random_maps(1, 5, 6))

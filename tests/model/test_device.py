@@ -46,7 +46,7 @@ if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # PyTorch 2.9 and lat
 
 
 def in_a_process(work, *arguments) -> None:
-    """These settings are the process's, and not all can be taken back."""
+    """Runs in a process of its own, because not all of these settings can be undone."""
     process = multiprocessing.get_context("fork").Process(target=_alone, args=(work, *arguments))
     process.start()
     process.join()
@@ -54,7 +54,7 @@ def in_a_process(work, *arguments) -> None:
 
 
 def _alone(work, *arguments) -> None:
-    torch.set_num_threads(1)  # a fork has no others
+    torch.set_num_threads(1)  # a fork has only one thread
     work(*arguments)
 
 
@@ -76,7 +76,7 @@ def _searched(choice) -> None:
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_tf32_is_forbidden_whatever_was_chosen_before(choice):
+def test_tf32_is_disabled_regardless_of_earlier_settings(choice):
     in_a_process(_forbidden, choice)
 
 

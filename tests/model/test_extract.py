@@ -72,7 +72,7 @@ def test_images_of_every_kind_have_finite_unit_descriptors_in_list_order(model, 
 
 
 @pytest.mark.parametrize(("batch_size", "window", "workers"), [(0, 256, 2), (3, 256, 0), (4, 2, 0)])
-def test_rows_are_the_same_whatever_the_batches(model, tmp_path, monkeypatch, batch_size, window, workers):
+def test_rows_do_not_depend_on_the_batches(model, tmp_path, monkeypatch, batch_size, window, workers):
     monkeypatch.setattr(batching, "WINDOW_IMAGES", window)
     sizes = [(40, 30), (30, 40), (33, 33)]
     images = [write(tmp_path, f"{i}.png", size=sizes[(i * i) % 3]) for i in range(20)]
@@ -101,7 +101,7 @@ def test_a_device_that_runs_out_of_memory_gets_smaller_batches(model, tmp_path):
     np.testing.assert_array_equal(rows, one_by_one)
 
 
-def test_an_image_too_large_for_the_memory_is_left_out_or_named(model, tmp_path, caplog):
+def test_an_image_too_large_for_the_memory_is_skipped_or_named(model, tmp_path, caplog):
     def small_memory(_, inputs):
         if max(inputs[0].shape) > 100:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
@@ -120,7 +120,7 @@ def test_an_image_too_large_for_the_memory_is_left_out_or_named(model, tmp_path,
 
 
 class DeadlyFile(ImageFile):
-    """A file at which the process that decodes it dies, as when the system's memory ends."""
+    """A file that kills the process that decodes it, as when the system runs out of memory."""
 
     def read(self) -> np.ndarray:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -130,7 +130,7 @@ def test_a_worker_that_dies_is_reported_with_its_file_and_nothing_is_lost(model,
     images = [write(tmp_path, f"{i}.png") for i in range(12)]
     images[9] = DeadlyFile(images[9].path)
     with pytest.raises(
-        InputError, match=r"a process that decodes images died while reading \S*9\.png; look at that file"
+        InputError, match=r"a process that decodes images died while reading \S*9\.png; check that file"
     ):
         run(model, images, store(tmp_path, 12), workers=1, batch_size=2)
     missing = store(tmp_path, 12).missing().tolist()
@@ -139,7 +139,7 @@ def test_a_worker_that_dies_is_reported_with_its_file_and_nothing_is_lost(model,
 
 
 @pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
-def test_a_worker_that_dies_as_it_hands_over_pixels_is_reported_with_its_file(model, tmp_path, monkeypatch, error):
+def test_a_worker_that_dies_while_transferring_pixels_is_reported_with_its_file(model, tmp_path, monkeypatch, error):
     iterate = ReadAhead.__iter__
 
     def interrupted(decoded: ReadAhead):
@@ -150,11 +150,11 @@ def test_a_worker_that_dies_as_it_hands_over_pixels_is_reported_with_its_file(mo
 
     monkeypatch.setattr(ReadAhead, "__iter__", interrupted)
     images = [write(tmp_path, "0.png"), DeadlyFile(write(tmp_path, "1.png").path)]
-    with pytest.raises(InputError, match=r"a process that decodes images died while reading \S*1\.png; look at that"):
+    with pytest.raises(InputError, match=r"a process that decodes images died while reading \S*1\.png; check that"):
         run(model, images, store(tmp_path, 2), workers=1)
 
 
-def test_a_descriptor_that_is_not_finite_is_told_with_its_image_and_the_reasons_there_are(tmp_path):
+def test_a_descriptor_that_is_not_finite_is_reported_with_its_image_and_possible_reasons(tmp_path):
     class Overflowing:
         dim, device = 4, torch.device("cpu")
 
@@ -180,12 +180,12 @@ def test_damaged_images_stop_the_run_all_named_and_nothing_is_lost(model, tmp_pa
     np.testing.assert_array_equal(run(model, images, store(tmp_path, 6)), whole)
 
 
-def test_a_damaged_image_can_be_skipped_as_a_zero_row(model, tmp_path, caplog):
+def test_a_damaged_image_can_be_skipped_with_a_row_of_zeros(model, tmp_path, caplog):
     images = [write(tmp_path, f"{i}.png") for i in range(3)]
     images[1].path.write_text("no image")
     rows = run(model, images, store(tmp_path, 3), on_error="skip")
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), [1, 0, 1], atol=1e-5)
-    assert "skipped, a zero row" in caplog.text
+    assert "skipped, a row of zeros" in caplog.text
     assert "1.png" in caplog.text
 
 
@@ -198,16 +198,16 @@ def test_stopping_at_a_damaged_image_keeps_what_came_before(model, tmp_path):
     assert store(tmp_path, 4).missing().tolist() == [1, 2, 3]
 
 
-def test_auto_is_the_gpu_where_there_is_one():
+def test_auto_is_the_gpu_if_there_is_one():
     assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def test_a_gpu_that_is_not_there_is_told():
+def test_a_missing_gpu_is_reported():
     with pytest.raises(InputError, match=r"device cuda:99: PyTorch sees \d+ GPUs here; try device='cpu'"):
         choose_device("cuda:99")
 
 
-# ---- extractors of others ----
+# ---- other extractors ----
 
 COLOURS = """
 import torch
@@ -256,7 +256,7 @@ def mean_colours(images: list[ImageFile]) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def test_whatever_turns_pixels_into_unit_rows_is_batched_and_resumed(colours, tmp_path):
+def test_any_extractor_is_batched_and_resumed(colours, tmp_path):
     images = [write(tmp_path, f"{i}.png", size=[(40, 30), (9, 21)][i % 2]) for i in range(9)]
     begun = ImageSet(tmp_path / "rows.npy", "colours", images).open_store(colours["Colours"]())
     extract_images(colours["MeanColour"](), images, begun, begun.missing()[:4], "colours")

@@ -15,7 +15,7 @@ def pixels(reference):
 
 
 def use_kernels_of_a_gpu(network: torch.nn.Module) -> None:
-    """Convolution, shortcut and rectifier one after the other, as where the CPU has no kernel for all three."""
+    """Applies convolution, shortcut and rectifier one after the other, as without a fused kernel."""
     for module in network.modules():
         if isinstance(module, FoldedConv):
             module.fused = False
@@ -36,7 +36,7 @@ def test_the_folded_network_computes_what_the_trained_one_does(checkpoint_50, pi
 
 @pytest.mark.parametrize("kernels", ["cpu", "gpu"])
 @pytest.mark.parametrize("relup", [0.3, None])
-def test_a_network_that_stops_in_a_stage_gives_what_enters_its_last_rectifier(checkpoint_50, pixels, relup, kernels):
+def test_a_network_that_stops_in_a_stage_returns_the_input_of_its_last_rectifier(checkpoint_50, pixels, relup, kernels):
     encoder = load_encoder(ResNet(50, relup=relup), checkpoint_50)
     folded = FoldedResNet(encoder, stop_in=3)
     if kernels == "gpu":
@@ -79,7 +79,7 @@ def test_half_precision_keeps_the_direction_of_a_descriptor(checkpoint_50, refer
         assert out.dtype == np.float32
         assert np.linalg.norm(out) == pytest.approx(1, abs=1e-6)
         assert out @ exact >= 0.9999
-        assert np.abs(out - exact).max() > 2e-6  # or nothing was computed in half precision
+        assert np.abs(out - exact).max() > 2e-6  # otherwise nothing was computed in half precision
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -90,13 +90,13 @@ def test_every_precision_runs_on_a_device_without_numbers(checkpoint_50, precisi
     assert out.dtype == torch.float32
 
 
-def test_an_unknown_precision_is_told(checkpoint_50):
+def test_an_unknown_precision_is_rejected(checkpoint_50):
     with pytest.raises(ValueError, match="precision must be one of fp32, bf16, fp16, got 'fp8'"):
         Recipe(checkpoint_50, precision="fp8").network()
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
-def test_the_fused_kernels_are_used_where_they_are(checkpoint_50):
+def test_the_fused_kernels_are_used_if_available(checkpoint_50):
     assert has_fused_kernels(torch.float32)
     encoder = Recipe(checkpoint_50).network().encoder
     assert all(module.fused for module in encoder.modules() if isinstance(module, FoldedConv))

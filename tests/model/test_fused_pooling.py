@@ -1,4 +1,4 @@
-"""The kernel of a GPU, run by Triton's interpreter, and compiled for GPUs that are not here."""
+"""The kernel for GPUs, run by Triton's interpreter, and compiled for GPUs without having one."""
 
 import os
 import subprocess
@@ -38,8 +38,8 @@ assert pooled[0, 0].isfinite() and pooled[0, 1].isnan()
 """
 
 
-def test_one_kernel_gives_what_both_modules_give():
-    """In a process of its own: Triton takes its interpreter for good when it is imported."""
+def test_the_kernel_gives_the_result_of_both_modules():
+    """Runs in a process of its own, because Triton selects its interpreter when it is imported."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", _CASES], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -69,7 +69,7 @@ def pooled_on_device(network, feature_map: Tensor) -> Tensor:
         return network.pool(OnDevice(feature_map)).cpu()
 
 
-def test_a_gpu_for_which_the_kernel_cannot_be_made_pools_in_two_passes(network, monkeypatch):
+def test_if_the_kernel_does_not_compile_pooling_takes_two_passes(network, monkeypatch):
     def compiler_is_missing(*_):
         raise RuntimeError("Failed to find C compiler")
 
@@ -82,7 +82,7 @@ def test_a_gpu_for_which_the_kernel_cannot_be_made_pools_in_two_passes(network, 
     assert not network.fused_pooling
 
 
-def test_large_powers_are_left_to_the_modules():
+def test_large_powers_are_computed_by_the_modules():
     assert can_fuse(RegionalGeM(), GeMPlus())
     assert not can_fuse(RegionalGeM(), GeMPlus(12.0))
     assert not can_fuse(None, GeMPlus())

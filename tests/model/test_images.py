@@ -29,14 +29,14 @@ def test_alpha_is_dropped_not_blended(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["x.png", "x.tiff"])
-def test_16_bits_are_cut_to_the_upper_8(tmp_path, name):
+def test_16_bit_images_are_reduced_to_the_upper_8_bits(tmp_path, name):
     values = np.random.default_rng(0).integers(0, 65536, (20, 30), dtype=np.uint16)
     Image.fromarray(values).save(tmp_path / name)
     np.testing.assert_array_equal(read_image(tmp_path / name), np.repeat((values >> 8)[:, :, None], 3, axis=2))
 
 
-def test_jpeg_files_whole_or_damaged_are_what_pillow_makes_of_them(tmp_path, monkeypatch):
-    """simplejpeg decodes the whole ones, and the damaged ones as far as it sees nothing to complain of."""
+def test_jpeg_files_intact_or_damaged_are_decoded_as_by_pillow(tmp_path, monkeypatch):
+    """simplejpeg decodes intact files, and damaged ones in which it detects no damage."""
     pytest.importorskip("simplejpeg")
     random, path, outcomes = np.random.default_rng(1), tmp_path / "x.jpg", []
     smooth = Image.fromarray(RGB).resize((67, 45), Image.Resampling.BICUBIC)
@@ -90,7 +90,7 @@ def test_an_image_is_turned_upright_by_its_exif(tmp_path, orientation, kind):
         ((-5, -0.5, 100, 100), RGB),
     ],
 )
-def test_a_box_is_cut_truncated_half_open_and_clipped(tmp_path, box, expected):
+def test_a_box_is_truncated_half_open_and_clipped(tmp_path, box, expected):
     Image.fromarray(RGB).save(tmp_path / "x.png")
     np.testing.assert_array_equal(ImageFile(tmp_path / "x.png", box).read(), expected)
 
@@ -102,7 +102,7 @@ def test_a_box_without_a_pixel_is_an_error(tmp_path, box):
         ImageFile(tmp_path / "query_7.png", box).read()
 
 
-def test_damaged_images_are_told(tmp_path):
+def test_damaged_images_are_reported(tmp_path):
     whole = tmp_path / "whole.jpg"
     Image.fromarray(RGB).resize((300, 200)).save(whole)
     cut = tmp_path / "cut.jpg"
@@ -121,7 +121,7 @@ def test_images_without_an_8_bit_equivalent_are_refused(tmp_path, values):
         read_image(tmp_path / "x.tiff")
 
 
-def test_the_network_takes_bgr_less_the_mean_over_the_deviation():
+def test_the_network_input_is_normalised_bgr():
     x = to_network_input(torch.tensor([[[[255, 0, 51]]]], dtype=torch.uint8))
     expected = [(0.2 - 0.406) / 0.225, (0 - 0.456) / 0.224, (1 - 0.485) / 0.229]
     torch.testing.assert_close(x.flatten(), torch.tensor(expected))
@@ -137,7 +137,7 @@ def test_only_formats_that_pillow_decodes_itself_are_opened(tmp_path, monkeypatc
     assert {".jpg", ".jpeg", ".png", ".webp", ".tif"} <= image_suffixes()
 
 
-def test_what_is_no_regular_file_is_told_and_never_waited_for(tmp_path):
+def test_files_that_are_not_regular_are_rejected_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "folder.jpg").mkdir()
     (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
@@ -146,7 +146,7 @@ def test_what_is_no_regular_file_is_told_and_never_waited_for(tmp_path):
             read_image(tmp_path / name)
 
 
-def test_an_image_whose_header_claims_too_many_pixels_is_told(tmp_path):
+def test_an_image_whose_header_claims_too_many_pixels_is_rejected(tmp_path):
     path = tmp_path / "bomb.png"
     header = b"IHDR" + (50_000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
     framed = [
@@ -157,7 +157,7 @@ def test_an_image_whose_header_claims_too_many_pixels_is_told(tmp_path):
         read_image(path)
 
 
-def test_an_animation_is_its_first_frame(tmp_path):
+def test_the_first_frame_of_an_animation_is_read(tmp_path):
     frames = [Image.new("RGB", (20, 10), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
     assert read_image(tmp_path / "moving.gif")[0, 0].tolist() == [255, 0, 0]

@@ -1,4 +1,4 @@
-"""Any network in the place of CVNet's: its descriptors are those of attach called by hand."""
+"""Other networks instead of CVNet's: their descriptors are those of a direct call of attach."""
 
 import re
 
@@ -122,7 +122,7 @@ def test_descriptors_do_not_depend_on_the_batch_and_small_images_have_one(recipe
 
 
 @pytest.mark.parametrize("name", ["cvnet", "torchvision:resnet18"])
-def test_a_longest_side_is_that_of_the_image_made_smaller(checkpoint_50, pixels, name):
+def test_the_longer_side_is_limited_by_reducing_the_image(checkpoint_50, pixels, name):
     recipes = [
         Recipe(checkpoint_50, max_side=side) if name == "cvnet" else NetworkRecipe(name, "untrained", max_side=side)
         for side in (None, 100, 1000)
@@ -172,7 +172,7 @@ def renamed(key):
 """
 
 
-def test_cvnet_itself_through_a_file_of_ones_own_gives_the_papers_descriptors(reference, checkpoint_50, tmp_path):
+def test_cvnet_from_a_users_file_gives_the_papers_descriptors(reference, checkpoint_50, tmp_path):
     torch.save(encoder_state(checkpoint_50), tmp_path / "state.pth")
     path = tmp_path / "cvnet.py"
     path.write_text(CVNET.replace("PATH", repr(str(tmp_path / "state.pth"))))
@@ -194,7 +194,7 @@ def test_cvnet_itself_through_a_file_of_ones_own_gives_the_papers_descriptors(re
         ("MINE:nothing", "nothing returns int, not a network"),
     ],
 )
-def test_what_is_no_network_is_told(mine, name, message):
+def test_invalid_networks_are_rejected(mine, name, message):
     with pytest.raises(InputError, match=re.escape(message)):
         NetworkRecipe(name.replace("MINE", str(mine)), "untrained").check()
 
@@ -202,7 +202,7 @@ def test_what_is_no_network_is_told(mine, name, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "its tokens have both signs, and GeM is for maps that are positive; try pooling='average'"),
+        ({}, "GeM needs a positive feature map, and tokens have both signs; try pooling='average'"),
         ({"pooling": "average"}, "Regional-GeM is for maps that are positive; try rgem=None"),
         ({"pooling": "average", "rgem": None, "relup_stages": ("network.blocks",)}, "has no submodule"),
     ],
@@ -212,7 +212,7 @@ def test_modules_that_a_network_cannot_take_are_refused_with_the_reason(options,
         NetworkRecipe("timm:vit_tiny_patch16_224", "untrained", **options).check()
 
 
-def test_relup_without_a_relu_is_refused():
+def test_relup_without_a_relu_is_rejected():
     with pytest.raises(InputError, match=r"'network\.stages\.0' has no ReLU"):
         NetworkRecipe("timm:convnext_atto", "untrained", relup_stages=("stages.0",)).check()
 

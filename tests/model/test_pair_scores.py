@@ -37,7 +37,7 @@ def evaluate(command, layout, checkpoint_50):
 
 
 def pair_scores(network, layout: Layout) -> np.ndarray:
-    """The score of each query with each database image, a pair at a time, (Q, N)."""
+    """Returns the score of each query with each database image, computed pair by pair, (Q, N)."""
     dataset = load_dataset("roxford5k", layout.data_dir)
 
     def feature_map(image) -> torch.Tensor:
@@ -50,8 +50,8 @@ def pair_scores(network, layout: Layout) -> np.ndarray:
 
 
 def by_the_book(ranking, cosine, scores, ground_truth, topk) -> dict[str, float]:
-    """mAP of each protocol, on a ranking that is made for it alone."""
-    figures = {}
+    """Returns the metrics of each protocol, from a ranking that is sorted separately for it."""
+    metrics = {}
     for name, ignored in {"E": ("junk", "hard"), "M": ("junk",), "H": ("junk", "easy")}.items():
         rankings = []
         for query, truth in enumerate(ground_truth):
@@ -59,11 +59,11 @@ def by_the_book(ranking, cosine, scores, ground_truth, topk) -> dict[str, float]
             kept = [number for number in ranking[query] if number not in out]
             first = sorted(kept[:topk], key=lambda n, q=query: -(cosine[q, n] + 0.5 * scores[q, n]))
             rankings.append([*first, *kept[topk:], *sorted(out)])
-        figures[name] = all_protocols(np.array(rankings), ground_truth)[name]
-    return figures
+        metrics[name] = all_protocols(np.array(rankings), ground_truth)[name]
+    return metrics
 
 
-def test_figures_are_the_protocols_for_each_number_of_candidates(evaluate, layout, network, tmp_path):
+def test_metrics_follow_the_protocol_for_each_number_of_candidates(evaluate, layout, network, tmp_path):
     outcome = evaluate("TEST.RERANKER", "cvnet", "TEST.TOPK_LIST", "[6, 400]")
     assert outcome.code == 0, outcome.err
     output = tmp_path / "work" / "output"
@@ -94,14 +94,14 @@ def test_the_reranker_is_chosen(evaluate, tmp_path, arguments, stages):
     assert {name for name in entry if name.startswith("re")} == stages
 
 
-def test_scores_are_used_again_until_an_image_changes(evaluate, layout):
+def test_scores_are_reused_until_an_image_changes(evaluate, layout):
     first = evaluate("TEST.RERANKER", "cvnet")
     again = evaluate("TEST.RERANKER", "cvnet")
-    assert "roxford5k_cvnet.npy: used again" in again.out
+    assert "roxford5k_cvnet.npy: reused" in again.out
     lines = [[line for line in each.out.splitlines() if line.startswith("Reranking")] for each in (first, again)]
     assert lines[0] == lines[1]
     layout.image("db_3").write_bytes(layout.image("db_4").read_bytes())
-    assert "roxford5k_cvnet.npy: used again" not in evaluate("TEST.RERANKER", "cvnet").out
+    assert "roxford5k_cvnet.npy: reused" not in evaluate("TEST.RERANKER", "cvnet").out
 
 
 def test_an_interrupted_run_resumes_at_the_next_query(layout, checkpoint_50, network, tmp_path):
@@ -139,14 +139,14 @@ def test_an_interrupted_run_resumes_at_the_next_query(layout, checkpoint_50, net
     with pytest.raises(KeyboardInterrupt):
         score(tmp_path / "b", interrupted)
     resumed, resumed_scores = score(tmp_path / "b", interrupted)
-    assert Interrupted.asked == 4  # of the last query alone
+    assert Interrupted.asked == 4  # only those of the last query
     np.testing.assert_allclose(resumed_scores, scores, atol=1e-6, rtol=0)  # batches may differ
     assert torch.equal(whole.ids, resumed.ids)
     whole_metrics, resumed_metrics = (metrics_of(each, dataset.ground_truth) for each in (whole, resumed))
     assert whole_metrics["M"].map == resumed_metrics["M"].map
 
 
-def test_maps_on_disk_stay_within_their_limit_and_are_used_again(layout, network, tmp_path):
+def test_maps_on_disk_stay_within_their_limit_and_are_reused(layout, network, tmp_path):
     images = load_dataset("roxford5k", layout.data_dir).database
     (first,) = FeatureMaps(network, {}, tmp_path / "one", 1 << 30).of(images[:1])
     limit = 5 * (first[1].nbytes + 128)
@@ -158,7 +158,7 @@ def test_maps_on_disk_stay_within_their_limit_and_are_used_again(layout, network
     files[0].write_bytes(b"damaged")
     again = FeatureMaps(network, {}, tmp_path / "maps", limit)
     maps = list(again.of(images))
-    assert len([number for number, _ in maps[:4] if number < 5]) == 4  # those on the disk come first
+    assert len([number for number, _ in maps[:4] if number < 5]) == 4  # saved maps come first
     for number, each in maps:
         torch.testing.assert_close(each, made[number])
     assert len(list((tmp_path / "maps").iterdir())) == 5
@@ -178,14 +178,14 @@ def test_batches_are_of_equal_sizes_and_hold_every_map():
     ("arguments", "message"),
     [
         (("TEST.RERANKER", "colbert"), "has 'colbert', which is not one of superglobal"),
-        (("TEST.RERANKER", "cvnet", "TEST.TOPK_LIST", "[0]"), "has '0', which is no number from 1"),
+        (("TEST.RERANKER", "cvnet", "TEST.TOPK_LIST", "[0]"), "has '0', which is not a number from 1"),
         (
             ("TEST.RERANKER", "cvnet", "TEST.FEATURES", "x.mat"),
             "needs images and weights",
         ),
     ],
 )
-def test_what_cannot_be_reranked_is_told(evaluate, arguments, message):
+def test_invalid_candidates_are_rejected(evaluate, arguments, message):
     outcome = evaluate(*arguments)
     assert outcome.code == 2
     assert message in outcome.err
@@ -196,7 +196,7 @@ def test_a_damaged_candidate_is_named(evaluate, layout):
     content = layout.image("db_7").read_bytes()
     stat = layout.image("db_7").stat()
     layout.image("db_7").write_bytes(b"x" * len(content))
-    os.utime(layout.image("db_7"), ns=(stat.st_atime_ns, stat.st_mtime_ns))  # its descriptor is used again
+    os.utime(layout.image("db_7"), ns=(stat.st_atime_ns, stat.st_mtime_ns))  # so that its descriptor is reused
     outcome = evaluate("TEST.RERANKER", "cvnet")
     assert outcome.code == 2
     assert "db_7.jpg: not an image" in outcome.err

@@ -33,7 +33,7 @@ def test_shards_are_found_by_their_common_name_or_one_of_them(shards, tmp_path):
     check_shards(paths)
 
 
-def test_rows_are_all_there_once_for_any_number_of_shards():
+def test_every_row_is_in_exactly_one_shard():
     for total in (1, 7, 1000):
         for count in range(1, 12):
             rows = [row for number in range(count) for row in range(*shard_rows(total, number, count))]
@@ -45,12 +45,12 @@ def test_rows_are_all_there_once_for_any_number_of_shards():
     [
         (1, {"rows": [3, 7, 10]}, "has the rows 6 to 10 and overlaps"),
         (1, {"rows": [2, 6, 10]}, "has the rows 2 to 6 and overlaps"),
-        (1, {"rows": [4, 7, 10]}, "leaves a gap before it: 3 is next"),
+        (1, {"rows": [4, 7, 10]}, "leaves a gap before it: 3 should be next"),
         (2, {"rows": [6, 9, 10]}, "ends at row 9 of 10"),
         (1, {"checkpoint_sha256": "other"}, "other settings (checkpoint_sha256: other here, a in feats.00000-of-00003"),
     ],
 )
-def test_shards_that_do_not_belong_together_are_told(shards, number, how, message):
+def test_shards_that_do_not_belong_together_are_rejected(shards, number, how, message):
     paths, write = shards
     write(number, **how)
     with pytest.raises(InputError) as error:
@@ -58,21 +58,21 @@ def test_shards_that_do_not_belong_together_are_told(shards, number, how, messag
     assert message in str(error.value)
 
 
-def test_missing_shards_and_two_numbers_of_shards_are_told(shards, tmp_path):
+def test_missing_shards_and_different_totals_are_rejected(shards, tmp_path):
     paths, write = shards
     write(0, count=5)
-    with pytest.raises(InputError, match="shards of 3 and 5 in all"):
+    with pytest.raises(InputError, match="shards with totals of 3 and 5"):
         find_shards(tmp_path / "feats.npy")
     assert find_shards(paths[0]) == paths
     paths[1].unlink()
-    with pytest.raises(InputError, match=r"1 of 3 shards are missing in .*: feats\.00001-of-00003\.npy"):
+    with pytest.raises(InputError, match=r"1 of 3 shards are missing from .*: feats\.00001-of-00003\.npy"):
         find_shards(paths[0])
 
 
-def test_a_shard_without_provenance_is_told(shards):
+def test_a_shard_without_provenance_is_rejected(shards):
     paths, _ = shards
     paths[1].with_name(f"{paths[1].name}.json").unlink()
-    with pytest.raises(InputError, match="make the shard again"):
+    with pytest.raises(InputError, match="extract the shard again"):
         check_shards(paths)
 
 
@@ -102,7 +102,7 @@ def test_shards_made_alone_are_evaluated_as_one_file(command, layout, checkpoint
 
 
 @pytest.mark.parametrize("text", ["3/3", "-1/3", "a/b", "1"])
-def test_a_shard_that_cannot_be_is_told(command, text):
+def test_an_invalid_shard_number_is_rejected(command, text):
     outcome = command("extract_rop1m.py", "--weight", "x", "--depth", 50, "--out", "feats.npy", "--shard", text)
     assert outcome.code == 2
-    assert "is no I/N" in outcome.err or "expected one argument" in outcome.err
+    assert "is not I/N" in outcome.err or "expected one argument" in outcome.err

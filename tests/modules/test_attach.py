@@ -64,7 +64,7 @@ def test_torchvisions_networks_give_what_enters_their_pooling(name):
     torch.testing.assert_close(out, normalize(GeM(3.0)(seen[0]), dim=-1))
 
 
-def test_a_network_whose_class_was_changed_is_not_taken_for_torchvisions():
+def test_a_changed_class_is_not_mistaken_for_a_torchvision_network():
     class Mine(torchvision.models.ResNet):
         def forward(self, x):
             return self.conv1(x)
@@ -73,7 +73,7 @@ def test_a_network_whose_class_was_changed_is_not_taken_for_torchvisions():
     assert attach(network, scales=(1,))(IMAGES).shape == (2, 64)
 
 
-def test_a_callable_is_attached_and_each_module_does_its_part():
+def test_a_callable_is_attached_and_each_module_changes_the_descriptor():
     network = nn.Conv2d(3, 8, 3, stride=2)
 
     def features(x):
@@ -95,7 +95,7 @@ def test_without_scale_gem_the_scales_are_averaged():
     torch.testing.assert_close(out, normalize(vectors.mean(dim=0), dim=-1))
 
 
-def test_a_named_method_gives_the_map_and_the_networks_own_parts_are_used():
+def test_a_named_method_returns_the_map_and_the_networks_own_parts_are_used():
     class Network(nn.Module):
         def __init__(self):
             super().__init__()
@@ -114,7 +114,7 @@ def test_a_named_method_gives_the_map_and_the_networks_own_parts_are_used():
     assert set(attached.state_dict()) == {f"model.{key}" for key in network.state_dict()}
 
 
-def test_whitening_is_p_times_x_less_m():
+def test_whitening_is_p_times_x_minus_m():
     random = torch.Generator().manual_seed(1)
     p, m = torch.randn(4, 8, generator=random), torch.randn(8, generator=random)
     network = nn.Conv2d(3, 8, 3)
@@ -128,7 +128,7 @@ def test_whitening_is_p_times_x_less_m():
             torch.testing.assert_close(out, normalize(x @ p.T, dim=-1))
 
 
-def test_repr_tells_the_layers_that_changed():
+def test_repr_lists_the_changed_layers():
     text = repr(attach(resnet18(), **PAPER))
     assert "layer1.0.relu: ReLU(inplace=True) -> ReLUPlus(threshold=0.014)" in text
     assert "layer2.1: ends in ReLUPlus(threshold=0.014)" in text
@@ -147,7 +147,7 @@ def test_relu6_keeps_its_ceiling():
 
 
 @pytest.mark.parametrize("way", ["detach", "context"])
-def test_the_original_network_comes_back(way):
+def test_detaching_restores_the_original_network(way):
     network = resnet18()
     keys, before = list(network.state_dict()), network(IMAGES)
     attached = attach(network, **PAPER)
@@ -181,7 +181,7 @@ def test_a_checkpoint_loads_after_attaching():
     assert set(attached.state_dict()) == {f"model.{key}" for key in state}
 
 
-def test_what_is_not_asked_for_stays():
+def test_other_folders_are_kept():
     network = resnet18().train()
     network.layer1.eval()
     with pytest.warns(UserWarning, match="training mode"):
@@ -218,16 +218,19 @@ class Tokens(nn.Module):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: attach("resnet18"), "a network, or a callable that gives a map, got str"),
-        (lambda: attach(torchvision.models.ResNet), "gives a map, got the class ResNet"),
-        (lambda: attach(resnet18(), pooling=None), "pooling is a module, got NoneType"),
-        (lambda: attach(resnet18(), pooling=nn.AdaptiveAvgPool2d), "pooling is a module, got the class AdaptiveAvg"),
-        (lambda: attach(resnet18(), rgem=True), "rgem is a module or None, got bool"),
-        (lambda: attach(resnet18(), relup=""), "relup is a name in the network, or several, got ''"),
-        (lambda: attach(resnet18(), relup=None), "relup is a name in the network, or several, got None"),
-        (lambda: attach(resnet18(), features=print), "features is a name in the network"),
-        (lambda: attach(resnet18(), scales=3), "scales are positive factors such as .* got 3"),
-        (lambda: attach(attach(resnet18(), relup="layer1").model, relup="layer1"), "attached already; detach"),
+        (lambda: attach("resnet18"), "a network, or a callable that returns a feature map, got str"),
+        (lambda: attach(torchvision.models.ResNet), "returns a feature map, got the class ResNet"),
+        (lambda: attach(resnet18(), pooling=None), "pooling must be a module, got NoneType"),
+        (
+            lambda: attach(resnet18(), pooling=nn.AdaptiveAvgPool2d),
+            "pooling must be a module, got the class AdaptiveAvg",
+        ),
+        (lambda: attach(resnet18(), rgem=True), "rgem must be a module or None, got bool"),
+        (lambda: attach(resnet18(), relup=""), "relup must be the name of a submodule, or several names, got ''"),
+        (lambda: attach(resnet18(), relup=None), "relup must be the name of a submodule, or several names, got None"),
+        (lambda: attach(resnet18(), features=print), "features must be the name of a submodule"),
+        (lambda: attach(resnet18(), scales=3), "scales must be one or more positive factors such as .* got 3"),
+        (lambda: attach(attach(resnet18(), relup="layer1").model, relup="layer1"), "attached already; call detach"),
         (lambda: attach(resnet18(), features="layer9"), "no method or submodule 'layer9'; it has conv1, bn1"),
         (lambda: attach(resnet18(), projection="head"), "no submodule 'head'; it has conv1"),
         (lambda: attach(resnet18(), relup="layer9"), "no submodule 'layer9'; it has conv1"),
@@ -236,37 +239,37 @@ class Tokens(nn.Module):
         (lambda: attach(lambda x: x, relup="layer1"), "no submodule 'layer1'"),
         (lambda: attach(resnet18(), relup_ends="layer1.0"), r"layer1.0.conv1 \(Conv2d\) has no ReLU of its own"),
         (lambda: attach(resnet18(), relup="layer1", relup_threshold=-1), "threshold of ReLU. must be 0 or more"),
-        (lambda: attach(resnet18(), scales=()), r"at least one, got \(\)"),
-        (lambda: attach(resnet18(), scales=(1, 0)), r"positive factors .* at least one, got \(1, 0\)"),
+        (lambda: attach(resnet18(), scales=()), r"one or more positive factors .* got \(\)"),
+        (lambda: attach(resnet18(), scales=(1, 0)), r"positive factors .* got \(1, 0\)"),
         (lambda: attach(resnet18(), projection=torch.rand(4)), r"projection takes a tensor \(D, C\), got shape \(4,\)"),
         (lambda: attach(resnet18(), projection=(torch.rand(4, 8), torch.rand(4))), r"shapes \[\(4, 8\), \(4,\)\]"),
         (lambda: attach(resnet18(), projection=torch.rand(4, 8))(IMAGES), r"takes \(N, 8\), .* \(6, 512\)"),
         (lambda: attach(resnet18())(IMAGES[0]), r"\(N, C, H, W\), got shape \(3, 96, 128\)"),
         (lambda: attach(resnet18())((IMAGES * 255).byte()), r"torch.uint8 of shape \(2, 3, 96, 128\)"),
         (lambda: attach(resnet18())(IMAGES * float("nan")), r"NaN: 73728 .* \(2, 3, 96, 128\)"),
-        (lambda: attach(nn.Flatten())(IMAGES), r"Flatten gives shape \(2, 18090\), not a map"),
+        (lambda: attach(nn.Flatten())(IMAGES), r"Flatten returns shape \(2, 18090\), not a feature map"),
         (
             lambda: attach(Tokens())(IMAGES),
-            r"Tokens.forward_features gives shape .* not a map .*see attach for a ViT",
+            r"Tokens.forward_features returns shape .* not a feature map .*see attach for a ViT",
         ),
-        (lambda: attach(lambda x: [x])(IMAGES), "<lambda> gives list, not a map"),
-        (lambda: attach(resnet18(), pooling=nn.Identity())(IMAGES), r"the pooling gives shape \(2, 512, 3, 3\) for"),
+        (lambda: attach(lambda x: [x])(IMAGES), "<lambda> returns list, not a feature map"),
+        (lambda: attach(resnet18(), pooling=nn.Identity())(IMAGES), r"the pooling returns shape \(2, 512, 3, 3\) for"),
         (lambda: attach(resnet18(), pooling=Infinite())(IMAGES), "is not finite|got NaN"),
     ],
 )
-def test_what_does_not_fit_is_told(make, message):
+def test_arguments_that_do_not_fit_are_rejected(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_a_wrong_name_changes_nothing():
+def test_an_invalid_name_changes_nothing():
     network = resnet18()
     with pytest.raises(ValueError, match="layer9"):
         attach(network, relup=("layer1", "layer9"))
     assert not any(isinstance(module, ReLUPlus) for module in network.modules())
 
 
-def test_a_block_that_ends_in_no_relu_is_told():
+def test_a_block_that_does_not_end_in_a_relu_is_rejected():
     class PreActivation(nn.Module):
         def __init__(self):
             super().__init__()
@@ -276,16 +279,16 @@ def test_a_block_that_ends_in_no_relu_is_told():
             return x - 1 + 0 * self.conv(self.relu(x))
 
     attached = attach(nn.Sequential(nn.Sequential(PreActivation())), relup_ends="0")
-    with pytest.raises(ValueError, match=r"0.0 \(PreActivation\) gives negative numbers"):
+    with pytest.raises(ValueError, match=r"0.0 \(PreActivation\) returns negative values"):
         attached(IMAGES)
 
 
-def test_a_map_with_its_channels_last_is_told():
+def test_a_map_with_its_channels_last_is_rejected():
     class ChannelsLast(nn.Module):
         num_features = 3
 
         def forward_features(self, x):
             return x.permute(0, 2, 3, 1)
 
-    with pytest.raises(ValueError, match=r"gives \(N, H, W, C\), shape \(2, 67, 90, 3\)"):
+    with pytest.raises(ValueError, match=r"returns \(N, H, W, C\), shape \(2, 67, 90, 3\)"):
         attach(ChannelsLast())(IMAGES)

@@ -43,10 +43,10 @@ def test_a_database_of_int8_rows_is_augmented_as_their_values_are():
     ("values", "scales", "message"),
     [
         (torch.zeros(3, 4), torch.zeros(3), "int8"),
-        (torch.zeros(3, 4, dtype=torch.int8), torch.zeros(4), "3 rows need a scale each"),
+        (torch.zeros(3, 4, dtype=torch.int8), torch.zeros(4), "3 rows need as many scales"),
         (torch.zeros(3, dtype=torch.int8), torch.zeros(3), "int8"),
     ],
 )
-def test_parts_that_do_not_fit_are_told(values, scales, message):
+def test_parts_that_do_not_fit_are_rejected(values, scales, message):
     with pytest.raises(ValueError, match=message):
         Int8Rows(values, scales)

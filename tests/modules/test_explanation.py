@@ -1,4 +1,4 @@
-"""The explanation of a candidate's place adds up to the reranker's own score."""
+"""The explanation of a candidate's place adds up to the score of the reranker."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def rows(n: int, d: int = 24, seed: int = 0) -> torch.Tensor:
 
 
 def check(query, candidates, reranker, mask=None):
-    """Compares the explanation of every candidate that is there with the reranker's order and scores."""
+    """Compares the explanation of every present candidate with the order and scores of the reranker."""
     batch = None if mask is None else mask[None]
     order, scores = (each[0] for each in reranker(query[None], candidates[None], batch))
     for after, (before, score) in enumerate(zip(order.tolist(), scores.tolist(), strict=True)):
@@ -40,13 +40,13 @@ def check(query, candidates, reranker, mask=None):
 
 
 @pytest.mark.parametrize("s2", ["refined", "original"])
-@pytest.mark.parametrize("m", [1, 2, 9, 10, 60])  # fewer than K + 1 among them
+@pytest.mark.parametrize("m", [1, 2, 9, 10, 60])  # some below K + 1
 def test_the_sums_are_the_rerankers_scores(m, s2):
     check(rows(1, seed=3)[0], rows(m), SuperGlobalReranker(m=60, s2=s2))
 
 
 @pytest.mark.parametrize("present", [3, 30])
-def test_candidates_that_are_not_there_have_no_part_in_it(present):
+def test_absent_candidates_have_no_effect(present):
     mask = torch.zeros(40, dtype=torch.bool)
     mask[torch.randperm(40, generator=torch.Generator().manual_seed(1))[:present]] = True
     candidates = rows(40)
@@ -73,13 +73,15 @@ def test_only_the_first_m_are_explained():
     reranker = SuperGlobalReranker(m=20)
     assert explain(query, candidates, 19, reranker) == explain(query, candidates[:20], 19, reranker)
     for place in (20, -1):
-        with pytest.raises(ValueError, match=f"no candidate has place {place}, counted from 0; 20 are reranked"):
+        with pytest.raises(
+            ValueError, match=f"there is no candidate at place {place}, counted from 0; 20 are reranked"
+        ):
             explain(query, candidates, place, reranker)
-    with pytest.raises(ValueError, match="no candidate has place 1"):
+    with pytest.raises(ValueError, match="there is no candidate at place 1"):
         explain(query, candidates, 1, reranker, torch.arange(60) != 1)
 
 
-def test_arrays_are_taken_and_the_input_stays_as_it_is():
+def test_arrays_are_accepted_and_the_input_is_not_modified():
     query, candidates = rows(1, seed=3)[0], rows(30)
     before = candidates.clone()
     why = explain(query.numpy(), candidates.numpy(), 7)

@@ -9,11 +9,11 @@ from torch import nn
 from modules import GeM, GeMPlus, RegionalGeM, ReLUPlus, ScaleGeM, Whitening, attach
 
 ANY = torch.export.Dim.DYNAMIC
-SIZES = [(96, 128), (200, 131), (90, 290)]  # the last has maps on which reflection is not defined
+SIZES = [(96, 128), (200, 131), (90, 290)]  # on the feature maps of the last, reflection is undefined
 
 
 class Pooling(nn.Sequential):
-    """All of them on a map of each of two scales."""
+    """All modules on feature maps of two scales."""
 
     def __init__(self):
         super().__init__(ReLUPlus(), RegionalGeM(), GeMPlus())
@@ -52,7 +52,7 @@ def test_onnx_runtime_agrees_for_images_of_any_size(exported, tmp_path):
     torch.onnx.export(program, (), path, dynamo=True, verbose=False)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-    for size in [*SIZES, (1, 40)]:  # torch.export's own module does not take maps of side 1
+    for size in [*SIZES, (1, 40)]:  # the module of torch.export does not support maps with a side of 1
         x = torch.rand(1, example.shape[1], *size)
         (out,) = session.run(None, {name: x.numpy()})
         torch.testing.assert_close(torch.from_numpy(out), model(x), atol=1e-4, rtol=0)

@@ -54,7 +54,7 @@ def test_layers_have_no_state_to_load(layer):
 
 
 @pytest.mark.parametrize("p", [0, -1, math.nan, math.inf])
-def test_a_power_that_is_no_power_is_refused(p):
+def test_an_invalid_power_is_rejected(p):
     with pytest.raises(ValueError, match="p must be a positive, finite number"):
         GeM(p)
 
@@ -69,36 +69,36 @@ def test_an_even_window_is_refused():
     ("x", "message"),
     [
         (torch.rand(2, 8, 7), r"takes a tensor \(N, C, H, W\), got shape \(2, 8, 7\)"),
-        (torch.rand(2, 8, 0, 7), r"not empty, got shape \(2, 8, 0, 7\)"),
-        (torch.ones(2, 8, 7, 7, dtype=torch.long), r"floating numbers, got torch.int64 of shape \(2, 8, 7, 7\)"),
+        (torch.rand(2, 8, 0, 7), r"non-empty tensor .*got shape \(2, 8, 0, 7\)"),
+        (torch.ones(2, 8, 7, 7, dtype=torch.long), r"a floating-point tensor, got torch.int64 of shape \(2, 8, 7, 7\)"),
         (torch.full((1, 2, 3, 4), math.nan), r"NaN: 24 of the values of shape \(1, 2, 3, 4\)"),
         ([1.0], "got list"),
     ],
 )
-def test_a_map_that_is_none_is_told(layer, x, message):
+def test_an_invalid_map_is_rejected(layer, x, message):
     with pytest.raises(ValueError, match=f"{type(layer).__name__} .*{message}"):
         layer(x)
 
 
 @pytest.mark.parametrize("x", [torch.rand(2, 8), torch.rand(0, 2, 8), torch.full((1, 2, 3), math.nan)])
-def test_scale_gem_tells_what_it_cannot_take(x):
+def test_scale_gem_rejects_invalid_input(x):
     with pytest.raises(ValueError, match=re.escape(f"{tuple(x.shape)}")):
         ScaleGeM()(x)
 
 
-def test_infinities_are_not_taken_for_nan():
+def test_infinities_are_not_mistaken_for_nan():
     x = torch.rand(1, 2, 3, 3)
     x[0, 0, 0, 0], x[0, 0, 1, 1] = math.inf, -math.inf
     assert GeM()(x)[0, 0] == math.inf
 
 
-def test_integers_are_no_activations():
+def test_integers_are_rejected_as_activations():
     with pytest.raises(ValueError, match=r"torch.int64 of shape \(3,\)"):
         ReLUPlus()(torch.arange(3))
 
 
 @pytest.mark.parametrize("threshold", [-0.1, math.nan, math.inf])
-def test_a_threshold_that_is_none_is_refused(threshold):
+def test_an_invalid_threshold_is_rejected(threshold):
     with pytest.raises(ValueError, match="threshold of ReLU"):
         ReLUPlus(threshold)
 
@@ -123,7 +123,7 @@ POWERS = [0.5, 2.5, 4.6, 8, 9, 30, 60, 300, 1e4]
 
 
 def in_float64(values: torch.Tensor, p: float, axis: int) -> torch.Tensor:
-    """(mean of values^p)^(1/p), in logarithms."""
+    """Returns (mean of values^p)^(1/p), computed in logarithms."""
     logarithms = p * values.double().log()
     return ((torch.logsumexp(logarithms, dim=axis) - math.log(values.shape[axis])) / p).exp()
 
@@ -143,7 +143,7 @@ def test_every_power_is_computed_as_in_float64(p):
     torch.testing.assert_close(ScaleGeM(p)(v), expected, rtol=2e-5, atol=2e-5, check_dtype=False)
 
 
-def test_a_growing_power_ends_in_the_maximum():
+def test_growing_powers_approach_the_maximum():
     x, v = torch.rand(2, 3, 5, 6), torch.randn(3, 2, 8)
     torch.testing.assert_close(GeM(1e6)(x), x.amax(dim=(2, 3)), rtol=1e-4, atol=0)
     torch.testing.assert_close(ScaleGeM(1e6)(v), v.amax(dim=0), rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Every reranker of modules/ against its textbook formulation, and what all of them promise."""
+"""Every reranker of modules/ equals its textbook formulation, and has the common properties of rerankers."""
 
 from functools import partial
 
@@ -27,12 +27,12 @@ from modules import (
     expansion,
 )
 
-M = 120  # above and below the numbers of candidates
+M = 120  # some tests have more candidates, some fewer
 
-# The solver's own tolerance is left out of the comparison with a direct solution.
+# A tiny tolerance, so that the solver can be compared with a direct solution.
 exact_diffusion = partial(DiffusionReranker, tolerance=1e-13)
 
-# Per setting: the reranker, its textbook formulation, and the settings of both.
+# Per case: the reranker, its textbook formulation, and the settings of both.
 SETTINGS = {
     "AQE": (QueryExpansion, query_expansion_scores, {"n": 5, "alpha": 0}),
     "alpha-QE": (QueryExpansion, query_expansion_scores, {"n": 10, "alpha": 3}),
@@ -56,7 +56,7 @@ DEFAULTS = [
 
 
 def problem(kind: str, count: int, queries: int = 3) -> tuple[Tensor, Tensor]:
-    """Unit queries (Q, D) and candidates (Q, M, D) in float64, whose values float32 holds too."""
+    """Returns unit queries (Q, D) and candidates (Q, M, D) in float64, with values that float32 can represent."""
     random = torch.Generator().manual_seed(count)
     shape = (queries, count, 64)
     centres = torch.randn(6, 64, generator=random)
@@ -72,7 +72,7 @@ def problem(kind: str, count: int, queries: int = 3) -> tuple[Tensor, Tensor]:
 
 
 def assert_ranked(order: Tensor, scores: Tensor, expected: np.ndarray, tolerance: float) -> None:
-    """The scores are the expected ones, and so is the order, but for places whose scores are that close.
+    """Checks scores and order; places whose scores are within the tolerance may be swapped.
 
     The tolerance is relative to the largest score.
     """
@@ -89,7 +89,7 @@ def assert_ranked(order: Tensor, scores: Tensor, expected: np.ndarray, tolerance
 @pytest.mark.parametrize("count", [1, 40, 150])
 def test_every_reranker_is_its_textbook_formulation(name, kind, count):
     make, textbook, settings = SETTINGS[name]
-    if kind == "equal":  # SuperGlobal leaves open which of different rows that are equally near is the neighbour
+    if kind == "equal":  # SuperGlobal does not define which of several equally near rows is the neighbour
         kind = "duplicates" if make is SuperGlobalReranker else "ties"
     q, x = problem(kind, count)
     for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-5)):
@@ -159,7 +159,7 @@ def test_queries_of_a_block_do_not_depend_on_each_other(reranker, size, monkeypa
 def test_scores_have_the_right_gradients(reranker):
     random = torch.Generator().manual_seed(0)
     q, x = (F.normalize(torch.randn(2, *size, 6, generator=random).double(), dim=-1) for size in ((), (12,)))
-    x[:, 4] = -q  # a similarity below 0 at the first of the places that are not there
+    x[:, 4] = -q  # a similarity below 0, at the first absent place
     mask = torch.arange(12) < torch.tensor([[12], [9]])
     for there in (None, mask):
 
@@ -191,7 +191,10 @@ def test_scores_have_the_right_gradients(reranker):
         (partial(DiffusionReranker, tolerance=np.nan), "tolerance must be finite and at least 0, got nan"),
         (partial(augmented_rows, torch.eye(3), k=0), "k must be at least 1, got 0"),
         (partial(augmented_rows, torch.eye(3), alpha=None, k=None), "k must be a whole number, got None"),
-        (partial(augmented_rows, torch.eye(3), out=torch.eye(2)), "out must be a floating tensor of shape (3, 3)"),
+        (
+            partial(augmented_rows, torch.eye(3), out=torch.eye(2)),
+            "out must be a floating-point tensor of shape (3, 3)",
+        ),
         (partial(augmented_rows, torch.eye(3) / 0), "query 0 and database row 0 have a score that is not finite"),
     ],
 )
@@ -250,8 +253,8 @@ def test_augmented_rows_are_the_textbooks(kind, k, alpha, monkeypatch, tmp_path)
     np.testing.assert_allclose(np.load(tmp_path / "rows.npy"), expected, atol=1e-6, rtol=0)
 
 
-def test_the_databases_own_memory_is_not_written():
+def test_the_memory_of_the_database_is_not_overwritten():
     rows = torch.eye(6)
-    with pytest.raises(ValueError, match="is the database's own memory"):
+    with pytest.raises(ValueError, match="shares memory with the database"):
         augmented_rows(Database([rows[:2], rows[2:]]), out=rows)
     assert torch.equal(rows, torch.eye(6))

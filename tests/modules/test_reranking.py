@@ -44,7 +44,7 @@ def test_reranking_is_the_dense_formulation(m, s2):
         assert row.tolist() == dense_reranking(query.numpy(), rows.numpy(), 9, 0.15, s2).tolist()
 
 
-def test_the_two_kinds_of_s2_are_told_apart():
+def test_the_two_kinds_of_s2_are_distinguished():
     queries, candidates = clustered(3, 32, seed=1), clustered(180, 32).view(3, 60, 32)
     refined, original = (SuperGlobalReranker(m=60, s2=s2)(queries, candidates) for s2 in ("refined", "original"))
     assert not torch.equal(refined.order, original.order)
@@ -79,12 +79,12 @@ def test_a_zero_row_does_not_borrow_the_score_of_another():
     ("m", "k", "beta"),
     [(5, 6, 0.1), (0, 0, 0.1), (5, 0, 0.1), (5, 3, -0.1), (5.0, 3, 0.1), (5, None, 0.1), (5, 3, "x")],
 )
-def test_settings_that_make_no_sense_are_refused(m, k, beta):
+def test_invalid_settings_are_rejected(m, k, beta):
     with pytest.raises(ValueError, match="got"):
         SuperGlobalReranker(m, k, beta)
 
 
-def test_shapes_that_do_not_fit_are_told():
+def test_shapes_that_do_not_fit_are_rejected():
     with pytest.raises(ValueError, match=r"got \(2, 16\) and \(2, 5, 8\)"):
         SuperGlobalReranker()(torch.rand(2, 16), torch.rand(2, 5, 8))
 
@@ -98,7 +98,7 @@ def test_the_gram_matrix_is_symmetric_and_exact(m):
     torch.testing.assert_close(gram.double(), exact, atol=1e-6, rtol=0)
 
 
-def test_the_largest_are_those_of_topk_whatever_is_missing():
+def test_the_largest_equal_topk_with_any_candidates_missing():
     random = np.random.default_rng(0)
     for _ in range(1500):
         m, k = int(random.integers(80, 460)), int(random.integers(1, 41))
@@ -126,7 +126,7 @@ def test_few_candidates_of_many_places_are_reranked(m, count):
 
 
 @pytest.mark.parametrize("kind", ["text", "object", "lists", "uuids"])
-def test_ids_of_any_kind_name_rows_and_each_is_fetched_once(kind):
+def test_ids_of_any_kind_are_accepted_and_each_is_fetched_once(kind):
     rows, queries = clustered(60, 32), clustered(3, 32, seed=1)
     ids = search(queries, rows, m=20).ids
     expected = SuperGlobalReranker(m=20).rerank(queries, ids, Database(rows).rows)
@@ -159,7 +159,7 @@ def test_the_largest_are_those_of_a_sort(m, k):
 
 
 def ragged(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries and candidates, the candidates that the mask leaves out full of NaN."""
+    """Returns queries and candidates; candidates outside the mask are filled with NaN."""
     queries, candidates = clustered(len(mask), 32, seed=1), clustered(mask.numel(), 32).view(*mask.shape, 32)
     candidates[~mask] = torch.nan
     return queries, candidates
@@ -184,7 +184,7 @@ def test_a_query_with_fewer_candidates_is_reranked_as_if_alone(counts, scattered
         assert (together.scores[q, count:] == -torch.inf).all()
 
 
-def test_ids_of_minus_one_are_no_candidates_and_are_never_fetched():
+def test_ids_of_minus_one_are_not_candidates_and_never_fetched():
     rows, queries = clustered(60, 32), clustered(2, 32, seed=1)
     ids = search(queries, rows, m=20).ids
     ids[0, 12:] = -1
@@ -203,13 +203,13 @@ def test_ids_of_minus_one_are_no_candidates_and_are_never_fetched():
     assert ids.gather(1, found.order)[0, 12:].tolist() == [-1] * 8
 
 
-def test_numpy_comes_back_as_numpy():
+def test_numpy_input_gives_numpy_output():
     rows, queries = clustered(60, 32), clustered(3, 32, seed=1)
     ids = search(queries, rows, m=20).ids
     reranker = SuperGlobalReranker(m=20)
     expected = reranker.rerank(queries, ids, Database(rows).rows)
     array = rows.numpy()
-    array.flags.writeable = False  # a memory map is, as a rule
+    array.flags.writeable = False  # as memory maps usually are
     kinds = []
 
     def fetch(wanted):
@@ -236,7 +236,7 @@ def test_scores_have_gradients():
         )
 
 
-def test_only_the_first_m_candidates_are_looked_at():
+def test_only_the_first_m_candidates_are_used():
     queries, candidates = clustered(2, 16, seed=1), clustered(60, 16).view(2, 30, 16)
     found = SuperGlobalReranker(m=10)(queries, candidates)
     assert torch.equal(found.order, SuperGlobalReranker(m=10)(queries, candidates[:, :10]).order)
@@ -248,12 +248,12 @@ def test_half_precision_is_reranked_in_float32():
     assert torch.equal(SuperGlobalReranker()(queries, candidates).scores, expected.scores)
 
 
-def test_no_query_is_no_error():
+def test_an_empty_set_of_queries_is_valid():
     ids = torch.zeros(0, 5, dtype=torch.long)
     assert SuperGlobalReranker().rerank(torch.rand(0, 8), ids, torch.rand(9, 8).__getitem__).order.shape == (0, 5)
 
 
-def test_rows_that_were_never_normalised_are_told():
+def test_rows_that_were_never_normalised_are_reported():
     with pytest.warns(UserWarning, match="of length"):
         SuperGlobalReranker()(20 * clustered(1, 16), clustered(20, 16)[None])
 
@@ -270,18 +270,18 @@ NONE = torch.zeros(2, 0, dtype=torch.long)
         (Q, X[:, :, :4], None, r"got \(2, 8\) and \(2, 10, 4\)"),
         (Q[:1], X, None, r"got \(1, 8\) and \(2, 10, 8\)"),
         (Q, X[:, :0], None, r"no candidates to rerank: got \(2, 8\) and \(2, 0, 8\)"),
-        (Q, X.long(), None, r"floating numbers, got \(2, 8\) and \(2, 10, 8\) of torch.float32 and torch.int64"),
+        (Q, X.long(), None, r"floating-point, got \(2, 8\) and \(2, 10, 8\) of torch.float32 and torch.int64"),
         (Q, X * torch.nan, None, r"candidate 0 of query 0 has NaN or infinity, .* \(2, 10, 8\)"),
         (Q / 0, X, None, r"^query 0 has NaN or infinity, got \(2, 8\)"),
-        (Q, X, torch.ones(2, 9, dtype=torch.bool), r"mask is bool \(Q, M\), got torch.bool of shape \(2, 9\)"),
-        (Q, X, torch.ones(2, 10), r"mask is bool \(Q, M\), got torch.float32 of shape \(2, 10\)"),
-        (Q.tolist(), X, None, "queries: a tensor or a NumPy array is needed, got list"),
-        (np.array([["a"]]), X, None, r"queries: no tensor can be made of an array of <U1, shape \(1, 1\)"),
-        (Q, np.ones((2, 10, 8), dtype=">f4"), None, "candidates: no tensor can be made of an array of >f4"),
+        (Q, X, torch.ones(2, 9, dtype=torch.bool), r"mask must be bool \(Q, M\), got torch.bool of shape \(2, 9\)"),
+        (Q, X, torch.ones(2, 10), r"mask must be bool \(Q, M\), got torch.float32 of shape \(2, 10\)"),
+        (Q.tolist(), X, None, "queries must be a tensor or a NumPy array, got list"),
+        (np.array([["a"]]), X, None, r"queries: an array of <U1, shape \(1, 1\), cannot be converted"),
+        (Q, np.ones((2, 10, 8), dtype=">f4"), None, "candidates: an array of >f4"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:reranking is for rows of unit length")
-def test_what_cannot_be_reranked_is_told(queries, candidates, mask, message):
+@pytest.mark.filterwarnings("ignore:reranking expects descriptors of unit length")
+def test_invalid_candidates_are_rejected(queries, candidates, mask, message):
     with pytest.raises(ValueError, match=message):
         SuperGlobalReranker()(queries, candidates, mask)
 
@@ -299,7 +299,7 @@ def test_the_row_that_is_not_finite_is_named():
         SuperGlobalReranker().rerank(queries, ids, Database(rows).rows)
 
 
-def test_unsigned_ids_are_ids():
+def test_unsigned_ids_are_accepted():
     rows, queries = clustered(60, 32), clustered(2, 32, seed=1)
     ids = search(queries, rows, m=20).ids
     reranker = SuperGlobalReranker()
@@ -311,11 +311,11 @@ def test_unsigned_ids_are_ids():
 @pytest.mark.parametrize(
     ("queries", "ids", "fetch", "message"),
     [
-        (Q, NONE, None, "fetch is a function"),
+        (Q, NONE, None, "fetch must be a function"),
         (Q, NONE, X.view(-1, 8).__getitem__, r"no candidates to rerank: got queries \(2, 8\) and ids \(2, 0\)"),
         (Q, torch.zeros(3, 4, dtype=torch.long), X.view(-1, 8).__getitem__, r"got queries \(2, 8\) and ids \(3, 4\)"),
-        (Q, torch.zeros(2, 4), X.view(-1, 8).__getitem__, r"ids are integers .* \(2, 4\) of torch.float32"),
-        (Q, torch.full((2, 4), -2), X.view(-1, 8).__getitem__, "ids are integers from 0, and -1 for none"),
+        (Q, torch.zeros(2, 4), X.view(-1, 8).__getitem__, r"ids must be integers .* \(2, 4\) of torch.float32"),
+        (Q, torch.full((2, 4), -2), X.view(-1, 8).__getitem__, "ids must be integers from 0, or -1 for none"),
         (
             Q,
             torch.zeros(2, 4, dtype=torch.long),
@@ -324,6 +324,6 @@ def test_unsigned_ids_are_ids():
         ),
     ],
 )
-def test_what_cannot_be_fetched_is_told(queries, ids, fetch, message):
+def test_invalid_ids_and_fetch_functions_are_rejected(queries, ids, fetch, message):
     with pytest.raises(ValueError, match=message):
         SuperGlobalReranker().rerank(queries, ids, fetch)

@@ -34,7 +34,7 @@ def test_results_do_not_depend_on_the_chunk_size(chunk_size):
 
 
 def random_problem(seed: int) -> tuple[torch.Tensor, Database, int, list[torch.Tensor]]:
-    """Queries, a database of two parts, with ties in every third, a number of results, and listed rows."""
+    """Returns queries, a database of two parts (with ties in every third problem), m, and listed rows."""
     random = torch.Generator().manual_seed(seed)
     n, d, q, m = (int(torch.randint(*span, (1,), generator=random)) for span in ((1, 900), (2, 64), (1, 9), (1, 600)))
     rows = unit(n, d, seed=seed + 1)
@@ -51,7 +51,7 @@ def assert_equal(found, expected) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_parts_of_the_rows_make_up_the_search_of_all(seed):
+def test_merged_searches_of_parts_equal_the_search_of_all_rows(seed):
     queries, database, m, listed = random_problem(seed)
     n, count = len(database), 1 + seed % 7
     parts = [(n * i // count, n * (i + 1) // count) for i in range(count)]
@@ -59,13 +59,13 @@ def test_parts_of_the_rows_make_up_the_search_of_all(seed):
     assert_equal(merged(found, m), search(queries, database, m, listed))
 
 
-def test_rows_that_are_no_part_are_told():
-    with pytest.raises(ValueError, match="rows are from 0 to 10, ascending"):
+def test_invalid_ranges_of_rows_are_rejected():
+    with pytest.raises(ValueError, match="rows must be ascending numbers from 0 to 10"):
         search(unit(1, 4), unit(10, 4), m=3, rows=(4, 11))
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_gpus_order_of_work_gives_the_same_to_the_bit(seed):
+def test_the_order_of_work_on_a_gpu_gives_the_same_result_to_the_bit(seed):
     queries, database, m, listed = random_problem(seed)
     n = len(database)
     found = _search_without_waiting(queries.double(), database, min(m, n), listed, 200, None, (0, n))
@@ -100,7 +100,7 @@ def test_scores_descend_and_are_cosines():
     torch.testing.assert_close(found.scores, (queries @ database.T).gather(1, found.ids))
 
 
-def test_parts_are_numbered_as_if_stacked():
+def test_parts_are_numbered_as_if_concatenated():
     queries, database = unit(2, 16), unit(30, 16, seed=1)
     parts = Database([database[:11], database[11:12], database[12:]])
     assert torch.equal(search(queries, parts, m=30).ids, search(queries, database, m=30).ids)
@@ -122,23 +122,23 @@ def test_m_above_the_size_of_the_database_gives_all():
     [
         (unit(2, 8), unit(5, 9), r"queries must be \(Q, 9\)"),
         (unit(2, 8), torch.full((5, 8), float("nan")), "database row 0 .* not finite"),
-        (unit(2, 8), torch.zeros(5, 8, dtype=torch.int64), "floating numbers"),
+        (unit(2, 8), torch.zeros(5, 8, dtype=torch.int64), "floating-point"),
         (unit(2, 8), unit(5), r"\(N, D\) tensors"),
     ],
 )
-def test_bad_input_is_told(queries, database, message):
+def test_bad_input_is_rejected(queries, database, message):
     with pytest.raises(ValueError, match=message):
         search(queries, database, m=3)
 
 
-def test_a_listed_row_outside_the_database_is_told():
+def test_a_listed_row_outside_the_database_is_rejected():
     with pytest.raises(ValueError, match="outside the database of 5 rows"):
         search(unit(1, 8), unit(5, 8, seed=1), m=3, listed=[torch.tensor([5])])
 
 
 @pytest.mark.parametrize("number", [-1, 10])
-def test_a_row_that_is_not_there_is_told(number):
-    with pytest.raises(ValueError, match=f"there is no row {number} among the 10"):
+def test_a_missing_row_is_rejected(number):
+    with pytest.raises(ValueError, match=f"there is no row {number}; the database has 10 rows"):
         Database([unit(4, 8), unit(6, 8)]).rows(torch.tensor([[3, number]]))
 
 

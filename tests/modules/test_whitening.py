@@ -12,14 +12,14 @@ N, D = 300, 12
 
 
 def some_rows(seed: int = 0, n: int = N) -> torch.Tensor:
-    """Correlated descriptors whose mean is not 0, (n, D) float64."""
+    """Returns correlated descriptors whose mean is not 0, (n, D) float64."""
     random = torch.Generator().manual_seed(seed)
     mixing = torch.randn(D, D, generator=random, dtype=torch.float64) * torch.logspace(0, -2, D, dtype=torch.float64)
     return torch.randn(n, D, generator=random, dtype=torch.float64) @ mixing.T + 0.3
 
 
 def some_labels(n: int = N, classes: int = 20) -> torch.Tensor:
-    """Classes of unequal sizes, unsorted, with labels that are not 0, 1, 2."""
+    """Returns descriptors of classes of unequal sizes, unsorted, with labels other than 0, 1, 2."""
     random = torch.Generator().manual_seed(9)
     return 1000 - 7 * (classes * torch.rand(n, generator=random).square()).long()
 
@@ -34,12 +34,12 @@ def assert_equal_up_to_sign(got: torch.Tensor, expected: np.ndarray, atol: float
 
 
 def assert_same_direction(got: torch.Tensor, expected: np.ndarray) -> None:
-    """The axes are equal up to their signs and one factor for all."""
+    """Checks that the axes are equal up to signs and a common factor."""
     assert_equal_up_to_sign((got / got.norm()).T, (expected / np.linalg.norm(expected)).T, atol=1e-8)
 
 
 @pytest.mark.parametrize("dim", [1, 5, D])
-def test_pca_whitening_is_scikit_learns(dim):
+def test_pca_whitening_equals_scikit_learns(dim):
     rows, new = some_rows(), some_rows(seed=1, n=7)
     moments = Moments(D).update(rows)
     whitening = pca_whitening(moments.mean, moments.covariance, dim)
@@ -87,7 +87,7 @@ def test_the_largest_component_of_each_axis_is_positive():
 
 
 @pytest.mark.parametrize("labels", [None, some_labels(5000), some_labels(5000).sort().values])
-def test_uneven_blocks_and_shards_give_what_one_block_gives(labels):
+def test_uneven_blocks_and_shards_give_the_result_of_one_block(labels):
     rows = some_rows(n=5000)  # more than are added at a time
     sizes = [1, 0, 999, 3000, 1000]
     parts = [rows.split(sizes)] if labels is None else [rows.split(sizes), labels.split(sizes)]
@@ -105,7 +105,7 @@ def test_uneven_blocks_and_shards_give_what_one_block_gives(labels):
             torch.testing.assert_close(other.within, one.within, atol=0, rtol=1e-9)
 
 
-def test_moments_are_numpys():
+def test_moments_equal_numpys():
     rows, labels = some_rows(), some_labels()
     moments, classes = Moments(D).update(rows), ClassMoments(D).update(rows, labels)
     within = sum(
@@ -141,7 +141,7 @@ def test_descriptors_of_any_dtype_are_added_in_float64(labels, dtype):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes the bytes of the largest storage that an operation returns."""
+    """Records the bytes of the largest storage that an operation returns."""
 
     def __init__(self):
         super().__init__()
@@ -168,7 +168,7 @@ def test_memory_does_not_grow_with_the_number_of_descriptors(labelled):
     assert used[0] == used[1]
 
 
-def test_a_constant_dimension_is_no_axis():
+def test_a_constant_dimension_is_not_an_axis():
     rows = some_rows()
     rows[:, 3] = 0.7
     moments = Moments(D).update(rows)
@@ -194,7 +194,7 @@ def test_few_descriptors_have_fewer_axes():
         (torch.full((3, 3), torch.inf), 1, r"shape \(3, 3\) are not finite"),
     ],
 )
-def test_pca_whitening_tells_what_it_cannot_do(covariance, dim, message):
+def test_pca_whitening_rejects_invalid_input(covariance, dim, message):
     with pytest.raises(ValueError, match=message):
         pca_whitening(torch.zeros(3), covariance, dim)
 
@@ -202,7 +202,7 @@ def test_pca_whitening_tells_what_it_cannot_do(covariance, dim, message):
 @pytest.mark.parametrize("dim", [1, 6, D])
 def test_discriminative_whitening_is_the_textbooks(dim):
     rows, labels = some_rows(n=90), some_labels(90)
-    assert labels.unique(return_counts=True)[1].min() == 1  # a class of one, too
+    assert labels.unique(return_counts=True)[1].min() == 1  # also a class of one
     got = discriminative_whitening(ClassMoments(D).update(rows, labels), dim).projection
     assert_same_direction(got, oracles.discriminative_projection(rows.numpy(), labels.numpy(), dim, balanced=True))
 
@@ -213,10 +213,10 @@ def test_in_classes_of_equal_size_it_is_the_papers_formula():
     assert_same_direction(got, oracles.discriminative_projection(rows.numpy(), labels.numpy(), 5, balanced=False))
 
 
-def test_matching_descriptors_come_nearer():
+def test_matching_descriptors_become_more_similar():
     random = torch.Generator().manual_seed(0)
     labels = torch.arange(200) % 20
-    noise = torch.randn(200, D, generator=random) * torch.logspace(1, -1, D)  # loudest where classes differ least
+    noise = torch.randn(200, D, generator=random) * torch.logspace(1, -1, D)  # largest where classes differ least
     rows = (torch.randn(20, D, generator=random) * torch.logspace(-1, 1, D))[labels] + noise
     white = discriminative_whitening(ClassMoments(D).update(rows, labels), 6)(rows)
 
@@ -240,7 +240,7 @@ def test_shrinkage_whitens_where_pairs_are_few():
     torch.testing.assert_close(got, torch.eye(D - 1, dtype=torch.float64), atol=1e-9, rtol=0)
 
 
-def test_a_dimension_that_is_constant_within_classes_is_told():
+def test_a_dimension_that_is_constant_within_classes_is_rejected():
     rows, labels = some_rows(), some_labels()
     rows[:, 3] = labels.double()
     with pytest.raises(ValueError, match="along 11 of 12 dimensions, but must along all; or give a shrinkage above 0"):
@@ -266,7 +266,7 @@ def test_no_more_dimensions_than_classes_differ_in():
         (some_labels(), {"dim": D + 1, "shrinkage": 0.1}, "dim can be 12 at most, got 13"),
     ],
 )
-def test_discriminative_whitening_tells_what_it_cannot_do(labels, settings, message):
+def test_discriminative_whitening_rejects_invalid_input(labels, settings, message):
     with pytest.raises(ValueError, match=message):
         discriminative_whitening(ClassMoments(D).update(some_rows(), labels), **{"dim": 2, **settings})
 
@@ -279,7 +279,7 @@ def test_discriminative_whitening_tells_what_it_cannot_do(labels, settings, mess
         (torch.zeros(N - 1, dtype=torch.int64), rf"{N} descriptors need as many labels, got shape \({N - 1},\)"),
     ],
 )
-def test_labels_that_are_none_are_told(labels, message):
+def test_invalid_labels_are_rejected(labels, message):
     with pytest.raises(ValueError, match=message):
         ClassMoments(D).update(some_rows(), labels)
 
@@ -296,14 +296,14 @@ def test_descriptors_that_are_not_finite_are_not_added(labels, value):
 
 
 @pytest.mark.parametrize(("kind", "labels"), [(Moments, []), (ClassMoments, [torch.zeros(2, dtype=torch.int64)])])
-def test_widths_that_differ_are_told(kind, labels):
+def test_different_widths_are_rejected(kind, labels):
     with pytest.raises(ValueError, match="Moments of 3 dimensions got descriptors of 4"):
         kind(3).update(torch.ones(2, 4), *labels)
     with pytest.raises(ValueError, match=r"rows of 3.*rows of 4.*dimensions differ"):
         kind(3).merge(kind(4))
 
 
-def test_what_too_few_descriptors_cannot_tell():
+def test_too_few_descriptors_have_no_covariance_or_mean():
     with pytest.raises(ValueError, match="at least 2 descriptors, got 1"):
         _ = Moments(D).update(some_rows(n=1)).covariance
     with pytest.raises(ValueError, match="at least 1 descriptor, got 0"):
@@ -338,7 +338,7 @@ def test_autocast_changes_nothing():
     assert torch.equal(inside, whitening(x))
 
 
-def test_a_descriptor_does_not_depend_on_its_batch_and_none_is_a_batch():
+def test_a_descriptor_does_not_depend_on_its_batch_which_may_be_empty():
     x, whitening = some_rows(n=6), a_whitening()
     torch.testing.assert_close(torch.cat([whitening(row[None]) for row in x]), whitening(x))
     assert whitening(x[:0]).shape == (0, 4)
@@ -355,7 +355,7 @@ def test_a_whitening_says_its_widths():
         a_whitening()(torch.ones(2, 13))
 
 
-def test_a_saved_whitening_is_the_same(tmp_path):
+def test_a_saved_whitening_is_loaded_unchanged(tmp_path):
     whitening = a_whitening()
     torch.save(whitening.state_dict(), tmp_path / "whitening.pt")
     state = torch.load(tmp_path / "whitening.pt", weights_only=True)
@@ -370,17 +370,17 @@ def test_a_saved_whitening_is_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ([torch.zeros(3)], "is a dict, got list"),
+        ([torch.zeros(3)], "must be a dict, got list"),
         ({"mean": torch.zeros(3)}, r"mean and projection, got \['mean'\]"),
         ({"mean": torch.zeros(3), "projection": torch.zeros(2, 3), "P": 1}, r"got \['P', 'mean', 'projection'\]"),
         ({"mean": torch.zeros(3), "projection": [[1.0]]}, r"projection .* tensor \(dim, D\), got list"),
         ({"mean": torch.zeros(1, 3), "projection": torch.zeros(2, 3)}, r"mean .* tensor \(D\), got shape \(1, 3\)"),
-        ({"mean": torch.zeros(3), "projection": torch.zeros(0, 3)}, r"not empty, got shape \(0, 3\)"),
+        ({"mean": torch.zeros(3), "projection": torch.zeros(0, 3)}, r"non-empty tensor .*got shape \(0, 3\)"),
         ({"mean": torch.zeros(3), "projection": torch.ones(3, 2)}, r"3 dimensions, .* takes 2: .*\(dim, 3\)"),
-        ({"mean": torch.zeros(3), "projection": torch.zeros(2, 3).long()}, "floating numbers, got torch.int64"),
+        ({"mean": torch.zeros(3), "projection": torch.zeros(2, 3).long()}, "a floating-point tensor, got torch.int64"),
         ({"mean": torch.full((3,), torch.inf), "projection": torch.zeros(2, 3)}, "mean .* not finite"),
     ],
 )
-def test_a_state_that_is_no_whitening_is_told(state, message):
+def test_an_invalid_state_of_a_whitening_is_rejected(state, message):
     with pytest.raises(ValueError, match=message):
         Whitening.from_state(state)

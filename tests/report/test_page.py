@@ -1,4 +1,4 @@
-"""The page of TEST.REPORT: what it says, and how a browser shows it."""
+"""The page of TEST.REPORT: its content, and its display in a browser."""
 
 import json
 import re
@@ -23,7 +23,7 @@ LABELS = {"easy", "hard", "ignored", "wrong"}
 
 
 class Parsed(HTMLParser):
-    """Tags with their attributes in order, the classes' texts, and whether every tag is closed."""
+    """Parses a page into its tags with attributes, texts by class, and whether every tag is closed."""
 
     def __init__(self, path):
         super().__init__()
@@ -72,7 +72,7 @@ def evaluated(command, layout, tmp_path):
     return run
 
 
-def test_saved_descriptors_are_reported_with_what_is_known_of_them(evaluated, tmp_path):
+def test_saved_descriptors_are_shown_with_their_provenance(evaluated, tmp_path):
     page, _ = evaluated()
     assert page.text("h1") == ["Saved descriptors on roxford5k"]
     assert "MODEL.DEPTH" not in page.text("dt")
@@ -109,7 +109,7 @@ def test_results_are_in_order_with_labels_and_scores(evaluated, layout):
     np.testing.assert_allclose(scores[:2], torch.cat([before[:, :10], after.scores[:, :10]]), atol=6e-5)
 
 
-def test_places_gained_and_lost_stand_beside_each_result(evaluated):
+def test_places_gained_and_lost_are_shown_with_each_result(evaluated):
     page, out_dir = evaluated()
     order = [int(text.removeprefix("query_")) for text in page.text("h3")[1:]]
     before, after = (np.load(out_dir / f"roxford5k_{stage}_ranks.npy") for stage in ("retrieval", "reranking"))
@@ -148,7 +148,7 @@ def test_without_superglobal_nothing_is_explained(evaluated):
 
 
 def aps(entry: dict, stage: str) -> list[float]:
-    """The AP (Medium) of each query, in their order."""
+    """Returns the AP (Medium) of each query, in order."""
     by_name = entry[stage]["M"]["AP"]
     assert [*by_name] == [f"query_{number}" for number in range(len(by_name))]
     return [*by_name.values()]
@@ -167,7 +167,7 @@ def test_the_largest_change_of_ap_comes_first(evaluated):
     assert "SupG.rerank_beta" in page.text("dt")
 
 
-def test_nothing_comes_from_outside_and_no_script_is_there(evaluated):
+def test_the_page_is_self_contained_and_has_no_script(evaluated):
     page, out_dir = evaluated()
     for tag, attributes in page.tags:
         for name in attributes.keys() & {"src", "srcset", "href", "poster", "data", "action"}:
@@ -215,7 +215,7 @@ def test_every_number_of_candidates_has_its_ranking_and_caption(command, layout,
     assert len([text for text in page.text("p", "text changes") if re.match("Reranking of (4|20) raised", text)]) == 2
 
 
-def test_images_that_are_missing_or_damaged_leave_frames_with_names(evaluated, layout):
+def test_missing_and_damaged_images_are_shown_as_frames_with_names(evaluated, layout):
     layout.image("db_3").write_text("not an image")
     layout.image("query_1").unlink()
     page, _ = evaluated()
@@ -247,14 +247,14 @@ def test_distractors_are_wrong_and_shown_where_their_images_are(evaluated, layou
     assert {f"Result 1: distractor {i}" for i in range(3)} <= {a["alt"] for a in page.attributes("img")}
 
 
-def test_a_report_that_cannot_be_written_is_told_in_one_line(tmp_path):
+def test_a_report_that_cannot_be_written_is_reported_in_one_line(tmp_path):
     (tmp_path / "report").write_text("in the way")
     with pytest.raises(InputError, match=r"the report .*report/index.html cannot be written"):
         write_report(Page("nothing", {}, []), tmp_path / "report")
 
 
 def noise(folder, count: int, side: int = 192) -> list[ImageFile]:
-    """Images that no JPEG makes small."""
+    """Images of noise, which JPEG cannot compress."""
     images = [ImageFile(folder / f"{i}.jpg") for i in range(count)]
     for i, image in enumerate(images):
         pixels = np.random.default_rng(i).integers(0, 256, (side, side, 3), dtype=np.uint8)
@@ -263,7 +263,7 @@ def noise(folder, count: int, side: int = 192) -> list[ImageFile]:
 
 
 def unlabelled(images: list[ImageFile], queries: int, results: int = 20) -> Page:
-    """What a search of a folder without ground truth shows."""
+    """Returns a page like that of a search in a folder, without ground truth."""
     hits = [Hit(image.path.name, image, 1 - i / 99) for i, image in enumerate(images[:results])]
     found = [Query(f"query {i}", images[i % len(images)], {"retrieval": hits}) for i in range(queries)]
     return Page("Search", {"folder": "/tmp"}, [Section("images", found)])
@@ -282,7 +282,7 @@ def test_names_are_escaped_and_need_not_be_utf_8(tmp_path):
     assert "<script>alert('x')</script> & \"?" in parsed.text("h1")
 
 
-def test_a_page_without_ground_truth_has_no_figures_and_keeps_the_order(tmp_path):
+def test_a_page_without_ground_truth_has_no_metrics_and_keeps_the_order(tmp_path):
     parsed = Parsed(write_report(unlabelled(noise(tmp_path, 5, side=20), 4, 3), tmp_path))
     assert parsed.text("h3") == ["Queries", *(f"query {i}" for i in range(4))]
     assert not parsed.attributes("table")
@@ -337,7 +337,7 @@ def browser():
 
 @pytest.fixture
 def opened(browser, evaluated):
-    """Opens the command's page in a context of its own; returns the page and what its console said."""
+    """Opens the page of the command in a new context; returns the page and the messages of its console."""
     _, out_dir = evaluated()
     contexts = []
 
@@ -407,7 +407,7 @@ def test_sections_are_reached_with_the_keyboard(opened):
     page.wait_for_function("document.querySelector('.row').scrollLeft > 0")
 
 
-def test_the_content_needs_no_script(opened):
+def test_the_page_needs_no_script(opened):
     page, _ = opened(java_script_enabled=False)
     assert page.locator("article").count() == 3
     assert page.locator("article .hit img").first.is_visible()

@@ -4,7 +4,7 @@ import pytest
 from revisitop.bootstrap import paired_difference
 
 
-def test_the_interval_covers_the_true_difference_about_as_often_as_it_says():
+def test_the_interval_has_about_its_nominal_coverage():
     rng, covered = np.random.default_rng(0), 0
     for _ in range(100):
         a = rng.random(40)
@@ -13,14 +13,14 @@ def test_the_interval_covers_the_true_difference_about_as_often_as_it_says():
     assert 88 <= covered <= 99
 
 
-def test_it_is_paired_antisymmetric_and_the_same_each_time():
+def test_the_difference_is_paired_antisymmetric_and_reproducible():
     rng = np.random.default_rng(1)
     a = rng.random(70)
     b = a + 0.01 + 0.001 * rng.standard_normal(70)  # tiny, but nearly the same for each query
-    there, back = paired_difference(a, b), paired_difference(b, a)
-    assert not there.is_within_chance
-    assert there == paired_difference(a, b)
-    assert (there.mean, there.low, there.high) == pytest.approx((-back.mean, -back.high, -back.low))
+    forward, back = paired_difference(a, b), paired_difference(b, a)
+    assert not forward.is_within_chance
+    assert forward == paired_difference(a, b)
+    assert (forward.mean, forward.low, forward.high) == pytest.approx((-back.mean, -back.high, -back.low))
 
 
 def test_queries_without_a_value_in_both_are_left_out():

@@ -1,4 +1,4 @@
-"""Saved descriptors of as many dimensions as images, some of them damaged, or of unit length either way."""
+"""Saved descriptors with as many dimensions as images, some damaged, or with unit length along both axes."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def unit_rows(n: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("bad", [0, np.nan, np.inf])
-def test_a_damaged_image_of_a_square_array_is_named_whichever_way_it_is(dataset, tmp_path, bad):
+def test_a_damaged_image_of_a_square_array_is_named_for_rows_and_columns(dataset, tmp_path, bad):
     rows = unit_rows(N)
     rows[5] = bad
     for values in (rows, rows.T):
@@ -33,7 +33,7 @@ def test_a_damaged_image_of_a_square_array_is_named_whichever_way_it_is(dataset,
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64])
-def test_a_square_array_of_another_precision_is_told_apart_too(dataset, tmp_path, dtype):
+def test_rows_of_a_square_array_in_another_precision_are_recognised(dataset, tmp_path, dtype):
     rows = unit_rows(N)
     for values in (rows, rows.T):
         np.savez(tmp_path / "features.npz", Q=unit_rows(3), X=values.astype(dtype))

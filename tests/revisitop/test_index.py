@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import latest
-from described import describe
+from drawn_descriptors import draw_descriptors
 
 from model.errors import InputError
 from modules.diffusion import DiffusionReranker
@@ -19,7 +19,7 @@ from revisitop.retrieve import rerank, retrieve
 
 
 def clustered(count: int, dim: int = 32, seed: int = 0) -> torch.Tensor:
-    """Unit rows around 20 centres."""
+    """Unit descriptors around 20 centres."""
     rng = np.random.default_rng(seed)
     centres = np.random.default_rng(99).standard_normal((20, dim))
     rows = centres[rng.integers(0, 20, count)] + rng.standard_normal((count, dim))
@@ -77,21 +77,21 @@ def test_more_lists_find_more_and_all_of_them_everything(database, tmp_path):
         assert ((found.ids < 0) == (found.scores == -torch.inf)).all()
         same = [np.isin(a, b).mean() for a, b in zip(exact.numpy(), found.ids.numpy(), strict=True)]
         recalls.append(np.mean(same))
-        rerank(found, SuperGlobalReranker(), queries, database)  # where fewer than M are found, too
+        rerank(found, SuperGlobalReranker(), queries, database)  # also if fewer than M are found
     assert recalls[0] < recalls[1] < recalls[2] == 1
 
 
-def test_an_index_is_used_again_for_the_same_rows_alone(database, tmp_path, caplog):
+def test_an_index_is_reused_only_for_the_same_rows(database, tmp_path, caplog):
     caplog.set_level("INFO")
 
     def outcome(*arguments) -> str:
         caplog.clear()
         indexed(*arguments)
-        return "used again" if "used again" in caplog.text else "built"
+        return "reused" if "reused" in caplog.text else "built"
 
     file = tmp_path / "x.IVF8_Flat.faiss"
     assert outcome(database, "IVF8,Flat", tmp_path / "x", {"files": 1}) == "built"
-    assert outcome(database, "IVF8,Flat", tmp_path / "x", {"files": 1}) == "used again"
+    assert outcome(database, "IVF8,Flat", tmp_path / "x", {"files": 1}) == "reused"
     assert outcome(database, "IVF8,Flat", tmp_path / "x", {"files": 2}) == "built"
     assert outcome(Database(clustered(1400)), "IVF8,Flat", tmp_path / "x", {"files": 2}) == "built"
     file.write_bytes(file.read_bytes()[:-100])
@@ -100,7 +100,7 @@ def test_an_index_is_used_again_for_the_same_rows_alone(database, tmp_path, capl
     file.write_bytes(b"no index" + file.read_bytes()[8:])
     assert content["bytes"] == file.stat().st_size
     assert outcome(Database(clustered(1400)), "IVF8,Flat", tmp_path / "x", {"files": 2}) == "built"
-    assert outcome(Database(clustered(1400)), "IVF8,Flat", tmp_path / "x", {"files": 2}) == "used again"
+    assert outcome(Database(clustered(1400)), "IVF8,Flat", tmp_path / "x", {"files": 2}) == "reused"
 
 
 @pytest.mark.parametrize(
@@ -109,25 +109,25 @@ def test_an_index_is_used_again_for_the_same_rows_alone(database, tmp_path, capl
         ("IVF4096,PQ64", "", "FAISS has no index 'IVF4096,PQ64' for 32 dimensions"),
         ("nonsense", "", "FAISS has no index 'nonsense' for 32 dimensions"),
         ("HNSW0", "", "'HNSW0' has a count of 0"),
-        ("IVF4096,Flat", "", "1500 rows are too few, or of the wrong kind, to train the index IVF4096,Flat"),
-        ("IVF8,Flat", "efSearch=3", "'efSearch=3' are no parameters of the index IVF8,Flat"),
-        ("IVF8,Flat", "nprobe", "'nprobe' are no parameters"),
+        ("IVF4096,Flat", "", "1500 rows are too few, or unsuitable, to train the index IVF4096,Flat"),
+        ("IVF8,Flat", "efSearch=3", "invalid parameters 'efSearch=3' for the index IVF8,Flat"),
+        ("IVF8,Flat", "nprobe", "invalid parameters 'nprobe'"),
     ],
 )
-def test_an_index_that_cannot_be_is_told(database, tmp_path, factory, parameters, message):
+def test_an_invalid_index_is_rejected(database, tmp_path, factory, parameters, message):
     with pytest.raises(InputError, match=re.escape(message)) as error:
         indexed(database, factory, tmp_path / "x", {}, parameters)
     assert "\n" not in str(error.value)
     assert "/project/" not in str(error.value)
 
 
-def test_an_index_that_does_not_give_its_rows_back_is_told(database, tmp_path):
+def test_an_index_that_cannot_decode_its_rows_is_rejected(database, tmp_path):
     indexed(database, "IVF8,PQ8x4fs", tmp_path / "x", {})
-    with pytest.raises(InputError, match="the index IVF8,PQ8x4fs does not give its rows back, take the exact ones"):
+    with pytest.raises(InputError, match="the index IVF8,PQ8x4fs cannot decode its rows; use the exact ones"):
         indexed(database, "IVF8,PQ8x4fs", tmp_path / "x", {}, decoded=True)
 
 
-def test_faiss_that_is_missing_is_told(monkeypatch):
+def test_missing_faiss_is_reported(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(InputError, match="an index needs FAISS, which is not installed: pip install faiss-cpu"):
         new_index("Flat", 32)
@@ -145,12 +145,12 @@ def test_a_row_or_a_query_with_nan_is_named(database, tmp_path, factory):
     assert not list(tmp_path.glob("y*.json"))
 
 
-# ---- as test.py and rerank have it ----
+# ---- in test.py and tools.rerank ----
 
 
 @pytest.fixture
 def evaluate(command, tmp_path):
-    describe(tmp_path / "data", tmp_path / "features", "new", 0)
+    draw_descriptors(tmp_path / "data", tmp_path / "features", "new", 0)
 
     def run(*arguments):
         features = ("TEST.FEATURES", tmp_path / "features", "TEST.DATA_DIR", tmp_path / "data")
@@ -173,10 +173,10 @@ def test_a_flat_index_gives_the_metrics_of_exact_search(evaluate):
     assert metrics(flat) == metrics(exact)
     assert all((a == b).all() for a, b in zip(ranks, found, strict=True))
     assert "0 of 120 images that metrics ask for are not among the index's first 120" in flat.out
-    assert "used again, built from the same rows" in evaluate("TEST.INDEX", "Flat")[0].out
+    assert "reused, built from the same rows" in evaluate("TEST.INDEX", "Flat")[0].out
 
 
-def test_what_the_index_misses_counts_as_never_found(evaluate, tmp_path):
+def test_images_that_the_index_misses_count_as_never_found(evaluate, tmp_path):
     exact, _ = evaluate("TEST.RERANKER", "none")
     outcome, (ranks,) = evaluate("TEST.RERANKER", "none", "TEST.INDEX", "IVF12,Flat", "TEST.INDEX_SEARCH", "nprobe=1")
     assert outcome.code == 0, outcome.err
@@ -193,13 +193,13 @@ def test_what_the_index_misses_counts_as_never_found(evaluate, tmp_path):
     ("words", "message"),
     [
         (("TEST.INDEX", "IVF8;Flat"), "TEST.INDEX: FAISS has no index 'IVF8;Flat' for 32 dimensions"),
-        (("TEST.INDEX", "IVF512,Flat"), "TEST.INDEX: 120 rows are too few, or of the wrong kind, to train"),
-        (("TEST.INDEX", "Flat", "TEST.RERANKER", "dba"), "TEST.RERANKER dba makes every row anew"),
+        (("TEST.INDEX", "IVF512,Flat"), "TEST.INDEX: 120 rows are too few, or unsuitable, to train"),
+        (("TEST.INDEX", "Flat", "TEST.RERANKER", "dba"), "TEST.RERANKER dba replaces all rows"),
         (("TEST.INDEX_ROWS", "decoded"), "TEST.INDEX_ROWS decoded has no effect without TEST.INDEX of some kind"),
         (("TEST.INDEX_SEARCH", "nprobe=4"), "TEST.INDEX_SEARCH nprobe=4 has no effect without TEST.INDEX"),
     ],
 )
-def test_an_index_that_a_run_cannot_use_is_told_in_one_line(evaluate, words, message):
+def test_an_index_that_a_run_cannot_use_is_reported_in_one_line(evaluate, words, message):
     outcome, _ = evaluate(*words)
     assert outcome.code == 2
     assert outcome.err.splitlines()[-1].startswith(f"error: {message}")
@@ -216,7 +216,7 @@ def test_rerank_searches_with_an_index_beside_the_file(evaluate, command, tmp_pa
     assert (tmp_path / "features" / "new_db.npy.IVF4_Flat.faiss").is_file()
     np.save(files[1], np.load(files[1])[::-1])
     outcome = command("tools/rerank.py", *words, "TEST.INDEX", "IVF4,Flat", "TEST.INDEX_SEARCH", "nprobe=4")
-    assert "of other rows, or damaged; to be built anew" in outcome.out
+    assert "built from other rows, or damaged; it will be built again" in outcome.out
     assert (np.load(tmp_path / "ranks.npy") == 119 - exact).all()
     np.save(tmp_path / "ids.npy", exact)
     outcome = command("tools/rerank.py", *words, "--ids", tmp_path / "ids.npy", "TEST.INDEX", "Flat")

@@ -1,4 +1,4 @@
-"""Datasets in each layout: what is understood, what is refused, and that metrics are the textbook's."""
+"""Datasets in each layout: how they are read, which are rejected, and that metrics equal the textbook formulas."""
 
 import csv
 import pickle
@@ -62,7 +62,7 @@ def load(folder: Path):
     return load_dataset(folder.name, folder.parent)
 
 
-def test_csv_lists_are_understood(own):
+def test_csv_lists_are_read(own):
     dataset = load(own)
     dataset.check_files()
     assert [*dataset.query_names] == ["q0", "q1"]
@@ -112,26 +112,26 @@ def test_gldv2s_own_names_and_nested_folders_work(own):
         ("solution.csv", "q0,x\n", "the first line must be a header with id, images"),
         ("solution.csv", "id,images\nq0,\nq0,\n", "query q0 has two lines"),
         ("solution.csv", "id,images\nq0,None\nq1,None\nq2,None\n", "every query is ignored"),
-        ("solution.csv", "id,images\nq0\n", "line 2: not as many columns"),
-        ("index.csv", "id\na\nb\na\n", "a is there twice"),
-        ("index.csv", "id\n../a\n", "'../a' is no id of an image"),
-        ("index.csv", "id\na b\n", "'a b' holds a space"),
-        ("index.csv", "id\n", "lists nothing"),
-        ("queries.csv", "id\nq0\nq0\n", "q0 is there twice"),
-        ("queries.csv", "id,x0,y0,x1,y1\nq0,9,2,9,30\n", "the box of query q0 holds nothing: 9, 2, 9, 30"),
+        ("solution.csv", "id,images\nq0\n", "line 2: the number of columns differs"),
+        ("index.csv", "id\na\nb\na\n", "a is listed twice"),
+        ("index.csv", "id\n../a\n", "'../a' is not a valid id of an image"),
+        ("index.csv", "id\na b\n", "'a b' contains a space"),
+        ("index.csv", "id\n", "lists no image"),
+        ("queries.csv", "id\nq0\nq0\n", "q0 is listed twice"),
+        ("queries.csv", "id,x0,y0,x1,y1\nq0,9,2,9,30\n", "the box of query q0 is empty: 9, 2, 9, 30"),
         ("queries.csv", "id,x0,y0,x1,y1\nq0,a,2,9,30\n", "query q0 has no box of four numbers"),
     ],
 )
-def test_what_contradicts_itself_is_told(own, name, text, message):
+def test_contradictory_files_are_rejected(own, name, text, message):
     (own / name).write_text(text)
     with pytest.raises(InputError, match=re.escape(message)):
         load(own)
 
 
 @pytest.mark.parametrize("name", ["index.csv", "queries.csv"])
-def test_a_missing_list_is_told(own, name):
+def test_a_missing_list_is_reported(own, name):
     (own / name).unlink()
-    with pytest.raises(InputError, match=f"solution.csv and no {name}"):
+    with pytest.raises(InputError, match=f"solution.csv but no {name}"):
         load(own)
 
 
@@ -153,9 +153,9 @@ def test_class_folders_are_queries_against_all_others(classes):
     assert dataset.ground_truth[1].kinds["itself"].tolist() == [1]
 
 
-def test_an_empty_class_an_image_of_two_classes_and_lonely_images_are_told(classes, tmp_path):
+def test_empty_classes_images_of_two_classes_and_only_single_images_are_rejected(classes, tmp_path):
     (classes / "empty").mkdir()
-    with pytest.raises(InputError, match="empty holds no image"):
+    with pytest.raises(InputError, match="empty contains no image"):
         load(classes)
     (classes / "empty" / "a.png").symlink_to(classes / "cat" / "0.png")
     with pytest.raises(InputError, match="an image belongs to one class"):
@@ -166,7 +166,7 @@ def test_an_empty_class_an_image_of_two_classes_and_lonely_images_are_told(class
         load_dataset("lonely", tmp_path / "data")
 
 
-def test_ok_and_junk_are_a_protocol_of_their_own(layout):
+def test_ok_and_junk_have_their_own_protocol(layout):
     for entry in layout.gnd["gnd"]:
         entry["ok"] = entry.pop("easy") + entry.pop("hard")
     del layout.gnd["gnd"][0]["bbx"]
@@ -178,9 +178,9 @@ def test_ok_and_junk_are_a_protocol_of_their_own(layout):
     assert [protocol.name for protocol in dataset.protocols] == ["all"]
 
 
-def test_a_folder_of_no_layout_and_one_of_two_are_told(own, tmp_path):
+def test_a_folder_with_no_layout_or_with_two_is_rejected(own, tmp_path):
     (tmp_path / "data" / "nothing").mkdir()
-    with pytest.raises(InputError, match=r"has none of the layouts: a file gnd_nothing\.pkl"):
+    with pytest.raises(InputError, match=r"has none of the supported layouts: a file gnd_nothing\.pkl"):
         load_dataset("nothing", tmp_path / "data")
     (own / "gnd_own.pkl").write_bytes(pickle.dumps({}))
     with pytest.raises(InputError, match=r"has both gnd_own\.pkl and solution\.csv"):
@@ -192,7 +192,7 @@ def test_map_at_100_is_the_textbooks():
     for _ in range(1500):
         n, q = int(rng.integers(1, 260)), int(rng.integers(1, 5))
         positives = [rng.choice(n, int(rng.integers(1, n + 1)), replace=False) for _ in range(q)]
-        # Some images are unknown, some stand there twice; fewer and more than 100, or none.
+        # Some images are unknown, some are repeated; fewer or more than 100, or none.
         named = [rng.integers(0, n + 9, int(rng.integers(0, 140))).tolist() for _ in range(q)]
         known = []
         for row in named:
@@ -208,7 +208,7 @@ def test_map_at_100_is_the_textbooks():
             assert 100 * found[usage].map == pytest.approx(challenge_map(predictions, solution), abs=1e-9)
 
 
-def test_recall_and_map_of_classes_are_the_textbooks():
+def test_recall_and_map_of_classes_equal_the_textbook_formulas():
     rng = np.random.default_rng(0)
     for _ in range(500):
         n, q = int(rng.integers(2, 40)), int(rng.integers(1, 6))
@@ -227,7 +227,7 @@ def test_recall_and_map_of_classes_are_the_textbooks():
         assert 100 * metrics.map == pytest.approx(mean_average_precision(rankings, lists, ("good",), ("out",)))
 
 
-def test_predictions_of_anybodys_are_evaluated(own, command, tmp_path):
+def test_predictions_from_a_file_are_evaluated(own, command, tmp_path):
     words = ("own", "TEST.DATA_DIR", own.parent)
     predictions = [INDEX[0], INDEX[0], "unknown", INDEX[2], INDEX[7]]
     write_csv(tmp_path / "p.csv", "id,images", ["q0", " ".join(predictions)], ["q2", INDEX[0]])
@@ -237,7 +237,7 @@ def test_predictions_of_anybodys_are_evaluated(own, command, tmp_path):
     assert "1 of 2 queries have no predictions" in outcome.out
     write_csv(tmp_path / "p.csv", "id,images", ["q9", INDEX[0]])
     outcome = command("tools/evaluate.py", *words, "--predictions", tmp_path / "p.csv")
-    assert (outcome.code, "q9 is no query of own" in outcome.err) == (2, True)
+    assert (outcome.code, "q9 is not a query of own" in outcome.err) == (2, True)
 
 
 def test_each_layout_goes_from_folder_to_metrics_and_report(own, classes, command, checkpoint_50, tmp_path):
@@ -247,7 +247,7 @@ def test_each_layout_goes_from_folder_to_metrics_and_report(own, classes, comman
     assert outcome.code == 0, outcome.err
     found = re.search(r"Retrieval results: mAP@100 Public: ([\d.]+), Private: ([\d.]+)\n", outcome.out)
     run = latest(tmp_path / "work" / "output")
-    # q0 and q1 show what the first image that they should find shows, or a part of it.
+    # q0 and q1 are their first positive image, or a part of it.
     dataset = load(own)
     predictions = read_predictions(run / "own_retrieval_predictions.csv", dataset)
     metrics = evaluate_predictions(predictions, dataset.ground_truth, dataset.protocols)
@@ -269,13 +269,13 @@ def test_toy_in_the_layout_of_gldv2_has_the_ground_truth_of_toy(toy_data, comman
     assert command("tools/check.py", "toy_gldv2", "TEST.DATA_DIR", toy_data).code == 0
     dataset = load_dataset("toy_gldv2", toy_data)
     truth = load_dataset("toy", toy_data).ground_truth
-    for own, theirs in zip(dataset.ground_truth, truth, strict=True):
-        assert own.kinds["relevant"].tolist() == [*theirs.kinds["easy"], *theirs.kinds["hard"]]
+    for own, original in zip(dataset.ground_truth, truth, strict=True):
+        assert own.kinds["relevant"].tolist() == [*original.kinds["easy"], *original.kinds["hard"]]
     assert [entry.usage for entry in dataset.ground_truth[:3]] == ["Public", "Private", "Public"]
 
 
 @pytest.mark.parametrize("kind", ["tensor", "array"])
-def test_a_ranking_of_others_is_evaluated(command, layout, tmp_path, kind):
+def test_a_saved_ranking_of_another_system_is_evaluated(command, layout, tmp_path, kind):
     rng = np.random.default_rng(0)
     rankings = np.stack([rng.permutation(24) for _ in range(3)])
     saved = np.stack([np.sort(rng.random((3, 24)))[:, ::-1], rankings]).astype(np.float32)
@@ -292,6 +292,6 @@ def test_a_ranking_of_others_is_evaluated(command, layout, tmp_path, kind):
     assert "whole, from 0 to 23" in command("test.py", *words).err
     saved[1, 2, 0] = saved[1, 2, 1]
     torch.save(torch.from_numpy(saved), path)
-    assert "query 2 (from 0) has an image twice" in command("test.py", *words).err
+    assert "query 2 (from 0) has the same image twice" in command("test.py", *words).err
     torch.save(torch.from_numpy(saved[:, :2]), path)
     assert "has 2 queries, roxford5k has 3" in command("test.py", *words).err

@@ -22,7 +22,7 @@ def data_dir(toy_data):
     return toy_data
 
 
-def test_has_the_layout_of_roxford(data_dir):
+def test_toy_has_the_layout_of_roxford(data_dir):
     dataset = load_dataset("toy", data_dir)
     dataset.check_files()
     assert len(dataset.queries) >= 12
@@ -36,13 +36,13 @@ def test_has_the_layout_of_roxford(data_dir):
         assert len(set(truth.listed)) == len(truth.listed)
 
 
-def test_is_drawn_the_same_each_time(data_dir, tmp_path):
+def test_toy_is_drawn_the_same_each_time(data_dir, tmp_path):
     toy.ensure_dataset(tmp_path)
     for name in ("toy_000.jpg", "toy_077.jpg", "toy_query_03.jpg"):
         assert (tmp_path / "toy" / "jpg" / name).read_bytes() == (data_dir / "toy" / "jpg" / name).read_bytes()
 
 
-def test_its_weights_are_the_same_file_each_time(tmp_path, monkeypatch):
+def test_toy_weights_are_the_same_file_each_time(tmp_path, monkeypatch):
     (tmp_path / "again").mkdir()
     monkeypatch.setattr(toy.os, "getpid", lambda: 1)
     first = toy.ensure_weights(tmp_path, 50)
@@ -79,7 +79,7 @@ def test_an_older_drawing_is_drawn_again_and_a_present_one_is_kept(tmp_path, mon
     assert not kept.exists()
 
 
-def test_runs_from_nothing_and_is_a_useful_gauge(toy_run, data_dir):
+def test_toy_runs_without_any_data_and_separates_easy_from_hard(toy_run, data_dir):
     folder, screen = toy_run
     easy, medium, hard = map(
         float, re.search(r"Retrieval results: mAP E: ([\d.]+), M: ([\d.]+), H: ([\d.]+)", screen).groups()
@@ -95,14 +95,14 @@ def test_runs_from_nothing_and_is_a_useful_gauge(toy_run, data_dir):
     assert 100 * control["M"].map < medium / 3
 
 
-def test_its_figures_are_the_same_on_every_machine(toy_run):
+def test_toy_metrics_are_the_same_on_every_machine(toy_run):
     _, screen = toy_run
-    figures = re.findall(r"(\w+) results: mAP E: ([\d.]+), M: ([\d.]+), H: ([\d.]+)", screen)
-    assert figures == [("Retrieval", "74.12", "72.03", "53.54"), ("Reranking", "76.52", "73.51", "55.63")]
+    found = re.findall(r"(\w+) results: mAP E: ([\d.]+), M: ([\d.]+), H: ([\d.]+)", screen)
+    assert found == [("Retrieval", "74.12", "72.03", "53.54"), ("Reranking", "76.52", "73.51", "55.63")]
 
 
-def test_no_positive_and_negative_of_a_query_nearly_tie(toy_run, data_dir):
-    """Another CPU's instructions move a cosine by 1e-7 or 2e-7."""
+def test_positives_and_negatives_of_a_query_never_nearly_tie(toy_run, data_dir):
+    """On another CPU, a cosine may differ by 1e-7 or 2e-7."""
     folder, _ = toy_run
     queries, rows = (torch.from_numpy(np.load(folder / f"toy_{kind}.npy")) for kind in ("query", "db"))
     truths = load_dataset("toy", data_dir).ground_truth
@@ -113,7 +113,7 @@ def test_no_positive_and_negative_of_a_query_nearly_tie(toy_run, data_dir):
             assert np.abs(cosines[positive][:, None] - cosines[negative]).min() >= 1e-6
 
 
-def test_every_module_moves_the_figures(data_dir, checkpoint_50):
+def test_every_module_changes_the_metrics(data_dir, checkpoint_50):
     dataset = load_dataset("toy", data_dir)
     chosen = dataset.ground_truth[0].listed.tolist() + dataset.ground_truth[1].listed.tolist()
 

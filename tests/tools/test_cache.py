@@ -1,4 +1,4 @@
-"""Descriptors are kept by content: no setting touches another's, and python -m tools.cache tells of them."""
+"""Descriptors are kept by content, separately for each setting; python -m tools.cache lists them."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def test_every_setting_keeps_its_descriptors_and_every_run_its_results(command, 
     assert len(folders()) == 2
     assert {file.name: file.read_bytes() for file in kept.glob("*.npy")} == before
     again = command("test.py", *quick)
-    assert again.out.count("used again") == 2
+    assert again.out.count("reused") == 2
     assert [line for line in again.out.splitlines() if "mAP" in line] == [
         line for line in first.out.splitlines() if "mAP" in line
     ]
@@ -35,12 +35,12 @@ def test_every_setting_keeps_its_descriptors_and_every_run_its_results(command, 
     assert all((path / "results.json").exists() for path in runs)
 
 
-def test_tables_use_what_test_py_made(command, quick):
+def test_tables_reuse_descriptors_of_test_py(command, quick):
     assert command("test.py", *quick).code == 0
     outcome = command("tools/tables.py", "rerank", *quick)
     assert outcome.code == 0, outcome.err
     assert len(folders()) == 1
-    assert outcome.err.count("used again") + outcome.out.count("used again") == 2
+    assert outcome.err.count("reused") + outcome.out.count("reused") == 2
 
 
 def test_the_cache_is_listed_and_deleted_by_name(command, quick):
@@ -57,5 +57,7 @@ def test_the_cache_is_listed_and_deleted_by_name(command, quick):
     outcome = command("tools/cache.py", "--delete", gone.name)
     assert outcome.code == 2
     assert stays.name in outcome.err
-    assert command("test.py", "TEST.FEATURES", stays, *quick[2:6]).code == 0  # a kept folder is a pair to evaluate
+    assert (
+        command("test.py", "TEST.FEATURES", stays, *quick[2:6]).code == 0
+    )  # the folder can be evaluated as saved descriptors
     assert np.load(stays / "roxford5k_db.npy").shape == (24, 2048)

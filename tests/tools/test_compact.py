@@ -4,14 +4,14 @@ import re
 import numpy as np
 import pytest
 import torch
-from described import describe
+from drawn_descriptors import draw_descriptors
 
 from model.store import write_json
 
 
 @pytest.fixture
 def vectors(tmp_path):
-    """Unit rows (5000, 64), as a .pth file with its provenance."""
+    """Unit descriptors (5000, 64), as a .pth file with its provenance."""
     rows = torch.randn(5000, 64, generator=torch.Generator().manual_seed(0))
     path = tmp_path / "rows.pth"
     torch.save(torch.nn.functional.normalize(rows, dim=1), path)
@@ -28,7 +28,7 @@ def compact(command, tmp_path):
 
 
 @pytest.mark.parametrize(("dtype", "size", "most"), [("float16", 128, 1e-3), ("int8", 68, 2e-2)])
-def test_rows_take_less_room_and_the_loss_is_told(compact, vectors, tmp_path, dtype, size, most):
+def test_compact_rows_are_smaller_and_the_loss_is_reported(compact, vectors, tmp_path, dtype, size, most):
     outcome = compact(vectors, dtype)
     assert outcome.code == 0, outcome.err
     assert f"5000 rows of 64 as {dtype}" in outcome.out
@@ -50,7 +50,7 @@ def test_rows_take_less_room_and_the_loss_is_told(compact, vectors, tmp_path, dt
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_compact_rows_are_distractors_and_a_database(compact, command, vectors, tmp_path, dtype):
-    describe(tmp_path / "data", tmp_path / "features", "new", 0, dim=64)
+    draw_descriptors(tmp_path / "data", tmp_path / "features", "new", 0, dim=64)
     assert compact(vectors, dtype).code == 0
     words = ("TEST.FEATURES", tmp_path / "features", "TEST.DATA_DIR", tmp_path / "data", "TEST.DATASET_LIST", "new")
     maps = []
@@ -67,7 +67,7 @@ def test_compact_rows_are_distractors_and_a_database(compact, command, vectors, 
     assert (np.load(tmp_path / "ranks.npy")[:, 0] == best).mean() > 0.8
 
 
-def test_bad_input_is_told_in_one_line(compact, vectors, tmp_path):
+def test_bad_input_is_reported_in_one_line(compact, vectors, tmp_path):
     rows = torch.load(vectors).numpy()
     rows[7, 3] = np.nan
     np.save(tmp_path / "nan.npy", rows)
@@ -75,8 +75,8 @@ def test_bad_input_is_told_in_one_line(compact, vectors, tmp_path):
     for file, out, message in (
         (tmp_path / "nan.npy", "a.npy", "row 7 (from 0) has NaN or infinity"),
         (tmp_path / "long.npy", "a.npy", "its rows are not of unit length"),
-        (vectors, "a.pth", "rows are written as NumPy's .npy, name it so"),
-        (tmp_path / "nan.npy", "nan.npy", "is the file that is read: give another name"),
+        (vectors, "a.pth", "must end in .npy: rows are written in NumPy's format"),
+        (tmp_path / "nan.npy", "nan.npy", "is the input file: give another name"),
         (vectors, "nowhere/a.npy", "cannot be written (No such file or directory)"),
         (tmp_path / "none.npy", "a.npy", "No such file"),
     ):
@@ -93,7 +93,7 @@ def test_int8_rows_without_their_scales_are_refused(compact, command, vectors, t
     np.save(tmp_path / "small.scale.npy", np.ones(3, dtype=np.float32))
     outcome = command("tools/rerank.py", *words)
     assert outcome.code == 2
-    assert "small.scale.npy holds no float32 scale for each of the 5000 rows" in outcome.err
+    assert "small.scale.npy must hold a float32 scale for each of the 5000 rows" in outcome.err
     (tmp_path / "small.scale.npy").unlink()
     outcome = command("tools/rerank.py", *words)
     assert outcome.code == 2

@@ -5,15 +5,15 @@ import shutil
 import numpy as np
 import pytest
 from conftest import latest
-from described import describe
+from drawn_descriptors import draw_descriptors
 
 
 @pytest.fixture
 def evaluate(command, tmp_path):
-    """Evaluates saved descriptors of a dataset and returns the run's folder."""
+    """Evaluates saved descriptors of a dataset and returns the folder of the run."""
     where = (tmp_path / "data", tmp_path / "features")
-    describe(*where, "new", 0)
-    describe(*where, "other", 1)
+    draw_descriptors(*where, "new", 0)
+    draw_descriptors(*where, "other", 1)
 
     def run(*arguments, name="new"):
         words = ("TEST.DATASET_LIST", name, "TEST.DATA_DIR", where[0], "TEST.FEATURES", where[1])
@@ -60,10 +60,10 @@ def test_stages_of_one_run_are_compared_and_the_page_has_both_rankings(command, 
     assert f"B: reranking of {run.name}" in text
     first = np.load(run / "new_retrieval_ranks.npy")[:, 0]
     assert all(f"new_{number}" in text for number in first)
-    assert newest.resolve() == run  # comparing is no run
+    assert newest.resolve() == run  # a comparison is not a run
 
 
-def test_what_cannot_be_compared_is_told(command, evaluate, tmp_path):
+def test_runs_that_cannot_be_compared_are_reported(command, evaluate, tmp_path):
     run, other = evaluate(), evaluate(name="other")
 
     def refused(*arguments):
@@ -73,7 +73,7 @@ def test_what_cannot_be_compared_is_told(command, evaluate, tmp_path):
         return outcome.err
 
     assert "no dataset is in both" in refused(run, other)
-    assert "new has no diffusion, it has retrieval, reranking" in refused(run, f"{run}:diffusion")
+    assert "new has no stage diffusion; it has retrieval, reranking" in refused(run, f"{run}:diffusion")
     assert "it has no results.json" in refused(run, tmp_path)
     shutil.copytree(run, tmp_path / "changed")
     path = tmp_path / "changed" / "results.json"
@@ -87,7 +87,7 @@ def test_what_cannot_be_compared_is_told(command, evaluate, tmp_path):
     assert "is damaged" in refused(run, tmp_path / "changed")
 
 
-def test_without_the_dataset_there_is_a_table_and_no_page(command, evaluate, tmp_path):
+def test_without_the_dataset_there_is_a_table_but_no_page(command, evaluate, tmp_path):
     run = evaluate()
     shutil.rmtree(tmp_path / "data" / "new")
     outcome = command("tools/compare.py", f"{run}:retrieval", run)

@@ -1,4 +1,4 @@
-"""The demo: its steps without a page, and the page in a browser where Gradio and Chromium are there."""
+"""The demo: its steps without a page, and the page in a browser if Gradio and Chromium are installed."""
 
 import importlib.util
 import os
@@ -45,7 +45,7 @@ def unit_rows(count: int, dim: int = 16, seed: int = 0) -> torch.Tensor:
 
 @pytest.fixture
 def collection(layout) -> Collection:
-    """24 images and 3 queries with ground truth, with descriptors that nothing was computed for."""
+    """24 images and 3 queries with ground truth, with random descriptors."""
     return Collection(load_dataset("roxford5k", layout.data_dir), unit_rows(3, seed=1), Database(unit_rows(24)))
 
 
@@ -89,7 +89,7 @@ def test_places_gained_are_the_difference_of_both_rankings():
     assert several == {"retrieval": [None, None], "a": [1, -1], "b": [0, 0]}
 
 
-def test_the_explanation_is_of_the_place_that_the_page_shows(collection):
+def test_the_explanation_belongs_to_the_place_on_the_page(collection):
     reranker = SuperGlobalReranker(m=12, k=3)
     here = found(collection)
     compared = compare(here, reranker)
@@ -118,7 +118,7 @@ def test_without_ground_truth_there_is_no_frame_and_no_ap(collection):
     assert {hit.label for hit in compared.before} == {None}
 
 
-def test_visitors_do_not_share_what_they_found(collection):
+def test_visitors_do_not_share_results(collection):
     first, second = found(collection, 0), found(collection, 1)
     before = compare(first, SuperGlobalReranker(m=12, k=3))
     compare(second, SuperGlobalReranker(m=3, k=1))
@@ -142,7 +142,7 @@ def test_queries_are_found_by_a_part_of_their_name(collection):
         (None, None),
     ],
 )
-def test_a_box_is_sorted_and_clipped_and_a_click_is_none(given, box):
+def test_a_box_is_sorted_and_clipped_and_a_click_removes_it(given, box):
     image = Asked("x", (1, 1, 9, 9), pixels=np.zeros((60, 80, 3), np.uint8))
     assert image.boxed(given).box == box
     if box:
@@ -150,12 +150,12 @@ def test_a_box_is_sorted_and_clipped_and_a_click_is_none(given, box):
 
 
 @pytest.mark.parametrize("text", ["1 2 3", "1 2 3 4 5", "a b c d", "nan 1 2 3", "inf 0 9 9"])
-def test_what_is_no_box_is_told(text):
+def test_invalid_boxes_are_rejected(text):
     with pytest.raises(InputError, match="a box is four numbers"):
         Asked("x", pixels=np.zeros((60, 80, 3), np.uint8)).boxed(numbers_of(text))
 
 
-def test_an_upload_is_made_smaller_and_a_broken_one_is_told_by_its_name(tmp_path, monkeypatch):
+def test_an_upload_is_reduced_and_a_damaged_one_is_named(tmp_path, monkeypatch):
     Image.new("RGB", (3000, 1500), (200, 30, 30)).save(tmp_path / "large.jpg")
     upload = read_upload(tmp_path / "large.jpg", "large.jpg")
     assert upload.pixels.shape == (512, 1024, 3)
@@ -189,7 +189,7 @@ def options(layout, checkpoint_50):
 
 def test_descriptors_follow_the_modules_and_the_box(options, tmp_path):
     library = Library(make_config(options), Output(tmp_path / "out"), torch.device("cpu"))
-    assert library.modules == ["GeM+", "Regional-GeM", "ReLU+"]  # of one scale there is no maximum
+    assert library.modules == ["GeM+", "Regional-GeM", "ReLU+"]  # with one scale, Scale-GeM is not offered
     on = library.modules
     first = library.collection("roxford5k", on)
     assert library.collection("roxford5k", on[::-1]) is first
@@ -197,9 +197,9 @@ def test_descriptors_follow_the_modules_and_the_box(options, tmp_path):
     assert torch.equal(library.find("roxford5k", on, own).query, first.queries[1:2])
     height, width = own.whole().shape[:2]
     drawn = own.boxed((0, 0, width, height))
-    described = library.find("roxford5k", on, drawn).query
-    torch.testing.assert_close(library.find("roxford5k", on, own.boxed(None)).query, described)
-    assert not torch.allclose(described, first.queries[1:2], atol=1e-3)
+    extracted = library.find("roxford5k", on, drawn).query
+    torch.testing.assert_close(library.find("roxford5k", on, own.boxed(None)).query, extracted)
+    assert not torch.allclose(extracted, first.queries[1:2], atol=1e-3)
     upload = Asked("copy", own.box, pixels=own.whole())
     torch.testing.assert_close(library.find("roxford5k", on, upload).query, first.queries[1:2], atol=1e-5, rtol=0)
     other = library.collection("roxford5k", ["GeM+"])
@@ -208,7 +208,7 @@ def test_descriptors_follow_the_modules_and_the_box(options, tmp_path):
         library.ask(first, 3)
 
 
-def test_a_folder_is_described_without_what_cannot_be_read(layout, options, tmp_path):
+def test_a_folder_is_extracted_without_unreadable_images(layout, options, tmp_path):
     folder = layout.folder / "jpg"
     layout.image("db_3").write_text("no image")
     library = Library(make_config(options), Output(tmp_path / "out"), torch.device("cpu"), folder)
@@ -223,7 +223,7 @@ def test_a_folder_is_described_without_what_cannot_be_read(layout, options, tmp_
 # ---- the command ----
 
 
-def test_gradio_that_is_missing_is_told_in_one_line(command, monkeypatch):
+def test_missing_gradio_is_reported_in_one_line(command, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     outcome = command("tools/demo.py")
     assert outcome.code == 2
@@ -242,7 +242,7 @@ def test_gradio_that_is_missing_is_told_in_one_line(command, monkeypatch):
         (("TEST.DATASET_LIST", "none"), "no dataset none"),
     ],
 )
-def test_what_cannot_be_shown_is_told(command, monkeypatch, words, message):
+def test_invalid_arguments_of_the_demo_are_reported(command, monkeypatch, words, message):
     monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace())
     outcome = command("tools/demo.py", *words)
     assert outcome.code == 2
@@ -274,7 +274,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def address(browser, checkpoint_50, tmp_path_factory):
-    """The command itself, on a small dataset some of whose files have strange names."""
+    """The command itself, on a small dataset with some unusual file names."""
     folder = tmp_path_factory.mktemp("demo")
     layout = Layout(folder / "data")
     for number, name in enumerate(STRANGE):
@@ -306,13 +306,13 @@ def address(browser, checkpoint_50, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def context(browser):
-    """One for all visitors: the browser keeps Gradio's scripts in it."""
+    """A browser context for all visitors, which caches Gradio's scripts."""
     return browser.new_context()
 
 
 @pytest.fixture
 def opened(context, address):
-    """Opens the page; afterwards its console must have said nothing."""
+    """Opens the page; at the end its console must be empty."""
     pages, said = [], []
 
     def open_page(width: int = 1280):
@@ -402,7 +402,7 @@ def test_an_upload_a_box_and_a_broken_image(opened, tmp_path):
     (tmp_path / "broken.jpg").write_text("no image")
     page.locator("input[type=file]").first.set_input_files(tmp_path / "mine.png")
     page.locator("#query .name", has_text="mine.png").wait_for()
-    assert page.locator("#results .hit .label").count() == 0  # nothing is known of it
+    assert page.locator("#results .hit .label").count() == 0  # it has no ground truth
     whole = page.locator("#results .hits").nth(0).locator(".score").all_text_contents()
     canvas = page.locator("#query .canvas")
     canvas.scroll_into_view_if_needed()
@@ -425,7 +425,7 @@ def test_an_upload_a_box_and_a_broken_image(opened, tmp_path):
     assert page.locator("#message [role=alert]").count() == 0
     page.locator("input[type=file]").first.set_input_files(tmp_path / "broken.jpg")
     page.locator("#message [role=alert]", has_text="broken.jpg: not an image").wait_for()
-    assert page.locator("#query .name").text_content() == "mine.png"  # all else stays
+    assert page.locator("#query .name").text_content() == "mine.png"  # everything else is unchanged
 
 
 def test_on_a_phone_nothing_is_wider_than_the_window_and_keys_reach_everything(opened):
@@ -438,7 +438,7 @@ def test_on_a_phone_nothing_is_wider_than_the_window_and_keys_reach_everything(o
     result.focus()
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none"
     page.keyboard.press("Enter")
-    page.locator("#why .reason:focus").wait_for()  # whoever reads by keys or by ear goes on there
+    page.locator("#why .reason:focus").wait_for()  # for keyboards and screen readers
     assert page.evaluate("document.documentElement.scrollWidth") == 375
 
 
@@ -456,7 +456,7 @@ def test_two_visitors_see_their_own_results(opened):
     assert second.locator("#why .reason").count() == 0
 
 
-def test_no_file_is_given_away_and_a_large_upload_is_refused(address):
+def test_files_are_not_accessible_and_a_large_upload_is_refused(address):
     for path in (ROOT / "README.md", "/etc/hostname", "log.txt"):
         with pytest.raises(urllib.error.HTTPError) as told:
             urllib.request.urlopen(f"{address}/gradio_api/file={path}")

@@ -1,4 +1,4 @@
-"""The download command against a local server that stands in, as a proxy, for every host, and misbehaves as told."""
+"""The download command with a local server, a proxy for all hosts, that misbehaves in configured ways."""
 
 import gzip
 import hashlib
@@ -40,13 +40,13 @@ PAGE = b"<!DOCTYPE html><html><body>Please log in</body></html>"
 
 @dataclass
 class Answer:
-    """What the server says to a GET; `cuts` are the bytes after which its next answers end."""
+    """The answer of the server to a GET; `cuts` are the numbers of bytes after which its next answers end."""
 
     body: bytes
     status: int = 200
     ranges: bool = True
     cuts: list[int] = field(default_factory=list)
-    excess: int = 0  # of the length that is promised over the true one
+    excess: int = 0  # by which the declared length exceeds the true one
     headers: dict[str, str] = field(default_factory=dict)
 
 
@@ -57,7 +57,7 @@ class Request(NamedTuple):
 
 
 class Site:
-    """`answers` by address, or by path for any host; `requests` are the GETs that came, in order."""
+    """A server with `answers` by address, or by path for any host; `requests` are the received GETs, in order."""
 
     def __init__(self):
         self.answers: dict[str, Answer] = {}
@@ -103,7 +103,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def site(monkeypatch):
-    """A Site behind http_proxy, so that the published addresses are asked, and no other host is."""
+    """A Site behind http_proxy, so that the published addresses are requested, but no other host is contacted."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.site = Site()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -122,7 +122,7 @@ def site(monkeypatch):
 
 @pytest.fixture
 def here(tmp_path):
-    """The data folder that the command fills."""
+    """The data folder for the command."""
     folder = tmp_path / "here"
     folder.mkdir()
     return folder
@@ -172,7 +172,7 @@ def paris(site, tmp_path) -> Layout:
 
 @pytest.fixture
 def million(site, here) -> list[str]:
-    """Archives 1 to 6 hold two images each, with the names returned; the marker says that the others are unpacked."""
+    """Archives 1 to 6 contain two images each, with the returned names; the others are marked as unpacked."""
     names = [f"{n}/{i}/{n}_{i}.jpg" for n in range(1, 7) for i in range(2)]
     site.put(MILLION_LIST, "\n".join(names).encode())
     for n, path in enumerate(MILLION_IMAGES[:6], start=1):
@@ -190,10 +190,10 @@ def files(folder) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
 
 
-# Where things go
+# Places of files
 
 
-def test_images_of_both_benchmarks_lie_flat_beside_their_ground_truth(download, here, oxford, paris):
+def test_images_of_both_benchmarks_are_in_one_folder_beside_the_ground_truth(download, here, oxford, paris):
     outcome = download("roxford5k", "rparis6k")
     assert outcome.code == 0, outcome.err
     for layout in (oxford, paris):
@@ -215,7 +215,7 @@ def test_a_folder_in_the_layout_of_revisitop_is_completed_where_it_is(download, 
     assert not (here / "roxford5k").exists()
 
 
-def test_features_lie_in_the_data_folder(download, here, site):
+def test_features_are_in_the_data_folder(download, here, site):
     content = io.BytesIO()
     scipy.io.savemat(content, {"Q": np.eye(3), "X": np.eye(3)})
     for path in FEATURES:
@@ -252,7 +252,7 @@ def test_a_mirror_is_asked_first_and_the_own_hosts_for_what_it_lacks(download, s
 # Connections and lengths
 
 
-def test_a_cut_download_goes_on_where_it_ended(download, here, site, oxford):
+def test_a_cut_download_is_resumed(download, here, site, oxford):
     site.answers[OXFORD_IMAGES].cuts = [20_000, 30_000]
     assert download("roxford5k").code == 0
     assert site.ranges(OXFORD_IMAGES) == [None, "bytes=20000-", "bytes=50000-"]
@@ -260,11 +260,11 @@ def test_a_cut_download_goes_on_where_it_ended(download, here, site, oxford):
     assert (here / "roxford5k/jpg/db_0.jpg").read_bytes() == oxford.image("db_0").read_bytes()
 
 
-def test_a_half_file_of_an_earlier_run_is_gone_on_with(download, here, site, oxford):
+def test_an_interrupted_download_of_an_earlier_run_is_resumed(download, here, site, oxford):
     site.answers[OXFORD_IMAGES].cuts = [20_000] + [0] * 50
     outcome = download("roxford5k")
     assert outcome.code == 2
-    assert f"20000 of {len(site.answers[OXFORD_IMAGES].body)} bytes came" in outcome.err
+    assert f"20000 of {len(site.answers[OXFORD_IMAGES].body)} bytes were received" in outcome.err
     assert (here / "roxford5k/oxbuild_images-v1.tgz.part").stat().st_size == 20_000
     site.answers[OXFORD_IMAGES].cuts, site.requests = [], []
     assert download("roxford5k").code == 0
@@ -272,7 +272,7 @@ def test_a_half_file_of_an_earlier_run_is_gone_on_with(download, here, site, oxf
 
 
 @pytest.mark.parametrize("headers", [{"ETag": '"two"'}, {}], ids=["told by its ETag", "not told"])
-def test_a_half_file_of_something_else_is_started_anew(download, here, site, oxford, headers):
+def test_a_partial_file_of_something_else_is_downloaded_from_the_start(download, here, site, oxford, headers):
     folder = here / "roxford5k"
     folder.mkdir()
     (folder / "oxbuild_images-v1.tgz.part").write_bytes(b"of another file")
@@ -283,14 +283,14 @@ def test_a_half_file_of_something_else_is_started_anew(download, here, site, oxf
     assert site.ranges(OXFORD_IMAGES)[0] == "bytes=15-"
 
 
-def test_a_server_without_ranges_sends_all_again(download, site, oxford):
+def test_a_server_without_ranges_sends_the_whole_file_again(download, site, oxford):
     site.answers[OXFORD_IMAGES].ranges = False
     site.answers[OXFORD_IMAGES].cuts = [20_000]
     assert download("roxford5k").code == 0
     assert site.ranges(OXFORD_IMAGES) == [None, "bytes=20000-"]
 
 
-def test_a_server_that_always_cuts_at_the_same_place_is_given_up(download, here, site, oxford):
+def test_a_server_that_always_cuts_at_the_same_place_is_abandoned(download, here, site, oxford):
     site.answers[OXFORD_IMAGES].ranges = False
     site.answers[OXFORD_IMAGES].cuts = [20_000] * 50
     assert download("roxford5k").code == 2
@@ -298,23 +298,23 @@ def test_a_server_that_always_cuts_at_the_same_place_is_given_up(download, here,
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_length_above_the_true_one_is_found(download, here, site, oxford, ranges):
-    """A server with ranges can tell on asking that nothing is lacking; one without is not believed."""
+def test_a_content_length_above_the_true_one_is_detected(download, here, site, oxford, ranges):
+    """A server with ranges can confirm that the file is complete; one without ranges cannot."""
     good = site.answers[OXFORD_TRUTH].body
     site.put(f"{CMP}{OXFORD_TRUTH}", good, excess=100, ranges=ranges)
     outcome = download("roxford5k")
     assert outcome.code == 0, outcome.err
-    assert (f"{len(good)} of {len(good) + 100} bytes came" in outcome.err) == (not ranges)
+    assert (f"{len(good)} of {len(good) + 100} bytes were received" in outcome.err) == (not ranges)
     assert (f"{PTAK}{OXFORD_TRUTH}" in site.asked()) == (not ranges)
     assert (here / "roxford5k/gnd_roxford5k.pkl").read_bytes() == good
 
 
 @pytest.mark.parametrize("path", [OXFORD_TRUTH, OXFORD_IMAGES], ids=["ground truth", "archive"])
-def test_a_length_below_the_true_one_is_found(download, site, oxford, path):
+def test_a_content_length_below_the_true_one_is_detected(download, site, oxford, path):
     site.put(f"http://mirror.test{path}", site.answers[path].body, excess=-100)
     outcome = download("roxford5k", "--mirror", "http://mirror.test")
     assert outcome.code == 0
-    assert f"no luck with http://mirror.test{path}: " in outcome.err
+    assert f"failed: http://mirror.test{path}: " in outcome.err
     assert site.asked(path) == [f"http://mirror.test{path}", f"{CMP if path == OXFORD_TRUTH else VGG}{path}"]
 
 
@@ -323,13 +323,13 @@ def test_an_archive_served_as_gzip_encoding_is_kept_as_it_is(download, site, oxf
     assert download("roxford5k").code == 0
 
 
-def test_a_busy_server_is_asked_again(download, site, oxford):
+def test_a_request_to_a_busy_server_is_repeated(download, site, oxford):
     site.put(f"{CMP}{OXFORD_TRUTH}", b"", status=503)
     assert download("roxford5k").code == 0
     assert site.asked(OXFORD_TRUTH) == [f"{CMP}{OXFORD_TRUTH}"] * (transfer.RETRIES + 1) + [f"{PTAK}{OXFORD_TRUTH}"]
 
 
-# Wrong bytes
+# Invalid bytes
 
 
 class Harmful:
@@ -345,26 +345,26 @@ def damaged(body: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("item", "path", "make", "words"),
     [
-        ("roxford5k", OXFORD_TRUTH, lambda body: PAGE, "a web page came instead"),
+        ("roxford5k", OXFORD_TRUTH, lambda body: PAGE, "a web page was received instead"),
         ("roxford5k", OXFORD_TRUTH, lambda body: body[:-100], "damaged or no pickle"),
-        ("roxford5k", OXFORD_TRUTH, lambda body: pickle.dumps(["a", "b"]), "is no ground truth"),
+        ("roxford5k", OXFORD_TRUTH, lambda body: pickle.dumps(["a", "b"]), "is not a ground truth"),
         ("roxford5k", OXFORD_TRUTH, lambda body: pickle.dumps(Harmful()), "refused: it would call posix.system"),
-        ("roxford5k", OXFORD_IMAGES, lambda body: PAGE, "a web page came instead"),
+        ("roxford5k", OXFORD_IMAGES, lambda body: PAGE, "a web page was received instead"),
         ("roxford5k", OXFORD_IMAGES, lambda body: b"", "damaged or no archive"),
         ("roxford5k", OXFORD_IMAGES, lambda body: body[:-5000], "damaged or no archive"),
         ("roxford5k", OXFORD_IMAGES, lambda body: body[:-6] + b"\0\0" + body[-4:], "CRC check failed"),
         ("roxford5k", OXFORD_IMAGES, damaged, "damaged or no archive"),
         ("roxford5k", OXFORD_IMAGES, lambda body: gzip.compress(b"no tar" * 1000), "damaged or no archive"),
-        ("roxford5k", OXFORD_IMAGES, lambda body: tgz({}), "holds no file"),
+        ("roxford5k", OXFORD_IMAGES, lambda body: tgz({}), "contains no file"),
         ("revisitop1m", MILLION_IMAGES[0], lambda body: tgz({"a": b"file", "a/b.jpg": b""}), "damaged or no archive"),
-        ("revisitop1m", MILLION_LIST, lambda body: b"1/1.jpg\n1/2.jpg\n1/3.j", "is no list of images"),
-        ("revisitop1m", MILLION_LIST, lambda body: b"\n", "is no list of images"),
+        ("revisitop1m", MILLION_LIST, lambda body: b"1/1.jpg\n1/2.jpg\n1/3.j", "is not a list of images"),
+        ("revisitop1m", MILLION_LIST, lambda body: b"\n", "is not a list of images"),
         ("features", FEATURES[0], lambda body: b"MATLAB" * 100, "damaged or no MATLAB file"),
-        ("weights", NETWORK, lambda body: PAGE, "a web page came instead"),
+        ("weights", NETWORK, lambda body: PAGE, "a web page was received instead"),
         ("weights", NETWORK, lambda body: b"PK\x03\x04" + b"no checkpoint", "is truncated or damaged"),
     ],
 )  # fmt: skip
-def test_wrong_bytes_are_named_and_never_get_the_final_name(
+def test_invalid_bytes_are_reported_and_never_get_the_final_name(
     download, here, site, oxford, million, item, path, make, words
 ):
     wrong = make(site.answers[path].body if path in site.answers else b"")
@@ -372,7 +372,7 @@ def test_wrong_bytes_are_named_and_never_get_the_final_name(
         site.put(answer, wrong)
     outcome = download(item, "--mirror", "http://mirror.test")
     assert outcome.code == 2
-    assert f"no luck with http://mirror.test{path}: " in outcome.err
+    assert f"failed: http://mirror.test{path}: " in outcome.err
     assert words in outcome.err
     assert "Traceback" not in outcome.err
     assert len(errors(outcome)) == 1
@@ -380,7 +380,7 @@ def test_wrong_bytes_are_named_and_never_get_the_final_name(
     assert [file for file in files(here.parent) if name in file and not file.startswith("origin")] == []
 
 
-def test_after_wrong_bytes_the_next_address_is_asked(download, here, site, oxford):
+def test_after_invalid_bytes_the_next_address_is_tried(download, here, site, oxford):
     site.put(f"{CMP}{OXFORD_TRUTH}", PAGE)
     site.put(f"http://mirror.test{OXFORD_IMAGES}", damaged(site.answers[OXFORD_IMAGES].body))
     assert download("roxford5k", "--mirror", "http://mirror.test").code == 0
@@ -421,27 +421,27 @@ def test_a_hostile_archive_is_refused_by_the_name_of_its_member(download, here, 
     assert files(here.parent) - before == {f"here/{item}/{'gnd_roxford5k.pkl' if flat else 'revisitop1m.txt'}"}
 
 
-# Again, and after an interruption
+# Repeated and interrupted runs
 
 
-def test_a_second_run_asks_nobody_and_says_so(download, here, site, oxford, paris, million):
+def test_a_second_run_downloads_nothing_and_says_so(download, here, site, oxford, paris, million):
     items = ("roxford5k", "rparis6k", "revisitop1m")
     assert "nothing was downloaded" not in download(*items).out
     before, site.requests = files(here), []
     outcome = download(*items)
     assert outcome.code == 0
-    assert "everything was there already, nothing was downloaded" in outcome.out
+    assert "everything is complete already, nothing was downloaded" in outcome.out
     assert site.requests == []
     assert files(here) == before
 
 
-def test_images_that_came_another_way_are_not_fetched(download, here, site, oxford):
+def test_images_from_another_source_are_not_downloaded(download, here, site, oxford):
     oxford.folder.rename(here / "roxford5k")
     assert download("roxford5k").code == 0
     assert site.requests == []
 
 
-def test_an_archive_that_came_another_way_is_used(download, here, site, oxford):
+def test_an_archive_from_another_source_is_used(download, here, site, oxford):
     (here / "roxford5k").mkdir()
     (here / "roxford5k/oxbuild_images-v1.tgz").write_bytes(site.answers[OXFORD_IMAGES].body)
     assert download("roxford5k").code == 0
@@ -459,11 +459,11 @@ def test_a_damaged_file_of_the_user_is_named_and_kept(download, here, site, oxfo
     assert (here / "roxford5k" / name).read_bytes() == b"damaged"
 
 
-def test_the_million_goes_on_with_the_archives_that_are_not_unpacked(download, here, site, million):
+def test_the_million_resumes_with_the_archives_that_are_not_unpacked(download, here, site, million):
     late = {path: site.answers.pop(path) for path in MILLION_IMAGES[2:6]}
     outcome = download("revisitop1m")
     assert outcome.code == 2
-    assert "revisitop1m: no address gives revisitop1m.3.tar.gz" in outcome.err
+    assert "revisitop1m: no address provides revisitop1m.3.tar.gz" in outcome.err
     site.answers |= late
     site.requests = []
     assert download("revisitop1m").code == 0
@@ -504,10 +504,10 @@ def test_an_interrupted_unpacking_is_done_again_without_a_download(download, her
     assert len(files(here / "roxford5k/jpg")) == 27
 
 
-# The look at the images
+# The check of the images
 
 
-def test_a_image_that_no_archive_has_is_named(download, here, site, oxford):
+def test_an_image_that_no_archive_has_is_named(download, here, site, oxford):
     members = images(oxford)
     del members["query_1.jpg"]
     site.put(OXFORD_IMAGES, tgz(members))
@@ -517,7 +517,7 @@ def test_a_image_that_no_archive_has_is_named(download, here, site, oxford):
     assert len(errors(outcome)) == 1
 
 
-def test_a_image_that_cannot_be_decoded_is_named(download, here, oxford):
+def test_an_image_that_cannot_be_decoded_is_named(download, here, oxford):
     assert download("roxford5k").code == 0
     image = here / "roxford5k/jpg/db_7.jpg"
     image.write_bytes(image.read_bytes()[:1000])
@@ -546,24 +546,24 @@ def test_a_distractor_that_is_missing_is_named(download, here, million):
 # Weights
 
 
-def test_one_checkpoint_is_fetched_and_the_way_to_the_other_told(download, site, tmp_path, checkpoint_50, monkeypatch):
+def test_one_checkpoint_is_downloaded_and_there_are_instructions_for_the_other(
+    download, site, tmp_path, checkpoint_50, monkeypatch
+):
     site.put(NETWORK, checkpoint_50.read_bytes())
     monkeypatch.setattr(transfer, "CHUNK", 1 << 20)
     outcome = download("weights")
     assert outcome.code == 2
     assert files(tmp_path / "weights") == {"CVPR2022_CVNet_R50.pyth"}
     assert [line for line in outcome.err.splitlines() if line.startswith("weights: ")] == [
-        "weights: no address gives CVPR2022_CVNet_R101.pyth (none is known); get CVPR2022_CVNet_R101.pyth from the web "
-        f"drive linked at https://github.com/sungonce/CVNet and put it into {tmp_path / 'weights'}"
+        "weights: no address provides CVPR2022_CVNet_R101.pyth (none is known); get CVPR2022_CVNet_R101.pyth from the "
+        f"web drive linked at https://github.com/sungonce/CVNet and put it into {tmp_path / 'weights'}"
     ]
     site.requests = []
     assert download("weights").code == 2
     assert site.requests == []
 
 
-def test_checkpoints_that_are_there_under_other_names_are_enough(
-    download, site, tmp_path, checkpoint_50, checkpoint_101
-):
+def test_existing_checkpoints_with_other_names_are_found(download, site, tmp_path, checkpoint_50, checkpoint_101):
     (tmp_path / "weights").mkdir()
     for path in (checkpoint_50, checkpoint_101):
         (tmp_path / "weights" / f"my_{path.name}").symlink_to(path)
@@ -573,7 +573,7 @@ def test_checkpoints_that_are_there_under_other_names_are_enough(
 
 
 @pytest.mark.parametrize("attended", [True, False])
-def test_the_drive_is_opened_where_somebody_sits_before_a_browser(download, monkeypatch, attended):
+def test_the_drive_is_opened_in_a_browser_if_there_is_one(download, monkeypatch, attended):
     opened = []
     monkeypatch.setattr(webbrowser, "open", opened.append)
     monkeypatch.setenv("DISPLAY", ":0")
@@ -582,7 +582,7 @@ def test_the_drive_is_opened_where_somebody_sits_before_a_browser(download, monk
     assert opened == (["https://github.com/sungonce/CVNet"] if attended else [])
 
 
-# Words and exit codes
+# Messages and exit codes
 
 
 def test_one_item_that_fails_does_not_stop_the_others(download, here, site, oxford, paris):
@@ -593,7 +593,7 @@ def test_one_item_that_fails_does_not_stop_the_others(download, here, site, oxfo
     last = outcome.err.splitlines()[-1]
     assert errors(outcome) == [last]
     assert "not complete: features, rparis6k;" in last
-    assert f"rparis6k: no address gives paris_1-v1.tgz (https{VGG[4:]}{PARIS_IMAGES[0]}: " in outcome.err
+    assert f"rparis6k: no address provides paris_1-v1.tgz (https{VGG[4:]}{PARIS_IMAGES[0]}: " in outcome.err
     assert f"{VGG}{PARIS_IMAGES[0]}: 404 Not Found" in outcome.err
 
 
@@ -605,7 +605,7 @@ def test_images_are_fetched_without_their_ground_truth(download, here, site, oxf
     assert site.asked() == [f"{CMP}{OXFORD_TRUTH}"]
 
 
-def test_a_disk_that_takes_no_more_is_one_line(download, here, oxford):
+def test_a_full_disk_is_reported_in_one_line(download, here, oxford):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
     try:
@@ -617,7 +617,7 @@ def test_a_disk_that_takes_no_more_is_one_line(download, here, oxford):
     assert download("roxford5k").code == 0
 
 
-def test_a_file_in_place_of_the_folder_is_one_line(download, here, oxford):
+def test_a_file_in_place_of_the_folder_is_reported_in_one_line(download, here, oxford):
     here.rmdir()
     here.touch()
     outcome = download("roxford5k")
@@ -630,7 +630,7 @@ def test_a_file_in_place_of_the_folder_is_one_line(download, here, oxford):
     [
         (["roxford"], "choose from '?roxford5k'?, '?rparis6k'?, '?revisitop1m'?, '?gldv2'?, '?features'?, '?weights'?"),
         ([], "required: ITEM"),
-        (["features", "--mirror", "my.server"], "'my.server' is no http:// or https:// address"),
+        (["features", "--mirror", "my.server"], "'my.server' is not an http:// or https:// address"),
     ],
 )
 def test_bad_arguments_are_one_line(download, site, arguments, words):
@@ -641,14 +641,14 @@ def test_bad_arguments_are_one_line(download, site, arguments, words):
     assert site.requests == []
 
 
-def test_help_tells_the_items_and_where_a_mirror_is_asked(download):
+def test_help_lists_the_items_and_the_paths_on_a_mirror(download):
     outcome = download("--help")
     assert outcome.code == 0
     assert "rparis6k     ground truth and images" in outcome.out
     assert f"is looked for as URL{FEATURES[0]}" in outcome.out
 
 
-def test_a_host_that_takes_no_connection_is_tried_for_one_file_alone(download, site, monkeypatch):
+def test_a_host_that_refuses_connections_is_tried_for_only_one_file(download, site, monkeypatch):
     content = io.BytesIO()
     scipy.io.savemat(content, {"Q": np.eye(3), "X": np.eye(3)})
     for path in FEATURES:
@@ -658,7 +658,7 @@ def test_a_host_that_takes_no_connection_is_tried_for_one_file_alone(download, s
         taken.bind(("127.0.0.1", 0))
         outcome = download("features", "--mirror", f"http://127.0.0.1:{taken.getsockname()[1]}")
     assert outcome.code == 0, outcome.err
-    assert outcome.err.count("no luck with http://127.0.0.1") == 1
+    assert outcome.err.count("failed: http://127.0.0.1") == 1
 
 
 @pytest.fixture
@@ -681,7 +681,7 @@ def landmarks(site, monkeypatch):
     return ["gldv2", "--mirror", mirror]
 
 
-def test_gldv2_is_fetched_checked_unpacked_and_only_queries_are_kept(download, landmarks, here, site):
+def test_gldv2_is_downloaded_checked_and_unpacked_and_only_queries_are_kept(download, landmarks, here, site):
     outcome = download(*landmarks)
     assert outcome.code == 0, outcome.err
     dataset = load_dataset("gldv2", here)
@@ -690,7 +690,7 @@ def test_gldv2_is_fetched_checked_unpacked_and_only_queries_are_kept(download, l
     assert sorted(path.stem for path in (here / "gldv2" / "test").rglob("*.jpg")) == ["t00", "t03"]
     assert not list((here / "gldv2").rglob("*.tar"))
     before = len(site.requests)
-    assert "everything was there already" in download(*landmarks).out
+    assert "everything is complete already" in download(*landmarks).out
     assert len(site.requests) == before
 
 
@@ -700,7 +700,7 @@ def test_all_test_images_of_gldv2_are_kept_where_asked_for(download, landmarks, 
 
 
 @pytest.mark.parametrize("harm", ["md5", "cut", "missing", "no md5"])
-def test_an_archive_of_gldv2_that_is_not_sound_is_never_used(download, landmarks, here, site, harm):
+def test_an_invalid_archive_of_gldv2_is_never_used(download, landmarks, here, site, harm):
     name = f"{LANDMARKS}/{'md5sum/index/md5.images_001.txt' if harm == 'no md5' else 'index/images_001.tar'}"
     whole = site.answers.pop(name)
     if harm in ("md5", "cut"):
@@ -708,11 +708,11 @@ def test_an_archive_of_gldv2_that_is_not_sound_is_never_used(download, landmarks
     outcome = download(*landmarks)
     assert outcome.code == 2
     assert "images_001" in outcome.err
-    assert len(list((here / "gldv2" / "index").rglob("*.jpg"))) == 4  # of the other archives
+    assert len(list((here / "gldv2" / "index").rglob("*.jpg"))) == 4  # those of the other archives
     site.answers[name] = whole
     before = len(site.asked("index/images_000.tar"))
     assert download(*landmarks).code == 0
-    assert len(site.asked("index/images_000.tar")) == before  # what is unpacked is not fetched again
+    assert len(site.asked("index/images_000.tar")) == before  # unpacked archives are not downloaded again
     load_dataset("gldv2", here).check_files()
 
 

@@ -2,13 +2,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import latest
-from described import describe
+from drawn_descriptors import draw_descriptors
 
 
 @pytest.fixture
 def vectors(tmp_path):
     """Queries (12, 32) and a database (120, 32)."""
-    describe(tmp_path / "data", tmp_path / "features", "new", 0)
+    draw_descriptors(tmp_path / "data", tmp_path / "features", "new", 0)
     return [tmp_path / "features" / f"new_{kind}.npy" for kind in ("query", "db")]
 
 
@@ -26,7 +26,7 @@ def order(tmp_path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["superglobal", "aqe", "alpha-qe", "dba", "k-reciprocal", "diffusion", "none"])
-def test_the_order_is_that_of_test_py(rerank, command, tmp_path, name):
+def test_the_order_equals_that_of_test_py(rerank, command, tmp_path, name):
     outcome = rerank("--reranker", name)
     assert outcome.code == 0, outcome.err
     features = ("TEST.FEATURES", tmp_path / "features", "TEST.DATA_DIR", tmp_path / "data", "TEST.DATASET_LIST", "new")
@@ -52,7 +52,7 @@ def test_a_large_database_gives_the_first_400(rerank, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["superglobal", "alpha-qe", "diffusion"])
-def test_candidates_of_ones_own_index_are_reranked_and_nothing_else(rerank, vectors, tmp_path, name):
+def test_given_candidates_are_reranked_and_nothing_else_is_read(rerank, vectors, tmp_path, name):
     queries, rows = map(np.load, vectors)
     assert rerank("--reranker", name, "SupG.rerank_m", 30, "SupG.rerank_k", 5).code == 0
     whole = order(tmp_path)
@@ -84,7 +84,7 @@ def test_rows_of_another_length_are_refused_and_the_advice_works(rerank, vectors
     assert (order(tmp_path) == expected).all()
 
 
-def test_bad_vectors_are_told_and_an_older_order_stays(rerank, vectors, tmp_path):
+def test_bad_vectors_are_rejected_and_an_older_result_is_kept(rerank, vectors, tmp_path):
     assert rerank().code == 0
     before = order(tmp_path)
     rows = np.load(vectors[1])
@@ -99,11 +99,11 @@ def test_bad_vectors_are_told_and_an_older_order_stays(rerank, vectors, tmp_path
     for arguments, how, message in (
         ((), {"database": tmp_path / "nan.npy"}, "row 7 (from 0) has NaN"),
         ((), {"database": tmp_path / "wide.npy"}, "has 32 dimensions"),
-        ((), {"database": tmp_path / "whole.npy"}, "holds no (N, D) array of floating numbers"),
+        ((), {"database": tmp_path / "whole.npy"}, "is not a floating-point array (N, D)"),
         ((), {"database": tmp_path / "absent.npy"}, "absent.npy: No such file"),
-        (("--ids", tmp_path / "twice.npy"), {}, "query 0 (from 0) has a row twice"),
+        (("--ids", tmp_path / "twice.npy"), {}, "query 0 (from 0) has the same row twice"),
         (("--ids", tmp_path / "far.npy"), {}, "from 0 to 119"),
-        (("--ids", vectors[0]), {}, "whole numbers (12, R) are expected"),
+        (("--ids", vectors[0]), {}, "must contain whole numbers (12, R)"),
         (("--reranker", "dba", "--ids", tmp_path / "one.npy"), {}, "leave --ids out"),
         (("--reranker", "cvnet"), {}, "cvnet needs images"),
     ):

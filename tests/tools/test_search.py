@@ -23,7 +23,7 @@ def draw(path, seed: int) -> None:
 
 @pytest.fixture
 def folder(tmp_path):
-    """Nine images in folders, two broken ones, and files that are no images."""
+    """Nine images in folders, two damaged ones, and files that are not images."""
     folder = tmp_path / "my images"
     for seed, name in enumerate(NAMES):
         draw(folder / name, seed)
@@ -45,14 +45,14 @@ def search(command, folder, checkpoint_50):
     return run
 
 
-def test_a_image_finds_itself_and_broken_ones_are_listed(search):
+def test_an_image_finds_itself_and_broken_ones_are_listed(search):
     outcome = search("--top", 3)
     assert outcome.code == 0, outcome.err
     assert re.search(r"\nc\.PNG\n   1   [\d.]+   1\.0000  sub folder/c\.PNG\n   2 .*\n   3 .*\n\Z", outcome.out)
-    assert "database: 2 of 11 cannot be read and are left out: sub folder/cut.jpg, фото/text.jpg" in outcome.out
+    assert "database: 2 of 11 cannot be read and are skipped: sub folder/cut.jpg, фото/text.jpg" in outcome.out
 
 
-def test_json_is_all_of_stdout_and_holds_every_query(search, folder):
+def test_json_is_the_only_output_on_stdout_and_contains_every_query(search, folder):
     outcome = search("--json", "--top", 20, queries=folder)
     assert outcome.code == 0, outcome.err
     found = json.loads(outcome.out)
@@ -66,7 +66,7 @@ def test_json_is_all_of_stdout_and_holds_every_query(search, folder):
     assert "queries: 9 images extracted, 2 unreadable" in outcome.err
 
 
-def test_only_what_is_new_or_changed_is_extracted(search, folder):
+def test_only_new_and_changed_images_are_extracted(search, folder):
     def extracted(outcome) -> dict[str, int]:
         assert outcome.code == 0, outcome.err
         return {name: int(count) for name, count in re.findall(r"(\w+): (\d+) images extracted", outcome.out)}
@@ -74,16 +74,16 @@ def test_only_what_is_new_or_changed_is_extracted(search, folder):
     assert extracted(search()) == {"database": 9, "queries": 1}
     again = search()
     assert extracted(again) == {}
-    assert "database.npy: used again" in again.out
+    assert "database.npy: reused" in again.out
     assert "2 of 11 cannot be read" in again.out
 
     draw(folder / "new.jpg", 20)  # in the middle of the list
     draw(folder / NAMES[4], 21)  # another image under the same name: also the query
-    draw(folder / BROKEN[0], 22)  # mended
+    draw(folder / BROKEN[0], 22)  # repaired
     (folder / NAMES[0]).unlink()
     outcome = search("--top", 11)
     assert extracted(outcome) == {"database": 3, "queries": 1}
-    assert "database: 3 images extracted, 7 as before, 3 gone or replaced, 1 unreadable" in outcome.out
+    assert "database: 3 images extracted, 7 unchanged, 3 removed or replaced, 1 unreadable" in outcome.out
     assert "1 of 11 cannot be read" in outcome.out
     assert re.search(r"   1   [\d.]+   1\.0000  sub folder/c\.PNG\n", outcome.out)
     assert NAMES[0] not in re.findall(r"[\d.]+  (.*)\n", outcome.out)
@@ -91,7 +91,7 @@ def test_only_what_is_new_or_changed_is_extracted(search, folder):
     assert "  11  " not in outcome.out
 
 
-def test_another_checkpoint_or_setting_extracts_anew(search):
+def test_another_checkpoint_or_setting_extracts_again(search):
     assert search().code == 0
     assert "database: 9 images extracted" in search("SupG.relup", "False").out
 
@@ -112,10 +112,10 @@ def test_the_report_shows_results_without_right_or_wrong(search, folder):
         ({"database": "FOLDER/a b.jpg"}, "a b.jpg: there is no such folder"),
         ({"queries": "nowhere.jpg"}, "there is no file or folder nowhere.jpg"),
         ({"queries": "FOLDER/фото/text.jpg"}, "queries: .*text.jpg: not an image"),
-        ({"database": "FOLDER/empty"}, r"empty holds no image; files with endings such as \.jpg"),
+        ({"database": "FOLDER/empty"}, r"empty contains no image; files with suffixes such as \.jpg"),
     ],
 )
-def test_what_cannot_be_searched_is_told(search, folder, change, message):
+def test_invalid_databases_and_queries_are_reported(search, folder, change, message):
     (folder / "empty").mkdir()
     outcome = search(**{key: value.replace("FOLDER", str(folder)) for key, value in change.items()})
     assert outcome.code == 2
@@ -131,14 +131,14 @@ def test_without_reranking_scores_are_cosines(search, arguments):
 
 
 @pytest.mark.parametrize("arguments", [("TEST.RERANKER", "cvnet"), ("TEST.FEATURES", "x.mat"), ("SupG.onemeval",)])
-def test_what_needs_ground_truth_is_refused(search, arguments):
+def test_options_that_need_ground_truth_are_refused(search, arguments):
     outcome = search(*arguments)
     assert outcome.code == 2
     assert "for test.py, which has ground truth" in outcome.err
 
 
 @pytest.mark.parametrize("top", ["0", "401", "x"])
-def test_a_number_of_results_that_makes_no_sense_is_refused(search, top):
+def test_an_invalid_number_of_results_is_rejected(search, top):
     outcome = search("--top", top)
     assert outcome.code == 2
     assert "is not between 1 and 400" in outcome.err
@@ -154,12 +154,12 @@ def test_an_image_that_can_be_read_again_is_tried_again(search, folder):
     unreadable.write_bytes(content)
     os.utime(unreadable, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # the same name, size and time as before
     outcome = search("--top", 11)
-    assert "database: 1 images extracted, 10 as before" in outcome.out
+    assert "database: 1 images extracted, 10 unchanged" in outcome.out
     assert "2 of 11 cannot be read" in outcome.out
     assert f"  {NAMES[0]}\n" in outcome.out
 
 
-def test_what_is_left_out_is_counted_by_reason_and_named(search, folder, monkeypatch):
+def test_skipped_files_are_counted_by_reason_and_named(search, folder, monkeypatch):
     (folder / "photo.HEIC").write_bytes(b"no matter")
     (folder / "raw.cr2").write_bytes(b"no matter")
     (folder / "gone.jpg").symlink_to("nowhere.jpg")
@@ -168,14 +168,12 @@ def test_what_is_left_out_is_counted_by_reason_and_named(search, folder, monkeyp
     (folder / "folder.jpg").mkdir()
     draw(folder / "folder.jpg" / "inside.png", 30)
     (folder / "a\nforged  line\x1b[2J.jpg").write_bytes((folder / NAMES[0]).read_bytes())
-    monkeypatch.setattr("model.images.FORMATS", ("JPEG", "PNG", "WEBP"))  # as without pillow-heif
+    monkeypatch.setattr("model.images.FORMATS", ("JPEG", "PNG", "WEBP"))  # like without pillow-heif
     outcome = search("--top", 400)
     assert outcome.code == 0, outcome.err
-    assert re.search(
-        r"2 left out, of a format that is not read here: photo.HEIC, raw.cr2; pip install pillow-heif", outcome.out
-    )
-    assert "3 left out, broken links, folders behind links, or no files: gone.jpg, loop.jpg, pipe.jpg\n" in outcome.out
-    assert "1 left out, hidden\n" in outcome.out
+    assert re.search(r"2 skipped, unsupported image formats: photo.HEIC, raw.cr2; pip install pillow-heif", outcome.out)
+    assert "3 skipped, broken links, linked folders, or not files: gone.jpg, loop.jpg, pipe.jpg\n" in outcome.out
+    assert "1 skipped, hidden\n" in outcome.out
     assert "  folder.jpg/inside.png\n" in outcome.out
     assert "  a\\nforged  line\\x1b[2J.jpg\n" in outcome.out
     assert "\x1b" not in outcome.out + Path("log.txt").read_text()
@@ -203,7 +201,7 @@ def test_a_pipe_that_is_closed_ends_the_search_quietly(folder, checkpoint_50, tm
     assert "Traceback" not in (tmp_path / "errors.txt").read_text()
 
 
-def test_names_of_every_kind_are_found_told_and_harmless(command, checkpoint_50, tmp_path):
+def test_names_of_every_kind_are_found_reported_and_harmless(command, checkpoint_50, tmp_path):
     names = ["<script>alert(1)<b>.png", "two\nlines.png", "\x1b[31mred.png", "x" * 251 + ".png"]
     folder = os.fsencode(tmp_path / "strange")
     os.mkdir(folder)
@@ -238,7 +236,7 @@ def pymilvus():
 
 @pytest.fixture
 def entities(pymilvus):
-    """Gives the names that each collection of a file holds."""
+    """Returns the names in each collection of a file."""
     from milvus_lite.server_manager import server_manager_instance
 
     def read(file: Path) -> dict[str, list[str]]:
@@ -248,7 +246,7 @@ def entities(pymilvus):
             rows = client.query(collection, output_fields=["name"], limit=1000)
             found[collection] = sorted(row["name"] for row in rows)
         client.close()
-        server_manager_instance.release_all()  # the next command opens the file as a process of its own would
+        server_manager_instance.release_all()  # so that the next command opens the file like a new process
         return found
 
     return read
@@ -270,7 +268,7 @@ def test_milvus_is_updated_in_place(search, entities, folder, tmp_path):
     def update() -> tuple[int, ...]:
         outcome = search("--index", f"milvus:{tmp_path / 'x.db'}", "--top", 20)
         assert outcome.code == 0, outcome.err
-        counts = re.search(r"(\d+) images new or changed, (\d+) gone, (\d+) as before", outcome.out).groups()
+        counts = re.search(r"(\d+) images new or changed, (\d+) removed, (\d+) unchanged", outcome.out).groups()
         (names,) = entities(tmp_path / "x.db").values()
         shown = re.findall(r"^ +\d+  [\d. ]+  (.*)$", outcome.out, re.MULTILINE)
         assert sorted(shown) == names
@@ -286,9 +284,7 @@ def test_milvus_is_updated_in_place(search, entities, folder, tmp_path):
     assert update() == (0, 0, 9)
 
 
-def test_an_interrupted_insertion_is_resumed_and_nothing_stands_twice(
-    search, pymilvus, entities, tmp_path, monkeypatch
-):
+def test_an_interrupted_insertion_is_resumed_without_duplicates(search, pymilvus, entities, tmp_path, monkeypatch):
     monkeypatch.setattr("tools.milvus._SENT_BYTES", 3 * 4 * 2048)
     insert = pymilvus.MilvusClient.upsert
 
@@ -301,7 +297,7 @@ def test_an_interrupted_insertion_is_resumed_and_nothing_stands_twice(
         patched.setattr(pymilvus.MilvusClient, "upsert", interrupted)
         assert search(*words).code == 130
     outcome = search(*words)
-    assert "7 images new or changed, 0 gone, 2 as before" in outcome.out
+    assert "7 images new or changed, 0 removed, 2 unchanged" in outcome.out
     assert list(entities(tmp_path / "x.db").values()) == [sorted(NAMES)]
 
 
@@ -315,7 +311,7 @@ def test_an_interrupted_insertion_is_resumed_and_nothing_stands_twice(
         (("--index", "milvus:x.db", "TEST.RERANKER", "dba"), "--index and TEST.RERANKER dba do not go together"),
     ],
 )
-def test_a_vector_database_that_cannot_be_used_is_told_in_one_line(search, pymilvus, words, message):
+def test_an_unusable_vector_database_is_reported_in_one_line(search, pymilvus, words, message):
     outcome = search(*words)
     assert outcome.code == 2
     assert outcome.err.splitlines()[-1].startswith(f"error: {message}")
@@ -334,7 +330,7 @@ def test_a_collection_of_another_database_is_refused(search, pymilvus, tmp_path)
     assert re.search(rf"^error: the collection {name} in .* is of another database .*: drop it", outcome.err, re.M)
 
 
-def test_milvus_that_is_not_installed_is_told(search, monkeypatch):
+def test_missing_milvus_is_reported(search, monkeypatch):
     monkeypatch.setitem(sys.modules, "pymilvus", None)
     outcome = search("--index", "milvus:x.db")
     assert outcome.code == 2

@@ -16,7 +16,7 @@ QUICK = ("TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0)
 
 
 def rows_of(text: str, costs: bool = False) -> dict[tuple, list[str]]:
-    """The cells of the Markdown table's rows, by network, dataset and setting."""
+    """Returns the cells of the rows of a Markdown table, by network, dataset and setting."""
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
     assert {len(line) for line in lines} == {tables.heading(REVISITED_PROTOCOLS, costs)[0].count(" | ") + 1}
     return {tuple(line[:3]): line[3:] for line in lines[2:]}
@@ -58,7 +58,7 @@ def test_main_has_both_networks_and_says_what_is_missing(table, tmp_path):
     assert rows_of((latest(tmp_path / "work" / "output") / "main.md").read_text()) == rows
 
 
-def test_images_are_extracted_once_and_figures_are_those_of_test_py(table, command, layout, checkpoint_50):
+def test_images_are_extracted_once_and_metrics_equal_those_of_test_py(table, command, layout, checkpoint_50):
     first = table("main", "--depth", 50)
     assert first.err.count("images extracted") == 2
     again = table("rerank", "MODEL.DEPTH", 50)
@@ -87,11 +87,11 @@ def test_images_are_extracted_once_and_figures_are_those_of_test_py(table, comma
     results = json.loads((latest(layout.data_dir.parent / "work" / "output") / "results.json").read_text())
     for stage in ("retrieval", "reranking"):
         entry = results["datasets"]["roxford5k"][stage]
-        figures = rows_of(first.out)["R50", "roxford5k", stage]
-        assert (figures[0], figures[1], figures[4]) == tuple(f"{entry[name]['mAP']:.2f}" for name in "EMH")
+        metrics = rows_of(first.out)["R50", "roxford5k", stage]
+        assert (metrics[0], metrics[1], metrics[4]) == tuple(f"{entry[name]['mAP']:.2f}" for name in "EMH")
 
 
-def test_ablation_switches_each_module_and_has_both_readings_of_s2_and_the_rivals(table, layout):
+def test_ablation_switches_each_module_and_has_both_forms_of_s2_and_other_rerankers(table, layout):
     keep_few(layout)
     outcome = table("ablation", "TEST.RERANKER", "cvnet", "TEST.TOPK_LIST", "[3]")
     rows = rows_of(outcome.out)
@@ -126,7 +126,7 @@ def test_rerankers_are_compared_from_one_search_with_their_costs(table):
     assert few["R50", "roxford5k", "reranking, diffusion"][:3] != rows["reranking, diffusion"][:3]
 
 
-def test_the_rival_is_listed_where_it_is_asked_for(table):
+def test_cvnet_is_listed_if_requested(table):
     outcome = table("main", "--depth", 50, "TEST.RERANKER", "cvnet", "TEST.TOPK_LIST", "[5, 400]")
     assert outcome.code == 0, outcome.err
     settings = [key[2] for key in rows_of(outcome.out) if key[1] == "roxford5k"]
@@ -143,7 +143,7 @@ def test_the_rival_is_listed_where_it_is_asked_for(table):
         (("main", "--depth", 50), ("TEST.RERANKER", "none")),
     ],
 )
-def test_without_reranking_there_are_rows_of_retrieval_alone(table, layout, task, off):
+def test_without_reranking_there_are_only_rows_of_retrieval(table, layout, task, off):
     keep_few(layout)
     outcome = table(*task, *off)
     assert outcome.code == 0, outcome.err
@@ -153,25 +153,25 @@ def test_without_reranking_there_are_rows_of_retrieval_alone(table, layout, task
 
 
 @pytest.mark.parametrize("other", [("TEST.RERANKER", "none"), ("TEST.RERANKER", "cvnet"), ("SupG.rerank", "False")])
-def test_a_sweep_of_reranking_takes_no_other_reranker(table, other):
+def test_the_table_rerank_rejects_other_rerankers(table, other):
     outcome = table("rerank", *other)
     assert outcome.code == 2
     assert "rerank sweeps SuperGlobal's reranking" in outcome.err
 
 
-def test_missing_weights_are_a_row(table, tmp_path):
+def test_missing_weights_are_reported_in_a_row(table, tmp_path):
     (tmp_path / "none").mkdir()
     outcome = table("main", "--depth", 50, weights=tmp_path / "none")
     assert outcome.code == 0
     assert "no ResNet-50 checkpoint" in rows_of(outcome.out)["R50", "roxford5k", "retrieval, reranking"][-1]
 
 
-def test_published_figures_stand_beside_ours_with_the_difference():
-    figures = {
+def test_published_numbers_are_shown_with_the_difference():
+    metrics = {
         protocol.name: Metrics(protocol, value, np.zeros(0), np.zeros(0), np.zeros(0))
         for protocol, value in zip(REVISITED_PROTOCOLS, (0.9, 0.84, 0.67), strict=True)
     }
-    row = tables.Row("R50", "roxford5k", "retrieval", REVISITED_PROTOCOLS, figures, {"M": 83.9, "H": 67.7})
+    row = tables.Row("R50", "roxford5k", "retrieval", REVISITED_PROTOCOLS, metrics, {"M": 83.9, "H": 67.7})
     assert row.cells(with_costs=False) == [
         "R50",
         "roxford5k",
@@ -187,7 +187,7 @@ def test_published_figures_stand_beside_ours_with_the_difference():
     ]
 
 
-def test_published_figures_are_for_the_papers_settings_alone():
+def test_published_numbers_appear_only_for_the_papers_settings():
     def known(*options, stage="reranking", **reranker):
         cfg = make_config(pair_options([str(word) for word in options]))
         settings = {"m": 400, "k": 9, "beta": 0.15, "s2": "refined", **reranker}

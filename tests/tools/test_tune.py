@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 from conftest import latest
-from described import describe
+from drawn_descriptors import draw_descriptors
 from oracles import all_protocols, dense_reranking, full_ranking
 
 GRID = ("--try", "SupG.rerank_k", "2,5,9", "--try", "SupG.rerank_beta", "0.15,2")
@@ -15,7 +15,7 @@ GRID = ("--try", "SupG.rerank_k", "2,5,9", "--try", "SupG.rerank_beta", "0.15,2"
 def sets(tmp_path):
     """Two datasets with saved descriptors."""
     where = tmp_path / "data", tmp_path / "features"
-    return {name: describe(*where, name, seed) for seed, name in enumerate(("val", "new"))}
+    return {name: draw_descriptors(*where, name, seed) for seed, name in enumerate(("val", "new"))}
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def results(tmp_path) -> dict:
 
 
 def by_the_book(tmp_path, name: str, truth: dict, k: int, beta: float, query: int | None = None) -> dict[str, float]:
-    """mAP in percent of the reranked rankings, or one query's AP."""
+    """Returns the mAP of the reranked rankings in percent, or the AP of one query."""
     queries, rows = (np.load(tmp_path / "features" / f"{name}_{kind}.npy") for kind in ("query", "db"))
     rankings = [
         ranking[dense_reranking(query.astype(float), rows[ranking].astype(float), k, beta)]
@@ -47,12 +47,12 @@ def test_the_best_of_the_validation_set_is_chosen_and_judged_beside_the_papers_v
     assert outcome.code == 0, outcome.err
     pairs = list(itertools.product((2, 5, 9), (0.15, 2.0)))
     expected = {pair: by_the_book(tmp_path, "val", sets["val"], *pair) for pair in pairs}
-    figures = {pair: (each["M"] + each["H"]) / 2 for pair, each in expected.items()}
+    metrics = {pair: (each["M"] + each["H"]) / 2 for pair, each in expected.items()}
     content = results(tmp_path)
     tuning = content["tuning"]
     listed = {(each["SupG.rerank_k"], each["SupG.rerank_beta"]): each["figure"] for each in tuning["settings"]}
-    assert listed == pytest.approx(figures, abs=1e-6)
-    best = max(figures, key=figures.get)
+    assert listed == pytest.approx(metrics, abs=1e-6)
+    best = max(metrics, key=metrics.get)
     assert tuning["chosen"] == dict(zip(("SupG.rerank_k", "SupG.rerank_beta"), best, strict=True))
     for stage, pair in (("paper's", (9, 0.15)), ("chosen", best)):
         entry = content["datasets"]["new"][f"reranking with the {stage} values"]
@@ -72,14 +72,14 @@ def test_the_test_set_is_read_only_after_the_choice(tune, tmp_path):
     assert str(path) in outcome.err
 
 
-def test_a_missing_test_set_is_told_before_the_work(tune):
+def test_a_missing_test_set_is_reported_before_the_work(tune):
     outcome = tune("--on", "val", "--test", "newer", *GRID)
     assert outcome.code == 2
     assert "did you mean new?" in outcome.err
     assert "chosen on" not in outcome.out
 
 
-def test_with_folds_each_query_has_what_was_best_for_the_others(tune, sets, tmp_path):
+def test_with_folds_each_query_uses_the_best_setting_of_the_others(tune, sets, tmp_path):
     assert tune("--folds", 12, "--test", "new", *GRID).code == 0  # a fold for each query
     pairs = [(9, 0.15), *(pair for pair in itertools.product((2, 5, 9), (0.15, 2.0)) if pair != (9, 0.15))]
     aps = np.array(  # (pairs, queries, E M H)
@@ -92,19 +92,19 @@ def test_with_folds_each_query_has_what_was_best_for_the_others(tune, sets, tmp_
         for place, name in enumerate("EMH"):
             ap = chosen[name]["AP"][f"new_query_{query}"]
             assert ap == pytest.approx(aps[others.argmax(), query, place], abs=1e-6)
-    assert len({tuple(each.values()) for each in content["tuning"]["by fold"]}) > 1  # else the test shows nothing
+    assert len({tuple(each.values()) for each in content["tuning"]["by fold"]}) > 1  # otherwise the test shows nothing
 
 
-def test_a_gain_within_the_interval_is_called_chance(tune, tmp_path):
+def test_a_gain_within_the_interval_is_reported_as_possible_chance(tune, tmp_path):
     outcome = tune("--on", "val", "--test", "new", "--try", "SupG.rerank_k", "9,8")
     assert outcome.code == 0, outcome.err
     content = results(tmp_path)
     assert ("may be chance" in outcome.out) == (content["tuning"]["chosen"] != content["tuning"]["paper"])
-    assert ("rank the test set as the paper's do" in outcome.out) != ("may be chance" in outcome.out)
+    assert ("the same rankings of the test set" in outcome.out) != ("may be chance" in outcome.out)
 
 
 def test_queries_of_one_usage_choose_for_those_of_the_other(command, tmp_path):
-    content = describe(tmp_path / "plain", tmp_path / "features", "lm", 0)
+    content = draw_descriptors(tmp_path / "plain", tmp_path / "features", "lm", 0)
     folder = tmp_path / "data" / "lm"
     folder.mkdir(parents=True)
     for name, ids in (("queries", content["qimlist"]), ("index", content["imlist"])):
@@ -130,7 +130,7 @@ def test_queries_of_one_usage_choose_for_those_of_the_other(command, tmp_path):
         (("--on", "new", "--test", "new"), "both new"),
         (("--test", "new"), "give either --on"),
         (("--folds", 13, "--test", "new"), "has 12 queries with positive images"),
-        (("--on", "val", "--test", "new", "--try", "SupG.onemeval", "True"), "it cannot be tried"),
+        (("--on", "val", "--test", "new", "--try", "SupG.onemeval", "True"), "this option cannot be tried"),
         (("--on", "val", "--test", "new", "--try", "SupG.rerank_k", "2,x"), "SupG.rerank_k takes a whole number"),
         (("--on", "val", "--test", "new", "--try", "RERANK.K1", "5,9"), "no effect with TEST.RERANKER superglobal"),
         (("--on", "val", "--test", "new", "--try", "SupG.gemp_p", "2,3"), "no effect with TEST.FEATURES"),
@@ -138,7 +138,7 @@ def test_queries_of_one_usage_choose_for_those_of_the_other(command, tmp_path):
         (("--on", "val", "--test", "new", "TEST.RERANKER", "none"), "give --try"),
     ],
 )
-def test_what_cannot_be_tuned_is_told(tune, arguments, message):
+def test_invalid_arguments_of_tuning_are_reported(tune, arguments, message):
     outcome = tune(*arguments)
     assert outcome.code == 2
     assert message in outcome.err
@@ -154,4 +154,4 @@ def test_another_reranker_and_options_of_the_network_are_tuned(command, layout, 
     assert outcome.err.count("roxford5k database: 24 images extracted") == 2 or (
         outcome.out.count("roxford5k database: 24 images extracted") == 2
     )
-    assert len(results(tmp_path)["tuning"]["settings"]) == 6  # the paper's 10 results, too
+    assert len(results(tmp_path)["tuning"]["settings"]) == 6  # including the one with the paper's 10 results

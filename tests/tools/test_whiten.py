@@ -1,4 +1,4 @@
-"""Whitening is learnt by a command, and applied to descriptors by an option."""
+"""A command learns whitening, and an option applies it to descriptors."""
 
 import json
 import re
@@ -20,7 +20,7 @@ def test_a_whitening_of_a_dataset_is_pca_applied_and_labelled(command, words, tm
     outcome = command("tools/whiten.py", "--from", "roxford5k", "--dim", 8, "--out", "w.pth", *words)
     assert outcome.code == 0, outcome.err
     words = (*words, "TEST.DATASET_LIST", "roxford5k")
-    assert command("test.py", *words).out.count("used again") == 1  # the database's descriptors
+    assert command("test.py", *words).out.count("reused") == 1  # the database's descriptors
     plain = np.load(kept(output, "roxford5k") / "roxford5k_db.npy")
     outcome = command("test.py", *words, "MODEL.WHITENING", "w.pth")
     assert outcome.code == 0, outcome.err
@@ -36,7 +36,7 @@ def test_a_whitening_of_a_dataset_is_pca_applied_and_labelled(command, words, tm
     assert "whitening learnt on this database itself" in table.out
 
 
-def test_what_cannot_be_learnt_is_told(command, words, tmp_path):
+def test_invalid_input_of_a_whitening_is_rejected(command, words, tmp_path):
     outcome = command("tools/whiten.py", "--from", "roxford5k", "--dim", 100, "--out", "w.pth", *words)
     assert outcome.code == 2
     assert re.search(r"error: --dim 100: .*23", outcome.err)
@@ -59,7 +59,7 @@ def test_a_file_of_descriptors_and_one_of_classes_make_a_discriminative_whitenin
     assert "discriminative whitening, 16 to 16 dimensions, from 200 descriptors" in outcome.out
     outcome = command("test.py", *words, "TEST.DATASET_LIST", "roxford5k", "MODEL.WHITENING", "w.pth")
     assert outcome.code == 2
-    assert "is for descriptors of 16 dimensions, these have 2048" in outcome.err
+    assert "takes descriptors of 16 dimensions, but these have 2048" in outcome.err
     (tmp_path / "classes.txt").write_text("one\n")
     outcome = command(*learn, "--labels", tmp_path / "classes.txt", "--dim", 16)
     assert "has 1 lines for 200 descriptors" in outcome.err

@@ -1,4 +1,4 @@
-"""A labelled dataset without images: descriptors of landmarks, for what begins at saved descriptors."""
+"""A labelled dataset without images: random descriptors of landmarks, for tests that start from saved descriptors."""
 
 import pickle
 from pathlib import Path
@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 
 
-def describe(data_dir: Path, features: Path, name: str, seed: int, noise: float = 0.22, dim: int = 32) -> dict:
+def draw_descriptors(data_dir: Path, features: Path, name: str, seed: int, noise: float = 0.22, dim: int = 32) -> dict:
     """Writes gnd_<name>.pkl, <name>_query.npy and <name>_db.npy; returns the ground truth.
 
-    12 landmarks with 10 views each: 4 easy, 4 hard, 2 junk; the harder the noisier.
+    12 landmarks with 10 views each: 4 easy, 4 hard, 2 junk, with increasing noise.
     """
     rng = np.random.default_rng(seed)
     centres = rng.standard_normal((12, dim)) + 0.8

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import math
 import re
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import yaml
 from yacs.config import CfgNode
 
-from model.errors import InputError
+from model.errors import InputError, as_typed
 
 
 @dataclass(frozen=True)
@@ -344,8 +345,8 @@ class CommandLine:
     ):
         self.uses, self.instead = set(uses), dict(instead or {})
         self.parser = _Parser(
-            prog=prog,
-            description=description,
+            prog=as_typed(prog or Path(sys.argv[0]).name),
+            description=as_typed(description),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         self.add, self.name = self.parser.add_argument, self.parser.prog
@@ -608,5 +609,5 @@ def _no_options(path: Path, reason: str = "") -> InputError:
 def _options_help(uses: Collection[str]) -> str:
     used = [option for option in OPTIONS if option.key in uses]
     width = max(len(option.key) for option in used)
-    lines = [f"  {option.key:<{width}}  {option.meaning} [{option.default!r}]" for option in used]
+    lines = [f"  {option.key:<{width}}  {as_typed(option.meaning)} [{option.default!r}]" for option in used]
     return "options, with their defaults (a boolean option without a value means True):\n" + "\n".join(lines)

@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
         if start == stop:
             raise InputError(f"--shard {args.shard[0]}/{args.shard[1]} has no image: the list has {len(images)}")
         out, provenance["rows"] = shard_path(out, *args.shard), [start, stop, len(images)]
-        images = images.part(start, stop)
+        images = images[start:stop]
     distractors = ImageSet(out, "distractors", images, provenance=provenance, fingerprinted=False)
     log.info("checkpoint: %s, SHA-256 %s", recipe.checkpoint, recipe.checkpoint_sha256)
     with owned(out) if first else nullcontext():

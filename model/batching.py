@@ -86,9 +86,13 @@ def equal_sizes(
             due.append(oldest)
         for batch in map(waiting.pop, due):
             held -= sum(part.nbytes for _, part in batch)
-            yield tuple(zip(*batch, strict=True))
+            yield _unzipped(batch)
     for batch in waiting.values():
-        yield tuple(zip(*batch, strict=True))
+        yield _unzipped(batch)
+
+
+def _unzipped(batch: list[tuple[int, Tensor]]) -> tuple[tuple[int, ...], tuple[Tensor, ...]]:
+    return tuple(number for number, _ in batch), tuple(pixels for _, pixels in batch)
 
 
 def in_fitting_parts(

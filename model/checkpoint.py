@@ -67,10 +67,10 @@ def encoder_state(path: Path) -> dict[str, Tensor]:
     """
     state = _model_state(path)
     for prefix in _PREFIXES:
-        inner = {
+        named = {
             key.removeprefix(prefix).removeprefix("module."): v for key, v in state.items() if key.startswith(prefix)
         }
-        inner = {key: v for key, v in inner.items() if _ENCODER_KEY.match(key) and isinstance(v, Tensor)}
+        inner = {key: v for key, v in named.items() if _ENCODER_KEY.match(key) and isinstance(v, Tensor)}
         if any(key.startswith("stem.") for key in inner):
             return inner
     raise InputError(
@@ -86,13 +86,13 @@ def reranker_state(path: Path) -> dict[str, Tensor]:
         InputError: if the file cannot be read safely or contains none of them.
     """
     state = _model_state(path)
-    state = {key: v for key, v in state.items() if _RERANKER_KEY.match(key) and isinstance(v, Tensor)}
-    if not state:
+    own = {key: v for key, v in state.items() if _RERANKER_KEY.match(key) and isinstance(v, Tensor)}
+    if not own:
         raise InputError(
             f"{path} holds no CVNet-Rerank: no key conv2ds.* or cv_learner.*; "
             "the checkpoints listed in weights/README.md have them"
         )
-    return state
+    return own
 
 
 def load_encoder(encoder: ResNet, path: Path) -> ResNet:

@@ -13,6 +13,7 @@ channels last; a convolution over the key's axes uses a transposed copy.
 
 import math
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +81,7 @@ class CenterPivotConv4d(nn.Module):
         over_key = over_key.view(len(keys), *some_queries.shape[:2], *over_key.shape[2:])
         return over_query.add_(_swap(over_key))
 
-    def _of_parts(self, some: Tensor, maps: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def _of_parts(self, some: Tensor, maps: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Convolves over h and w for each of P positions. (1, P, 3, c), (B, 3, c, h, w) -> (B, P, h', w', C')."""
         h, w = maps.shape[-2:]
         columns = maps.transpose(1, 2).flatten(2)  # (B, c, 3 h w)
@@ -99,7 +100,12 @@ class CenterPivotConv4d(nn.Module):
 class CVLearner(nn.Module):
     """Scores query and key maps: four blocks of 4D convolutions, the mean over all positions, and an MLP."""
 
-    def __init__(self):
+    block1: nn.Sequential
+    block2: nn.Sequential
+    block3: nn.Sequential
+    block4: nn.Sequential
+
+    def __init__(self) -> None:
         super().__init__()
         c_in = len(MAP_SCALES) ** 2
         for number, convolutions in enumerate(_BLOCKS, start=1):
@@ -110,12 +116,17 @@ class CVLearner(nn.Module):
             self.add_module(f"block{number}", block)
         self.mlp = nn.Sequential(nn.Linear(c_in, c_in), nn.ReLU(), nn.Linear(c_in, 2))
 
+    @property
+    def first(self) -> CenterPivotConv4d:
+        """The layer that takes the correlations."""
+        return cast("CenterPivotConv4d", self.block1[0])
+
     def forward(self, query: Tensor, keys: Tensor) -> Tensor:
         """(3, c, hq, wq), (K, 3, c, hk, wk) -> (K,)."""
-        x = None
-        for layer in (*self.block1, *self.block2, *self.block3, *self.block4):
+        x = self.first.of_correlations(query, keys)
+        for layer in (*self.block1[1:], *self.block2, *self.block3, *self.block4):
             if isinstance(layer, CenterPivotConv4d):
-                x = layer.of_correlations(query, keys) if x is None else layer(x)
+                x = layer(x)
             elif isinstance(layer, nn.GroupNorm):
                 x = _normalised(layer, x)
             else:
@@ -126,7 +137,7 @@ class CVLearner(nn.Module):
 class CVNetLayers(nn.Module):
     """The layers of CVNet-Rerank outside the encoder, with the names of the published checkpoints."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.conv2ds = nn.ModuleList(nn.Conv2d(MAP_DIM, LOCAL_DIM, 3, padding=1, bias=False) for _ in MAP_SCALES)
         self.cv_learner = CVLearner()
@@ -149,7 +160,7 @@ class CVNetRerank(nn.Module):
         super().__init__()
         self.encoder, self.conv2ds, self.cv_learner = encoder, layers.conv2ds, layers.cv_learner
         self.dtype = PRECISIONS[encoder.precision]
-        layers.to(dtype=self.dtype, memory_format=torch.channels_last)
+        layers.to(self.dtype).to(memory_format=torch.channels_last)
         self.cv_learner.mlp.float()
 
     def feature_map(self, x: Tensor) -> Tensor:
@@ -188,7 +199,7 @@ class CVNetRerank(nn.Module):
 
     def keys_per_batch(self, query: Tensor, key_maps: Tensor) -> int:
         """Returns how many keys of this size are scored together, at least 1; the size of the 4D tensors limits it."""
-        stride = self.cv_learner.block1[0].stride
+        stride = self.cv_learner.first.stride
         positions = math.prod(_strided(side, stride) for x in (query, key_maps) for side in x.shape[-2:])
         each = self.dtype.itemsize * positions * _BLOCKS[0][0][0] * _LIVE_TENSORS
         each += 4 * key_maps[0, 0].numel() * (2 * MAP_DIM + 2 * len(MAP_SCALES) * LOCAL_DIM)

@@ -4,6 +4,7 @@ import ctypes
 import platform
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -58,7 +59,8 @@ def forbid_tf32() -> None:
     torch.backends.cudnn.allow_tf32 = False
     if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         torch.backends.cuda.matmul.fp32_precision = "ieee"
-        torch.backends.cudnn.conv.fp32_precision = "ieee"
+        cudnn: Any = torch.backends.cudnn  # its stubs do not know `conv`
+        cudnn.conv.fp32_precision = "ieee"
 
 
 def device_name(device: torch.device) -> str:
@@ -79,7 +81,9 @@ class PeakMemory:
     """
 
     def __init__(self, device: torch.device):
-        self.device, self.bytes = device, None
+        self.device = device
+        self.bytes: int | None = None
+        self._before: int | None = None
 
     def __enter__(self) -> "PeakMemory":
         if self.device.type == "cuda":
@@ -94,10 +98,9 @@ class PeakMemory:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.device.type == "cuda":
-            self.bytes = torch.cuda.max_memory_allocated(self.device) - self._before
-        elif self._before is not None:
-            self.bytes = max(0, _resident("VmHWM") - self._before)
+        peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _resident("VmHWM")
+        if peak is not None and self._before is not None:
+            self.bytes = max(0, peak - self._before)
 
 
 def _resident(field: str) -> int | None:

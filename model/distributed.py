@@ -23,7 +23,7 @@ class Processes:
         count: the number of processes.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.rank, self.local, self.count = (
             int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
         )

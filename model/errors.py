@@ -1,12 +1,16 @@
-"""The exception for bad input, and how a command exits because of it."""
+"""The exception for bad input, how a command exits because of it, and how commands are typed."""
 
 import errno
 import logging
 import os
+import re
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+INSTALLED = "superglobal "  # starts sys.argv[0] where the installed command runs
 _MENDABLE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG),
     *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.EMFILE, errno.EIO),
@@ -60,6 +64,23 @@ def short_list(items: Sequence, shown: int = 5) -> str:
     return text if len(items) <= shown else f"{text} and {len(items) - shown} more"
 
 
+def as_typed(text: str) -> str:
+    """Returns the text with our commands as they are typed here: in a checkout, or those of the installed package."""
+    if not sys.argv[0].startswith(INSTALLED):
+        return text
+    text = re.sub(r"(torchrun\b.*?) (test|extract_rop1m)\.py", rf"\1 --no-python {INSTALLED}\2", text)
+    return re.sub(r"python (?:-m tools\.(\w+)|(test|extract_rop1m)\.py)", rf"{INSTALLED}\1\2", text)
+
+
+def command_line() -> str:
+    """The command line of this process, as it can be typed again."""
+    if sys.argv[0].startswith(INSTALLED):
+        return f"{sys.argv[0]} {shlex.join(sys.argv[1:])}"
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    script = ["-m", spec.name] if spec is not None and spec.name.startswith("tools.") else sys.argv[:1]
+    return shlex.join([Path(sys.executable).name, *script, *sys.argv[1:]])
+
+
 def run_command(main: Callable[[list[str]], None], options: Mapping[str, Callable[[Any], str]] | None = None) -> None:
     """Runs the main function of a command with sys.argv; exits with 2 for bad input, 130 for Ctrl-C.
 
@@ -77,7 +98,7 @@ def run_command(main: Callable[[list[str]], None], options: Mapping[str, Callabl
         sys.exit(141)
     except (InputError, OSError) as error:
         if isinstance(error, InputError):
-            text = f"error: {printable(error.in_options(options or {}))}"
+            text = f"error: {printable(as_typed(error.in_options(options or {})))}"
         elif error.errno in _MENDABLE:
             text = f"error: {printable(error.filename or 'a file')}: {error.strerror}"
         else:

@@ -112,7 +112,7 @@ def extract_sets(
     extractor = None
     for each, store in zip(sets, stores, strict=True):
         if len(store.failed):  # a row of zeros is not a descriptor
-            again = [row for row in store.failed if on_error != "skip" or each.images[row].problem() is None]
+            again = [row for row in store.failed.tolist() if on_error != "skip" or each.images[row].problem() is None]
             if again:
                 store.reopen(np.array(again))
         if store.complete:
@@ -231,10 +231,9 @@ def extract_shared(
         InputError: as extract_images, and if another process failed.
     """
     first = processes.rank == 0
-    store = each.open_store(recipe, resume) if first else None
-    done = processes.from_first(store.done if first else np.zeros(len(each.images), dtype=bool))
-    if not first:
-        store = each.store_of_rank(recipe, processes.rank, done)
+    opened = each.open_store(recipe, resume) if first else None
+    done = processes.from_first(np.zeros(len(each.images), dtype=bool) if opened is None else opened.done)
+    store = each.store_of_rank(recipe, processes.rank, done) if opened is None else opened
     mine = np.array_split(store.missing(), processes.count)[processes.rank]
     if len(mine):
         title = each.title if processes.count == 1 else f"{each.title}, {processes!r}"

@@ -18,7 +18,9 @@ class Extractor(Protocol):
     """
 
     dim: int
-    device: torch.device
+
+    @property
+    def device(self) -> torch.device: ...
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Returns the descriptors of images of equal size. (N, H, W, 3) uint8 RGB -> (N, D) unit descriptors.

@@ -13,6 +13,8 @@ The result is the same within rounding, with fewer passes over the memory:
 """
 
 import logging
+from collections.abc import Iterable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +56,10 @@ class FoldedConv(nn.Module):
         dtype: the dtype of weights, input and output.
     """
 
+    weight: Tensor
+    bias: Tensor
+    gpu_bias: Tensor | None
+
     def __init__(
         self,
         conv: nn.Conv2d,
@@ -64,24 +70,27 @@ class FoldedConv(nn.Module):
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
+        if bn.running_mean is None or bn.running_var is None:
+            raise ValueError("a batch norm without running statistics cannot be folded")
         scale = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
         weight = conv.weight.double() * scale[:, None, None, None]
         bias = bn.bias.double() - bn.running_mean.double() * scale
         self.sums = weight.sum(dim=(1, 2, 3))
         bias += shift_in * self.sums - shift_out
+        self.exact_bias = bias  # float64
         self.register_buffer("weight", weight.to(dtype).contiguous(memory_format=torch.channels_last))
         self.register_buffer("bias", bias.to(dtype))
         self.register_buffer("gpu_bias", None)
         self.on_gpu(bias, floor)
-        self.stride, self.padding, self.floor = conv.stride, conv.padding, floor
-        self.rectifier = {None: ("none", []), 0: ("relu", [])}.get(  # names as in oneDNN
-            floor, ("hardtanh", [floor, torch.finfo(torch.float32).max])
-        )
+        self.stride, self.padding, self.floor = conv.stride, cast("tuple[int, int]", conv.padding), floor
+        self.rectifier: tuple[str, list[float]] = ("none", [])  # names as in oneDNN
+        if floor is not None:
+            self.rectifier = ("hardtanh", [floor, torch.finfo(torch.float32).max]) if floor else ("relu", [])
         self.fused = has_fused_kernels(dtype)
 
     def on_gpu(self, bias: Tensor | None, floor: float | None) -> None:
         """Sets the bias (float64) and the floor that are used on a GPU instead of the others; None for none."""
-        self.exact_gpu_bias, self.gpu_floor = bias, floor
+        self.gpu_floor = floor
         self.gpu_bias = None if bias is None else bias.to(self.weight.dtype)
         self.fused_on_gpu = floor == 0 and has_fused_gpu_kernels()
 
@@ -137,16 +146,18 @@ class FoldedBlock(nn.Module):
     ):
         super().__init__()
         f = block.f
-        self.proj = None if block.proj is None else FoldedConv(block.proj, block.bn, None, shift_in, dtype=dtype)
+        self.proj: FoldedConv | None = None
+        if block.proj is not None and block.bn is not None:
+            self.proj = FoldedConv(block.proj, block.bn, None, shift_in, dtype=dtype)
         shortcut_shift = shift_in if self.proj is None else 0.0
         self.a = FoldedConv(f.a, f.a_bn, inner, shift_in, dtype=dtype)
         self.b = FoldedConv(f.b, f.b_bn, inner, dtype=dtype)
         self.c = FoldedConv(f.c, f.c_bn, last, shift_out=shift_out - shortcut_shift, dtype=dtype)
-        bias = self.c.exact_gpu_bias + inner * self.c.sums
+        bias = self.c.exact_bias + inner * self.c.sums
         if self.proj is not None:
-            bias = bias + self.proj.exact_gpu_bias
+            bias = bias + self.proj.exact_bias
             self.proj.on_gpu(None, None)
-        self.b.on_gpu(self.b.exact_gpu_bias - inner, 0.0)
+        self.b.on_gpu(self.b.exact_bias - inner, 0.0)
         self.c.on_gpu(bias, last)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -176,7 +187,7 @@ class FoldedResNet(nn.Module):
         blocks, shift = [], 0.0
         stages = (encoder.s1, encoder.s2, encoder.s3, encoder.s4)[:stop_in]
         for number, stage in enumerate(stages, start=1):
-            for block in stage:
+            for block in cast("Iterable[Block]", stage):
                 stops = number == stop_in and block is stage[-1]
                 shift_out = t if number < 4 and not stops else 0.0
                 inner, last = t if number == 1 else 0.0, None if stops else 0.0

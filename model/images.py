@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import torch
@@ -81,18 +82,20 @@ class ImageList(Sequence[ImageFile]):
     (A list of a million objects would be copied to every process that reads images.)
     """
 
-    def __init__(self, folder: Path, names: Sequence[bytes]):
+    def __init__(self, folder: Path, names: Sequence[bytes] | np.ndarray):
         self.folder, self.names = folder, np.array(names, dtype=np.bytes_)
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> ImageFile:
+    @overload
+    def __getitem__(self, index: int) -> ImageFile: ...
+    @overload
+    def __getitem__(self, index: slice) -> "ImageList": ...
+    def __getitem__(self, index: int | slice) -> "ImageFile | ImageList":
+        if isinstance(index, slice):
+            return ImageList(self.folder, self.names[index])
         return ImageFile(self.folder / self.name(index))
-
-    def part(self, start: int, stop: int) -> "ImageList":
-        """Returns the images from the first number to before the second."""
-        return ImageList(self.folder, self.names[start:stop])
 
     def name(self, index: int) -> str:
         """Returns the name as it is in the list."""
@@ -140,7 +143,7 @@ def read_image(path: Path) -> np.ndarray:
     except FileNotFoundError:
         raise ImageError(path, "no such file") from None
     except Image.DecompressionBombError as error:
-        raise _too_large(path, int(re.search(r"\d+", str(error))[0])) from None
+        raise _too_large(path, int(re.findall(r"\d+", str(error))[0])) from None
     except MemoryError:
         raise ImageError(path, "too many pixels for the memory") from None
     except Image.UnidentifiedImageError:

@@ -4,7 +4,7 @@ import io
 from functools import cache
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 
 try:
     import simplejpeg
@@ -12,7 +12,7 @@ except ImportError:
     simplejpeg = None
 
 
-def decoded_jpeg(image: Image.Image) -> np.ndarray | None:
+def decoded_jpeg(image: ImageFile.ImageFile) -> np.ndarray | None:
     """Returns the pixels of an opened file, (H, W, 3) uint8 RGB, identical to those of Pillow, or None.
 
     None means that Pillow must decode the file: other formats and modes, rotated images, damaged files, and
@@ -20,7 +20,7 @@ def decoded_jpeg(image: Image.Image) -> np.ndarray | None:
     """
     if image.format != "JPEG" or image.mode != "RGB" or not _gives_the_same():
         return None
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+    if image.fp is None or image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         return None
     image.fp.seek(0)
     data = image.fp.read()

@@ -191,11 +191,11 @@ class _Map(nn.Module):
 
     def __init__(self, backbone: Backbone, network: nn.Module, path: tuple[str, ...], half: torch.dtype | None):
         super().__init__()
-        self.network, self.path, self.half, self.fitted = network, path, half, backbone.fitted
+        self.network, self.path, self.dtype, self.fitted = network, path, half, backbone.fitted
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fitted(x)
-        with torch.autocast(x.device.type, self.half, enabled=self.half is not None):
+        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype is not None):
             for name in self.path:
                 x = attrgetter(name)(self.network)(x)
             return x if self.path else self.network(x)

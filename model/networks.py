@@ -92,7 +92,8 @@ def build_backbone(name: str, weights: str | Path) -> Backbone:
     if library in makers and rest:
         backbone = makers[library](rest, str(weights) == PRETRAINED)
     elif name.rpartition(":")[0].endswith(".py"):
-        backbone = _own(*name.rsplit(":", 1), pretrained=str(weights) == PRETRAINED)
+        file, _, function = name.rpartition(":")
+        backbone = _own(file, function)
     else:
         raise InputError(f"unknown network {name!r}: it must be cvnet, timm:NAME, torchvision:NAME or FILE.py:FUNCTION")
     if str(weights) not in (PRETRAINED, "untrained"):
@@ -123,10 +124,11 @@ def _timm(name: str, pretrained: bool) -> Backbone:
     known = timm.list_models() + timm.list_pretrained()
     if name not in known:
         raise InputError(f"timm has no network {name!r}{_nearest(name, known)}")
-    dynamic = {"dynamic_img_size": True, "dynamic_img_pad": True}
     torch.manual_seed(0)  # makes random weights reproducible
     try:
-        network = timm.create_model(name, pretrained=pretrained, num_classes=0, **dynamic)
+        network: Any = timm.create_model(
+            name, pretrained=pretrained, num_classes=0, dynamic_img_size=True, dynamic_img_pad=True
+        )
         flexible = True
     except TypeError:  # most convolutional networks, and transformers with a fixed size
         network = _fetching(lambda: timm.create_model(name, pretrained=pretrained, num_classes=0), f"timm:{name}")
@@ -135,7 +137,7 @@ def _timm(name: str, pretrained: bool) -> Backbone:
         raise _not_fetched(f"timm:{name}", error) from None
     config = timm.data.resolve_model_data_config(network)
     facts = {"timm": timm.__version__}
-    common = {"mean": tuple(config["mean"]), "std": tuple(config["std"]), "provenance": facts}
+    common: dict[str, Any] = {"mean": tuple(config["mean"]), "std": tuple(config["std"]), "provenance": facts}
     if hasattr(network, "patch_embed") and hasattr(network, "num_prefix_tokens") and flexible:
         patch = network.patch_embed.patch_size[0]
         has_class = getattr(network, "cls_token", None) is not None
@@ -156,7 +158,7 @@ def _torchvision(name: str, pretrained: bool) -> Backbone:
     torch.manual_seed(0)  # makes random weights reproducible
     network = _fetching(lambda: models.get_model(name, weights=weights if pretrained else None), f"torchvision:{name}")
     transforms = weights.transforms()
-    common = {"mean": tuple(transforms.mean), "std": tuple(transforms.std)}
+    common: dict[str, Any] = {"mean": tuple(transforms.mean), "std": tuple(transforms.std)}
     common["provenance"] = {"torchvision": torchvision.__version__}
     if isinstance(network, models.VisionTransformer):
         tokens = _TorchvisionTokens(network)
@@ -168,12 +170,14 @@ def _torchvision(name: str, pretrained: bool) -> Backbone:
     return Backbone(network, **common)
 
 
-def _own(path: str, function: str, pretrained: bool) -> Backbone:
+def _own(path: str, function: str) -> Backbone:
     """Returns the backbone from a user's function; the file is executed, since it is the user's own."""
     file = Path(path)
     if not file.is_file():
         raise InputError(f"no file {file}")
     spec = importlib.util.spec_from_file_location(f"_own_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise InputError(f"{file} is no Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     try:
@@ -206,7 +210,7 @@ def _own(path: str, function: str, pretrained: bool) -> Backbone:
 class _ChannelsFirst(nn.Module):
     """timm's forward_features, with (N, h, w, C) converted to (N, C, h, w)."""
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: Any):
         super().__init__()
         self.network = network
 
@@ -221,7 +225,7 @@ class _ChannelsFirst(nn.Module):
 class _Tokens(nn.Module):
     """The patch tokens of a timm transformer as a feature map (N, C, h, w); position embeddings fit the image size."""
 
-    def __init__(self, network: nn.Module, grid: Callable[[Tensor], tuple[int, int]]):
+    def __init__(self, network: Any, grid: Callable[[Tensor], tuple[int, int]]):
         super().__init__()
         self.network, self.grid = network, grid
 
@@ -233,7 +237,7 @@ class _Tokens(nn.Module):
 class _TorchvisionTokens(nn.Module):
     """torchvision's VisionTransformer for any image size: position embeddings are resized to the grid (bicubic)."""
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: Any):
         super().__init__()
         self.network = network
 

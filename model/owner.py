@@ -6,7 +6,6 @@ The lock is the operating system's (flock, through the package filelock), so tha
 import json
 import logging
 import os
-import shlex
 import socket
 import sys
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import filelock
 
-from model.errors import InputError
+from model.errors import InputError, command_line
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +40,7 @@ def owned(path: Path) -> Iterator[None]:
             print(f"{path} is in use by {_owner(note)}; waiting for it to finish", file=sys.stderr)
             lock.acquire()
         start = datetime.now().isoformat(timespec="seconds")
-        facts = {"pid": os.getpid(), "host": socket.gethostname(), "start": start, "command": shlex.join(sys.argv)}
+        facts = {"pid": os.getpid(), "host": socket.gethostname(), "start": start, "command": command_line()}
         note.write_text(json.dumps(facts))
     except NotImplementedError:
         log.warning("the file system of %s does not support locks: do not start two runs there at once", path)

@@ -83,7 +83,8 @@ class PairScores:
             return self._score_owned(ids, device)
 
     def _score_owned(self, ids: Tensor, device: torch.device) -> np.ndarray:
-        store = DescriptorStore(self.path, *ids.shape, self._provenance(), self.resume, self._fingerprints(ids))
+        queries, m = ids.shape
+        store = DescriptorStore(self.path, queries, m, self._provenance(), self.resume, self._fingerprints(ids))
         if store.complete:
             log.info("%s: reused, computed from the same images, candidates and checkpoint", store.path)
             return np.load(store.path)

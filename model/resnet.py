@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from modules.activation import RELUP_THRESHOLD, ReLUPlus
 
-STAGE_DEPTHS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+STAGE_DEPTHS: dict[int, tuple[int, ...]] = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 FEATURE_DIM = 2048
 
 
 class Stem(nn.Module):
     """7x7/2 convolution, batch norm, ReLU, max-pool 3x3/2. (N, 3, H, W) -> (N, 64, ~H/4, ~W/4)."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
         self.bn = nn.BatchNorm2d(64, eps=1e-5)
@@ -58,7 +58,7 @@ class Block(nn.Module):
         self.relu = last
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.proj is None else self.bn(self.proj(x))
+        shortcut = x if self.proj is None or self.bn is None else self.bn(self.proj(x))
         return self.relu(shortcut + self.f(x))
 
 
@@ -83,6 +83,11 @@ class ResNet(nn.Module):
         relup: threshold of ReLU+ inside the bottlenecks of stage 1 and at the end of every block
             of stages 1, 2 and 3; None for the plain ReLU everywhere.
     """
+
+    s1: nn.Sequential
+    s2: nn.Sequential
+    s3: nn.Sequential
+    s4: nn.Sequential
 
     def __init__(self, depth: int, reduction_dim: int = 2048, relup: float | None = RELUP_THRESHOLD):
         super().__init__()

@@ -251,12 +251,13 @@ class DescriptorStore:
         """
         new = Path(f"{self.part}.new")
         self._allocate(new)
+        own = self.fingerprints or [""] * self.rows
         place = {fingerprint: row for row, fingerprint in enumerate(fingerprints) if done[row] and fingerprint}
-        self.gone = len(set(fingerprints) - set(self.fingerprints))
+        self.gone = len(set(fingerprints) - set(own))
         carried = np.load(new, mmap_mode="r+")
-        self.done[:] = [fingerprint in place for fingerprint in self.fingerprints]
+        self.done[:] = [fingerprint in place for fingerprint in own]
         for row in np.flatnonzero(self.done):
-            carried[row] = rows[place[self.fingerprints[row]]]
+            carried[row] = rows[place[own[row]]]
         carried.flush()
         self._write_journal(_blocks(carried, self.done), self._next_journal)
         os.replace(new, self.part)
@@ -505,6 +506,6 @@ def _parse(line: bytes) -> tuple[int, int, int] | None:
     return None
 
 
-def _sync(file) -> None:
+def _sync(file: IO) -> None:
     file.flush()
     os.fsync(file.fileno())

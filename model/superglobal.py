@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from model.batching import is_out_of_memory
 from model.folding import FoldedResNet
 from model.fused_pooling import can_fuse, regional_gem
-from model.resnet import ResNet
+from model.resnet import Head, ResNet
 from modules.descriptor import multi_scale_descriptor
 from modules.pooling import GeM, GeMPlus, RegionalGeM, ScaleGeM
 
@@ -45,16 +45,22 @@ class SuperGlobal(nn.Module):
     ):
         super().__init__()
         self.encoder, self.scales = encoder, tuple(scales)
-        self.pooling = GeM(encoder.head.pool["p"].item()) if gemp is None else gemp
+        self.pooling = GeM(self._head.pool["p"].item()) if gemp is None else gemp
         self.rgem, self.sgem = rgem, sgem
         self.fused_pooling = can_fuse(rgem, self.pooling)
+
+    @property
+    def _head(self) -> Head:
+        if self.encoder.head is None:
+            raise ValueError(f"an encoder that stops in an earlier stage has no head: {self.encoder!r}")
+        return self.encoder.head
 
     def forward(self, x: Tensor) -> Tensor:
         return multi_scale_descriptor(x, self.encoder, self.pool, None, self.project, self.sgem, self.scales)
 
     def pool(self, feature_map: Tensor) -> Tensor:
         """Returns the pooled map: Regional-GeM and GeM+, on a GPU in one kernel. (N, C, h, w) -> (N, C)."""
-        if self.fused_pooling and feature_map.is_cuda and not feature_map.requires_grad:
+        if self.fused_pooling and self.rgem is not None and feature_map.is_cuda and not feature_map.requires_grad:
             try:
                 return regional_gem(feature_map, self.rgem.p, self.rgem.window, self.pooling.p, self.pooling.eps)
             except Exception as error:  # Triton raises any exception, for example without a compiler or on an old GPU
@@ -67,7 +73,7 @@ class SuperGlobal(nn.Module):
     def project(self, rows: Tensor) -> Tensor:
         """Projects rows with the same kernel for any R, so that no row depends on the others. (R, C) -> (R, D)."""
         padded = F.pad(rows, (0, 0, 0, -len(rows) % _PROJECTED_TOGETHER))
-        return torch.cat([self.encoder.head(part) for part in padded.split(_PROJECTED_TOGETHER)])[: len(rows)]
+        return torch.cat([self._head(part) for part in padded.split(_PROJECTED_TOGETHER)])[: len(rows)]
 
     def extra_repr(self) -> str:
         return f"scales={self.scales}"

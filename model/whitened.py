@@ -22,7 +22,7 @@ class _Recipe(Protocol):
     checkpoint: Any
     checkpoint_sha256: str
 
-    def extractor(self, device: torch.device) -> Extractor: ...
+    def extractor(self, device: torch.device | str) -> Extractor: ...
     def provenance(self) -> dict[str, Any]: ...
     def check(self) -> None: ...
 
@@ -117,7 +117,7 @@ def load_whitening(path: Path) -> tuple[Whitening, dict[str, Any]]:
     Raises:
         InputError: if the file is missing, damaged, or not a whitening.
     """
-    content = load_tensors(path)
+    content: Any = load_tensors(path)
     try:
         whitening = Whitening.from_state({key: content[key] for key in ("mean", "projection")})
         learnt_from = content.get("learnt_from", {})

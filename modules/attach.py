@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ _IN_ORDER = ("ResNet", "ConvNeXt", "EfficientNet", "RegNet", "VGG", "AlexNet", "
 # Attributes under which other networks usually provide their feature map.
 _USUAL = ("forward_features", "extract_features", "features", "backbone", "encoder", "trunk")
 
+_Part = TypeVar("_Part")
 _RELU = (nn.ReLU, nn.ReLU6)
 _OF_THE_BATCH = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 
@@ -55,7 +56,8 @@ class Attached(nn.Module):
         projection: nn.Module | str | None = None,
     ):
         super().__init__()
-        self.model, self.path = model, tuple(path)
+        self.model: Any = model  # a network, or a function
+        self.path = tuple(path)
         self.pooling, self.rgem, self.sgem, self.projection = pooling, rgem, sgem, projection
         if not isinstance(scales, Sequence) or not scales or not all(0 < factor < math.inf for factor in scales):
             raise ValueError(f"scales must be one or more positive factors such as {SCALES}, got {scales!r}")
@@ -101,7 +103,9 @@ class Attached(nn.Module):
         return pooled
 
     def project(self, rows: Tensor) -> Tensor:
-        """Applies the projection. (R, C) -> (R, D)."""
+        """Applies the projection, if there is one. (R, C) -> (R, D)."""
+        if self.projection is None:
+            return rows
         projection = self._part(self.projection)
         width = getattr(projection, "in_features", rows.shape[1])
         if width != rows.shape[1]:
@@ -115,7 +119,7 @@ class Attached(nn.Module):
     def detach(self) -> nn.Module:
         """Undoes the changes that attach made to the network and returns it; this module cannot be used afterwards."""
         for change in self.changes:
-            if change.hook is None:
+            if change.original is not None:
                 _replace(self.model, change.layer, change.original)
             else:
                 change.hook.remove()
@@ -229,12 +233,12 @@ def attach(
     layers = [layer for stage in _names(relup) for layer in _rectifiers(model, stage)]
     blocks = [block for stage in _names(relup_ends) for block in _blocks(model, stage)]
     for layer in layers:
-        original = model.get_submodule(layer)
+        original = _stage(model, "relup", layer)
         replacement = rectifier if isinstance(original, nn.ReLU) else nn.Sequential(original, rectifier)
         _replace(model, layer, replacement)
         attached.changes.append(Change(layer, original, None, f"{original} -> {rectifier}"))
     for block in blocks:
-        handle = model.get_submodule(block).register_forward_hook(_End(block, relup_threshold))
+        handle = _stage(model, "relup_ends", block).register_forward_hook(_End(block, relup_threshold))
         attached.changes.append(Change(block, None, handle, f"ends in {rectifier}"))
     return attached
 
@@ -294,7 +298,7 @@ def _way_to_map(model: Any) -> tuple[str, ...]:
     return ()
 
 
-def _own(model: Any, part: nn.Module | str | None) -> nn.Module | str | None:
+def _own(model: Any, part: _Part) -> _Part | str:
     """Returns the name of a part that belongs to the network, so that it is not registered twice; else the part."""
     if isinstance(part, nn.Module) and isinstance(model, nn.Module):
         return next((name for name, module in model.named_modules() if module is part), part)
@@ -350,6 +354,6 @@ def _blocks(model: Any, stage: str) -> list[str]:
     return [f"{stage}.{name}" for name in blocks]
 
 
-def _replace(model: nn.Module, layer: str, module: nn.Module) -> None:
+def _replace(model: Any, layer: str, module: nn.Module) -> None:
     parent, _, name = layer.rpartition(".")
     setattr(model.get_submodule(parent), name, module)

@@ -273,25 +273,29 @@ def numbered_ids(ids: Any, fetch: Callable) -> tuple[Tensor, Callable]:
         + [-1] * (width - len(row))
         for row in rows
     ]
-    names = list(places)
+    return torch.tensor(numbers, dtype=torch.int64).view(len(rows), width), _FetchNamed(fetch, ids, list(places))
 
-    def fetch_named(wanted: Tensor) -> Array:
-        chosen = [names[number] for number in wanted.tolist()]
-        if not hasattr(ids, "dtype"):
-            return fetch(chosen)
-        array = ids.ravel()[: len(chosen)].repeat(1)  # an array of the kind of the ids, without importing NumPy
+
+class _FetchNamed:
+    """Fetches rows by number from an external store, which has names for them. Each descriptor is fetched once."""
+
+    def __init__(self, fetch: Callable, ids: Any, names: list):
+        self.fetch, self.ids, self.names = fetch, ids, names
+
+    def __call__(self, wanted: Tensor) -> Array:
+        chosen = [self.names[number] for number in wanted.tolist()]
+        if not hasattr(self.ids, "dtype"):
+            return self.fetch(chosen)
+        array = self.ids.ravel()[: len(chosen)].repeat(1)  # an array of the kind of the ids, without importing NumPy
         array[:] = chosen
-        return fetch(array)
-
-    fetch_named.named = True  # an external store: each descriptor is fetched once
-    return torch.tensor(numbers, dtype=torch.int64).view(len(rows), width), fetch_named
+        return self.fetch(array)
 
 
 def _fetched(fetch: Callable, ids: Tensor, there: Tensor | None, dim: int) -> Tensor:
     """Returns the candidates with these ids, zero where a candidate is absent. (Q, M) -> (Q, M, D)."""
     wanted = ids.flatten() if there is None else ids[there]
     named, inverse = wanted.unique(return_inverse=True)
-    once = len(named) <= 0.75 * len(wanted) or getattr(fetch, "named", False)
+    once = len(named) <= 0.75 * len(wanted) or isinstance(fetch, _FetchNamed)
     asked = named if once else wanted
     rows = as_tensor(fetch(asked), "the result of fetch")
     if rows.shape != (len(asked), dim):

@@ -7,6 +7,7 @@ Shao et al., "Global Features are All You Need for Image Retrieval and Reranking
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,5 +67,5 @@ def rescale(x: Tensor, factor: float) -> Tensor:
     if factor == 1:
         return x
     # int() would turn the side into a constant in torch.export.
-    size = [torch.sym_max(1, math.floor(side * factor)) for side in x.shape[-2:]]
+    size: list[Any] = [torch.sym_max(1, math.floor(side * factor)) for side in x.shape[-2:]]
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=False)

@@ -6,6 +6,7 @@ Shapes: N images, C channels, H x W positions, S scales.
 """
 
 import math
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +55,7 @@ def regional_generalized_mean(x: Tensor, p: float = RGEM_P, window: int = RGEM_W
         values, (h, w) = _padded(values, window // 2), x.shape[-2:]
         top = F.max_pool2d(values, window, stride=1)
         shifted = (values[..., i : i + h, j : j + w] for i in range(window) for j in range(window))
-        local = (sum((each / top).pow(p) for each in shifted) / window**2).pow(1 / p) * top
+        local = (reduce(torch.add, ((each / top).pow(p) for each in shifted)) / window**2).pow(1 / p) * top
     return x.lerp(local.to(x.dtype), 0.5)
 
 

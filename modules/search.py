@@ -79,7 +79,10 @@ class Database:
         taken = sum(part.nbytes for part in self.parts if part.device != device)
         if taken > share * free:
             return self
-        parts = (part.float() if part.dtype == torch.float64 else part for part in self.parts)  # as search reads them
+        # float64 as search reads it
+        parts = (
+            part.float() if isinstance(part, Tensor) and part.dtype == torch.float64 else part for part in self.parts
+        )
         return Database([part.to(device) for part in parts])
 
     def rows(self, ids: Array) -> Array:
@@ -253,14 +256,14 @@ def _on_device(
         yield from ((start, chunk.to(device)) for start, chunk in database.chunks(size, *rows))
         return
     work, copies = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-    buffers: list[Tensor | None] = [None, None]
-    sent: list[torch.cuda.Event | None] = [None, None]
+    buffers: dict[int, Tensor] = {}
+    sent: dict[int, torch.cuda.Event] = {}
     ahead = None
     for number, (start, chunk) in enumerate(database.chunks(size, *rows)):
         slot = number % 2
-        if sent[slot] is not None:
+        if slot in sent:
             sent[slot].synchronize()  # until the buffer may be overwritten
-        if buffers[slot] is None or buffers[slot].dtype != chunk.dtype:
+        if slot not in buffers or buffers[slot].dtype != chunk.dtype:
             buffers[slot] = torch.empty(size, database.dim, dtype=chunk.dtype, pin_memory=True)
         with torch.cuda.stream(copies):
             there = buffers[slot][: len(chunk)].copy_(chunk).to(device, non_blocking=True)

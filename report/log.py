@@ -3,7 +3,6 @@
 import importlib.metadata
 import logging
 import platform
-import shlex
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, TextIO
 
 import yaml
 
-from model.errors import InputError, printable
+from model.errors import InputError, command_line, printable
 
 _PACKAGES = ("torch", "torchvision", "numpy", "scipy", "pillow")
 
@@ -43,12 +42,6 @@ class _OneLine(logging.Formatter):
         return printable(super().format(record))
 
 
-def _script() -> list[str]:
-    """Returns what was started: a script, or a module as `-m NAME`."""
-    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    return ["-m", spec.name] if spec is not None and spec.name.startswith("tools.") else sys.argv[:1]
-
-
 def start_log(path: Path, config: dict[str, Any], screen: TextIO | None = None) -> dict[str, Any]:
     """Opens the log for appending, writes the head of the run, and returns it: date, command, versions, config.
 
@@ -76,7 +69,7 @@ def start_log(path: Path, config: dict[str, Any], screen: TextIO | None = None) 
     logging.basicConfig(level=logging.INFO, handlers=[lines, file], force=True)
     head: dict[str, Any] = {
         "date": datetime.now().isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.executable).name, *_script(), *sys.argv[1:]]),
+        "command": command_line(),
         "versions": {
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in _PACKAGES},

@@ -30,10 +30,11 @@ def pytest_configure() -> None:
 
 
 class _ByFixture(LoadScopeScheduling):
-    """Distributes tests one by one, but those of toy, which takes long to extract, to a single process."""
+    """Distributes tests one by one, but those of toy, and those of the package, to a single process each: both take
+    long to prepare."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return "toy" if "toy" in nodeid else nodeid
+        return next((each for each in ("toy", "test_package") if each in nodeid), nodeid)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
@@ -99,28 +100,28 @@ def _write_checkpoint(tmp_path_factory, depth: int) -> Path:
 
 
 @pytest.fixture(scope="session")
-def wheel(tmp_path_factory) -> Path:
-    """The wheel that `pip install .` builds, built from a copy."""
-    copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    shutil.copytree(ROOT / "modules", copy / "modules", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "LICENSE"):
-        shutil.copy(ROOT / name, copy)
-    _pip("wheel", "--wheel-dir", out, copy)
-    return next(out.glob("*.whl"))
+def built(tmp_path_factory) -> tuple[Path, Path]:
+    """The wheel and the sdist that a copy of the checkout makes."""
+    copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("built")
+    suffixes = (".py", ".html", ".css", ".json", ".typed", ".toml", ".txt", ".md", "")
+    for path in (path for depth in ("*", "*/*") for path in ROOT.glob(depth)):
+        if path.is_file() and path.suffix in suffixes:
+            target = copy / path.relative_to(ROOT)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copy(path, target)
+    code = f"from setuptools.build_meta import *; print(build_wheel({str(out)!r}), build_sdist({str(out)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=copy, check=True, stdout=subprocess.PIPE, text=True)
+    wheel, sdist = done.stdout.split()[-2:]
+    return out / wheel, out / sdist
 
 
 @pytest.fixture(scope="session")
-def site(wheel, tmp_path_factory) -> Path:
-    """A folder in which the wheel is installed."""
+def site(built, tmp_path_factory) -> Path:
+    """A folder in which the sdist is installed."""
     folder = tmp_path_factory.mktemp("site")
-    _pip("install", "--target", folder, wheel)
+    options = ["--no-deps", "--no-index", "--no-build-isolation", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, "--target", folder, built[1]], check=True)
     return folder
-
-
-def _pip(command: str, *arguments) -> None:
-    options = ["--no-deps", "--no-index", "--quiet", "--disable-pip-version-check"]
-    options += ["--no-build-isolation"] if command == "wheel" else []
-    subprocess.run([sys.executable, "-m", "pip", command, *options, *arguments], check=True)
 
 
 class Outcome(NamedTuple):

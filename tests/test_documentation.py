@@ -1,5 +1,6 @@
 """Every block of shell and Python code in README and docs runs with substitute data, or states why not."""
 
+import importlib
 import re
 import shlex
 import shutil
@@ -12,6 +13,7 @@ import pytest
 import scipy.io
 import torch
 import torchvision
+import yaml
 from conftest import ROOT, Layout, latest
 from drawn_descriptors import draw_descriptors
 
@@ -144,10 +146,48 @@ def test_the_site_builds_without_warnings(tmp_path):
     assert "SupG.rerank_beta" in options
 
 
-def test_links_of_the_readme_are_valid():
+def test_links_outside_the_site_are_valid():
     for page in ("README.md", "CONTRIBUTING.md"):
-        for target in re.findall(r"\]\((?!http)([^)#]+)(?:#[^)]*)?\)", (ROOT / page).read_text()):
-            assert (ROOT / target).exists(), f"{page}: {target}"
+        for target, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", (ROOT / page).read_text()):
+            path = ROOT / (target or page)
+            assert path.exists(), f"{page}: {target}"
+            assert not anchor or anchor in anchors(path), f"{page}: {target}#{anchor}"
+
+
+def anchors(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+
+
+def test_python_files_that_the_documentation_names_are_there():
+    folders = [path.name for path in ROOT.iterdir() if list(path.glob("*.py")) or list(path.glob("*/*.py"))]
+    named = re.compile(rf"`((?:{'|'.join(folders)})/[a-z0-9_/]+\.py)`")
+    assert {
+        f"{page}: {name}"
+        for page in (*PAGES, "CONTRIBUTING.md", "benchmarks/README.md")
+        for name in named.findall((ROOT / page).read_text())
+        if not (ROOT / name).exists()
+    } == set()
+
+
+def test_contributing_says_where_things_are():
+    table = re.findall(r"^\| .* \| (`.*) \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.M)
+    named = [pair for row in table for pair in re.findall(r"`([\w/]+\.py)`, `(\w+)`(?: and `(\w+)`)?", row)]
+    assert len(named) >= 5
+    for file, *names in named:
+        for name in filter(None, names):
+            assert re.search(rf"^(def|class) {name}\b", (ROOT / file).read_text(), re.M), f"{file}: {name}"
+
+
+def test_the_api_page_has_every_public_name():
+    page, shown = (ROOT / "docs" / "api.md").read_text(), set()
+    for name, members in re.findall(r"^::: ([\w.]+)$(?:\n    options: \{members: \[(.*)\]\})?", page, re.MULTILINE):
+        module, _, own = name.rpartition(".")
+        names = members.split(", ") if members else [own]
+        source = importlib.import_module(name if members else module)
+        assert [each for each in names if not hasattr(source, each)] == []
+        shown |= set(names)
+    assert set(modules.__all__) <= shown
 
 
 def test_the_readme_is_short():
@@ -204,3 +244,15 @@ def test_a_reranker_is_a_class_and_two_lines(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "new, reranking" in done.stdout
+
+
+def test_every_ci_runs_the_commands_of_contributing():
+    block = re.search(r"```\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)[1]
+    commands = [line.partition("  #")[0].strip() for line in block.splitlines()[1:]]
+    hosted = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]["tests"]
+    ours = (ROOT / ".ci" / "run").read_text()
+    steps = [step["run"] for step in hosted["steps"] if "run" in step]
+    assert [line for line in commands if line not in steps] == []
+    assert [line for each in commands for line in each.split(" && ") if line not in ours] == []
+    oldest, _ = (each["python"] for each in hosted["strategy"]["matrix"]["include"])
+    assert f'requires-python = ">={oldest}"' in (ROOT / "pyproject.toml").read_text()

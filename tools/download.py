@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import torch
 
 from model.checkpoint import PUBLISHED, find_checkpoint, load_encoder
-from model.errors import InputError, run_command, short_list
+from model.errors import InputError, as_typed, run_command, short_list
 from model.resnet import ResNet
 from revisitop.descriptors import load_mat
 from revisitop.layout_revisitop import load_distractor_list, read_ground_truth
@@ -116,7 +116,7 @@ def main(argv: list[str]) -> None:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = _Parser(
-        prog="python -m tools.download", description=__doc__, epilog=HELP,
+        prog=as_typed("python -m tools.download"), description=as_typed(__doc__), epilog=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("items", nargs="+", choices=ITEMS, metavar="ITEM", help=", ".join(ITEMS))

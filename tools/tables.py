@@ -176,7 +176,7 @@ def parse(argv: list[str]) -> Parsed:
     line.add("task", choices=TABLES, help="the table, see above")
     line.add("--depth", type=int, action="append", choices=STAGE_DEPTHS, help="only this part of main [both]")
     args, assumed = line.read(argv), {}
-    line.name = f"python -m tools.tables {args.task}"
+    line.name += f" {args.task}"
     if args.task == "main":
         line.refuse({"MODEL.DEPTH": "main has both networks; use --depth", "SupG.onemeval": "main has both"})
         assumed["SupG.onemeval"] = True

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from modules.compact import Int8Rows
+from modules.expansion import augmented_rows
 from modules.search import Database, search
 
 
@@ -31,6 +32,11 @@ def test_a_database_of_int8_rows_is_searched_as_their_values_are():
     assert all(torch.equal(a, b) for a, b in zip(ours.positions, expected.positions, strict=True))
     ids = torch.tensor([[0, 319], [25, 20]])
     assert torch.equal(database.rows(ids), stacked[ids])
+
+
+def test_a_database_of_int8_rows_is_augmented_as_their_values_are():
+    compact = Int8Rows.of(unit(40, 16))
+    assert torch.equal(augmented_rows(Database(compact), k=3), augmented_rows(compact[:], k=3))
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def runs(tiny, checkpoint_50, tmp_path) -> dict[str, list[tuple]]:
 @pytest.fixture
 def gradio(monkeypatch) -> MagicMock:
     """In place of Gradio: a page that somebody opens once, and that ends then."""
-    gradio = MagicMock()
+    gradio = MagicMock(__version__="6.0")
     page = gradio.Blocks.return_value.__enter__.return_value
 
     def visit() -> None:

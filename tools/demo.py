@@ -74,6 +74,8 @@ def main(argv: list[str]) -> None:
         import gradio
     except ImportError:
         raise InputError("the page needs Gradio: pip install gradio") from None
+    if int(gradio.__version__.split(".")[0]) < 6:
+        raise InputError(f"the page needs Gradio 6, this is {gradio.__version__}: pip install --upgrade gradio")
 
     from assembly import make_output, start_device
     from report.log import start_log

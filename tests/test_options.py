@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from conftest import ROOT, Layout
 
 import config
 from assembly import make_recipe
+from tools.demo_steps import MODULES
 
 # A value other than the default for each option.
 CHANGED = {
@@ -100,7 +102,24 @@ def runs(tiny, checkpoint_50, tmp_path) -> dict[str, list[tuple]]:
             for name in ("superglobal", *rivals.split(","))
         ]
         + [("--queries", vectors, "--database", vectors, "--out", tmp_path / "out.npy", *index)],
+        "tools/demo.py": [data, ("--database", folder, "--weights", checkpoint_50, *quick)],
     }
+
+
+@pytest.fixture
+def gradio(monkeypatch) -> MagicMock:
+    """In place of Gradio: a page that somebody opens once, and that ends then."""
+    gradio = MagicMock(__version__="6.0")
+    page = gradio.Blocks.return_value.__enter__.return_value
+
+    def visit() -> None:
+        opened, name = page.load.call_args.args[0], gradio.Dropdown.call_args.kwargs["value"]
+        *_, message = opened(name, list(MODULES), "", None, 400, 9, 0.15)
+        assert message == ""
+
+    page.block_thread.side_effect = visit
+    monkeypatch.setitem(sys.modules, "gradio", gradio)
+    return gradio
 
 
 def test_the_matrix_has_every_option():
@@ -112,11 +131,11 @@ def test_the_matrix_has_every_option():
     [
         "test.py",
         "extract_rop1m.py",
-        *(f"tools/{tool}.py" for tool in ("search", "rerank", "tune")),
+        *(f"tools/{tool}.py" for tool in ("search", "rerank", "tune", "demo")),
         *(f"tools/tables.py {t}" for t in ("main", "ablation", "rerank", "rerankers")),
     ],
 )
-def test_an_option_is_used_or_refused(command, runs, monkeypatch, name):
+def test_an_option_is_used_or_refused(command, runs, gradio, monkeypatch, name):
     script, *task = name.split()
     monkeypatch.setattr(Recording, "read", set(), raising=False)
     with monkeypatch.context() as patched:

@@ -74,6 +74,8 @@ def main(argv: list[str]) -> None:
         import gradio
     except ImportError:
         raise InputError("the page needs Gradio: pip install gradio") from None
+    if int(gradio.__version__.split(".")[0]) < 6:
+        raise InputError(f"the page needs Gradio 6, this is {gradio.__version__}: pip install --upgrade gradio")
 
     from assembly import make_output, start_device
     from report.log import start_log
@@ -94,12 +96,13 @@ def main(argv: list[str]) -> None:
     for chatty in ("httpx", "httpcore"):  # Gradio sends requests to itself
         logging.getLogger(chatty).setLevel(logging.WARNING)
     page = build(gradio, library)
+    theme = gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    theme.set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")  # its own is too pale
     try:
         page.launch(
             server_name=args.host, server_port=args.port, share=args.share, max_file_size=UPLOAD_BYTES, quiet=True,
             show_error=False, prevent_thread_lock=True, ssr_mode=False, allowed_paths=[], footer_links=[],
-            state_session_capacity=_VISITORS, css=styles(),
-            theme=gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+            state_session_capacity=_VISITORS, css=styles(), theme=theme,
         )  # fmt: skip
     except OSError as error:
         raise InputError(f"--port {args.port}: {error}") from None

@@ -4,7 +4,6 @@ import importlib.util
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -223,11 +222,15 @@ def test_a_folder_is_extracted_without_unreadable_images(layout, options, tmp_pa
 # ---- the command ----
 
 
-def test_missing_gradio_is_reported_in_one_line(command, monkeypatch):
+def test_missing_or_old_gradio_is_reported_in_one_line(command, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     outcome = command("tools/demo.py")
     assert outcome.code == 2
     assert outcome.err == "error: the page needs Gradio: pip install gradio\n"
+    monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace(__version__="5.49.1"))
+    outcome = command("tools/demo.py")
+    assert outcome.code == 2
+    assert outcome.err == "error: the page needs Gradio 6, this is 5.49.1: pip install --upgrade gradio\n"
 
 
 @pytest.mark.parametrize(
@@ -243,7 +246,7 @@ def test_missing_gradio_is_reported_in_one_line(command, monkeypatch):
     ],
 )
 def test_invalid_arguments_of_the_demo_are_reported(command, monkeypatch, words, message):
-    monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace(__version__="6.0"))
     outcome = command("tools/demo.py", *words)
     assert outcome.code == 2
     assert message in outcome.err.splitlines()[-1]
@@ -300,7 +303,7 @@ def address(browser, checkpoint_50, tmp_path_factory):
         yield f"http://127.0.0.1:{port}"
         assert "Traceback" not in (folder / "screen.txt").read_text()
     finally:
-        command.send_signal(signal.SIGINT)
+        command.terminate()
         command.wait(20)
 
 

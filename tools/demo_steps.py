@@ -110,7 +110,7 @@ class Asked:
         if numbers is None:
             return replace(self, box=None)
         if len(numbers) != 4 or not all(isinstance(each, int | float) and math.isfinite(each) for each in numbers):
-            raise InputError("a box is four numbers, x0, y0, x1, y1 in pixels")
+            raise InputError("a box consists of four numbers, x0, y0, x1, y1 in pixels")
         height, width = self.whole().shape[:2]
         (x0, x1), (y0, y1) = (
             sorted(min(max(each, 0), side) for each in pair)

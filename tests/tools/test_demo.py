@@ -150,7 +150,7 @@ def test_a_box_is_sorted_and_clipped_and_a_click_removes_it(given, box):
 
 @pytest.mark.parametrize("text", ["1 2 3", "1 2 3 4 5", "a b c d", "nan 1 2 3", "inf 0 9 9"])
 def test_invalid_boxes_are_rejected(text):
-    with pytest.raises(InputError, match="a box is four numbers"):
+    with pytest.raises(InputError, match="a box consists of four numbers"):
         Asked("x", pixels=np.zeros((60, 80, 3), np.uint8)).boxed(numbers_of(text))
 
 
@@ -241,7 +241,7 @@ def test_missing_or_old_gradio_is_reported_in_one_line(command, monkeypatch):
             "is not an option of python -m tools.demo; the page shows SuperGlobal",
         ),
         (("--database", "nowhere"), "--database nowhere: there is no such folder"),
-        (("--database", ".", "TEST.DATASET_LIST", "toy"), "name one of them"),
+        (("--database", ".", "TEST.DATASET_LIST", "toy"), "give only one"),
         (("TEST.DATASET_LIST", "none"), "no dataset none"),
     ],
 )
@@ -421,7 +421,7 @@ def test_an_upload_a_box_and_a_broken_image(opened, tmp_path):
     assert page.locator("#results .hits").nth(0).locator(".score").all_text_contents() != whole
     page.locator("#box input, #box textarea").first.fill("1, 2, x, 4")
     page.keyboard.press("Enter")
-    page.locator("#message [role=alert]", has_text="a box is four numbers").wait_for()
+    page.locator("#message [role=alert]", has_text="a box consists of four numbers").wait_for()
     page.locator("#box input, #box textarea").first.fill("")
     page.keyboard.press("Enter")
     page.locator("#query .soft", has_text="The whole image").wait_for()

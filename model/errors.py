@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-INSTALLED = "superglobal "  # starts sys.argv[0] where the installed command runs
+INSTALLED = "superglobal "  # the beginning of sys.argv[0] in the installed command
 _MENDABLE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG),
     *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.EMFILE, errno.EIO),
@@ -65,7 +65,7 @@ def short_list(items: Sequence, shown: int = 5) -> str:
 
 
 def as_typed(text: str) -> str:
-    """Returns the text with our commands as they are typed here: in a checkout, or those of the installed package."""
+    """Returns the text with commands as they are typed in this process: in a checkout or in the installed package."""
     if not sys.argv[0].startswith(INSTALLED):
         return text
     text = re.sub(r"(torchrun\b.*?) (test|extract_rop1m)\.py", rf"\1 --no-python {INSTALLED}\2", text)
@@ -73,7 +73,7 @@ def as_typed(text: str) -> str:
 
 
 def command_line() -> str:
-    """The command line of this process, as it can be typed again."""
+    """Returns the command line of this process, as it can be typed again."""
     if sys.argv[0].startswith(INSTALLED):
         return f"{sys.argv[0]} {shlex.join(sys.argv[1:])}"
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)

@@ -177,7 +177,7 @@ def _own(path: str, function: str) -> Backbone:
         raise InputError(f"no file {file}")
     spec = importlib.util.spec_from_file_location(f"_own_{file.stem}", file)
     if spec is None or spec.loader is None:
-        raise InputError(f"{file} is no Python file")
+        raise InputError(f"{file} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     try:

@@ -277,7 +277,7 @@ def numbered_ids(ids: Any, fetch: Callable) -> tuple[Tensor, Callable]:
 
 
 class _FetchNamed:
-    """Fetches rows by number from an external store, which has names for them. Each descriptor is fetched once."""
+    """Fetches descriptors by number from an external store that identifies them by name, each one once."""
 
     def __init__(self, fetch: Callable, ids: Any, names: list):
         self.fetch, self.ids, self.names = fetch, ids, names

@@ -97,7 +97,9 @@ def main(argv: list[str]) -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     page = build(gradio, library)
     theme = gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    theme.set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")  # its own is too pale
+    theme.set(
+        block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300"
+    )  # the default is too pale
     try:
         page.launch(
             server_name=args.host, server_port=args.port, share=args.share, max_file_size=UPLOAD_BYTES, quiet=True,

@@ -1,6 +1,6 @@
-"""The command `superglobal` of the installed package, for people without a checkout: superglobal NAME ARGUMENTS.
+"""The command `superglobal` of the installed package, for use without a checkout: superglobal NAME ARGUMENTS.
 
-It runs what `python test.py` and `python -m tools.NAME` run in a checkout, out of the package's own copy of the code.
+It runs the same code as `python test.py` and `python -m tools.NAME` in a checkout, from the package's own copy.
 """
 
 import ast
@@ -41,7 +41,7 @@ def _run(argv: list[str]) -> None:
 
 
 def _commands() -> dict[str, str]:
-    """The modules of the commands, by the commands' names: those that run when they are started as a script."""
+    """Returns the modules of the commands by name: those that can be started as a script."""
     tools = sorted(path.stem for path in (CODE / "tools").glob("*.py") if SCRIPT.search(path.read_text()))
     return {**{name: name for name in SCRIPTS}, **{name: f"tools.{name}" for name in tools}}
 
@@ -63,7 +63,7 @@ def _overview(commands: dict[str, str]) -> str:
 
 
 def _missing_packages() -> list[str]:
-    """The packages of the extra `bench` that are not installed."""
+    """Returns the packages of the extra `bench` that are not installed."""
     missing = []
     extra = [each for each in importlib.metadata.requires("superglobal") or () if 'extra == "bench"' in each]
     for requirement in extra:
@@ -76,9 +76,9 @@ def _missing_packages() -> list[str]:
 
 
 def _run_as_main(name: str) -> None:
-    """Runs a module as `python -m` does, but leaves sys.argv[0], by which the command calls itself."""
+    """Runs a module as `python -m` does, but keeps sys.argv[0], which is the name of the command."""
     spec = importlib.util.find_spec(name)
     main = ModuleType("__main__", spec.loader.get_source(name))
-    main.__spec__, main.__file__ = spec, spec.origin  # processes that are started anew import it by its spec
+    main.__spec__, main.__file__ = spec, spec.origin  # new processes import it by its spec
     sys.modules["__main__"] = main
     exec(spec.loader.get_code(name), main.__dict__)

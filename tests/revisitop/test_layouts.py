@@ -294,4 +294,4 @@ def test_a_saved_ranking_of_another_system_is_evaluated(command, layout, tmp_pat
     torch.save(torch.from_numpy(saved), path)
     assert "query 2 (from 0) has the same image twice" in command("test.py", *words).err
     torch.save(torch.from_numpy(saved[:, :2]), path)
-    assert "has 2 queries, roxford5k has 3" in command("test.py", *words).err
+    assert "has 2 queries, but roxford5k has 3" in command("test.py", *words).err

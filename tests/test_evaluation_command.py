@@ -329,7 +329,7 @@ def test_unit_length_is_restored_with_a_warning(evaluate_features, layout, tmp_p
     [
         (lambda q, x: (q, x[:-1]), "roxford5k has 24 images, but the shape is (16, 23)"),
         (lambda q, x: (q[:, :-1], x), "queries have 15 dimensions, the database 16"),
-        (lambda q, x: (q, x * (np.arange(24) != 5)[:, None]), "image 5 (from 0) has a zero"),
+        (lambda q, x: (q, x * (np.arange(24) != 5)[:, None]), "the descriptor of image 5 (from 0) is zero"),
         (lambda q, x: (q + np.nan, x), "the descriptor of image 0 (from 0) is zero or not finite"),
         (lambda q, x: ((q * 100).astype(np.int16), x), "floating-point array, got int16"),
     ],
@@ -377,7 +377,7 @@ def test_with_as_many_dimensions_as_images_descriptors_are_recognised_by_unit_le
     np.savez(tmp_path / "long.npz", Q=2 * rows[:3], X=2 * rows[3:])
     outcome = command("test.py", *words, tmp_path / "long.npz")
     assert outcome.code == 2
-    assert "rows and columns cannot be distinguished by the shape (16, 16); save them with unit length" in outcome.err
+    assert f"rows and columns cannot be distinguished by the shape ({dimensions}, {dimensions}); save" in outcome.err
 
 
 # At the first start, the second process is killed while it extracts.

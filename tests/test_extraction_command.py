@@ -223,7 +223,7 @@ def test_a_file_of_other_settings_is_neither_overwritten_nor_mixed(command, argu
     (tmp_path / "work" / "feats_1m_RN50.pth.json").unlink()
     outcome = command("extract_rop1m.py", *arguments)
     assert outcome.code == 2
-    assert "has no provenance file feats_1m_RN50.pth.json" in outcome.err
+    assert "exists without a provenance file feats_1m_RN50.pth.json" in outcome.err
 
 
 def test_a_second_file_with_other_settings_and_suffix_is_not_mistaken_for_the_first(

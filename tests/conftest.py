@@ -29,12 +29,17 @@ def pytest_configure() -> None:
         torch.set_num_threads(1)
 
 
+# Tests that share what takes long to prepare.
+_TOGETHER = (
+    "toy", "test_package", "test_demo", "test_gpu_benchmark", "test_page", "test_export", "test_extraction_command"
+)  # fmt: skip
+
+
 class _ByFixture(LoadScopeScheduling):
-    """Distributes tests one by one, but those of toy, and those of the package, to a single process each: both take
-    long to prepare."""
+    """Distributes tests one by one, but those of _TOGETHER to a single process each."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return next((each for each in ("toy", "test_package") if each in nodeid), nodeid)
+        return next((each for each in _TOGETHER if each in nodeid), nodeid)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:

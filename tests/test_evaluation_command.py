@@ -412,9 +412,8 @@ def torchrun(folder: Path, count: int, *words: str) -> subprocess.CompletedProce
     return done
 
 
-@pytest.mark.parametrize(("count", "killed"), [(3, False), (2, True)])
-def test_the_processes_of_a_torchrun_share_extraction_and_search(
-    command, layout, checkpoint_50, tmp_path, one_thread, count, killed
+def test_the_processes_of_a_torchrun_share_extraction_and_search_and_one_may_be_killed(
+    command, layout, checkpoint_50, tmp_path, one_thread
 ):
     far = np.random.default_rng(0).standard_normal((50, 2048)).astype(np.float32)
     np.save(tmp_path / "far.npy", far / np.linalg.norm(far, axis=1, keepdims=True))
@@ -423,10 +422,9 @@ def test_the_processes_of_a_torchrun_share_extraction_and_search(
     words = [str(word) for word in (*words, "TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0)]
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared" / "driver.py").write_text(KILLED)
-    how = ["--max-restarts=3", "driver.py"] if killed else [str(ROOT / "test.py")]
-    done = torchrun(tmp_path / "shared", count, *how, *words)
-    assert f"process 2 of {count}" in done.stderr
-    assert (tmp_path / "shared" / "killed").exists() == killed
+    done = torchrun(tmp_path / "shared", 2, "--max-restarts=3", "driver.py", *words)
+    assert "process 2 of 2" in done.stderr
+    assert (tmp_path / "shared" / "killed").exists()
 
     alone = command("test.py", *words)
     assert alone.code == 0, alone.err
@@ -449,9 +447,12 @@ def test_the_processes_of_a_torchrun_share_a_table(command, layout, checkpoint_5
 
 
 def test_the_processes_of_a_torchrun_share_the_search_of_a_folder(command, layout, checkpoint_50, tmp_path, one_thread):
-    images = layout.data_dir / "roxford5k" / "jpg"
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(8):
+        shutil.copy(layout.image(f"db_{number}"), images)
     words = ("--database", images, "--queries", images, "--json", "--weights", checkpoint_50)
     words += ("TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0)
     (tmp_path / "shared").mkdir()
-    done = torchrun(tmp_path / "shared", 2, "-m", "tools.search", *map(str, words))
+    done = torchrun(tmp_path / "shared", 3, "-m", "tools.search", *map(str, words))
     assert json.loads(done.stdout) == json.loads(command("tools/search.py", *words).out)

@@ -79,9 +79,8 @@ def runs(tiny, checkpoint_50, tmp_path) -> dict[str, list[tuple]]:
     return {
         "test.py": [
             (*data, *far, "TEST.REPORT"),
-            (*data, "TEST.RERANKER", "cvnet"),
+            (*data, *index, "TEST.RERANKER", "cvnet"),
             (*data, "TEST.RERANKER", rivals),
-            (*data, *index),
         ],
         "extract_rop1m.py": [("--weight", checkpoint_50, "--depth", 50, "--data-dir", million, *quick)],
         "tools/search.py": [
@@ -90,10 +89,9 @@ def runs(tiny, checkpoint_50, tmp_path) -> dict[str, list[tuple]]:
         ],
         "tools/tables.py main": [
             (*data, "--depth", 50),
-            (*data, "--depth", 50, *index),
-            (*data, "--depth", 50, "TEST.RERANKER", "cvnet"),
+            (*data, "--depth", 50, *index, "TEST.RERANKER", "cvnet"),
         ],
-        "tools/tables.py ablation": [(*data, *far), (*data, *index), (*data, "TEST.RERANKER", "cvnet")],
+        "tools/tables.py ablation": [(*data, *far), (*data, *index, "TEST.RERANKER", "cvnet")],
         "tools/tables.py rerank": [(*data, *far), (*data, *index)],
         "tools/tables.py rerankers": [(*data, *far), (*data, *index)],
         "tools/tune.py": [("--on", "roxford5k", "--test", "mine", *data[:2], *data[4:], *more) for more in ((), index)],

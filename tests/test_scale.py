@@ -15,7 +15,7 @@ def test_costs_follow_from_the_rates(scale):
     assert cells["extraction, GPU hours"] == ["3", "278", "2,778"]
     assert cells["rows, float32"] == ["8.19 GB", "819 GB", "8.19 TB"]
     assert cells["machines that hold them, float32"] == ["1", "100", "1,000"]
-    assert cells["exact search by 70 queries on these, float32"] == ["1 s"] * 3
+    assert cells["exact search with 70 queries on these, float32"] == ["1 s"] * 3
     assert cells["reading its 400 rows from a disk"] == ["400 ms"] * 3
 
 

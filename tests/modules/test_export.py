@@ -26,7 +26,7 @@ class Pooling(nn.Sequential):
 
 def attached_resnet() -> nn.Module:
     torch.manual_seed(0)
-    network = torchvision.models.resnet18(weights=None).eval()
+    network = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1]).eval()
     return attach(network, projection="fc", relup="layer1", relup_ends=("layer2", "layer3")).requires_grad_(False)
 
 

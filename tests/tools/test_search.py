@@ -327,7 +327,7 @@ def test_a_collection_of_another_database_is_refused(search, pymilvus, tmp_path)
     client.close()
     outcome = search(*words)
     assert outcome.code == 2
-    assert re.search(rf"^error: the collection {name} in .* is of another database .*: drop it", outcome.err, re.M)
+    assert re.search(rf"^error: the collection {name} in .* belongs to another database .*: drop it", outcome.err, re.M)
 
 
 def test_missing_milvus_is_reported(search, monkeypatch):

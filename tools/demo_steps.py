@@ -263,10 +263,6 @@ class Library:
     def _with(self, modules: Sequence[str]) -> CfgNode:
         return varied(self.cfg, {MODULES[title]: title in modules for title in self.modules})
 
-    def is_extracted(self, name: str, modules: Sequence[str]) -> bool:
-        """Returns whether this process has extracted its images with these modules."""
-        return (name, frozenset(modules)) in self._collections
-
     def collection(self, name: str, modules: Sequence[str]) -> Collection:
         """Returns the images with their descriptors, and extracts missing ones, while other visitors wait.
 

@@ -29,7 +29,12 @@ class Processes:
         )
         if self.count > 1:
             # One process may have hours of work left when another is done.
-            dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+            timeout = datetime.timedelta(days=30)
+            store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+            if os.environ.get("GROUP_WORLD_SIZE") == "1":
+                # torchrun keeps its store when it restarts the processes, with the addresses of the killed ones in it.
+                store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.count, timeout=timeout)
 
     def __repr__(self) -> str:
         return f"process {self.rank + 1} of {self.count}"

@@ -382,7 +382,7 @@ def test_with_as_many_dimensions_as_images_descriptors_are_recognised_by_unit_le
 
 # At the first start, the second process is killed while it extracts.
 KILLED = f"""
-import os, runpy, signal, sys
+import os, runpy, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from model.store import DescriptorStore
 write = DescriptorStore.write
@@ -392,6 +392,8 @@ def write_or_die(store, row, vector):
         os.kill(os.getpid(), signal.SIGKILL)
     write(store, row, vector)
 DescriptorStore.write = write_or_die
+if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
+    time.sleep(2)  # the other process must not take the address of the killed one for this one's
 runpy.run_path({str(ROOT / "test.py")!r}, run_name="__main__")
 """
 

@@ -219,9 +219,9 @@ def test_a_flag_and_an_option_that_contradict_each_other_are_refused(command, ru
     assert re.match(rf"error: {flag} .* and {key} 101 contradict each other", outcome.err)
 
 
-def test_toy_takes_weights_that_are_given(command, tmp_path):
+def test_toy_takes_weights_that_are_given(command, toy_data, tmp_path):
     (tmp_path / "work" / "weights").mkdir(parents=True)
-    words = ("TEST.DATASET_LIST", "toy", "TEST.DATA_DIR", tmp_path / "data", "TEST.WEIGHTS", "./weights")
+    words = ("TEST.DATASET_LIST", "toy", "TEST.DATA_DIR", toy_data, "TEST.WEIGHTS", "./weights")
     outcome = command("test.py", *words)
     assert outcome.code == 2
     assert "TEST.WEIGHTS: no ResNet-50 checkpoint in weights" in outcome.err.splitlines()[-1]
@@ -239,7 +239,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_saved_descriptors_unchanged(comma
     words = runs["test.py"][1]
     assert command("test.py", *words).code == 0
     assert command("test.py", *words, "MODEL.DEPTH", 101).code == 2
-    assert command("test.py", *words).out.count(": reused") == 3  # queries, database, cvnet's scores
+    assert command("test.py", *words).out.count(": reused") == 4  # queries, database, index, cvnet's scores
     words = runs["extract_rop1m.py"][0]
     assert command("extract_rop1m.py", *words, "--depth", 101).code == 2
     assert not list(Path().glob("feats_1m_RN101*"))

@@ -26,10 +26,8 @@ def decoded_jpeg(image: ImageFile.ImageFile) -> np.ndarray | None:
     data = image.fp.read()
     try:
         height, width, *_ = simplejpeg.decode_jpeg_header(data)
-        if (
-            width,
-            height,
-        ) != image.size:  # a file with two headers: the pixel limit was checked for the one that Pillow uses
+        # A file can have two headers; the pixel limit was checked for the one that Pillow uses.
+        if (width, height) != image.size:
             return None
         return simplejpeg.decode_jpeg(data, colorspace="RGB")
     except ValueError:  # also raised for warnings; Pillow decides

@@ -98,9 +98,8 @@ class _Pixels(Dataset):
 
     def __init__(self, images: Sequence[ImageFile], rows: np.ndarray, workers: int):
         self.images, self.rows = images, rows
-        self.reading = torch.full(
-            (workers, 2), -1
-        ).share_memory_()  # per worker: its process id and the row that it is reading
+        # Per worker: its process id and the row that it is reading.
+        self.reading = torch.full((workers, 2), -1).share_memory_()
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -129,6 +129,19 @@ def site(built, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, for a module's tests: its loop must not run beside those of other modules."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("no chromium or google-chrome on this machine")
+    with playwright.sync_playwright() as started:
+        running = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
 class Outcome(NamedTuple):
     code: int
     out: str

@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -255,20 +254,6 @@ def test_invalid_arguments_of_the_demo_are_reported(command, monkeypatch, words,
 # ---- the page in a browser ----
 
 
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
-        pytest.skip("no chromium or google-chrome on this machine")
-    if importlib.util.find_spec("gradio") is None:
-        pytest.skip("gradio is not installed")
-    with playwright.sync_playwright() as started:
-        running = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield running
-        running.close()
-
-
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -278,6 +263,8 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def address(browser, checkpoint_50, tmp_path_factory):
     """The command itself, on a small dataset with some unusual file names."""
+    if importlib.util.find_spec("gradio") is None:
+        pytest.skip("gradio is not installed")
     folder = tmp_path_factory.mktemp("demo")
     layout = Layout(folder / "data")
     for number, name in enumerate(STRANGE):

@@ -1,6 +1,6 @@
 """Compare approximate with exact search: recall, change of the first ten after reranking, time, bytes, build time.
 
-    python benchmarks/index.py --folder /tmp/index                                   # about 10 minutes
+    python benchmarks/index.py --folder /tmp/index                                   # about 15 minutes
     python benchmarks/index.py --folder /tmp/index --dim 2048                        # 8.2 GB on the disk
 
 Writes clustered unit vectors into the folder once: landmarks with 5 to 100 views each around directions with the
@@ -96,8 +96,9 @@ def main(argv: list[str]) -> None:
 
 def usual_indexes(rows: int, dim: int) -> list[str]:
     """Returns indexes with about 4 sqrt(N) lists, as in FAISS's guidelines, and codes of D / 8 and D / 4 bytes."""
-    lists = f"IVF{1 << round(np.log2(4 * rows**0.5))}"
-    return ["Flat", f"{lists},Flat", f"{lists},SQ8", f"{lists},PQ{dim // 8}", f"{lists},PQ{dim // 4}", "HNSW32"]
+    lists, short, long = f"IVF{1 << round(np.log2(4 * rows**0.5))}", dim // 8, dim // 4
+    codes = ["Flat", "SQ8", f"PQ{short}", f"PQ{long}"]
+    return ["Flat", *(f"{lists},{code}" for code in codes), f"OPQ{long},{lists},PQ{long}", "HNSW32"]
 
 
 def clustered(path: Path, count: int, dim: int, q: int) -> Tensor:

@@ -4,10 +4,10 @@
     python benchmarks/killed.py --tries 0 --together 20
 
 Each try runs one of the commands (test.py, extract_rop1m.py as one and as two processes, search with a changing list,
-tables, test.py with distractors as two and three ranks) on a few drawn images, kills it and all its processes (SIGKILL)
-at a random moment, up to three times, then runs it to its end, and compares every descriptor file, and the metrics,
-with those of an uninterrupted run (for ranks, of a single process). In "a rank", one of two ranks is killed under
---max-restarts 3, and the command is not started again.
+tables, on a few drawn images; test.py on toy with distractors as two and three ranks), kills it and all its processes
+(SIGKILL) at a random moment, up to three times, then runs it to its end, and compares every descriptor file, and the
+metrics, with those of an uninterrupted run (for ranks, of a single process). In "a rank", one of two ranks is killed
+under --max-restarts 3, and the command is not started again.
 With --together TIMES, two and four runs of test.py, with equal and with different settings, are started at once in one
 folder, that many times; each must produce the metrics and descriptors of a run on its own.
 """
@@ -44,6 +44,9 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tries", type=int, default=200, help="[200]")
     parser.add_argument(
+        "--commands", nargs="+", metavar="NAME", help='only these, such as "two ranks" [all], each in its turn'
+    )
+    parser.add_argument(
         "--together", type=int, default=0, metavar="TIMES", help="test runs that start at once, this often [0]"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the random moments [0]")
@@ -52,19 +55,25 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         commands = prepare(work)
+        chosen = args.commands or [name for name in commands if name != "one process"]
+        if unknown := sorted({*chosen} - {*commands}):
+            sys.exit(f"no command {', '.join(unknown)}; there are {', '.join(commands)}")
         failed = together(commands["test.py"], work, args.together) if args.together else 0
         if not args.tries:
             sys.exit(bool(failed))
         wanted, seconds = {}, {}
-        end(commands.pop("one process"), work / "one process")
-        for name, command in commands.items():
+        if any("rank" in name for name in chosen):
+            end(commands["one process"], work / "one process")
+        for name in chosen:
             began = time.monotonic()
-            end(command, work / name)
+            end(commands[name], work / name)
             wanted[name], seconds[name] = outcome(work / name), time.monotonic() - began
+            if not wanted[name]:
+                sys.exit(f"{name} wrote nothing:\n{(work / name / 'said.txt').read_text()}")
             if "rank" in name and wanted[name] != outcome(work / "one process"):
                 sys.exit(f"{name} differ from one process:\n{(work / name / 'said.txt').read_text()}")
         for number in tqdm(range(args.tries), unit="try"):
-            name = list(commands)[number % len(commands)]
+            name = chosen[number % len(chosen)]
             place = work / f"try-{number}"
             extra = work / "images" / f"new-{number}.png"
             if name == "search":  # the killed run has its own list
@@ -83,7 +92,7 @@ def main(argv: list[str]) -> None:
             else:
                 print(f"\n{name}, try {number}, killed {kills} times, failed:\n{said}", file=sys.stderr)
             shutil.rmtree(place)
-    for name in commands:
+    for name in chosen:
         print(f"{name:<14}{survived[name]:4d} of {tried[name]} identical to an uninterrupted run")
     if failed or survived.total() < tried.total():
         sys.exit(1)
@@ -115,7 +124,9 @@ def prepare(work: Path) -> dict[str, list[str]]:
     torchrun = [*launcher, "--nproc-per-node=2"]
     far = rng.standard_normal((50, 2048), dtype=np.float32)
     np.save(work / "far.npy", far / np.linalg.norm(far, axis=1, keepdims=True))
-    with_far = [str(ROOT / "test.py"), *dataset, *weights, "SupG.onemeval", "TEST.DISTRACTORS", str(work / "far.npy")]
+    toy.ensure_dataset(data)
+    with_far = [str(ROOT / "test.py"), "TEST.DATA_DIR", str(data), "TEST.DATASET_LIST", "toy", *weights]
+    with_far += ["SupG.onemeval", "TEST.DISTRACTORS", str(work / "far.npy")]
     search = ["-m", "tools.search", "--database", str(images), "--queries", str(images / "3.png"), "--json", *weights]
     return {
         "test.py": [str(ROOT / "test.py"), *dataset, *weights],
@@ -212,8 +223,8 @@ def outcome(place: Path) -> dict[str, object]:
         if path.suffix in (".npy", ".pth"):
             found[name] = path.read_bytes()
         elif path.name == "results.json":
-            datasets = json.loads(path.read_text())["datasets"]["roxford5k"]
-            found[name] = {stage: datasets[stage]["M"] for stage in ("retrieval", "reranking")}
+            (entry,) = json.loads(path.read_text())["datasets"].values()
+            found[name] = {stage: entry[stage]["M"] for stage in ("retrieval", "reranking")}
     return found
 
 

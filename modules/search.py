@@ -15,6 +15,7 @@ from .compact import Int8Rows
 _INDEX_BITS = 32
 _INDEX_MASK = (1 << _INDEX_BITS) - 1
 _PRODUCT_BYTES = 4 << 20
+_CACHED_BYTES = 4 << 20  # rows that a CPU multiplies at a time, so that they stay in its cache: up to twice as fast
 _BLOCK = 2048  # pairs or rows whose float64 products are computed at a time
 _GPU_ROWS = 1 << 16  # rows of a chunk on a GPU: few kernel launches, and products of some tens of MB
 _SPARE = 256  # results beyond m that a GPU keeps, so that an error of a float32 product loses none
@@ -279,7 +280,10 @@ def _on_device(
 
 def _products(queries: Tensor, chunk: Tensor) -> Tensor:
     """Returns the float32 scores of a chunk, (Q, C), from products in the dtype of the queries, see _work_type."""
-    return (queries @ chunk.to(queries.dtype).T).to(torch.float32)
+    if chunk.device.type != "cpu":
+        return (queries @ chunk.to(queries.dtype).T).to(torch.float32)
+    blocks = chunk.split(max(1, _CACHED_BYTES // (chunk.shape[1] * queries.element_size())))
+    return torch.cat([queries @ block.to(queries.dtype).T for block in blocks], dim=1).to(torch.float32)
 
 
 def _check_finite(scores: Tensor, start: int) -> None:

@@ -51,7 +51,6 @@ from model.errors import InputError, run_command
 from model.extract import extract_batch
 from model.extractor import NetworkExtractor
 from model.folding import PRECISIONS
-from model.fused_pooling import regional_gem
 from model.images import ImageFile
 from model.read_ahead import Loading
 from model.recipe import Recipe
@@ -247,6 +246,8 @@ def parity(visit: Visit) -> None:
             visit.figure(f"{name}, largest difference", np.abs(made - expected).max(), "")
             visit.figure(f"{name}, cosine", (made * expected).sum(axis=1).min(), "", at_least=closest)
     with visit.attempt("pooling in one kernel"):
+        from model.fused_pooling import regional_gem  # needs Triton
+
         feature_map = torch.rand(2, sizes.dim, 24, 32, device=device).sub_(0.5).relu_()
         feature_map = feature_map.contiguous(memory_format=torch.channels_last)
         once = regional_gem(feature_map, RGEM_P, RGEM_WINDOW, GEMP_P, GEMP_EPS)

@@ -206,7 +206,8 @@ def _draw_dataset(folder: Path, progress: Callable[[Iterable], Iterable]) -> Non
     def draw(name: str, landmark: int, seed: tuple, strength: float) -> list[float]:
         rng = np.random.default_rng([zlib.crc32(str(part).encode()) for part in seed])
         image, box = draw_view(draw_facade(landmark), rng, strength)
-        image.save(folder / "jpg" / f"{name}.jpg", format="PNG")  # lossless, under the name that the layout requires
+        # Lossless, under the name that the layout requires.
+        image.save(folder / "jpg" / f"{name}.jpg", format="PNG", compress_level=1)
         return box
 
     images = list(zip(names, (views[index] for index in order), strict=True))

@@ -30,6 +30,16 @@ def test_keys_of_other_parts_are_left_alone(tmp_path):
     assert list(encoder_state(path)) == ["stem.conv.weight"]
 
 
+def test_a_file_that_is_written_again_is_read_again(tmp_path):
+    path = tmp_path / "again.pyth"
+    found = []
+    for value in (1.0, 2.0):
+        torch.save({"model_state": {"stem.conv.weight": torch.full((2,), value)}}, path)
+        found.append((encoder_state(path)["stem.conv.weight"].tolist(), sha256(path)))
+    assert [values for values, _ in found] == [[1.0, 1.0], [2.0, 2.0]]
+    assert found[0][1] != found[1][1]
+
+
 def test_files_from_before_pytorch_1_6_are_read(tmp_path):
     path = tmp_path / "old.pth"
     torch.save({"model_state": small_state()}, path, _use_new_zipfile_serialization=False)

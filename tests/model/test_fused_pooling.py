@@ -10,9 +10,9 @@ from conftest import ROOT
 from simulated import OnDevice, simulated_device
 from torch import Tensor
 
-from model import fused_pooling
-from model.fused_pooling import can_fuse
 from model.recipe import Recipe
+from model.resnet import ResNet
+from model.superglobal import SuperGlobal
 from modules.pooling import GeMPlus, RegionalGeM
 
 triton = pytest.importorskip("triton", reason="Triton comes with PyTorch for NVIDIA's GPUs")
@@ -50,7 +50,8 @@ def test_the_kernel_compiles_for_gpus(capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = fused_pooling._row_sums
+    from model.fused_pooling import _row_sums as kernel
+
     constants = {"PAD": 2, "REFLECTED": True, "CHANNELS": 128, "x_c": 1, "powers_c": 1}
     kinds = {"x": "*fp32", "powers": "*fp32", "sums": "*fp32", "region_root": "fp32", "p": "fp32", "floor": "fp32"}
     signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in kernel.arg_names}
@@ -77,12 +78,13 @@ def test_if_the_kernel_does_not_compile_pooling_takes_two_passes(network, monkey
     expected = network.pooling(network.rgem(feature_map))
     assert torch.equal(pooled_on_device(network, feature_map), expected)
     assert network.fused_pooling
-    monkeypatch.setattr("model.superglobal.regional_gem", compiler_is_missing)
+    monkeypatch.setattr("model.fused_pooling.regional_gem", compiler_is_missing)
     assert torch.equal(pooled_on_device(network, feature_map), expected)
     assert not network.fused_pooling
 
 
 def test_large_powers_are_computed_by_the_modules():
-    assert can_fuse(RegionalGeM(), GeMPlus())
-    assert not can_fuse(RegionalGeM(), GeMPlus(12.0))
-    assert not can_fuse(None, GeMPlus())
+    with torch.device("meta"):
+        encoder = ResNet(50)
+    for rgem, gemp, fused in ((RegionalGeM(), 4.6, True), (RegionalGeM(), 12.0, False), (None, 4.6, False)):
+        assert SuperGlobal(encoder, (1.0,), GeMPlus(gemp), rgem, None).fused_pooling == fused

@@ -24,6 +24,7 @@ PUBLISHED = {50: "CVPR2022_CVNet_R50.pyth", 101: "CVPR2022_CVNet_R101.pyth"}
 _PREFIXES = ("encoder_q.", "globalmodel.", "")
 # The first bytes of files written by torch.save before PyTorch 1.6: its magic number as a pickle of protocol 2.
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+_ZIP_MAGIC = b"PK\x03\x04"
 _ENCODER_KEY = re.compile(r"(stem|s\d+|head)\.")
 _RERANKER_KEY = re.compile(r"(conv2ds|cv_learner)\.")
 
@@ -161,11 +162,9 @@ def load_tensors(path: Path) -> object:
     """
     if not path.is_file():
         raise InputError(f"no file {path}")
-    with path.open("rb") as file:
-        head = file.read(len(_LEGACY_MAGIC))
-    zipped = head.startswith(b"PK\x03\x04")
-    if not zipped and head != _LEGACY_MAGIC:
-        raise InputError(f"{path} is not a PyTorch file" if head else f"{path} is empty")
+    zipped = _begins_with(path, _ZIP_MAGIC)
+    if not zipped and not _begins_with(path, _LEGACY_MAGIC):
+        raise InputError(f"{path} is not a PyTorch file" if path.stat().st_size else f"{path} is empty")
     try:
         if zipped and not zipfile.is_zipfile(path):  # the directory of an archive is at its end
             raise EOFError("the end of the archive is missing")
@@ -209,8 +208,14 @@ def _model_state(path: Path) -> dict[str, object]:
 
     The tensors of an unchanged file are kept for the next call if they are memory-mapped; they are never written to.
     """
-    read = _read_model_state if zipfile.is_zipfile(path) else _read_model_state.__wrapped__
+    mapped = path.is_file() and _begins_with(path, _ZIP_MAGIC)
+    read = _read_model_state if mapped else _read_model_state.__wrapped__
     return dict(read(path, _version(path)))
+
+
+def _begins_with(path: Path, magic: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(magic)) == magic
 
 
 def _version(path: Path) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ import pytest
 import scipy.io
 import torch
 from conftest import ROOT, kept, latest
+from forked import ranks
 from oracles import all_protocols, dense_reranking, full_ranking
 from PIL import Image
 
@@ -406,12 +407,12 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def torchrun(folder: Path, count: int, *words: str) -> subprocess.CompletedProcess:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*launcher, *words], cwd=folder, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    return done
+def shared(count: int, script: str, words: tuple, folder: Path) -> str:
+    """Returns what the processes of a torchrun print."""
+    folder.mkdir()
+    processes = ranks(count, ROOT / script, list(words), folder)
+    assert [process.wait() for process in processes] == [0] * count, [process.err for process in processes]
+    return "".join(process.out for process in processes)
 
 
 def test_the_processes_of_a_torchrun_share_extraction_and_search_and_one_may_be_killed(
@@ -424,7 +425,12 @@ def test_the_processes_of_a_torchrun_share_extraction_and_search_and_one_may_be_
     words = [str(word) for word in (*words, "TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0)]
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared" / "driver.py").write_text(KILLED)
-    done = torchrun(tmp_path / "shared", 2, "--max-restarts=3", "driver.py", *words)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launcher, "--max-restarts=3", "driver.py", *words], cwd=tmp_path / "shared", capture_output=True, text=True,
+        check=False, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
     assert "process 2 of 2" in done.stderr
     assert (tmp_path / "shared" / "killed").exists()
 
@@ -443,9 +449,7 @@ def test_the_processes_of_a_torchrun_share_a_table(command, layout, checkpoint_5
     """A missing dataset has its row, as with one process."""
     words = ("rerank", "TEST.WEIGHTS", checkpoint_50, "TEST.DATA_DIR", layout.data_dir)
     words += ("TEST.DATASET_LIST", "['roxford5k', 'rparis6k']", "TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0)
-    (tmp_path / "shared").mkdir()
-    done = torchrun(tmp_path / "shared", 2, "-m", "tools.tables", *map(str, words))
-    assert done.stdout == command("tools/tables.py", *words).out
+    assert shared(2, "tools/tables.py", words, tmp_path / "shared") == command("tools/tables.py", *words).out
 
 
 def test_the_processes_of_a_torchrun_share_the_search_of_a_folder(command, layout, checkpoint_50, tmp_path, one_thread):
@@ -455,6 +459,5 @@ def test_the_processes_of_a_torchrun_share_the_search_of_a_folder(command, layou
         shutil.copy(layout.image(f"db_{number}"), images)
     words = ("--database", images, "--queries", images, "--json", "--weights", checkpoint_50)
     words += ("TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0)
-    (tmp_path / "shared").mkdir()
-    done = torchrun(tmp_path / "shared", 3, "-m", "tools.search", *map(str, words))
-    assert json.loads(done.stdout) == json.loads(command("tools/search.py", *words).out)
+    out = shared(3, "tools/search.py", words, tmp_path / "shared")
+    assert json.loads(out) == json.loads(command("tools/search.py", *words).out)

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, latest
+from forked import Forked, ranks
 from oracles import all_protocols, dense_reranking, full_ranking
 from PIL import Image
 
@@ -68,13 +68,8 @@ def whole(distractors, checkpoint_50, tmp_path_factory):
         sys.executable, ROOT / "extract_rop1m.py", "--weight", checkpoint_50, "--depth", "50",
         "--data-dir", distractors, "TEST.SCALE_LIST", "1", "DATA_LOADER.NUM_WORKERS", "2",
     ]  # fmt: skip
-    subprocess.run(command, cwd=folder, check=True, env=one_thread())
+    subprocess.run(command, cwd=folder, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     return folder / "feats_1m_RN50.pth"
-
-
-def one_thread() -> dict[str, str]:
-    """Returns the environment that torchrun gives to each of its processes."""
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def lines_of(path) -> int:
@@ -84,16 +79,17 @@ def lines_of(path) -> int:
         return 1
 
 
-def run_until(command: list, work, blocks: int | None) -> int | None:
-    """Starts a command; kills it and all its processes when the journals contain that many blocks of rows."""
-    process = subprocess.Popen(command, cwd=work, env=one_thread(), start_new_session=True)
-    while blocks is not None and process.poll() is None:
+def run_until(arguments: list, work, blocks: int | None, count: int = 1) -> list[int] | None:
+    """Starts as many processes; kills them when the journals contain that many blocks of rows. Returns exit codes."""
+    driver = work / "driver.py"
+    processes = [Forked(driver, arguments, work)] if count == 1 else ranks(count, driver, arguments, work)
+    while blocks is not None and any(process.poll() is None for process in processes):
         if sum(lines_of(path) - 1 for path in work.glob("*.journal*")) >= blocks:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            for process in processes:
+                process.kill()
             return None
         time.sleep(0.01)
-    return process.wait()
+    return [process.wait() for process in processes]
 
 
 def same_tensor_file(a, b) -> bool:
@@ -117,9 +113,8 @@ def test_the_file_holds_unit_rows_in_list_order(whole, distractors, checkpoint_5
 
 def test_killed_at_several_moments_and_damaged_it_ends_with_the_same_file(work, arguments, whole):
     """Damaged rows are reported and never used."""
-    command = [sys.executable, "driver.py", *arguments]
     for blocks in (1, 7):
-        assert run_until(command, work, blocks) is None
+        assert run_until(arguments, work, blocks) is None
         assert not (work / "feats_1m_RN50.pth").exists()
     part, journal = work / "feats_1m_RN50.pth.part", work / "feats_1m_RN50.pth.journal"
     with part.open("r+b") as file:
@@ -128,7 +123,7 @@ def test_killed_at_several_moments_and_damaged_it_ends_with_the_same_file(work, 
     lines = journal.read_bytes().split(b"\n")
     lines[2] = lines[2].replace(b" ", b"  ", 1)
     journal.write_bytes(b"\n".join(lines)[:-3])
-    assert run_until(command, work, None) == 0
+    assert run_until(arguments, work, None) == [0]
     said = (work / "log.txt").read_text()
     assert "rows exist from an earlier run" in said
     assert "2 damaged blocks are ignored; their rows are extracted again" in said
@@ -136,10 +131,9 @@ def test_killed_at_several_moments_and_damaged_it_ends_with_the_same_file(work, 
 
 
 def test_two_processes_killed_and_restarted_end_with_the_same_file(work, arguments, whole):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "driver.py"]
-    command = [*launcher, *arguments, "--out", "other.pth"]
-    assert run_until(command, work, 4) is None
-    assert run_until(command, work, None) == 0
+    arguments = [*arguments, "--out", "other.pth"]
+    assert run_until(arguments, work, 4, count=2) is None
+    assert run_until(arguments, work, None, count=2) == [0, 0]
     assert same_tensor_file(work / "other.pth", whole)
     assert not list(work.glob("*.journal*"))
 
@@ -238,13 +232,12 @@ def test_a_second_file_with_other_settings_and_suffix_is_not_mistaken_for_the_fi
 def test_starting_over_keeps_the_finished_file_until_there_is_a_new_one(work, arguments, whole):
     for path in (whole, provenance_path(whole)):
         shutil.copy(path, work)
-    command = [sys.executable, "driver.py", *arguments, "--no-resume"]
-    assert run_until(command, work, 2) is None
+    assert run_until([*arguments, "--no-resume"], work, 2) is None
     assert same_tensor_file(work / whole.name, whole)
 
 
 def test_an_interrupted_run_of_other_settings_is_not_mixed(work, command, arguments):
-    assert run_until([sys.executable, "driver.py", *arguments], work, 1) is None
+    assert run_until(arguments, work, 1) is None
     outcome = command("extract_rop1m.py", *arguments, "SupG.relup", "False")
     assert outcome.code == 2
     assert "relup: 0.014 before, off now" in outcome.err

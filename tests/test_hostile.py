@@ -4,13 +4,13 @@ import errno
 import os
 import resource
 import shutil
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT, kept
+from forked import Forked
 
 from model.images import ImageFile
 from model.store import DescriptorStore
@@ -22,17 +22,17 @@ def words(layout, checkpoint_50) -> list[str]:
     return [str(word) for word in (*words, "TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0)]
 
 
-def limited(work: Path, words: list[str], most_bytes: int) -> subprocess.CompletedProcess:
+def limited(work: Path, words: list[str], most_bytes: int) -> Forked:
     """Runs test.py with a limit on the size of files, which has the effect of a full disk."""
     work.mkdir(exist_ok=True)
-    return subprocess.run(
-        [sys.executable, ROOT / "test.py", *words], cwd=work, capture_output=True, text=True, check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes)),
-    )  # fmt: skip
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
+    process = Forked(ROOT / "test.py", words, work, prepare=limit)
+    process.wait()
+    return process
 
 
 def told_in_one_line(outcome) -> str:
-    err = getattr(outcome, "stderr", None) or outcome.err
+    err = outcome.err
     assert "Traceback" not in err
     assert "Logging error" not in err
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
@@ -42,7 +42,7 @@ def told_in_one_line(outcome) -> str:
 
 def test_a_disk_too_full_for_the_rows_is_reported_and_the_run_resumes(command, words, tmp_path):
     outcome = limited(tmp_path / "work", words, 100_000)  # the queries' rows fit, the database's do not
-    assert outcome.returncode == 2
+    assert outcome.code == 2
     assert "roxford5k_db.npy.part" in told_in_one_line(outcome)
     again = command("test.py", *words)
     assert again.code == 0, again.err
@@ -56,7 +56,7 @@ def test_a_disk_too_full_for_the_log_is_reported(words, tmp_path):
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "log.txt").write_bytes(b"-" * 500_000)
     outcome = limited(tmp_path / "work", words, 500_100)
-    assert outcome.returncode == 2
+    assert outcome.code == 2
     assert "log.txt" in told_in_one_line(outcome)
 
 

@@ -6,11 +6,7 @@ import subprocess
 import sys
 
 from conftest import ROOT
-
-
-def start(work, *arguments) -> subprocess.Popen:
-    command = [sys.executable, ROOT / "test.py", *map(str, arguments)]
-    return subprocess.Popen(command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+from forked import Forked
 
 
 def test_simultaneous_runs_give_the_results_of_single_runs(layout, checkpoint_50, command, tmp_path):
@@ -18,12 +14,11 @@ def test_simultaneous_runs_give_the_results_of_single_runs(layout, checkpoint_50
     data = ("TEST.WEIGHTS", checkpoint_50, "TEST.DATA_DIR", layout.data_dir, "TEST.DATASET_LIST", "roxford5k")
     data = (*data, "TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0)
     (tmp_path / "together").mkdir()
-    runs = [start(tmp_path / "together", *data, *words) for words in settings]
-    ended = [run.communicate() for run in runs]
-    assert [run.returncode for run in runs] == [0, 0, 0], ended
-    for words, (out, _) in zip(settings, ended, strict=True):
+    runs = [Forked(ROOT / "test.py", [*data, *words], tmp_path / "together") for words in settings]
+    assert [run.wait() for run in runs] == [0, 0, 0], [run.err for run in runs]
+    for words, run in zip(settings, runs, strict=True):
         alone = command("test.py", *data, *words, "TEST.OUT_DIR", f"alone{words}").out
-        lines = [line for line in out.splitlines() if "results: mAP" in line]
+        lines = [line for line in run.out.splitlines() if "results: mAP" in line]
         assert lines == [line for line in alone.splitlines() if "results: mAP" in line]
         assert len(lines) == 2
     runs = [path for path in (tmp_path / "together" / "output" / "runs").iterdir() if not path.is_symlink()]

@@ -1,12 +1,11 @@
 import os
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from forked import ranks
 from PIL import Image
 
 from model import batching
@@ -283,8 +282,8 @@ def test_any_extractor_is_batched_and_resumed(colours, tmp_path):
 def test_any_extractor_is_shared_by_the_processes_of_a_torchrun(tmp_path):
     images = [write(tmp_path, f"{i}.png") for i in range(7)]
     (tmp_path / "driver.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{COLOURS}{SHARED}")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run([*launcher, "driver.py", tmp_path, "shared.npy"], cwd=tmp_path, check=True)
+    processes = ranks(2, tmp_path / "driver.py", [tmp_path, "shared.npy"], tmp_path)
+    assert [process.wait() for process in processes] == [0, 0], [process.err for process in processes]
     np.testing.assert_allclose(np.load(tmp_path / "shared.npy"), mean_colours(images), atol=1e-6)
     assert not list(tmp_path.glob("*.journal*"))
 

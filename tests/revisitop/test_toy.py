@@ -1,4 +1,5 @@
 import re
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -37,8 +38,8 @@ def test_toy_has_the_layout_of_roxford(data_dir):
 
 
 def test_toy_is_drawn_the_same_each_time(data_dir, tmp_path):
-    toy.ensure_dataset(tmp_path)
-    for name in ("toy_000.jpg", "toy_077.jpg", "toy_query_03.jpg"):
+    toy.ensure_dataset(tmp_path, lambda images: islice(images, 20))
+    for name in ("toy_000.jpg", "toy_017.jpg", "toy_query_03.jpg"):
         assert (tmp_path / "toy" / "jpg" / name).read_bytes() == (data_dir / "toy" / "jpg" / name).read_bytes()
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.connection import wait
 
 import numpy as np
 import torch
@@ -72,8 +73,15 @@ class ReadAhead:
         elif isinstance(error, RuntimeError) or not self.workers:
             return None
         else:
-            alive = {process.pid for process in multiprocessing.active_children()}
-            dead = set(self.pixels.reading[:, 0].tolist()) - alive
+            started = set(self.pixels.reading[:, 0].tolist())
+            dead = started - {process.pid for process in multiprocessing.active_children()}
+            if not dead:  # the connections of a killed process are closed a moment before it is dead
+                own = [process for process in multiprocessing.active_children() if process.pid in started]
+                ended = wait([process.sentinel for process in own], timeout=5)
+                for process in own:
+                    if process.sentinel in ended:
+                        process.join()
+                dead = started - {process.pid for process in multiprocessing.active_children()}
         paths = [self.pixels.images[row].path for pid, row in self.pixels.reading.tolist() if pid in dead and row >= 0]
         return InputError(
             f"a process that decodes images died{f' while reading {short_list(paths)}' if paths else ''}; check that "

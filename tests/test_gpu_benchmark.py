@@ -34,6 +34,7 @@ def results(tmp_path_factory) -> tuple[str, dict]:
 
 @pytest.fixture
 def benchmarks(monkeypatch):
+    monkeypatch.setenv("TQDM_DISABLE", "1")  # which they set: not for the tests that follow
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
 
 

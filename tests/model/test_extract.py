@@ -1,5 +1,7 @@
+import multiprocessing
 import os
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -151,6 +153,14 @@ def test_a_worker_that_dies_while_transferring_pixels_is_reported_with_its_file(
     images = [write(tmp_path, "0.png"), DeadlyFile(write(tmp_path, "1.png").path)]
     with pytest.raises(InputError, match=r"a process that decodes images died while reading \S*1\.png; check that"):
         run(model, images, store(tmp_path, 2), workers=1)
+
+
+def test_a_worker_that_is_not_quite_dead_when_its_connection_ends_is_reported_with_its_file(tmp_path):
+    decoded = ReadAhead([write(tmp_path, "0.png")], np.arange(1), Loading(workers=1))
+    dying = multiprocessing.get_context("fork").Process(target=time.sleep, args=(0.3,))
+    dying.start()
+    decoded.pixels.reading[0] = torch.tensor([dying.pid, 0])
+    assert "died while reading " in str(decoded.death_of_a_worker(EOFError()))
 
 
 def test_a_descriptor_that_is_not_finite_is_reported_with_its_image_and_possible_reasons(tmp_path):

@@ -439,8 +439,8 @@ def differences(before: dict, now: dict) -> list[str]:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Writes a JSON file atomically."""
-    new = Path(f"{path}.new")
+    """Writes a JSON file atomically; processes that write it at the same time do not disturb each other."""
+    new = Path(f"{path}.{os.getpid()}.new")
     with new.open("wb") as file:
         file.write(json.dumps(jsonable(content), indent=1).encode() + b"\n")
         _sync(file)

@@ -1,12 +1,13 @@
 import json
 import logging
+import multiprocessing
 import os
 
 import numpy as np
 import pytest
 
 from model.errors import InputError
-from model.store import DescriptorStore, provenance_differences
+from model.store import DescriptorStore, provenance_differences, write_json
 
 ROWS = np.random.default_rng(0).standard_normal((10, 4)).astype(np.float32)
 SOURCE = {"checkpoint": "abc", "scales": [0.7071, 1.0], "sgem": float("inf")}
@@ -231,3 +232,18 @@ def test_a_damaged_file_is_replaced(path, name, size):
     store.finish() if name == "rows.npy" else store.flush()
     os.truncate(path.with_name(name), size)
     assert len(DescriptorStore(path, 10, 4, SOURCE, fingerprints=FINGERPRINTS).missing()) == 10
+
+
+def test_a_json_file_is_written_by_several_processes_at_once(tmp_path):
+    def write():
+        for _ in range(50):
+            write_json(tmp_path / "facts.json", {"depth": 50})
+
+    processes = [multiprocessing.get_context("fork").Process(target=write) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0, 0]
+    assert json.loads((tmp_path / "facts.json").read_text()) == {"depth": 50}
+    assert len(list(tmp_path.iterdir())) == 1

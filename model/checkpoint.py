@@ -208,9 +208,10 @@ def _model_state(path: Path) -> dict[str, object]:
 
     The tensors of an unchanged file are kept for the next call if they are memory-mapped; they are never written to.
     """
-    mapped = path.is_file() and _begins_with(path, _ZIP_MAGIC)
+    version = _version(path)
+    mapped = bool(version) and _begins_with(path, _ZIP_MAGIC)
     read = _read_model_state if mapped else _read_model_state.__wrapped__
-    return dict(read(path, _version(path)))
+    return dict(read(path, version))
 
 
 def _begins_with(path: Path, magic: bytes) -> bool:

@@ -74,14 +74,11 @@ class ReadAhead:
             return None
         else:
             started = set(self.pixels.reading[:, 0].tolist())
-            dead = started - {process.pid for process in multiprocessing.active_children()}
+            running = [process for process in multiprocessing.active_children() if process.pid in started]
+            dead = started - {process.pid for process in running}
             if not dead:  # the connections of a killed process are closed a moment before it is dead
-                own = [process for process in multiprocessing.active_children() if process.pid in started]
-                ended = wait([process.sentinel for process in own], timeout=5)
-                for process in own:
-                    if process.sentinel in ended:
-                        process.join()
-                dead = started - {process.pid for process in multiprocessing.active_children()}
+                ended = wait([process.sentinel for process in running], timeout=5)
+                dead = started - {process.pid for process in running if process.sentinel not in ended}
         paths = [self.pixels.images[row].path for pid, row in self.pixels.reading.tolist() if pid in dead and row >= 0]
         return InputError(
             f"a process that decodes images died{f' while reading {short_list(paths)}' if paths else ''}; check that "

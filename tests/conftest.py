@@ -4,6 +4,7 @@ import os
 import pickle
 import runpy
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -140,6 +141,12 @@ def browser():
         running = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield running
         running.close()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 class Outcome(NamedTuple):

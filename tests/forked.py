@@ -4,13 +4,13 @@ import logging
 import os
 import runpy
 import signal
-import socket
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from conftest import free_port
 
 
 class Forked:
@@ -87,8 +87,6 @@ class Forked:
 
 def ranks(count: int, script: Path, arguments: list, folder: Path) -> list[Forked]:
     """Starts the processes of a torchrun without its launcher."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
     numbers = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count))
     return [Forked(script, arguments, folder, place | own) for own in numbers]

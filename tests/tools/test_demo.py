@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Layout
+from conftest import ROOT, Layout, free_port
 from PIL import Image
 
 from assembly import Output
@@ -252,12 +251,6 @@ def test_invalid_arguments_of_the_demo_are_reported(command, monkeypatch, words,
 
 
 # ---- the page in a browser ----
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -18,20 +18,20 @@ from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from model.cache import content_folder, plain_name
+from cvnet_rerank.pair_scores import CVNetReranker, PairScores
+from extraction.cache import content_folder, plain_name
+from extraction.extract import ImageSet, extract_sets, extract_shared
+from extraction.images import ImageFile, set_pixel_limit
+from extraction.loading import Loading
+from extraction.owner import owned
+from extraction.processes import Processes
+from extraction.shards import check_shards, find_shards, is_shard
 from model.checkpoint import find_checkpoint
 from model.device import choose_device, device_name, prepare_process
-from model.distributed import Processes
 from model.errors import InputError, short_list
-from model.extract import ImageSet, extract_sets, extract_shared
-from model.images import ImageFile, set_pixel_limit
 from model.network_recipe import NetworkRecipe
 from model.networks import short_name
-from model.owner import owned
-from model.pair_scores import CVNetReranker, PairScores
-from model.read_ahead import Loading
 from model.recipe import SCALE_SETS, Recipe
-from model.shards import check_shards, find_shards, is_shard
 from model.whitened import WhitenedRecipe
 from modules.compact import Int8Rows
 from modules.diffusion import DiffusionReranker
@@ -311,7 +311,7 @@ def extract_together(
 
     Args:
         processes: the processes of a `torchrun`, which share the extraction; by default only this one.
-        on_error: how damaged images are handled, see model.extract.extract_images.
+        on_error: how damaged images are handled, see extraction.extract.extract_images.
     """
     loading, resume, first = make_loading(cfg, device), cfg.TEST.RESUME, processes is None or processes.rank == 0
     with owned(sets[0].path.parent) if first else nullcontext():

@@ -21,7 +21,7 @@ from config import ADVICE, LOADING, NETWORK, CommandLine, Parsed, plain
 from model.errors import InputError, run_command, short_list
 
 if TYPE_CHECKING:
-    from model.images import ImageFile
+    from extraction.images import ImageFile
 
 log = logging.getLogger(__name__)
 
@@ -33,11 +33,11 @@ def main(argv: list[str]) -> None:
     args, cfg, _ = parse(argv)
     # Imported here, so that --help and errors about options appear at once.
     from assembly import find_recipe, make_loading, network_title, option, start_device
-    from model.distributed import Processes
-    from model.extract import ImageSet, extract_shared
-    from model.owner import owned
-    from model.shards import shard_path, shard_rows
-    from model.store import nonzero_rows
+    from extraction.extract import ImageSet, extract_shared
+    from extraction.owner import owned
+    from extraction.processes import Processes
+    from extraction.shards import shard_path, shard_rows
+    from extraction.store import nonzero_rows
     from report.log import start_log
     from revisitop.layout_revisitop import load_distractor_list
 
@@ -125,7 +125,7 @@ def shard(text: str) -> tuple[int, int]:
 
 def is_finished(out: Path, provenance: dict, resume: bool) -> bool:
     """Returns whether the file exists with the same provenance. Raises InputError if its provenance differs."""
-    from model.store import provenance_differences, provenance_path
+    from extraction.store import provenance_differences, provenance_path
 
     if not resume or not out.exists() or Path(f"{out}.part").exists():
         return False

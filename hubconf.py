@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 try:
+    from extraction.hub import ImageDescriptor
     from model.checkpoint import find_checkpoint
-    from model.hub import ImageDescriptor
     from model.network_recipe import NetworkRecipe
     from model.recipe import SCALE_SETS, Recipe
     from modules.reranking import SuperGlobalReranker

@@ -19,7 +19,7 @@ def main(argv: list[str]) -> None:
 
     # Imported here, so that --help and errors about options appear at once.
     from assembly import make_output, network_title, prepare, start_device
-    from model.distributed import Processes
+    from extraction.processes import Processes
     from report.log import start_log
     from report.page import evaluated_page, write_report
     from report.results import Evaluated, save_results, summary

@@ -32,18 +32,18 @@ os.environ["TQDM_DISABLE"] = "1"
 
 from alternate import alternate, machine, matrix_rate, positive, report
 
+from extraction.extract import extract_images
+from extraction.images import ImageFile, read_image, to_network_input
+from extraction.loading import PLAIN_LOADING, Loading
+from extraction.store import DescriptorStore
 from model.checkpoint import load_encoder
 from model.device import choose_device, forbid_tf32, prepare_process
 from model.errors import run_command
-from model.extract import extract_images
 from model.extractor import Extractor
 from model.folding import PRECISIONS
-from model.images import ImageFile, read_image, to_network_input
 from model.network_recipe import NetworkRecipe
-from model.read_ahead import PLAIN_LOADING, Loading
 from model.recipe import SCALE_SETS, Recipe
 from model.resnet import STAGE_DEPTHS, ResNet
-from model.store import DescriptorStore
 from model.superglobal import SuperGlobal
 from modules.pooling import GeMPlus, RegionalGeM, ScaleGeM
 from revisitop.toy import seeded_checkpoint
@@ -112,7 +112,7 @@ def random_checkpoint(folder: str | Path, depth: int) -> Path:
 
 
 class InMemory:
-    """Stands for a model.images.ImageFile, with pixels in memory."""
+    """Stands for a extraction.images.ImageFile, with pixels in memory."""
 
     def __init__(self, pixels: np.ndarray):
         self.pixels, self.path = pixels, Path("memory")

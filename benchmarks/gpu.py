@@ -46,13 +46,13 @@ import rerank
 import speedup
 from alternate import Timing, best_seconds, machine, matrix_rate, measure, timed
 
+from extraction.extract import extract_batch
+from extraction.images import ImageFile
+from extraction.loading import Loading
 from model.device import choose_device, prepare_process
 from model.errors import InputError, run_command
-from model.extract import extract_batch
 from model.extractor import NetworkExtractor
 from model.folding import PRECISIONS
-from model.images import ImageFile
-from model.read_ahead import Loading
 from model.recipe import Recipe
 from modules.pooling import GEMP_EPS, GEMP_P, RGEM_P, RGEM_WINDOW, GeMPlus, RegionalGeM
 from modules.reranking import RERANK_K, RERANK_M, SuperGlobalReranker
@@ -246,7 +246,7 @@ def parity(visit: Visit) -> None:
             visit.figure(f"{name}, largest difference", np.abs(made - expected).max(), "")
             visit.figure(f"{name}, cosine", (made * expected).sum(axis=1).min(), "", at_least=closest)
     with visit.attempt("pooling in one kernel"):
-        from model.fused_pooling import regional_gem  # needs Triton
+        from modules.fused_pooling import regional_gem  # needs Triton
 
         feature_map = torch.rand(2, sizes.dim, 24, 32, device=device).sub_(0.5).relu_()
         feature_map = feature_map.contiguous(memory_format=torch.channels_last)

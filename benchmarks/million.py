@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from alternate import alternate, machine, positive, report
 
-from model.distributed import Processes
+from extraction.processes import Processes
 from model.errors import run_command
 from modules.reranking import SuperGlobalReranker
 from modules.search import Database

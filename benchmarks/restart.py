@@ -23,8 +23,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from extraction.extract import ImageSet, extract_sets
 from model.errors import run_command
-from model.extract import ImageSet, extract_sets
 from revisitop.layouts import load_dataset
 
 DIM = 8

@@ -28,11 +28,11 @@ from alternate import alternate, machine, positive
 from extract import draw_image, random_checkpoint
 from rerank import baseline, ours
 
-from model.cvnet_rerank import MAP_DIM, MAP_SCALES, CenterPivotConv4d, CVNetRerank, load_cvnet_rerank
+from cvnet_rerank.network import MAP_DIM, MAP_SCALES, CenterPivotConv4d, CVNetRerank, load_cvnet_rerank
+from extraction.images import to_network_input
 from model.device import choose_device, prepare_process
 from model.errors import run_command
 from model.folding import PRECISIONS
-from model.images import to_network_input
 from model.resnet import FEATURE_DIM
 from modules.reranking import RERANK_K, RERANK_M
 

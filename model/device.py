@@ -13,6 +13,12 @@ from model.errors import InputError
 # Parameters of mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
+# Messages of PyTorch, cuDNN and cuBLAS when the memory is full, in addition to the exception types.
+_FULL = (
+    *("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED", "ALLOCATION_FAILED"),
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+)
+
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """Returns the device with this name; "auto" is a GPU if there is one, else the CPU.
@@ -68,6 +74,11 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"{device} ({torch.get_num_threads()} threads)"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Returns whether an exception means that the memory of the device is full."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in _FULL)
 
 
 class PeakMemory:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Extractor(Protocol):
-    """The interface that model.extract uses to compute the descriptors of images.
+    """The interface that extraction.extract uses to compute the descriptors of images.
 
     Attributes:
         dim: D, dimensions of a descriptor.

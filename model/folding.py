@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.batching import is_out_of_memory
+from model.device import is_out_of_memory
 from model.resnet import Block, ResNet
 
 log = logging.getLogger(__name__)

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from extraction.images import per_channel
 from model.checkpoint import load_tensors, sha256
 from model.errors import InputError, short_list
-from model.images import per_channel
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SMALLEST = 32  # shortest side in pixels: smaller images are enlarged, because most networks have a stride of 32

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from cvnet_rerank.network import CVNetRerank, load_cvnet_rerank
+from extraction.images import to_network_input
 from model.checkpoint import load_encoder, sha256
-from model.cvnet_rerank import CVNetRerank, load_cvnet_rerank
 from model.extractor import NetworkExtractor, limit_side
 from model.folding import FoldedResNet
-from model.images import to_network_input
 from model.resnet import ResNet
 from model.superglobal import SuperGlobal
 from modules.activation import RELUP_THRESHOLD

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.batching import is_out_of_memory
+from model.device import is_out_of_memory
 from model.folding import FoldedResNet
 from model.resnet import Head, ResNet
 from modules.descriptor import multi_scale_descriptor
@@ -62,7 +62,7 @@ class SuperGlobal(nn.Module):
         if self.fused_pooling and self.rgem is not None and feature_map.is_cuda and not feature_map.requires_grad:
             try:
                 # Imported here, because without a GPU Triton would take 0.2 s and 7 MB of each process.
-                from model.fused_pooling import regional_gem
+                from modules.fused_pooling import regional_gem
 
                 return regional_gem(feature_map, self.rgem.p, self.rgem.window, self.pooling.p, self.pooling.eps)
             except Exception as error:  # Triton is missing, or raises any exception, as without a compiler

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from extraction.store import jsonable
 from model.checkpoint import load_tensors, sha256
 from model.errors import InputError
 from model.extractor import Extractor, NetworkExtractor
-from model.store import jsonable
 from modules.whitening import Whitening
 
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw
 
-from model.images import Box, ImageFile, read_image
+from extraction.images import Box, ImageFile, read_image
 from revisitop.evaluate import Metrics
 from revisitop.measures import RECALL_LEVELS
 

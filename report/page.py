@@ -18,8 +18,8 @@ import jinja2
 from PIL import Image
 from tqdm import tqdm
 
+from extraction.images import ImageError, ImageFile
 from model.errors import InputError, short_list
-from model.images import ImageError, ImageFile
 from report.drawing import draw_curves, jpeg_uri, read_thumbnail
 from report.results import Evaluated
 from revisitop.dataset import Dataset

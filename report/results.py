@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from model.store import write_json
+from extraction.store import write_json
 from revisitop.dataset import Dataset
 from revisitop.evaluate import Metrics
 from revisitop.explained import Explained

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from extraction.images import ImageFile
 from model.errors import InputError, short_list
-from model.images import ImageFile
 from revisitop.protocols import REVISITED_PROTOCOLS, Protocol
 
 

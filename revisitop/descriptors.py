@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from extraction.store import provenance_differences, provenance_path, read_provenance
 from model.checkpoint import is_plain, load_tensors
 from model.errors import InputError, short_list
-from model.store import provenance_differences, provenance_path, read_provenance
 from modules.compact import Int8Rows
 from modules.search import Database
 from revisitop.dataset import Dataset

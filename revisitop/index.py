@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model.cache import plain_name
+from extraction.cache import plain_name
+from extraction.owner import owned
+from extraction.store import jsonable, provenance_path, read_provenance, write_json
 from model.errors import InputError
-from model.owner import owned
-from model.store import jsonable, provenance_path, read_provenance, write_json
 from modules.search import Database, SearchResult
 from revisitop.measures import NOT_FOUND
 

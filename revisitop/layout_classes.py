@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from extraction.images import ImageFile, image_suffixes
 from model.errors import InputError
-from model.images import ImageFile, image_suffixes
 from revisitop.dataset import Dataset, GroundTruth
 from revisitop.protocols import CLASS_PROTOCOLS
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from extraction.images import Box, ImageFile, image_suffixes
 from model.errors import InputError, short_list
-from model.images import Box, ImageFile, image_suffixes
 from revisitop.dataset import Dataset, GroundTruth
 from revisitop.protocols import challenge_protocols
 

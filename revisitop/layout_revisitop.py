@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from extraction.images import ImageFile, ImageList
 from model.errors import InputError
-from model.images import ImageFile, ImageList
 from revisitop.dataset import Dataset, GroundTruth
 from revisitop.protocols import OK_PROTOCOLS, REVISITED_PROTOCOLS
 from revisitop.safe_pickle import ArrayLike, load_pickle

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model.distributed import Processes
+from extraction.processes import Processes
 from model.errors import InputError
 from modules.reranking import Reranker
 from modules.search import Database, NotFiniteError, merged, search

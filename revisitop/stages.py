@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model.distributed import Processes
+from extraction.processes import Processes
+from extraction.store import scratch_rows
 from model.errors import InputError
-from model.store import scratch_rows
 from modules.expansion import DBA_K, QueryExpansion, augmented_rows
 from modules.reranking import Reranker
 from modules.search import Database, NotFiniteError

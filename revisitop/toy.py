@@ -22,8 +22,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor, nn
 
+from cvnet_rerank.network import CVNetLayers
 from model.checkpoint import reranker_state
-from model.cvnet_rerank import CVNetLayers
 from model.errors import InputError
 from model.resnet import ResNet
 from revisitop.layouts import dataset_folder

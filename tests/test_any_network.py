@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import kept
 
-from model.extract import extract_batch
+from extraction.extract import extract_batch
 from model.network_recipe import NetworkRecipe
 from revisitop.layouts import load_dataset
 

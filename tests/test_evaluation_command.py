@@ -385,7 +385,7 @@ def test_with_as_many_dimensions_as_images_descriptors_are_recognised_by_unit_le
 KILLED = f"""
 import os, runpy, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from model.store import DescriptorStore
+from extraction.store import DescriptorStore
 write = DescriptorStore.write
 def write_or_die(store, row, vector):
     if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and row >= 20:

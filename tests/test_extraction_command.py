@@ -16,7 +16,7 @@ from forked import Forked, ranks
 from oracles import all_protocols, dense_reranking, full_ranking
 from PIL import Image
 
-from model.store import provenance_path
+from extraction.store import provenance_path
 
 COUNT = 40
 
@@ -24,8 +24,8 @@ COUNT = 40
 DRIVER = f"""
 import runpy, sys
 sys.path.insert(0, {str(ROOT)!r})
-import model.store
-model.store.FLUSH_ROWS = 3
+import extraction.store
+extraction.store.FLUSH_ROWS = 3
 runpy.run_path({str(ROOT / "extract_rop1m.py")!r}, run_name="__main__")
 """
 

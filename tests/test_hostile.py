@@ -12,8 +12,8 @@ import pytest
 from conftest import ROOT, kept
 from forked import Forked
 
-from model.images import ImageFile
-from model.store import DescriptorStore
+from extraction.images import ImageFile
+from extraction.store import DescriptorStore
 
 
 @pytest.fixture

@@ -16,18 +16,19 @@ from PIL import Image
 from simulated import DEVICE, OnDevice, SimulatedDevice, simulated_device
 from torch import Tensor, nn
 
-from model import batching, cvnet_rerank
-from model.cvnet_rerank import CVLearner, CVNetRerank, load_cvnet_rerank
-from model.extract import extract_images
+from cvnet_rerank import network as cvnet_rerank
+from cvnet_rerank.network import CVLearner, CVNetRerank, load_cvnet_rerank
+from cvnet_rerank.pair_scores import FeatureMaps
+from extraction import batching
+from extraction.extract import extract_images
+from extraction.hub import ImageDescriptor
+from extraction.images import ImageFile
+from extraction.loading import Loading
+from extraction.store import DescriptorStore
 from model.extractor import NetworkExtractor
 from model.folding import FoldedConv
-from model.hub import ImageDescriptor
-from model.images import ImageFile
 from model.networks import Backbone
-from model.pair_scores import FeatureMaps
-from model.read_ahead import Loading
 from model.recipe import Recipe
-from model.store import DescriptorStore
 from modules import attach
 from modules.checks import values_unseen
 from modules.diffusion import DiffusionReranker

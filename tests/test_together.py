@@ -31,7 +31,7 @@ OWN = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from model.owner import owned
+from extraction.owner import owned
 keep = owned(Path("."))
 keep.__enter__()
 """

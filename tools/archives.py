@@ -12,8 +12,8 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
+from extraction.images import ImageError, ImageFile, read_image
 from model.errors import InputError
-from model.images import ImageError, ImageFile, read_image
 from tools.transfer import Check, Fetcher, Source
 
 UNPACKING = ".unpacking"

@@ -13,9 +13,9 @@ from datetime import datetime
 from pathlib import Path
 
 from config import ADVICE, CommandLine
-from model.cache import Kept, kept_descriptors
+from extraction.cache import Kept, kept_descriptors
+from extraction.owner import owned
 from model.errors import InputError, printable, run_command, short_list
-from model.owner import owned
 
 
 def main(argv: list[str]) -> None:

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from assembly import start_device
 from config import ADVICE, CommandLine, plain
+from extraction.store import provenance_path, read_provenance, write_json
 from model.errors import InputError, run_command
-from model.store import provenance_path, read_provenance, write_json
 from modules.compact import Int8Rows
 from modules.search import Database, search
 from report.log import start_log

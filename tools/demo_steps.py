@@ -18,9 +18,9 @@ from yacs.config import CfgNode
 
 from assembly import Experiment, Output, find_recipe, own_images, prepare
 from config import varied
+from extraction.extract import extract_batch
+from extraction.images import FORMATS, Box, ImageError, ImageFile, crop, read_image
 from model.errors import InputError
-from model.extract import extract_batch
-from model.images import FORMATS, Box, ImageError, ImageFile, crop, read_image
 from modules.explanation import explain
 from modules.reranking import SuperGlobalReranker
 from modules.search import Database, search

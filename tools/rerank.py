@@ -24,8 +24,8 @@ from yacs.config import CfgNode
 
 from assembly import Subject, check_index, make_stages, query_expansion, start_device, with_index
 from config import ADVICE, INDEX, RERANKER_NAMES, RERANKING, CommandLine, plain
+from extraction.store import scratch_rows
 from model.errors import InputError, run_command
-from model.store import scratch_rows
 from modules.compact import Int8Rows
 from modules.search import Database
 from report.log import start_log

@@ -37,11 +37,11 @@ from assembly import (
     with_index,
 )
 from config import ADVICE, INDEX, LOADING, NETWORK, RERANKING, CommandLine, Parsed, idle_options, plain
-from model.distributed import Processes
+from extraction.extract import ImageSet
+from extraction.images import ImageFile, image_suffixes
+from extraction.owner import owned
+from extraction.processes import Processes
 from model.errors import InputError, run_command, short_list
-from model.extract import ImageSet
-from model.images import ImageFile, image_suffixes
-from model.owner import owned
 from model.recipe import Recipe
 from modules.search import Database
 from report.log import start_log

@@ -43,10 +43,10 @@ from assembly import (
     start_device,
 )
 from config import ADVICE, RERANKER_NAMES, CommandLine, Parsed, idle_options, make_config, plain, varied
+from cvnet_rerank.pair_scores import map_bytes
+from extraction.processes import Processes
 from model.device import PeakMemory
-from model.distributed import Processes
 from model.errors import InputError, run_command
-from model.pair_scores import map_bytes
 from model.resnet import STAGE_DEPTHS
 from modules.reranking import RERANK_BETA, RERANK_K, RERANK_M, SuperGlobalReranker
 from modules.search import Database

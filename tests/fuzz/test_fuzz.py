@@ -21,11 +21,11 @@ import torch
 from PIL import Image
 
 from config import OPTIONS, parse_config
+from extraction.images import read_image
+from extraction.store import DescriptorStore
 from model.checkpoint import encoder_state, load_encoder
 from model.errors import InputError
-from model.images import read_image
 from model.resnet import ResNet
-from model.store import DescriptorStore
 from revisitop.descriptors import load_descriptors, load_distractors
 from revisitop.layout_revisitop import read_ground_truth
 from revisitop.layouts import load_dataset

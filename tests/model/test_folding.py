@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
+from extraction.images import to_network_input
 from model.checkpoint import load_encoder
 from model.folding import FoldedConv, FoldedResNet, has_fused_kernels
-from model.images import to_network_input
 from model.recipe import Recipe
 from model.resnet import ResNet
 

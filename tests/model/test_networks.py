@@ -9,9 +9,9 @@ import torch
 import torchvision
 from PIL import Image
 
+from extraction.extract import extract_batch
 from model.checkpoint import encoder_state
 from model.errors import InputError
-from model.extract import extract_batch
 from model.network_recipe import NetworkRecipe
 from model.networks import build_backbone
 from model.recipe import Recipe

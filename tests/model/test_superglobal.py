@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
+from extraction.images import to_network_input
 from model.checkpoint import encoder_state, load_encoder
-from model.images import to_network_input
 from model.recipe import SCALE_SETS, Recipe
 from model.resnet import ResNet
 

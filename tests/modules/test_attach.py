@@ -7,8 +7,8 @@ import torchvision
 from torch import nn
 from torch.nn.functional import normalize
 
+from extraction.images import to_network_input
 from model.checkpoint import encoder_state
-from model.images import to_network_input
 from modules import GeM, GeMPlus, RegionalGeM, ReLUPlus, ScaleGeM, attach
 from modules.descriptor import rescale
 

@@ -11,8 +11,8 @@ import torch
 from conftest import latest
 from PIL import Image
 
+from extraction.images import ImageFile
 from model.errors import InputError
-from model.images import ImageFile
 from modules.explanation import explain
 from modules.reranking import SuperGlobalReranker
 from report.drawing import read_thumbnail

@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
+from extraction.extract import extract_batch
 from model.checkpoint import load_encoder
-from model.extract import extract_batch
 from model.recipe import Recipe
 from model.resnet import ResNet
 from modules.search import Database

@@ -6,7 +6,7 @@ import pytest
 import torch
 from drawn_descriptors import draw_descriptors
 
-from model.store import write_json
+from extraction.store import write_json
 
 
 @pytest.fixture

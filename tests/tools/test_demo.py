@@ -19,8 +19,8 @@ from PIL import Image
 
 from assembly import Output
 from config import make_config
+from extraction.images import ImageFile
 from model.errors import InputError
-from model.images import ImageFile
 from modules.reranking import SuperGlobalReranker
 from modules.search import Database
 from report.page import moves

@@ -168,7 +168,7 @@ def test_skipped_files_are_counted_by_reason_and_named(search, folder, monkeypat
     (folder / "folder.jpg").mkdir()
     draw(folder / "folder.jpg" / "inside.png", 30)
     (folder / "a\nforged  line\x1b[2J.jpg").write_bytes((folder / NAMES[0]).read_bytes())
-    monkeypatch.setattr("model.images.FORMATS", ("JPEG", "PNG", "WEBP"))  # like without pillow-heif
+    monkeypatch.setattr("extraction.images.FORMATS", ("JPEG", "PNG", "WEBP"))  # like without pillow-heif
     outcome = search("--top", 400)
     assert outcome.code == 0, outcome.err
     assert re.search(r"2 skipped, unsupported image formats: photo.HEIC, raw.cr2; pip install pillow-heif", outcome.out)

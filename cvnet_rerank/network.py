@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.batching import is_out_of_memory
 from model.checkpoint import load_encoder, load_strictly, reranker_state
+from model.device import is_out_of_memory
 from model.errors import InputError
 from model.folding import PRECISIONS, FoldedResNet
 from model.resnet import FEATURE_DIM, ResNet

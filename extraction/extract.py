@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model.batching import equal_sizes, first_batch_size, in_fitting_parts
-from model.distributed import Processes
+from extraction.batching import equal_sizes, first_batch_size, in_fitting_parts
+from extraction.images import ImageError, ImageFile
+from extraction.loading import PLAIN_LOADING, WORKER_ERRORS, Loading, ReadAhead
+from extraction.processes import Processes
+from extraction.store import DescriptorStore, nonzero_rows
 from model.errors import InputError, short_list
 from model.extractor import Extractor
-from model.images import ImageError, ImageFile
-from model.read_ahead import PLAIN_LOADING, WORKER_ERRORS, Loading, ReadAhead
-from model.store import DescriptorStore, nonzero_rows
 from modules.checks import values_unseen
 
 log = logging.getLogger(__name__)

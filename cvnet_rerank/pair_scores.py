@@ -21,13 +21,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from model.cvnet_rerank import CVNetRerank
-from model.extract import file_fingerprints
-from model.images import ImageError, ImageFile, to_network_input
-from model.owner import owned
-from model.read_ahead import PLAIN_LOADING, WORKER_ERRORS, Loading, ReadAhead
+from cvnet_rerank.network import CVNetRerank
+from extraction.extract import file_fingerprints
+from extraction.images import ImageError, ImageFile, to_network_input
+from extraction.loading import PLAIN_LOADING, WORKER_ERRORS, Loading, ReadAhead
+from extraction.owner import owned
+from extraction.store import DescriptorStore
 from model.recipe import Recipe
-from model.store import DescriptorStore
 from modules.reranking import Found
 
 log = logging.getLogger(__name__)

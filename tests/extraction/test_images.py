@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from model.images import ImageError, ImageFile, image_suffixes, read_image, to_network_input
+from extraction.images import ImageError, ImageFile, image_suffixes, read_image, to_network_input
 
 RGB = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 
@@ -56,7 +56,7 @@ def test_jpeg_files_intact_or_damaged_are_decoded_as_by_pillow(tmp_path, monkeyp
         path.write_bytes(data[: random.integers(len(data)) if number % 7 == 0 else None])
         outcomes.append(outcome())
         with monkeypatch.context() as patch:
-            patch.setattr("model.images.decoded_jpeg", lambda image: None)
+            patch.setattr("extraction.images.decoded_jpeg", lambda image: None)
             assert outcome() == outcomes[-1], number
     assert 200 < sum(isinstance(each, bytes) for each in outcomes) < 400
 

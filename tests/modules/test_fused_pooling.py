@@ -20,7 +20,7 @@ triton = pytest.importorskip("triton", reason="Triton comes with PyTorch for NVI
 
 _CASES = """
 import torch
-from model.fused_pooling import regional_gem_by_triton
+from modules.fused_pooling import regional_gem_by_triton
 from modules.pooling import GeM, GeMPlus, RegionalGeM
 
 for shape, rgem, pooling in (
@@ -50,7 +50,7 @@ def test_the_kernel_compiles_for_gpus(capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from model.fused_pooling import _row_sums as kernel
+    from modules.fused_pooling import _row_sums as kernel
 
     constants = {"PAD": 2, "REFLECTED": True, "CHANNELS": 128, "x_c": 1, "powers_c": 1}
     kinds = {"x": "*fp32", "powers": "*fp32", "sums": "*fp32", "region_root": "fp32", "p": "fp32", "floor": "fp32"}
@@ -78,7 +78,7 @@ def test_if_the_kernel_does_not_compile_pooling_takes_two_passes(network, monkey
     expected = network.pooling(network.rgem(feature_map))
     assert torch.equal(pooled_on_device(network, feature_map), expected)
     assert network.fused_pooling
-    monkeypatch.setattr("model.fused_pooling.regional_gem", compiler_is_missing)
+    monkeypatch.setattr("modules.fused_pooling.regional_gem", compiler_is_missing)
     assert torch.equal(pooled_on_device(network, feature_map), expected)
     assert not network.fused_pooling
 

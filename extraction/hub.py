@@ -7,11 +7,11 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from model.batching import equal_sizes, first_batch_size, in_fitting_parts
+from extraction.batching import equal_sizes, first_batch_size, in_fitting_parts
+from extraction.extract import extract_batch
+from extraction.images import to_rgb
 from model.errors import InputError
-from model.extract import extract_batch
 from model.extractor import NetworkExtractor
-from model.images import to_rgb
 
 AnyImage = Tensor | Image.Image
 

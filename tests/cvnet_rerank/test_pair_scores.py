@@ -7,9 +7,9 @@ import torch
 from conftest import Layout, kept, latest
 from oracles import all_protocols, full_ranking
 
-from model.cvnet_rerank import load_cvnet_rerank
-from model.images import to_network_input
-from model.pair_scores import CVNetReranker, FeatureMaps, PairScores, equal_sizes
+from cvnet_rerank.network import load_cvnet_rerank
+from cvnet_rerank.pair_scores import CVNetReranker, FeatureMaps, PairScores, equal_sizes
+from extraction.images import to_network_input
 from model.recipe import Recipe
 from modules.search import Database
 from revisitop.evaluate import evaluate as metrics_of

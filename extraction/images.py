@@ -15,8 +15,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from extraction.jpeg import decoded_jpeg
 from model.errors import InputError
-from model.jpeg import decoded_jpeg
 
 # B, G, R order, as the network was trained.
 MEAN_BGR = (0.406, 0.456, 0.485)

@@ -10,15 +10,15 @@ from conftest import ROOT
 from forked import ranks
 from PIL import Image
 
-from model import batching
+from extraction import batching
+from extraction.extract import ImageSet, extract_images, extract_sets
+from extraction.images import ImageFile
+from extraction.loading import Loading, ReadAhead
+from extraction.store import DescriptorStore
 from model.device import choose_device
 from model.errors import InputError
-from model.extract import ImageSet, extract_images, extract_sets
 from model.extractor import NetworkExtractor
-from model.images import ImageFile
-from model.read_ahead import Loading, ReadAhead
 from model.recipe import Recipe
-from model.store import DescriptorStore
 from modules import attach
 
 
@@ -239,9 +239,9 @@ class Colours:
 SHARED = """
 import sys
 from pathlib import Path
-from model.distributed import Processes
-from model.extract import ImageSet, extract_shared
-from model.images import ImageFile
+from extraction.processes import Processes
+from extraction.extract import ImageSet, extract_shared
+from extraction.images import ImageFile
 
 images = [ImageFile(path) for path in sorted(Path(sys.argv[1]).glob("*.png"))]
 processes = Processes()

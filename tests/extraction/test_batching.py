@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from model import batching
-from model.batching import BatchSize, equal_sizes, in_fitting_parts
+from extraction import batching
+from extraction.batching import BatchSize, equal_sizes, in_fitting_parts
 
 
 def images(sizes: list[tuple[int, int]]) -> list[tuple[int, torch.Tensor]]:

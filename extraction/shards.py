@@ -4,8 +4,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from extraction.store import differences, read_provenance
 from model.errors import InputError, short_list
-from model.store import differences, read_provenance
 
 _NAME = re.compile(r"(?P<stem>.+)\.(?P<number>\d{5})-of-(?P<count>\d{5})")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.store import jsonable, write_json
+from extraction.store import jsonable, write_json
 
 _MADE_FROM = "made_from.json"
 

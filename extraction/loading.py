@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from extraction.images import ImageError, ImageFile, pixel_limit, set_pixel_limit
 from model.errors import InputError, short_list
-from model.images import ImageError, ImageFile, pixel_limit, set_pixel_limit
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import os
 import numpy as np
 import pytest
 
+from extraction.store import DescriptorStore, provenance_differences, write_json
 from model.errors import InputError
-from model.store import DescriptorStore, provenance_differences, write_json
 
 ROWS = np.random.default_rng(0).standard_normal((10, 4)).astype(np.float32)
 SOURCE = {"checkpoint": "abc", "scales": [0.7071, 1.0], "sgem": float("inf")}
@@ -198,7 +198,7 @@ def test_a_kill_while_the_list_changes_loses_no_row(path, monkeypatch, moment):
         replace(old, new)
 
     with monkeypatch.context() as patched:
-        patched.setattr("model.store.os.replace", killed)
+        patched.setattr("extraction.store.os.replace", killed)
         with pytest.raises(KeyboardInterrupt):
             DescriptorStore(path, 10, 4, SOURCE, fingerprints=["new", *FINGERPRINTS[1:]])
     assert DescriptorStore(path, 10, 4, SOURCE, fingerprints=["new", *FINGERPRINTS[1:]]).missing().tolist() == [0]

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from extraction.shards import check_shards, find_shards, shard_path, shard_rows
 from model.errors import InputError
-from model.shards import check_shards, find_shards, shard_path, shard_rows
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from model.device import is_out_of_memory
 from model.errors import InputError
 from model.extractor import Extractor
 
@@ -23,12 +24,7 @@ GPU_PIXELS = 16 << 20
 # Bytes of a ResNet's activations per pixel of the scaled image: about 60 values are alive at the peak.
 _LIVE_VALUES = 60
 
-# Messages of PyTorch, cuDNN and cuBLAS when the memory is full, in addition to the exception types; and PyTorch's
-# message when all of cuDNN's convolution algorithms failed, for lack of memory or for another reason.
-_FULL = (
-    *("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED", "ALLOCATION_FAILED"),
-    "CUBLAS_STATUS_NOT_INITIALIZED",
-)
+# PyTorch's message when all of cuDNN's convolution algorithms failed, for lack of memory or for another reason.
 _NO_ENGINE = "unable to find an engine to execute this computation"
 
 
@@ -132,8 +128,3 @@ def in_fitting_parts(
             continue
         yield part, vectors
         done = part.stop
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Returns whether an exception means that the memory of the device is full."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in _FULL)

@@ -3,10 +3,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import cvnet_rerank
-from model.cvnet_rerank import CVNetRerank, load_cvnet_rerank
+from cvnet_rerank import network as cvnet_rerank
+from cvnet_rerank.network import CVNetRerank, load_cvnet_rerank
+from extraction.images import to_network_input
 from model.errors import InputError
-from model.images import to_network_input
 from revisitop.toy import seeded_checkpoint
 
 

@@ -30,7 +30,7 @@ from model.checkpoint import find_checkpoint
 from model.device import choose_device, device_name, prepare_process
 from model.errors import InputError, short_list
 from model.network_recipe import NetworkRecipe
-from model.networks import short_name
+from model.libraries import short_name
 from model.recipe import SCALE_SETS, Recipe
 from model.whitened import WhitenedRecipe
 from modules.compact import Int8Rows

@@ -9,8 +9,7 @@ from pathlib import Path
 try:
     from extraction.hub import ImageDescriptor
     from model.checkpoint import find_checkpoint
-    from model.network_recipe import NetworkRecipe
-    from model.recipe import SCALE_SETS, Recipe
+    from model.recipe import Recipe
     from modules.reranking import SuperGlobalReranker
 except ModuleNotFoundError as error:
     name = (error.name or "").split(".")[0]

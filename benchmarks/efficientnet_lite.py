@@ -4,7 +4,7 @@ import io
 from contextlib import redirect_stdout
 
 from model.errors import InputError
-from model.networks import Backbone
+from model.libraries import Backbone
 
 
 def build() -> Backbone:

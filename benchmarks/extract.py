@@ -43,7 +43,7 @@ from model.extractor import Extractor
 from model.folding import PRECISIONS
 from model.network_recipe import NetworkRecipe
 from model.recipe import SCALE_SETS, Recipe
-from model.resnet import STAGE_DEPTHS, ResNet
+from model.cvnet import STAGE_DEPTHS, ResNet
 from model.superglobal import SuperGlobal
 from modules.pooling import GeMPlus, RegionalGeM, ScaleGeM
 from revisitop.toy import seeded_checkpoint

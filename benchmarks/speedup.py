@@ -33,7 +33,7 @@ from extraction.images import to_network_input
 from model.device import choose_device, prepare_process
 from model.errors import run_command
 from model.folding import PRECISIONS
-from model.resnet import FEATURE_DIM
+from model.cvnet import FEATURE_DIM
 from modules.reranking import RERANK_K, RERANK_M
 
 SIZE, DEPTH = (1024, 768), 50

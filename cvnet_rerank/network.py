@@ -12,6 +12,7 @@ channels last; a convolution over the key's axes uses a transposed copy.
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -20,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.checkpoint import load_encoder, load_strictly, reranker_state
+from model.cvnet import FEATURE_DIM, ResNet, cvnet_backbone
 from model.device import is_out_of_memory
 from model.errors import InputError
 from model.folding import PRECISIONS, FoldedResNet
-from model.resnet import FEATURE_DIM, ResNet
 
 MAP_DIM, LOCAL_DIM = 1024, 256
 MAP_SCALES = (0.25, 0.5, 1.0)  # relative to the area of a feature map
@@ -148,16 +149,18 @@ class CVNetRerank(nn.Module):
 
     ::
 
-        query = network.query_inputs(network.feature_map(image))
-        scores = network.score(query, network.feature_map(images))
+        query = network.query_inputs(network.feature_map(network.normalise(pixels)))
+        scores = network.score(query, network.feature_map(network.normalise(more_pixels)))
 
     Args:
         encoder: computes the stage-3 feature map.
         layers: the layers with their trained weights, which are converted to the encoder's precision.
+        normalise: prepares images for the encoder. (N, H, W, 3) RGB -> (N, 3, H, W).
     """
 
-    def __init__(self, encoder: FoldedResNet, layers: CVNetLayers):
+    def __init__(self, encoder: FoldedResNet, layers: CVNetLayers, normalise: Callable[[Tensor], Tensor]):
         super().__init__()
+        self.normalise = normalise
         self.encoder, self.conv2ds, self.cv_learner = encoder, layers.conv2ds, layers.cv_learner
         self.dtype = PRECISIONS[encoder.precision]
         layers.to(self.dtype).to(memory_format=torch.channels_last)
@@ -192,9 +195,8 @@ class CVNetRerank(nn.Module):
             sizes = " and ".join(f"{x.shape[-1]} x {x.shape[-2]}" for x in (query, key_maps))
             raise InputError(
                 f"the memory of the device is too small for CVNet-Rerank with maps of {sizes} positions; "
-                "try smaller images",
-                precision="bf16", device="cpu",
-            ) from None  # fmt: skip
+                "use smaller images, half precision, or the CPU"
+            ) from None
         return torch.cat(scores) if scores else query.new_empty(0, dtype=torch.float32)
 
     def keys_per_batch(self, query: Tensor, key_maps: Tensor) -> int:
@@ -240,10 +242,10 @@ def load_cvnet_rerank(
         InputError: if a key of the encoder or of the reranker is missing, unknown or of another shape.
     """
     with torch.device("meta"):  # skips the initialisation of weights that the checkpoint replaces
-        encoder, layers = ResNet(depth, reduction_dim, relup=None), CVNetLayers()
+        encoder, layers = ResNet(depth, reduction_dim), CVNetLayers()
     load_encoder(encoder, checkpoint)
     load_strictly(layers, reranker_state(checkpoint), checkpoint, "CVNet-Rerank")
-    network = CVNetRerank(FoldedResNet(encoder, precision, stop_in=3), layers)
+    network = CVNetRerank(FoldedResNet(encoder, precision, stop_in=3), layers, cvnet_backbone(encoder).normalise)
     return network.eval().requires_grad_(False).to(device)
 
 

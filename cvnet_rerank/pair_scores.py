@@ -1,4 +1,4 @@
-"""Reranking by local features: CVNet-Rerank's scores of pairs of images, saved as they are computed.
+"""CVNet-Rerank's scores of pairs of images, saved as they are computed.
 
 A pair takes half a second on a CPU, so the computation can be interrupted and resumed after each query.
 
@@ -8,8 +8,8 @@ Lee et al., "Correlation Verification for Image Retrieval", CVPR 2022.
 import hashlib
 import logging
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,20 +21,20 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from cvnet_rerank.network import CVNetRerank
-from extraction.extract import file_fingerprints
-from extraction.images import ImageError, ImageFile, to_network_input
+from cvnet_rerank.network import CVNetRerank, load_cvnet_rerank
+from extraction.batching import equal_sizes
+from extraction.extract import probe_pixels, probe_tolerance
+from extraction.files import write_array, write_json
+from extraction.identity import KEY_BYTES, NO_STAT, Identity
+from extraction.images import ImageError, ImageFile
 from extraction.loading import PLAIN_LOADING, WORKER_ERRORS, Loading, ReadAhead
 from extraction.owner import owned
-from extraction.store import DescriptorStore
+from extraction.store import Store, fingerprint, probe_distance
 from model.recipe import Recipe
-from modules.reranking import Found
 
 log = logging.getLogger(__name__)
 
-SCORE_WEIGHT = 0.5
 MEMORY_BYTES = 2 << 30  # for feature maps that are kept in memory
-WAITING_BYTES = 512 << 20  # for feature maps that wait for others of their size
 
 
 @dataclass
@@ -42,7 +42,7 @@ class PairScores:
     """The scores of queries with their first candidates from a search.
 
     Attributes:
-        recipe: creates the network.
+        recipe: the recipe of CVNet's descriptors, whose checkpoint, depth, precision and image size are used.
         queries, database: the images; those of the database include distractors, if there are any.
         path: the .npy file of the scores, (Q, m).
         m: number of candidates per query that are scored.
@@ -75,84 +75,68 @@ class PairScores:
         """
         ids = ids[:, : self.m]
         if self._known is None or not torch.equal(self._known[0], ids):
-            self._known = ids, torch.from_numpy(self._score(ids, device))
+            with owned(self.path):
+                self._known = ids, torch.from_numpy(self._score(ids, device))
         return self._known[1]
 
     def _score(self, ids: Tensor, device: torch.device) -> np.ndarray:
-        with owned(self.path):
-            return self._score_owned(ids, device)
-
-    def _score_owned(self, ids: Tensor, device: torch.device) -> np.ndarray:
-        queries, m = ids.shape
-        store = DescriptorStore(self.path, queries, m, self._provenance(), self.resume, self._fingerprints(ids))
-        if store.complete:
-            log.info("%s: reused, computed from the same images, candidates and checkpoint", store.path)
-            return np.load(store.path)
-        network = self.recipe.pair_network(device)
-        maps = FeatureMaps(network, self._provenance(), self.maps_folder, self.maps_bytes, self.loading)
+        recipe = self.recipe
+        network = load_cvnet_rerank(Path(recipe.weights), recipe.depth, recipe.reduction_dim, recipe.precision, device)
+        names = ("weights_sha256", "depth", "precision", "max_side")
+        provenance = {name: getattr(recipe, name) for name in names}
+        maps = FeatureMaps(network, provenance, recipe.max_side, self.maps_folder, self.maps_bytes, self.loading)
+        tolerance = probe_tolerance(recipe.precision)
+        store = Store(self.path, ids.shape[1], provenance, pair_probe(network, device), tolerance)
+        store.read() if self.resume else store.clear()
+        keys = self._keys(ids)
+        if store.finished_keys == keys:
+            log.info("%s: reused, computed from the same images, candidates and checkpoint", self.path)
+            return np.load(self.path)
+        missing = [query for query, key in enumerate(keys) if key not in store]
         bar = tqdm(
-            total=ids.numel(), initial=int(store.done.sum()) * ids.shape[1], desc="CVNet-Rerank", unit="pair",
+            total=ids.numel(), initial=(len(keys) - len(missing)) * ids.shape[1], desc="CVNet-Rerank", unit="pair",
             dynamic_ncols=True, smoothing=0.05,
         )  # fmt: skip
         with bar, torch.inference_mode():
-            for query in store.missing():
-                ((_, own),) = maps.of([self.queries[query]])
-                inputs = network.query_inputs(own[None].to(device))
+            for query in missing:
+                ((_, feature_map),) = maps.of([self.queries[query]])
+                inputs = network.query_inputs(feature_map[None].to(device))
                 scores = np.zeros(ids.shape[1], dtype=np.float32)
                 candidates = [self.database[number] for number in ids[query].tolist() if number >= 0]
-                for places, keys in equal_sizes(maps.of(candidates), partial(network.keys_per_batch, inputs)):
-                    scores[places] = network.score(inputs, keys.to(device)).cpu().numpy()
+                for places, batch in equal_sizes(maps.of(candidates), partial(_keys_per_batch, network, inputs)):
+                    scores[[*places]] = network.score(inputs, torch.stack(batch).to(device)).cpu().numpy()
                     bar.update(len(places))
-                store.write(int(query), scores)
+                store.write(b"", Identity(keys[query], NO_STAT), scores)
                 store.flush()
-        store.finish()
-        return np.load(store.path)
+        store.finish([b""] * len(keys), [Identity(key, NO_STAT) for key in keys])
+        return np.load(self.path)
 
-    def _provenance(self) -> dict[str, Any]:
-        """Returns what a score depends on beside the images."""
-        recipe = self.recipe
-        return {
-            "checkpoint_sha256": recipe.checkpoint_sha256,
-            "depth": recipe.depth,
-            "precision": recipe.precision,
-        }
-
-    def _fingerprints(self, ids: Tensor) -> list[str]:
-        """Returns a fingerprint per query, of its own image and those of its candidates."""
+    def _keys(self, ids: Tensor) -> list[bytes]:
+        """Returns a key per query, of its own image and those of its candidates."""
         numbers = [number for number in ids.unique().tolist() if number >= 0]
-        known = {-1: ""} | dict(
-            zip(numbers, file_fingerprints([self.database[number] for number in numbers]), strict=True)
-        )
+        known = {-1: b""} | {number: self.database[number].identity().key for number in numbers}
         return [
-            _digest(repr([own, [known[number] for number in row]]))
-            for own, row in zip(file_fingerprints(self.queries), ids.tolist(), strict=True)
+            hashlib.blake2b(
+                b" ".join([image.identity().key, *(known[number] for number in row)]), digest_size=KEY_BYTES
+            ).digest()
+            for image, row in zip(self.queries, ids.tolist(), strict=True)
         ]
 
 
-@dataclass(frozen=True)
-class CVNetReranker:
-    """Sorts a query's first m candidates by cosine + 0.5 * score; implements modules.candidates.Reranker.
+def _keys_per_batch(network: CVNetRerank, query: Tensor, feature_map: Tensor) -> int:
+    return network.keys_per_batch(query, feature_map[None])
 
-    Attributes:
-        pairs: provides the scores of at least m + spare candidates.
-        m: number of candidates that are sorted.
-        spare: number of further candidates that are scored, for protocols that drop some of the first.
-    """
 
-    pairs: PairScores
-    m: int
-    spare: int = 0
-
-    def scores(
-        self,
-        queries: Tensor,
-        found: Found,
-        fetch: Callable[[Tensor], Tensor],
-        device: torch.device | str | None = None,
-    ) -> Tensor:
-        """Returns the new scores, see Reranker; `queries` and `fetch` are unused."""
-        scores = self.pairs.of(found.ids, torch.device(device or queries.device))[:, : self.m + self.spare]
-        return found.scores[:, : scores.shape[1]] + SCORE_WEIGHT * scores
+def pair_probe(network: CVNetRerank, device: torch.device | str) -> np.ndarray:
+    """Returns unit rows that change when the code of the network does: of a map, and of the score of a pair. (2, D)."""
+    first, second = (torch.from_numpy(pixels)[None].to(device) for pixels in probe_pixels())
+    with torch.inference_mode():
+        maps = [network.feature_map(network.normalise(pixels)) for pixels in (first, second)]
+        angle = network.score(network.query_inputs(maps[0]), maps[1])[0].double() * math.pi / 2
+        row = maps[0].flatten().double().cpu()
+    score = torch.zeros_like(row)
+    score[:2] = torch.stack([angle.cos(), angle.sin()]).cpu()
+    return torch.stack([row / row.norm(), score]).float().numpy()
 
 
 class FeatureMaps:
@@ -160,22 +144,43 @@ class FeatureMaps:
 
     Args:
         network: computes them.
-        provenance: what they depend on beside the image.
-        folder: where they are saved; None keeps only some of them, in memory.
+        provenance: what they depend on beside code and image.
+        max_side: longer side to which larger images are reduced, or None.
+        folder: where they are saved, in a folder per provenance; None keeps only some of them, in memory.
         limit: the largest size of that folder in bytes, including maps of earlier runs.
         loading: how images are read.
     """
 
     def __init__(
-        self, network: CVNetRerank, provenance: dict, folder: Path | None, limit: int, loading: Loading = PLAIN_LOADING
+        self,
+        network: CVNetRerank,
+        provenance: dict[str, Any],
+        max_side: int | None,
+        folder: Path | None,
+        limit: int,
+        loading: Loading = PLAIN_LOADING,
     ):
-        self.network, self.loading, self.folder = network, loading, folder
-        self.provenance = repr(sorted(provenance.items()))
-        self.at_hand: dict[str, Tensor] = {}
+        self.network, self.max_side, self.loading = network, max_side, loading
+        self.device = next(network.parameters()).device
+        self.folder = None if folder is None else folder / fingerprint(provenance)
+        self.in_memory: dict[bytes, Tensor] = {}
         self.memory_left, self.disk_left = MEMORY_BYTES, limit
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.disk_left -= sum(file.stat().st_size for file in folder.iterdir())
+        if self.folder is not None:
+            self._open(self.folder, provenance)
+            self.disk_left -= sum(file.stat().st_size for file in self.folder.parent.rglob("*.npy"))
+
+    def _open(self, folder: Path, provenance: dict[str, Any]) -> None:
+        """Creates the folder; one whose maps were computed by other code is emptied first."""
+        probe = pair_probe(self.network, self.device)
+        try:
+            current = probe_distance(np.load(folder / "probe.npy"), probe) <= probe_tolerance(provenance["precision"])
+        except (OSError, ValueError):
+            current = False
+        if not current:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            write_json(folder / "provenance.json", provenance)
+            write_array(folder / "probe.npy", probe)
 
     def of(self, images: Sequence[ImageFile]) -> Iterator[tuple[int, Tensor]]:
         """Yields the number and feature map of each image; saved ones come first.
@@ -183,30 +188,30 @@ class FeatureMaps:
         Raises:
             InputError: if an image is damaged, or a process that decodes images died.
         """
-        fingerprints = [_digest(f"{fingerprint} {self.provenance}") for fingerprint in file_fingerprints(images)]
         missing = []
-        for number, fingerprint in enumerate(fingerprints):
-            if (there := self._find(fingerprint)) is None:
+        for number, image in enumerate(images):
+            if (feature_map := self._find(image.identity().key)) is None:
                 missing.append(number)
             else:
-                yield number, there
-        device = next(self.network.parameters()).device
-        decoded = ReadAhead(images, np.array(missing, dtype=np.int64), self.loading)
+                yield number, feature_map
+        decoded = ReadAhead(images, np.array(missing, dtype=np.int64), self.loading, self.max_side)
         try:
-            for number, pixels in zip(missing, decoded, strict=True):
-                if isinstance(pixels, ImageError):
-                    raise pixels
+            for number, item in zip(missing, decoded, strict=True):
+                if isinstance(item, ImageError):
+                    raise item
+                pixels, identity = item
                 with torch.inference_mode():
-                    made = self.network.feature_map(to_network_input(pixels[None].to(device)))[0].contiguous().cpu()
-                self._keep(fingerprints[number], made)
-                yield number, made
+                    x = self.network.normalise(pixels[None].to(self.device))
+                    feature_map = self.network.feature_map(x)[0].contiguous().cpu()
+                self._keep(identity.key, feature_map)
+                yield number, feature_map
         except WORKER_ERRORS as error:
             raise decoded.death_of_a_worker(error) or error from None
 
-    def _find(self, fingerprint: str) -> Tensor | None:
-        if fingerprint in self.at_hand:
-            return self.at_hand[fingerprint]
-        if self.folder is None or not (path := self.folder / f"{fingerprint}.npy").exists():
+    def _find(self, key: bytes) -> Tensor | None:
+        if key in self.in_memory:
+            return self.in_memory[key]
+        if self.folder is None or not (path := self.folder / f"{key.hex()}.npy").exists():
             return None
         try:
             return torch.from_numpy(np.load(path))
@@ -215,16 +220,13 @@ class FeatureMaps:
             path.unlink()
             return None
 
-    def _keep(self, fingerprint: str, made: Tensor) -> None:
-        if made.nbytes <= self.memory_left:
-            self.memory_left -= made.nbytes
-            self.at_hand[fingerprint] = made
-        if self.folder is not None and made.nbytes + 128 <= self.disk_left:  # including NumPy's header
-            self.disk_left -= made.nbytes + 128
-            new = self.folder / f"{fingerprint}.{os.getpid()}.new"
-            with new.open("wb") as file:
-                np.save(file, made.numpy())
-            new.replace(self.folder / f"{fingerprint}.npy")
+    def _keep(self, key: bytes, feature_map: Tensor) -> None:
+        if feature_map.nbytes <= self.memory_left:
+            self.memory_left -= feature_map.nbytes
+            self.in_memory[key] = feature_map
+        if self.folder is not None and feature_map.nbytes + 128 <= self.disk_left:  # including NumPy's header
+            self.disk_left -= feature_map.nbytes + 128
+            write_array(self.folder / f"{key.hex()}.npy", feature_map.numpy())
 
 
 def map_bytes(images: Sequence[ImageFile]) -> int:
@@ -235,31 +237,3 @@ def map_bytes(images: Sequence[ImageFile]) -> int:
             width, height = opened.size
         sizes.append(4 * 1024 * math.ceil(height / 16) * math.ceil(width / 16))
     return round(sum(sizes) / len(sizes))
-
-
-def equal_sizes(
-    maps: Iterable[tuple[int, Tensor]], most: Callable[[Tensor], int]
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Yields batches of feature maps of equal size, (K, 1024, h, w), with their numbers.
-
-    Args:
-        maps: feature maps with their numbers.
-        most: returns the largest batch for maps of this shape, (1, 1024, h, w).
-    """
-    waiting: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
-    held = 0
-    for number, made in maps:
-        waiting.setdefault(tuple(made.shape), []).append((number, made))
-        held += made.nbytes
-        due = [tuple(made.shape)] if len(waiting[tuple(made.shape)]) >= most(made[None]) else []
-        if not due and held >= WAITING_BYTES:
-            due = [max(waiting, key=lambda shape: len(waiting[shape]))]
-        for batch in map(waiting.pop, due):
-            held -= sum(part.nbytes for _, part in batch)
-            yield [each for each, _ in batch], torch.stack([part for _, part in batch])
-    for batch in waiting.values():
-        yield [each for each, _ in batch], torch.stack([part for _, part in batch])
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()

@@ -63,20 +63,24 @@ def first_batch_size(extractor: Extractor, images: int = 0) -> BatchSize:
 
 
 def equal_sizes(
-    images: Iterable[tuple[int, Tensor]], size: BatchSize
+    images: Iterable[tuple[int, Tensor]], most: Callable[[Tensor], int]
 ) -> Iterator[tuple[tuple[int, ...], tuple[Tensor, ...]]]:
-    """Yields batches of equally sized images, with their numbers, from images (H, W, 3) in ascending order of numbers.
+    """Yields batches of equally sized images (or feature maps), with their numbers.
 
-    A batch is yielded when it is full, or when its first image is further behind than the window, so
-    that results can be written in the order of the list without long waits.
+    A batch is yielded when it is full, or when its first image is further behind than the window, which
+    bounds the memory.
+
+    Args:
+        images: images with ascending numbers.
+        most: returns the largest batch for images of this size.
     """
-    waiting: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}  # by shape, the one with the oldest image first
+    waiting: dict[tuple, list[tuple[int, Tensor]]] = {}  # by shape and dtype, those with the oldest image first
     held = 0
     for number, pixels in images:
-        shape = tuple(pixels.shape)
+        shape = (*pixels.shape, pixels.dtype)
         waiting.setdefault(shape, []).append((number, pixels))
         held += pixels.nbytes
-        due = [shape] if len(waiting[shape]) >= size.of(pixels) else []
+        due = [shape] if len(waiting[shape]) >= most(pixels) else []
         oldest = next(iter(waiting))
         if oldest not in due and (held >= WINDOW_BYTES or number - waiting[oldest][0][0] >= WINDOW_IMAGES):
             due.append(oldest)
@@ -117,9 +121,9 @@ def in_fitting_parts(
             elif part.stop == done + 1:
                 height, width = batch[done].shape[:2]
                 vectors = InputError(
-                    f"{names[done]}: the memory of the device is too small for {width} x {height} pixels",
-                    scales=(1.0,), precision="bf16", device="cpu",
-                )  # fmt: skip
+                    f"{names[done]}: the memory of the device is too small for {width} x {height} pixels; use fewer "
+                    "scales, half precision, or the CPU"
+                )
         if vectors is None:  # not in the handler, which would keep the memory of the failed part alive
             size.halve(batch[part])
             log.info("out of memory with %d images in a batch; retrying with half as many", part.stop - done)

@@ -1,14 +1,15 @@
-"""Extract the descriptors of many images: decoded ahead, batched by size, with results in the order of the list."""
+"""Extract the descriptors of many images: decoded ahead, batched by size, and stored by the content of the images."""
 
 import logging
 import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -16,10 +17,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from extraction.batching import equal_sizes, first_batch_size, in_fitting_parts
+from extraction.identity import NO_STAT, Identity, image_label, stat_record
 from extraction.images import ImageError, ImageFile
 from extraction.loading import PLAIN_LOADING, WORKER_ERRORS, Loading, ReadAhead
+from extraction.owner import owned
 from extraction.processes import Processes
-from extraction.store import DescriptorStore, nonzero_rows
+from extraction.store import NO_KEY, Store
 from model.errors import InputError, short_list
 from model.extractor import Extractor
 from modules.checks import values_unseen
@@ -38,14 +41,21 @@ class ExtractorRecipe(Protocol):
 
     Attributes:
         dim: D, dimensions of a descriptor.
+        precision: fp32, bf16 or fp16.
+        max_side: longer side to which larger images are reduced, or None.
     """
 
-    dim: int
+    @property
+    def dim(self) -> int: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def max_side(self) -> int | None: ...
 
     def extractor(self, device: torch.device) -> Extractor: ...
 
     def provenance(self) -> dict[str, Any]:
-        """Returns everything a descriptor depends on except its image, as JSON."""
+        """Returns everything a descriptor depends on except its image and the code, as JSON."""
         ...
 
 
@@ -54,38 +64,37 @@ class ImageSet:
     """A list of images whose descriptors are stored in one file, in the same order.
 
     Attributes:
-        path: the .npy file of the descriptors.
+        path: the .npy (or .pth) file of the descriptors.
         title: the name in the progress bar and in error messages.
         images: the images.
-        folder: images are identified by their path relative to it, or by their file name if it is None.
-        provenance: what the descriptors depend on beside recipe and images.
-        fingerprinted: whether name, size and time of each file are recorded, to extract changed images again.
+        folder: images are labelled by their path relative to it, or by their whole path if it is None.
     """
 
     path: Path
     title: str
     images: Sequence[ImageFile]
     folder: Path | None = None
-    provenance: dict[str, Any] = field(default_factory=dict)
-    fingerprinted: bool = True
 
-    def open_store(self, recipe: ExtractorRecipe, resume: bool = True) -> DescriptorStore:
-        """Returns the store of the descriptors; resume=False starts over."""
-        return DescriptorStore(
-            self.path, len(self.images), recipe.dim, self._provenance(recipe), resume, self._fingerprints()
-        )
 
-    def store_of_rank(self, recipe: ExtractorRecipe, rank: int, done: np.ndarray) -> DescriptorStore:
-        """Returns the store for another process of a `torchrun`, see DescriptorStore.of_rank."""
-        return DescriptorStore.of_rank(
-            self.path, recipe.dim, self._provenance(recipe), rank, done, self._fingerprints()
-        )
+def probe(extractor: Extractor) -> np.ndarray:
+    """Returns the descriptors of two small drawn images, which change when the code of the extractor does. (2, D)."""
+    rows = [extract_batch(extractor, [torch.from_numpy(pixels)])[0].cpu() for pixels in probe_pixels()]
+    return torch.stack(rows).float().numpy()
 
-    def _provenance(self, recipe: ExtractorRecipe) -> dict[str, Any]:
-        return {**recipe.provenance(), **self.provenance}
 
-    def _fingerprints(self) -> list[str] | None:
-        return file_fingerprints(self.images, self.folder) if self.fingerprinted else None
+def probe_pixels() -> list[np.ndarray]:
+    """Returns two small drawn images, (H, W, 3) uint8."""
+    images = []
+    for height, width in ((72, 96), (64, 56)):
+        y, x, channel = np.ogrid[:height, :width, :3]
+        waves = (x * (3 + channel) + y * (7 - 2 * channel)) % 256 + (x * y * (channel + 1)) // 16 % 128
+        images.append((waves % 256).astype(np.uint8))
+    return images
+
+
+def probe_tolerance(precision: str) -> float:
+    """Returns the largest difference from 1 of the cosine of two probes of the same code."""
+    return 1e-6 if precision == "fp32" else 1e-4
 
 
 def extract_sets(
@@ -95,63 +104,148 @@ def extract_sets(
     loading: Loading = PLAIN_LOADING,
     resume: bool = True,
     on_error: str = "list",
+    processes: Processes | None = None,
+    replace: bool = True,
+    facts: dict[str, Any] | None = None,
 ) -> list[Tensor]:
     """Returns the descriptors of each set, (N, D), memory-mapped from their files.
 
-    Saved descriptors with the same provenance and images are reused; the network is created only if an
-    image must be extracted.
+    Saved descriptors of the same images are reused if they have the same provenance and if the extractor still
+    computes the same probe; all others are extracted.
 
     Args:
         resume: False extracts everything again.
         on_error: how damaged images are handled, see extract_images.
+        processes: the processes of a `torchrun`, which share the work and must see the files under the same paths;
+            by default only this one.
+        replace: whether descriptors of other settings are replaced; else they are an error.
+        facts: added to the provenance files.
 
     Raises:
-        InputError: if images are damaged; descriptors that were already extracted are kept.
+        InputError: if images are damaged, or another process failed; descriptors that were extracted are kept.
     """
-    stores = [each.open_store(recipe, resume) for each in sets]  # opens all of them before changing one
-    extractor = None
-    for each, store in zip(sets, stores, strict=True):
-        if len(store.failed):  # a row of zeros is not a descriptor
-            again = [row for row in store.failed.tolist() if on_error != "skip" or each.images[row].problem() is None]
-            if again:
-                store.reopen(np.array(again))
-        if store.complete:
-            log.info("%s: reused, extracted from the same images, checkpoint and settings", store.path)
+    processes = processes or Processes(alone=True)
+    extractor = recipe.extractor(device)
+    identity = recipe.provenance(), probe(extractor), probe_tolerance(recipe.precision)
+    with owned(sets[0].path) if processes.rank == 0 else nullcontext():
+        for each in sets:
+            store = Store(each.path, recipe.dim, *identity, replace)
+            missing, start = np.zeros(len(each.images), dtype=bool), time.perf_counter()
+            if processes.rank == 0:
+                store.read() if resume else store.clear()
+                known = _known_images(each, store)
+                missing[:] = [identity is None for identity in known.identities]
+            missing = processes.from_first(missing)
+            rows = np.array_split(np.flatnonzero(missing), processes.count)[processes.rank]
+            if len(rows):
+                title = each.title if processes.count == 1 else f"{each.title}, {processes!r}"
+                done = int((~missing).sum()) if processes.count == 1 else 0
+                extract_images(extractor, each, store, rows, loading, recipe.max_side, on_error, title, done)
+            processes.wait()
+            if processes.rank == 0:
+                _finish(each, store, known, facts, start)
+            processes.wait()
+    return [load_rows(each.path) for each in sets]
+
+
+def load_rows(path: Path) -> Tensor:
+    """Returns the rows of a finished file, memory-mapped."""
+    if path.suffix == ".npy":
+        return torch.from_numpy(np.load(path, mmap_mode="c"))
+    return torch.load(path, mmap=True, weights_only=True)
+
+
+class KnownImages(NamedTuple):
+    """The labels of a list of images, and the identity of each image whose row exists; None for the others."""
+
+    labels: list[bytes]
+    identities: list[Identity | None]
+
+
+def _known_images(each: ImageSet, store: Store) -> KnownImages:
+    """Finds the images whose rows exist: by their stat record, or else by their content.
+
+    A row whose image has been deleted since is used, too.
+    """
+    labels = [image_label(image.path, image.box, each.folder) for image in each.images]
+    identities: list[Identity | None] = [None] * len(labels)
+    if not len(store):
+        return KnownImages(labels, identities)
+    sizes = {identity.stat[0] for identity in store.identities.values()}
+    any_size, deleted = 0 in sizes, 0  # the size of an image that was too young to trust its stat record is unknown
+    changed = []
+    for number, image in enumerate(each.images):
+        try:
+            stat = stat_record(os.stat(str(image.path)))  # text, because there may be a million
+        except OSError:
+            identities[number] = store.identities.get(labels[number])
+            deleted += identities[number] is not None
             continue
-        start, missing = time.perf_counter(), store.missing()
-        if len(missing):
-            extractor = extractor or recipe.extractor(device)
-            extract_images(extractor, each.images, store, missing, each.title, loading, on_error)
-        made = int(nonzero_rows(store.part_rows()[missing]).sum())
-        store.finish()
-        kept = len(each.images) - len(missing)
-        counts = {"unchanged": kept, "removed or replaced": store.gone, "unreadable": len(missing) - made}
-        words = "".join(f", {count} {what}" for what, count in counts.items() if count)
-        log.info("%s: %d images extracted%s (%.1f s)", each.title, made, words, time.perf_counter() - start)
-    return [torch.from_numpy(np.load(store.path, mmap_mode="c")) for store in stores]
+        identity = store.identity(labels[number], stat)
+        if identity is not None:
+            identities[number] = identity
+        elif any_size or stat[0] in sizes:
+            changed.append(number)
+    for number in tqdm(changed, desc=f"{each.title}: comparing", unit="img", dynamic_ncols=True, delay=2):
+        try:
+            identity = each.images[number].identity()
+        except ImageError:
+            continue
+        if identity.key in store:
+            identities[number] = identity
+    if deleted:
+        log.warning(
+            "%s: %d images do not exist any more; their descriptors of an earlier run are used", each.title, deleted
+        )
+    return KnownImages(labels, identities)
+
+
+def _finish(each: ImageSet, store: Store, known: KnownImages, facts: dict[str, Any] | None, start: float) -> None:
+    """Completes the file of a set after its extraction, and logs what was done."""
+    count, existing = len(each.images), sum(identity is not None for identity in known.identities)
+    before = len(store.finished_keys)
+    store.flush()
+    store.read_blocks()
+    identities = [
+        store.identities.get(label, Identity(NO_KEY, NO_STAT)) if identity is None else identity
+        for label, identity in zip(known.labels, known.identities, strict=True)
+    ]
+    skipped = [
+        os.fsdecode(label) for label, identity in zip(known.labels, identities, strict=True) if identity.key == NO_KEY
+    ]
+    store.finish(known.labels, identities, {"skipped": skipped, **(facts or {})})
+    if existing == count and before:
+        log.info("%s: reused, extracted from the same images, checkpoint and settings", each.path)
+        return
+    counts = {"unchanged": existing, "unreadable": len(skipped)}
+    words = "".join(f", {number} {what}" for what, number in counts.items() if number)
+    extracted, seconds = count - existing - len(skipped), time.perf_counter() - start
+    log.info("%s: %d images extracted%s (%.1f s)", each.title, extracted, words, seconds)
 
 
 def extract_images(
     extractor: Extractor,
-    images: Sequence[ImageFile],
-    store: DescriptorStore,
+    each: ImageSet,
+    store: Store,
     rows: np.ndarray,
-    title: str,
     loading: Loading = PLAIN_LOADING,
+    max_side: int | None = None,
     on_error: str = "list",
+    title: str = "",
+    done: int = 0,
 ) -> None:
-    """Extracts the descriptors of some of the images into the store, which keeps them if the run is interrupted.
+    """Extracts the descriptors of some images of a set into the store, which keeps them if the run is interrupted.
 
     Args:
         extractor: any implementation of the protocol.
-        images: the whole list, one image per row of the store.
-        rows: the rows to extract, ascending.
-        title: the name in the progress bar and in error messages.
+        rows: the numbers of the images to extract, ascending.
         loading: how images are read and batched.
+        max_side: longer side to which larger images are reduced, or None.
         on_error: how damaged images are handled. "stop" raises an error at once. "list" extracts no more
-            and only decodes the other images, so that the error can name every damaged file. "skip" writes
-            a row of zeros, whose cosine with everything is 0; this includes images that are too large for
-            the memory, which otherwise raise an error at once.
+            and only decodes the other images, so that the error can name every damaged file. "skip" adds
+            no row; this includes images that are too large for the memory, which otherwise raise an error at once.
+        title: the name in the progress bar and in error messages.
+        done: the number of images whose descriptors exist, for the progress bar.
 
     Raises:
         InputError: if files are damaged, a worker process died, or an image is too large for the device;
@@ -159,39 +253,43 @@ def extract_images(
     """
     damaged: list[ImageError] = []
     bar = tqdm(
-        total=len(rows) + int(store.done.sum()), initial=int(store.done.sum()), desc=title, unit="img",
-        dynamic_ncols=True, smoothing=0.05,
-    )  # fmt: skip
-    decoded = ReadAhead(images, rows, loading)
-    results = _InListOrder(store, images, rows, bar)
+        total=len(rows) + done, initial=done, desc=title or each.title, unit="img", dynamic_ncols=True, smoothing=0.05
+    )
+    decoded = ReadAhead(each.images, rows, loading, max_side)
+    results = _Arrivals(each, store, bar)
     size = first_batch_size(extractor, loading.batch_size)
+    identities: dict[int, Identity] = {}
 
     def usable() -> Iterator[tuple[int, Tensor]]:
-        for number, pixels in enumerate(decoded):
-            if isinstance(pixels, ImageError) and on_error == "skip":
-                log.warning("skipped, a row of zeros: %s", pixels)
-                results.take([number], torch.zeros(1, extractor.dim))
-            elif isinstance(pixels, ImageError):
-                damaged.append(pixels)
-                if on_error == "stop":
-                    return
-                bar.set_description(f"{title}: looking for damaged images, {len(damaged)} found")
-                bar.update()
-            elif damaged:
-                bar.update()
-            else:
+        for number, item in enumerate(decoded):
+            if not isinstance(item, ImageError):
+                if damaged:
+                    bar.update()
+                    continue
+                pixels, identities[number] = item
                 yield number, pixels
+                continue
+            bar.update()
+            if on_error == "skip":
+                log.warning("skipped: %s", item)
+                continue
+            damaged.append(item)
+            if on_error == "stop":
+                return
+            bar.set_description(f"{title}: looking for damaged images, {len(damaged)} found")
 
     try:
-        for numbers, batch in equal_sizes(usable(), size):
-            paths = [images[rows[number]].path for number in numbers]
+        for numbers, batch in equal_sizes(usable(), size.of):
+            paths = [each.images[rows[number]].path for number in numbers]
             for part, vectors in in_fitting_parts(partial(extract_batch, extractor), batch, paths, size):
-                if isinstance(vectors, InputError):
-                    if on_error != "skip":
-                        raise InputError(vectors.problem, **vectors.advice, on_error="skip")
-                    log.warning("skipped, a row of zeros: %s", vectors.problem)
-                    vectors = torch.zeros(1, extractor.dim)
-                results.take(numbers[part], vectors)
+                images = {int(rows[number]): identities.pop(number) for number in numbers[part]}
+                if not isinstance(vectors, InputError):
+                    results.take(images, vectors)
+                elif on_error == "skip":
+                    log.warning("skipped: %s", vectors)
+                    bar.update()
+                else:
+                    raise vectors
     except WORKER_ERRORS as error:
         raise decoded.death_of_a_worker(error) or error from None
     finally:
@@ -201,48 +299,7 @@ def extract_images(
             bar.close()  # so that an error starts on a new line
     if damaged:
         count = f"{len(damaged)} images" if len(damaged) > 1 else "an image"
-        pixels = max(error.pixels for error in damaged)
-        raise InputError(
-            f"{title}: {count} cannot be used: {short_list(damaged, _NAMED_AT_MOST)}",
-            on_error="skip",
-            **({"max_pixels": pixels} if pixels else {}),
-        )
-
-
-def extract_shared(
-    each: ImageSet,
-    recipe: ExtractorRecipe,
-    device: torch.device,
-    processes: Processes,
-    loading: Loading = PLAIN_LOADING,
-    resume: bool = True,
-    on_error: str = "stop",
-) -> DescriptorStore | None:
-    """Extracts one set with all processes of a `torchrun`, all of which must see its file under the same path.
-
-    Args:
-        device: the device of this process.
-        on_error: how damaged images are handled, see extract_images.
-
-    Returns:
-        The complete store in the first process, which must call ``finish()``; None in the others.
-
-    Raises:
-        InputError: as extract_images, and if another process failed.
-    """
-    first = processes.rank == 0
-    opened = each.open_store(recipe, resume) if first else None
-    done = processes.from_first(np.zeros(len(each.images), dtype=bool) if opened is None else opened.done)
-    store = each.store_of_rank(recipe, processes.rank, done) if opened is None else opened
-    mine = np.array_split(store.missing(), processes.count)[processes.rank]
-    if len(mine):
-        title = each.title if processes.count == 1 else f"{each.title}, {processes!r}"
-        extract_images(recipe.extractor(device), each.images, store, mine, title, loading, on_error)
-    processes.wait()
-    if not first:
-        return None
-    # Opening the store again joins the journals of all processes.
-    return store if store.complete or processes.count == 1 else each.open_store(recipe)
+        raise InputError(f"{title or each.title}: {count} cannot be used: {short_list(damaged, _NAMED_AT_MOST)}")
 
 
 def extract_batch(extractor: Extractor, images: Sequence[Tensor]) -> Tensor:
@@ -254,62 +311,42 @@ def extract_batch(extractor: Extractor, images: Sequence[Tensor]) -> Tensor:
         return extractor(torch.stack([pixels.to(extractor.device, non_blocking=True) for pixels in images]))
 
 
-def file_fingerprints(images: Sequence[ImageFile], folder: Path | None = None) -> list[str]:
-    """Returns a fingerprint of each image file: its name (relative to the folder), box, size and time."""
+class _Arrivals:
+    """Receives descriptors, also from a GPU that still computes them, and writes them to the store."""
 
-    below = f"{folder}{os.sep}" if folder else ""
+    def __init__(self, each: ImageSet, store: Store, bar: tqdm):
+        self.each, self.store, self.bar = each, store, bar
+        self.arriving: deque[tuple[dict[int, Identity], Tensor, torch.cuda.Event | None]] = deque()
 
-    def fingerprint(image: ImageFile) -> str:
-        path = str(image.path)  # called a million times, and pathlib is slower
-        name, stat = path.removeprefix(below) if folder else image.path.name, os.stat(path)
-        return f"{name} {image.box or ''} {stat.st_size}-{stat.st_mtime_ns}"
-
-    return [fingerprint(image) for image in images]
-
-
-class _InListOrder:
-    """Collects descriptors in any order, also from a GPU, and writes them to the store in the order of the list."""
-
-    def __init__(self, store: DescriptorStore, images: Sequence[ImageFile], rows: np.ndarray, bar: tqdm):
-        self.store, self.images, self.rows, self.bar = store, images, rows, bar
-        self.arriving: deque[tuple[Sequence[int], Tensor, torch.cuda.Event | None]] = deque()
-        self.here: dict[int, np.ndarray] = {}
-        self.next = 0
-
-    def take(self, numbers: Sequence[int], vectors: Tensor) -> None:
-        """Adds the descriptors of these images (indices into rows), which the device may still be computing."""
+    def take(self, identities: dict[int, Identity], vectors: Tensor) -> None:
+        """Adds the descriptors of these images (by number), which the device may still be computing."""
         event = None
         if vectors.device.type == "cuda":  # queue the next batches before waiting for this one
             host = torch.empty(vectors.shape, pin_memory=True).copy_(vectors, non_blocking=True)
             event = torch.cuda.current_stream(vectors.device).record_event()
             vectors = host
-        self.arriving.append((numbers, vectors, event))
+        self.arriving.append((identities, vectors, event))
         while len(self.arriving) > (0 if event is None else _IN_FLIGHT):
             self._arrive()
 
     def finish(self) -> None:
-        """Writes all descriptors, even if earlier ones in the list are missing."""
+        """Writes all descriptors to disk."""
         try:
             while self.arriving:
                 self._arrive()
         finally:
-            for number in sorted(self.here):
-                self.store.write(int(self.rows[number]), self.here.pop(number))
             self.store.flush()
 
     def _arrive(self) -> None:
-        numbers, vectors, event = self.arriving.popleft()
+        identities, vectors, event = self.arriving.popleft()
         if event is not None:
             event.synchronize()
-        for number, vector in zip(numbers, vectors.numpy(), strict=True):
+        for (number, identity), vector in zip(identities.items(), vectors.numpy(), strict=True):
+            image = self.each.images[number]
             if not np.isfinite(vector).all():
-                path = self.images[self.rows[number]].path
                 raise InputError(
-                    f"{path}: its descriptor is not finite; a power or threshold of the modules is too large, "
+                    f"{image.path}: its descriptor is not finite; a power or threshold of the modules is too large, "
                     "or the network overflows in fp16"
                 )
-            self.here[number] = vector
-        while self.next in self.here:
-            self.store.write(int(self.rows[self.next]), self.here.pop(self.next))
-            self.next += 1
+            self.store.write(image_label(image.path, image.box, self.each.folder), identity, vector)
             self.bar.update()

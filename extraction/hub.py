@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from extraction.batching import equal_sizes, first_batch_size, in_fitting_parts
 from extraction.extract import extract_batch
-from extraction.images import to_rgb
+from extraction.images import limit_side, to_rgb
 from model.errors import InputError
 from model.extractor import NetworkExtractor
 
@@ -26,7 +26,8 @@ class ImageDescriptor(nn.Module):
     depend on its batch.
 
     Args:
-        extractor: the result of Recipe.extractor, which also resizes and normalises.
+        extractor: the result of Recipe.extractor, which also normalises.
+        max_side: longer side to which larger images are reduced; None keeps their size.
 
     Shape:
         - a tensor (3, H, W) or (N, 3, H, W), floating, RGB in 0..1; a PIL image of any mode, turned
@@ -34,9 +35,9 @@ class ImageDescriptor(nn.Module):
         - (N, D) float32, N = 1 for a single image, on the extractor's device
     """
 
-    def __init__(self, extractor: NetworkExtractor):
+    def __init__(self, extractor: NetworkExtractor, max_side: int | None = None):
         super().__init__()
-        self.extractor = extractor
+        self.extractor, self.max_side = extractor, max_side
 
     def forward(self, images: AnyImage | Iterable[AnyImage]) -> Tensor:
         """Returns the descriptors. Raises a ValueError for an invalid image, with its number in the list."""
@@ -48,7 +49,8 @@ class ImageDescriptor(nn.Module):
             )
         size = first_batch_size(self.extractor)
         found: dict[int, Tensor] = {}
-        for numbers, batch in equal_sizes(((i, _pixels(image, i)) for i, image in enumerate(images)), size):
+        pixels = ((number, limit_side(_pixels(image, number), self.max_side)) for number, image in enumerate(images))
+        for numbers, batch in equal_sizes(pixels, size.of):
             names = [f"image {number}" for number in numbers]
             for part, vectors in in_fitting_parts(partial(extract_batch, self.extractor), batch, names, size):
                 if isinstance(vectors, InputError):

@@ -1,4 +1,4 @@
-"""Read images: from a file and a box to pixels, and from pixels to the normalised input of the network."""
+"""Read images: from a file and a box to pixels and the identity of the image."""
 
 import contextlib
 import os
@@ -8,19 +8,17 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
+from typing import BinaryIO, overload
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from extraction.identity import Box, Identity, file_identity, stat_record
 from extraction.jpeg import decoded_jpeg
 from model.errors import InputError
-
-# B, G, R order, as the network was trained.
-MEAN_BGR = (0.406, 0.456, 0.485)
-STD_BGR = (0.225, 0.224, 0.229)
 
 with contextlib.suppress(ImportError):  # HEIC, the format of many phones, if the package is installed
     import pillow_heif
@@ -30,9 +28,6 @@ Image.init()
 # The supported formats, which Pillow reads by itself. Others would start programs (PostScript starts Ghostscript).
 _SAFE = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "TGA", "ICO", "AVIF", "HEIF")
 FORMATS = tuple(name for name in _SAFE if name in Image.OPEN)
-
-Box = tuple[float, float, float, float]
-
 
 # A file of a few kilobytes can claim billions of pixels; the default is Pillow's own limit.
 PIXEL_LIMIT = 2 * (Image.MAX_IMAGE_PIXELS or 89478485)
@@ -64,8 +59,20 @@ class ImageFile:
 
     def read(self) -> np.ndarray:
         """Returns the pixels, (H, W, 3) uint8 RGB. Raises ImageError if the file is damaged or the box outside it."""
-        pixels = read_image(self.path)
-        return pixels if self.box is None else crop(pixels, self.box, self.path)
+        return self.read_identified()[0]
+
+    def read_identified(self) -> tuple[np.ndarray, Identity]:
+        """Returns the pixels, as read, and the identity of the image from which they were decoded."""
+        pixels, identity = read_image(self.path, self.box)
+        return (pixels if self.box is None else crop(pixels, self.box, self.path)), identity
+
+    def identity(self) -> Identity:
+        """Returns the identity of the image without decoding it. Raises ImageError if the file cannot be read."""
+        try:
+            with self.path.open("rb") as file:
+                return file_identity(file, self.box)
+        except OSError as error:
+            raise ImageError(self.path, error.strerror or str(error)) from None
 
     def problem(self) -> str | None:
         """Returns why it cannot be read, or None if it can."""
@@ -119,25 +126,27 @@ def image_suffixes() -> set[str]:
     return {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
 
 
-def read_image(path: Path) -> np.ndarray:
-    """Decodes an image to (H, W, 3) uint8 RGB, upright by its EXIF orientation, see to_rgb.
+def read_image(path: Path, box: Box | None = None) -> tuple[np.ndarray, Identity]:
+    """Decodes an image to (H, W, 3) uint8 RGB, upright by its EXIF orientation, see to_rgb; hashes it on the way.
+
+    Args:
+        path: the file.
+        box: the box with which the image is identified; the whole image is returned.
 
     Raises:
         ImageError: if the file is missing, not a regular file, not an image, damaged, too large, or has no
             8-bit equivalent. Of an animation, the first frame is read.
     """
     try:
-        if isinstance(path, Path) and not stat.S_ISREG(path.stat().st_mode):  # reading a FIFO would never end
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a FIFO would never end
             raise ImageError(path, "not a file")
-        with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > _pixel_limit:
-                raise _too_large(path, image.width * image.height)
-            pixels = decoded_jpeg(image)
-            if pixels is not None:
-                return pixels
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return to_rgb(image)
+        with path.open("rb") as file:
+            before = stat_record(os.fstat(file.fileno()))
+            pixels = _decoded(file, path)
+            identity = file_identity(file, box)
+            if stat_record(os.fstat(file.fileno())) != before:
+                raise ImageError(path, "changed while it was read")
+            return pixels, identity
     except ImageError:
         raise
     except FileNotFoundError:
@@ -153,6 +162,18 @@ def read_image(path: Path) -> np.ndarray:
         raise ImageError(path, reason) from None
     except Exception as error:  # decoders raise any exception (SyntaxError, struct.error, ...)
         raise ImageError(path, f"cannot be decoded ({str(error) or type(error).__name__})") from None
+
+
+def _decoded(file: BinaryIO, path: Path) -> np.ndarray:
+    with Image.open(file, formats=FORMATS) as image:
+        if image.width * image.height > _pixel_limit:
+            raise _too_large(path, image.width * image.height)
+        pixels = decoded_jpeg(image)
+        if pixels is None:
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            pixels = to_rgb(image)
+        return pixels
 
 
 def _too_large(path: Path, pixels: int) -> ImageError:
@@ -192,13 +213,16 @@ def crop(pixels: np.ndarray, box: Box, path: Path) -> np.ndarray:
     return cropped
 
 
-def to_network_input(pixels: Tensor) -> Tensor:
-    """Normalises RGB, uint8 or floating-point in 0..1, to B, G, R for the network. (N, H, W, 3) -> (N, 3, H, W)."""
-    x = pixels.permute(0, 3, 1, 2).contiguous().flip(1)
-    x = x.float().div_(255) if x.dtype == torch.uint8 else x.float()
-    return x.sub_(per_channel(MEAN_BGR, x.device)).div_(per_channel(STD_BGR, x.device))
+def limit_side(pixels: Tensor, side: int | None) -> Tensor:
+    """Returns an image whose longer side is reduced to this length (bilinear, antialiased), if it is longer.
 
-
-def per_channel(values: Sequence[float], device: torch.device) -> Tensor:
-    """Returns a value per channel, (C, 1, 1), filled on the device: a copy to it would wait for all queued work."""
-    return torch.stack([torch.full((1, 1), float(value), device=device) for value in values])
+    (H, W, 3) uint8, or floating-point in 0..1 -> (h, w, 3), floating-point in 0..1 if it was reduced.
+    """
+    height, width = pixels.shape[:2]
+    if side is None or side >= max(height, width):
+        return pixels
+    x = pixels.permute(2, 0, 1)[None]
+    x = x.float().div(255) if pixels.dtype == torch.uint8 else x
+    sides = [max(1, round(length * side / max(height, width))) for length in (height, width)]
+    x = F.interpolate(x, sides, mode="bilinear", align_corners=False, antialias=True).clamp(0, 1)
+    return x[0].permute(1, 2, 0).contiguous()

@@ -7,13 +7,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import wait
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from extraction.images import ImageError, ImageFile, pixel_limit, set_pixel_limit
+from extraction.identity import Identity
+from extraction.images import ImageError, ImageFile, limit_side, pixel_limit, set_pixel_limit
 from model.errors import InputError, short_list
 
 
@@ -41,29 +43,36 @@ WORKER_ERRORS = (RuntimeError, ConnectionResetError, ConnectionRefusedError, EOF
 class ReadAhead:
     """Iterates over the pixels of some rows of a list of images, in order, decoded ahead in worker processes.
 
-    The items are (H, W, 3) uint8 tensors, or the ImageError of an image in its place.
+    The items are the pixels, a tensor (H, W, 3) as from limit_side, and the identity of the image; or its ImageError.
 
     Args:
         images: the whole list.
         rows: the rows to decode.
         loading: the settings for workers and pinned memory.
+        max_side: longer side to which larger images are reduced; None keeps their size.
     """
 
-    def __init__(self, images: Sequence[ImageFile], rows: np.ndarray, loading: Loading):
+    def __init__(self, images: Sequence[ImageFile], rows: np.ndarray, loading: Loading, max_side: int | None = None):
         workers = min(loading.workers, own_cores(), len(rows))
         self.workers = workers
-        self.pixels = _Pixels(images, rows, workers)
+        self.pixels = _Pixels(images, rows, workers, max_side)
         self.loader = DataLoader(
             self.pixels,
             batch_size=None,
             num_workers=workers,
             prefetch_factor=(2 if workers <= 8 else 1) if workers else None,  # Docker's shared memory is 64 MB
+            collate_fn=_unchanged,
             pin_memory=loading.pin_memory,
             worker_init_fn=partial(_start_worker, pixels=pixel_limit()),
         )
 
-    def __iter__(self) -> Iterator[Tensor | ImageError]:
-        return iter(self.loader)
+    def __iter__(self) -> Iterator[tuple[Tensor, Identity] | ImageError]:
+        for item in self.loader:
+            if isinstance(item, ImageError):
+                yield item
+            else:  # pinning turns tuples into lists
+                pixels, (key, stat) = item
+                yield pixels, Identity(key, tuple(stat))
 
     def death_of_a_worker(self, error: Exception) -> InputError | None:
         """Returns the error to raise if this exception, one of WORKER_ERRORS, means that a worker died; else None."""
@@ -93,29 +102,34 @@ def own_cores() -> int:
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
+def _unchanged(item: Any) -> Any:
+    return item
+
+
 def _start_worker(number: int, pixels: int) -> None:
     """Passes the pixel limit on to a worker, which is needed if it is not a fork of this process."""
     set_pixel_limit(pixels)
 
 
 class _Pixels(Dataset):
-    """Returns (H, W, 3) uint8 pixels, or the error of an image, so that a damaged file does not end a worker."""
+    """Returns pixels and identity, or the error of an image, so that a damaged file does not end a worker."""
 
-    def __init__(self, images: Sequence[ImageFile], rows: np.ndarray, workers: int):
-        self.images, self.rows = images, rows
+    def __init__(self, images: Sequence[ImageFile], rows: np.ndarray, workers: int, max_side: int | None):
+        self.images, self.rows, self.max_side = images, rows, max_side
         # Per worker: its process id and the row that it is reading.
         self.reading = torch.full((workers, 2), -1).share_memory_()
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Tensor | ImageError:
+    def __getitem__(self, index: int) -> tuple[Tensor, Identity] | ImageError:
         row = int(self.rows[index])
         worker = get_worker_info()
         if worker is not None:
             self.reading[worker.id] = torch.tensor([os.getpid(), row])
         try:
-            return torch.from_numpy(self.images[row].read())
+            pixels, identity = self.images[row].read_identified()
+            return limit_side(torch.from_numpy(pixels), self.max_side), identity
         except ImageError as error:
             return error
         finally:

@@ -14,7 +14,7 @@ from model.errors import InputError
 
 
 class Processes:
-    """This process among those of one `torchrun`; a single process without a launcher.
+    """This process among those of one `torchrun`; a single process without a launcher, or if `alone`.
 
     Only control messages are exchanged (gloo, on the CPU), so that any mix of machines with shared files works.
 
@@ -23,9 +23,10 @@ class Processes:
         count: the number of processes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, alone: bool = False) -> None:
+        environment = {} if alone else os.environ
         self.rank, self.local, self.count = (
-            int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+            int(environment.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
         )
         if self.count > 1:
             # One process may have hours of work left when another is done.

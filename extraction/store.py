@@ -1,426 +1,371 @@
-"""Descriptors on disk that survive an interruption at any moment, a power cut included.
+"""Rows on disk that survive an interruption at any moment, and are found by the key of what they were made from.
 
-While a list of images is being extracted, two files exist beside the future `NAME.npy` or `NAME.pth`:
+While a list is incomplete, its rows are in a folder of blocks, some hundreds each, in any order, by any number of
+processes or machines:
 
-    NAME.npy.part       the rows in their final order, in NumPy's format
-        NAME.npy.journal    first line: the provenance as JSON, and its CRC-32; then one line per block of rows
-                            that is safely on disk: first row, rows, CRC-32 of their bytes, CRC-32 of the line
+    NAME.npy.blocks/provenance.json, probe.npy      the settings, and the descriptors of two drawn images
+    NAME.npy.blocks/<random>.npz                    rows, and for each its key, the label of its image, its stat record
 
-The rows of a block are synced to disk before its line is written, so that a line is never ahead of its rows. A
-row is valid only if its line is complete and its bytes match. When all rows are present, the file is renamed to
-its final name, and a small `NAME.npy.json` keeps its provenance: what it was made from. Processes that share the
-work write into one part, each with its own journal (`NAME.npy.journal.RANK`); the next start joins the journals.
+When all rows exist, they become, in the order of the list:
+
+    NAME.npy (or .pth)          (N, D) float32
+    NAME.npy.json               its provenance, and the file's own stat record
+    NAME.npy.images.npz         keys, labels and stat records of the rows, hashes of blocks of rows, the probe
+
+Rows are used again only if the settings are equal and the probe, computed anew, is the same: code is a setting, too.
 """
 
-import errno
-import glob
+import hashlib
 import json
 import logging
-import math
 import os
+import re
 import shutil
-import tempfile
 import time
-import zlib
+import uuid
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from extraction.files import jsonable, reserve, write_array, write_atomically, write_json
+from extraction.identity import KEY_BYTES, Identity, rows_fingerprint, stat_record
+from model.checkpoint import load_tensors
 from model.errors import InputError, short_list
 
 log = logging.getLogger(__name__)
 
-FLUSH_ROWS = 256
-FLUSH_SECONDS = 20.0
+_BLOCK_ROWS, _BLOCK_SECONDS = 512, 20.0
+_HASHED_ROWS = 1024  # rows with one hash in a finished file
+_CACHED_BLOCKS = 16
+NO_KEY = bytes(KEY_BYTES)  # of a row of zeros, for an image that could not be read
 
 
-def scratch_rows(rows: int, dim: int, folder: Path | None = None) -> torch.Tensor:
-    """Returns a new (rows, dim) float32 tensor on disk, in a file that is deleted together with the tensor.
+class Records(NamedTuple):
+    """What rows were made from: labels (N,) bytes, keys (N, 16) uint8, stats (N, 4) int64."""
 
-    Args:
-        folder: the folder of the file; by default the system's folder for temporary files.
+    labels: np.ndarray
+    keys: np.ndarray
+    stats: np.ndarray
 
-    Raises:
-        InputError: if there is no room for it.
-    """
-    try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            _reserve(file, max(1, 4 * rows * dim))
-            return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=(rows, dim)))
-    except OSError as error:
-        where = folder or tempfile.gettempdir()
-        raise InputError(f"{where} has no room for {rows:,} rows of {dim} ({error.strerror})") from None
+    @classmethod
+    def of(cls, labels: Sequence[bytes], identities: Sequence[Identity]) -> "Records":
+        keys = np.frombuffer(b"".join(each.key for each in identities), np.uint8).reshape(-1, KEY_BYTES)
+        stats = np.array([each.stat for each in identities], np.int64).reshape(-1, 4)
+        return cls(np.array(labels, np.bytes_), keys, stats)
 
-
-def _reserve(file: IO[bytes], size: int) -> None:
-    """Reserves `size` bytes on the disk: writing to a mapped file on a full disk would kill the process."""
-    try:
-        os.posix_fallocate(file.fileno(), 0, size)
-    except AttributeError:  # not on every system
-        file.truncate(size)
-    except OSError as error:  # nor on every file system
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-            raise
-        file.truncate(size)
+    def items(self) -> Iterator[tuple[bytes, Identity]]:
+        """Iterates over the labels and identities."""
+        stats = map(tuple, self.stats.tolist())
+        return zip(self.labels.tolist(), map(Identity, map(bytes, self.keys), stats), strict=True)
 
 
-class DescriptorStore:
-    """Descriptors (rows, dim) float32 in the file `path`, some of which may exist from an earlier run.
+class Store:
+    """Rows (D,) float32 by key, in a finished file and in blocks beside it.
 
     Args:
-        path: the file to write, .npy or .pth (one tensor).
-        rows, dim: its shape.
-        provenance: what all rows are made from (checkpoint, settings, list of images), as JSON.
-        resume: False starts over.
-        fingerprints: per row, the fingerprint of its image (name, size, time). Rows whose fingerprint existed
-            before are kept, wherever in the list they were; the others are missing.
+        path: the finished file, .npy or .pth (one tensor).
+        dim: D.
+        provenance: the settings of all rows, as JSON.
+        probe: (P, D'), unit rows that depend on the code that computes the rows.
+        tolerance: the largest difference from 1 of the cosine of the same probe.
+        replace: whether rows of other settings are replaced; else they are an error.
 
-    Raises:
-        InputError: if an interrupted run had a different provenance (the message names the differences), its
-            files cannot be read, or the disk has no room for the rows.
+    A new store has no rows: call :meth:`read` to use existing ones, or :meth:`clear` to start over. A process that
+    only adds rows, for another one to finish, needs neither.
+
+    Attributes:
+        identities: by label, the identity that its row had when it was made.
     """
 
     def __init__(
         self,
         path: Path,
-        rows: int,
         dim: int,
-        provenance: dict,
-        resume: bool = True,
-        fingerprints: list[str] | None = None,
+        provenance: dict[str, Any],
+        probe: np.ndarray,
+        tolerance: float = 1e-6,
+        replace: bool = True,
     ):
-        self._prepare(path, rows, dim, provenance, fingerprints)
-        if not resume:
-            for file in (
-                self.part,
-                self._next_journal,
-                *self._journals(),
-            ):  # a finished file is kept until the new one is finished
-                file.unlink(missing_ok=True)
-        self.complete = resume and self._is_complete()
-        if not self.complete:
-            self._open()
-
-    @classmethod
-    def of_rank(
-        cls, path: Path, dim: int, provenance: dict, rank: int, done: np.ndarray, fingerprints: list[str] | None = None
-    ) -> "DescriptorStore":
-        """Returns the store for another process that shares the work, after rank 0 has opened it.
-
-        Args:
-            rank: the number of this process, from 1.
-            done: the rows that are done, as in rank 0.
-        """
-        store = cls.__new__(cls)
-        store._prepare(path, len(done), dim, provenance, fingerprints, f".{rank}")
-        store.done = done
-        return store
-
-    def _prepare(
-        self, path: Path, rows: int, dim: int, provenance: dict, fingerprints: list[str] | None, suffix: str = ""
-    ) -> None:
-        self.path, self.rows, self.dim = path, rows, dim
-        self.provenance = jsonable(provenance)
-        self.fingerprints = fingerprints
-        self.part = Path(f"{path}.part")
-        self.journal = Path(f"{path}.journal{suffix}")
-        self._buffer: list[np.ndarray] = []
-        self._buffer_start = 0
+        self.path, self.dim, self.provenance, self.probe = path, dim, jsonable(provenance), probe
+        self.tolerance, self.replace = tolerance, replace
+        self.folder = Path(f"{path}.blocks")
+        self.identities: dict[bytes, Identity] = {}
+        self._places: dict[bytes, tuple[Path, int]] = {}  # the file and the number of the row of each key
+        self._cache: OrderedDict[Path, np.ndarray] = OrderedDict()
+        self._buffer: list[tuple[bytes, Identity, np.ndarray]] = []
         self._flushed = time.monotonic()
-        self.done = np.zeros(rows, dtype=bool)
-        self.failed = np.zeros(0, dtype=np.int64)
-        self.gone = 0  # rows of an earlier run whose images are no longer in the list
-        self.complete = False
+        self._finished: Records | None = None
+        self._known_blocks: set[Path] = set()
 
-    def missing(self) -> np.ndarray:
-        """Returns the numbers of the rows that are missing, ascending."""
-        return np.flatnonzero(~self.done)
+    def read(self) -> None:
+        """Reads the rows of the finished file and of the blocks.
 
-    def write(self, row: int, vector: np.ndarray) -> None:
-        """Adds one row; consecutive rows are written to disk together, every few seconds."""
-        if self._buffer and row != self._buffer_start + len(self._buffer):
-            self.flush()
-        if not self._buffer:
-            self._buffer_start = row
-        self._buffer.append(vector)
-        if len(self._buffer) >= FLUSH_ROWS or time.monotonic() - self._flushed > FLUSH_SECONDS:
+        Raises:
+            InputError: if there are rows of other settings that are not to be replaced.
+        """
+        for file in dict.fromkeys((self.path, _rows_file(self.path))):
+            self._read_finished(file)
+        self.read_blocks()
+
+    def clear(self) -> None:
+        """Removes the blocks; a finished file is kept until the new one is finished."""
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def row(self, key: bytes) -> np.ndarray:
+        """Returns the row with this key, (D,)."""
+        file, number = self._places[key]
+        return self._rows_of(file)[number]
+
+    def identity(self, label: bytes, stat: tuple[int, ...]) -> Identity | None:
+        """Returns the identity of an image if its label and stat record are known; else it must be read."""
+        known = self.identities.get(label)
+        return known if known is not None and known.stat == stat else None
+
+    def write(self, label: bytes, identity: Identity, row: np.ndarray) -> None:
+        """Adds a row; rows are written to disk together, every few seconds."""
+        self._buffer.append((label, identity, row))
+        if len(self._buffer) >= _BLOCK_ROWS or time.monotonic() - self._flushed > _BLOCK_SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        """Writes the buffered rows to disk, then records them in the journal."""
+        """Writes the buffered rows to disk, as a block."""
+        self._flushed = time.monotonic()
         if not self._buffer:
             return
-        start, block = self._buffer_start, np.stack(self._buffer).astype("<f4").tobytes()
-        with self.part.open("r+b") as file:
-            file.seek(self._offset(start))
-            file.write(block)
-            _sync(file)
-        if not self.journal.exists():
-            self._write_journal([])
-        with self.journal.open("ab") as file:
-            file.write(_line(start, len(self._buffer), zlib.crc32(block)))
-            _sync(file)
-        self.done[start : start + len(self._buffer)] = True
-        self._buffer = []
-        self._flushed = time.monotonic()
-
-    def part_rows(self) -> np.ndarray:
-        """Returns the rows of the part, memory-mapped."""
-        return np.load(self.part, mmap_mode="c")
-
-    def finish(self, facts: dict | None = None) -> None:
-        """Renames the part to its final name; no row may be missing. `facts` are added to the provenance file."""
-        self.flush()
-        if not self.done.all():
-            raise RuntimeError(f"{self.path}: {len(self.missing())} rows are missing")
-        self.path.unlink(missing_ok=True)  # a file with other settings must not remain beside the new JSON
-        write_json(provenance_path(self.path), {**self._head(), **(facts or {})})
-        if self.path.suffix == ".pth":
-            # torch.save writes the file name into the file; a fixed name makes files with equal rows identical.
-            folder = Path(f"{self.path}.new")
-            new = folder / "descriptors.pth"
-            try:
-                folder.mkdir(exist_ok=True)
-                torch.save(torch.from_numpy(self.part_rows()), new)
-            except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError if the disk is full
-                shutil.rmtree(folder, ignore_errors=True)
-                reason = str(error).splitlines()[0]
-                raise InputError(f"cannot write {self.path} ({reason}); all rows are safe in {self.part}") from None
-            with new.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(new, self.path)
-            folder.rmdir()
-            self.part.unlink()
-        else:
-            os.replace(self.part, self.path)
-        for journal in self._journals():
-            journal.unlink()
-        self.complete = True
-
-    def reopen(self, rows: np.ndarray) -> None:
-        """Begins a new part without these rows, which become missing; the finished file is kept until then."""
-        again = np.ones(self.rows, dtype=bool)
-        again[rows] = False
-        self._carry_over(self._fingerprints_of(self._head()), np.load(self.path, mmap_mode="r"), again)
-        self.complete = False
-
-    def _is_complete(self) -> bool:
-        """Returns whether an earlier run with the same provenance finished this file; sets `failed`, its zero rows."""
-        if self._finished_fingerprints() != self._fingerprints_of(self._head()):
-            return False
-        self.done[:] = True
-        if self.fingerprints is not None:
-            self.failed = np.flatnonzero(~nonzero_rows(np.load(self.path, mmap_mode="r")))
-        return True
-
-    def _finished_fingerprints(self) -> list[str] | None:
-        """Returns the fingerprints of a finished file of the same provenance; None if no such file is usable."""
-        if not self.path.is_file():
-            return None
-        differing = provenance_differences(self.path, self.provenance)
-        if differing:
-            log.info("%s: extracted with other settings (%s); it will be replaced", self.path, short_list(differing))
-        if differing != []:
-            return None
-        fingerprints = self._fingerprints_of(read_provenance(self.path) or {})
-        if self.path.suffix == ".npy":
-            try:
-                rows = _load(self.path)
-            except ValueError as error:
-                log.warning("%s is damaged (%s); it will be replaced", self.path, error)
-                return None
-            if rows.shape != (len(fingerprints), self.dim) or rows.dtype != np.float32:
-                return None
-        return fingerprints
-
-    def _head(self) -> dict:
-        return self.provenance if self.fingerprints is None else {**self.provenance, "stamps": self.fingerprints}
-
-    def _fingerprints_of(self, head: dict) -> list[str]:
-        """Returns the fingerprints in the head of a file; empty ones if this store or the head has none."""
-        fingerprints = head.get("stamps")
-        return fingerprints if self.fingerprints is not None and isinstance(fingerprints, list) else [""] * self.rows
-
-    def _carry_over(self, fingerprints: list[str], rows: np.ndarray, done: np.ndarray) -> None:
-        """Creates a new part with the rows whose fingerprints match, wherever in the list they were before.
-
-        Its journal is written first, under another name: whenever the process is killed, either the old part
-        or the new one has a matching journal, see _finish_carrying_over.
-        """
-        new = Path(f"{self.part}.new")
-        self._allocate(new)
-        own = self.fingerprints or [""] * self.rows
-        place = {fingerprint: row for row, fingerprint in enumerate(fingerprints) if done[row] and fingerprint}
-        self.gone = len(set(fingerprints) - set(own))
-        carried = np.load(new, mmap_mode="r+")
-        self.done[:] = [fingerprint in place for fingerprint in own]
-        for row in np.flatnonzero(self.done):
-            carried[row] = rows[place[own[row]]]
-        carried.flush()
-        self._write_journal(_blocks(carried, self.done), self._next_journal)
-        os.replace(new, self.part)
-        self._finish_carrying_over()
-
-    def _finish_carrying_over(self) -> None:
-        """Renames the next journal to its final name if it belongs to the part, and otherwise deletes it."""
-        if not self._next_journal.exists():
-            return
+        labels, identities, rows = zip(*self._buffer, strict=True)
+        records, file = Records.of(labels, identities), self.folder / f"{uuid.uuid4().hex}.npz"
         try:
-            head, *lines = self._next_journal.read_bytes().split(b"\n")
-            rows = len(self._fingerprints_of(_parse_head(head)))
-            blocks = [block for line in lines[:-1] if (block := _parse(line))]
-            its_part = self.part.stat().st_size == self._offset(rows) and len(self._intact(blocks)[0]) == len(blocks)
-        except (OSError, ValueError):
-            its_part = False
-        if its_part:
-            os.replace(self._next_journal, self.journal)
-            for journal in self._journals():
-                if journal != self.journal:
-                    journal.unlink()
-        else:
-            self._next_journal.unlink()
+            if not (self.folder / "provenance.json").exists():
+                self.folder.mkdir(exist_ok=True)
+                write_array(self.folder / "probe.npy", self.probe)
+                write_json(self.folder / "provenance.json", self.provenance)
+            content = {**records._asdict(), "rows": np.stack(rows).astype(np.float32)}
+            write_atomically(file, lambda out: np.savez(out, **content))
+        except OSError as error:
+            raise InputError(f"{self.folder} cannot be written ({error.strerror or error})") from None
+        self._buffer = []
+        self._add(file, records)
+
+    def read_blocks(self) -> None:
+        """Reads the blocks that were written since the last call, by this process or others."""
+        if not self._belongs(self.folder, self.folder / "provenance.json", self.folder / "probe.npy"):
+            return
+        for file in sorted(set(self.folder.glob("*.npz")) - self._known_blocks):
+            try:
+                with np.load(file) as content:  # verifies a checksum of each array
+                    rows, records = content["rows"], Records(*(content[name] for name in Records._fields))
+                if rows.shape != (len(records.labels), self.dim):
+                    raise ValueError("its shape does not fit")
+            except Exception as error:  # damaged archives raise almost any exception
+                log.warning("%s is damaged (%s); its rows are extracted again", file, error)
+                file.unlink()
+                continue
+            self._add(file, records)
 
     @property
-    def _next_journal(self) -> Path:
-        return Path(f"{self.path}.next-journal")
+    def finished_keys(self) -> list[bytes]:
+        """The keys of the finished file, in order; empty without an intact one."""
+        return [] if self._finished is None else [bytes(key) for key in self._finished.keys]
 
-    def _intact(self, blocks: list[tuple[int, int, int]]) -> tuple[list[tuple[int, int, int]], list[np.ndarray]]:
-        """Returns the blocks whose bytes match, and for each which rows are descriptors, in one pass over the file."""
-        intact, there = [], []
-        with self.part.open("rb") as file:
-            for start, count, checksum in blocks:
-                file.seek(self._offset(start))
-                content = file.read(count * 4 * self.dim)
-                if zlib.crc32(content) == checksum:
-                    intact.append((start, count, checksum))
-                    there.append(nonzero_rows(np.frombuffer(content, "<f4").reshape(-1, self.dim)))
-        return intact, there
+    def finish(self, labels: Sequence[bytes], identities: Sequence[Identity], facts: dict | None = None) -> None:
+        """Makes the finished file of all rows of a list, and removes the blocks.
 
-    def _journals(self) -> list[Path]:
-        return sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.journal*"))
+        Args:
+            labels: the labels of the images, in order.
+            identities: their identities; the row of an image with the key NO_KEY is zero.
+            facts: added to the provenance file.
 
-    def _open(self) -> None:
-        try:
-            self._finish_carrying_over()
-            if self._begun():
-                self._resume()
-            elif self.fingerprints is not None and (fingerprints := self._finished_fingerprints()) is not None:
-                rows = np.load(self.path, mmap_mode="r")
-                self._carry_over(fingerprints, rows, nonzero_rows(rows))
-            else:
-                self._create()
-        except OSError as error:
-            raise InputError(f"{self.part}: cannot be written ({error.strerror or error})") from None
-
-    def _begun(self) -> bool:
-        """Returns whether an earlier run left rows; a part without any does not conflict with other settings."""
-        return self.part.exists() and any(b"\n" in journal.read_bytes()[:-1] for journal in self._journals())
-
-    def _create(self) -> None:
-        """Creates an empty part of full size, so that a full disk is noticed now, and a journal without rows."""
-        for journal in self._journals():
-            journal.unlink()
-        self._allocate(self.part)
-        self._write_journal([])
-
-    def _allocate(self, path: Path) -> None:
-        with path.open("wb") as file:
-            header = {"descr": "<f4", "fortran_order": False, "shape": (self.rows, self.dim)}
-            np.lib.format.write_array_header_1_0(file, header)
-            file.flush()
-            _reserve(file, self._offset(self.rows))
-            _sync(file)
-
-    def _resume(self) -> None:
-        """Keeps the intact blocks of all journals, and joins the journals into one."""
-        blocks, damaged, fingerprints = [], 0, []
-        for journal in self._journals():
-            first, *lines = journal.read_bytes().split(b"\n")
-            try:
-                before = _parse_head(first)
-            except ValueError:
-                raise InputError(f"{journal} is damaged", resume=False) from None
-            if differing := differences(before, self.provenance):
-                raise InputError(f"{self.part} was started with other settings ({short_list(differing)})", resume=False)
-            fingerprints = self._fingerprints_of(before)
-            parsed = [_parse(line) for line in lines[:-1]]  # an incomplete last line is dropped
-            blocks += [block for block in parsed if block is not None]
-            damaged += parsed.count(None)
-        if self.part.stat().st_size != self._offset(len(fingerprints)) and self.fingerprints is not None:
-            log.warning("%s: interrupted while its list changed; starting over", self.part)
-            return self._create()
-        if self.part.stat().st_size != self._offset(len(fingerprints)):
-            raise InputError(
-                f"{self.part} is not {self._offset(len(fingerprints))} bytes long; it was changed", resume=False
-            )
-        (intact, there), done = self._intact(blocks), np.zeros(len(fingerprints), dtype=bool)
-        for (start, count, _), mask in zip(intact, there, strict=True):
-            done[start : start + count] = mask  # retries images that could not be read
-        damaged += len(blocks) - len(intact)
-        try:
-            rows = _load(self.part)
-        except ValueError:
-            raise InputError(f"{self.part} is damaged", resume=False) from None
-        if rows.shape != (len(fingerprints), self.dim) or rows.dtype != np.float32:
-            raise InputError(f"{self.part} is damaged", resume=False)
-        if fingerprints != self._fingerprints_of(self._head()):
-            self._carry_over(fingerprints, rows, done)
+        Raises:
+            InputError: if there is no room; all rows are kept.
+        """
+        records, done = Records.of(labels, identities), self._finished
+        if done is not None and np.array_equal(records.keys, done.keys):
+            if not all(map(np.array_equal, records, done)):  # renamed images, or new stat records
+                self._describe(self.path, records, self._hashes, facts)
         else:
-            self.done = done
-            self._write_journal(intact if all(mask.all() for mask in there) else _blocks(rows, done))
-        for journal in self._journals():
-            if journal != self.journal:
-                journal.unlink()
-        if damaged:
-            log.warning("%s: %d damaged blocks are ignored; their rows are extracted again", self.part, damaged)
-        if not self.done.all():
-            log.info("%s: %d of %d rows exist from an earlier run", self.path, self.done.sum(), self.rows)
+            file = _rows_file(self.path)
+            try:
+                self._write_rows(file, records, facts)
+                if file != self.path:
+                    self._finished = None
+                    self.clear()
+                    _save_tensor(self.path, np.load(file, mmap_mode="c"))
+                    self._describe(self.path, records, self._hashes, facts)
+                    for each in (file, *sidecars(file)):
+                        each.unlink(missing_ok=True)
+            except OSError as error:
+                reason = error.strerror or str(error).splitlines()[0]
+                raise InputError(f"cannot write {self.path} ({reason}); all rows are kept") from None
+        self.clear()
+        self._finished = records
 
-    def _write_journal(self, blocks: list[tuple[int, int, int]], journal: Path | None = None) -> None:
-        journal = journal or self.journal
-        new = Path(f"{self.path}.new-{journal.name}")
-        with new.open("wb") as file:
-            head = json.dumps(self._head()).encode()
-            file.write(head + f" {zlib.crc32(head):08x}\n".encode())
-            file.writelines(_line(*block) for block in blocks)
-            _sync(file)
-        os.replace(new, journal)
+    def _write_rows(self, file: Path, records: Records, facts: dict | None) -> None:
+        new, shape, hashes = Path(f"{file}.new"), (len(records.labels), self.dim), []
+        with new.open("wb") as out:
+            header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(out, header)
+            out.flush()
+            reserve(out, out.tell() + 4 * shape[0] * shape[1])
+            for start in range(0, shape[0], _HASHED_ROWS):
+                rows = np.zeros((min(_HASHED_ROWS, shape[0] - start), self.dim), np.float32)
+                for row, key in zip(rows, map(bytes, records.keys[start : start + len(rows)]), strict=True):
+                    if key != NO_KEY:
+                        row[:] = self.row(key)
+                out.write(rows.tobytes())
+                hashes.append(_hash(rows))
+            out.flush()
+            os.fsync(out.fileno())
+        self._hashes = np.stack(hashes) if hashes else np.zeros((0, KEY_BYTES), np.uint8)
+        # Whenever the process is killed, the blocks are still there, or the file has the hashes of its rows.
+        self._describe(file, records, self._hashes, facts, trusted=False)
+        os.replace(new, file)
+        self._describe(file, records, self._hashes, facts)
 
-    def _offset(self, row: int) -> int:
-        return 128 + row * 4 * self.dim  # NumPy's header of a small array is 128 bytes
+    def _describe(
+        self, file: Path, records: Records, hashes: np.ndarray, facts: dict | None, trusted: bool = True
+    ) -> None:
+        """Writes what the file was made from, and the stat record with which it is trusted."""
+        provenance, images = sidecars(file)
+        write_atomically(images, lambda out: np.savez(out, **records._asdict(), hashes=hashes, probe=self.probe))
+        content = {**self.provenance, "rows": len(records.labels), "fingerprint": rows_fingerprint(hashes)}
+        stat = stat_record(file.stat()) if trusted else None
+        write_json(provenance, {**content, **(facts or {}), "file": stat})
+
+    def _read_finished(self, file: Path) -> None:
+        """Adds the rows of a finished file, without those that are damaged."""
+        provenance, images = sidecars(file)
+        if not file.is_file() or not self._belongs(file, provenance, images):
+            return
+        try:
+            with np.load(images) as content:
+                records, hashes = Records(*(content[name] for name in Records._fields)), content["hashes"]
+            rows = _load_rows(file)
+            if rows.shape != (len(records.labels), self.dim) or rows.dtype != np.float32:
+                raise ValueError("its shape does not fit")
+        except Exception as error:  # NumPy's and PyTorch's readers raise almost any exception
+            log.warning("%s is damaged (%s); its rows are extracted again", file, str(error).splitlines()[0])
+            return
+        facts, intact = read_provenance(file) or {}, np.ones(len(rows), dtype=bool)
+        if facts.get("file") != list(stat_record(file.stat())):
+            for number, start in enumerate(range(0, len(rows), _HASHED_ROWS)):
+                if not np.array_equal(_hash(rows[start : start + _HASHED_ROWS]), hashes[number]):
+                    intact[start : start + _HASHED_ROWS] = False
+            if intact.all():
+                write_json(provenance, {**facts, "file": stat_record(file.stat())})
+            else:
+                log.warning("%s: %d rows are damaged; they are extracted again", file, (~intact).sum())
+        self._cache[file] = rows
+        self._hashes = hashes
+        self._add(file, records, intact & records.keys.any(axis=1))
+        if intact.all():
+            self._finished = records
+
+    def _belongs(self, files: Path, provenance: Path, probe: Path) -> bool:
+        """Returns whether existing files have the settings of this store, and were computed by the same code."""
+        try:
+            before = json.loads(provenance.read_text())
+            with_probe = np.load(probe)
+            old_probe = with_probe["probe"] if isinstance(with_probe, np.lib.npyio.NpzFile) else with_probe
+        except FileNotFoundError:
+            before = old_probe = None
+        except Exception:  # damaged files raise almost any exception
+            log.warning("%s is damaged", provenance)
+            before = old_probe = None
+        if before is None:
+            if files.exists() and not self.replace and not files.is_dir():
+                raise InputError(f"{files} exists without its provenance; start over, or choose another file")
+            return False
+        differing = differences(before, self.provenance)
+        if not differing and (distance := probe_distance(old_probe, self.probe)) > self.tolerance:
+            differing = [f"the code: the same settings give other descriptors now, cosine {1 - distance:.6f}"]
+        if not differing:
+            return True
+        if not self.replace:
+            raise InputError(
+                f"{files} was made with other settings ({short_list(differing)}); start over, or choose another file"
+            )
+        log.warning("%s was made with other settings (%s); it is replaced", files, short_list(differing))
+        if files.is_dir():
+            shutil.rmtree(files)
+        return False
+
+    def _add(self, file: Path, records: Records, usable: np.ndarray | None = None) -> None:
+        self._known_blocks.add(file)
+        for number, (label, identity) in enumerate(records.items()):
+            if usable is None or usable[number]:
+                self._places[identity.key] = file, number
+                self.identities[label] = identity
+
+    def _rows_of(self, file: Path) -> np.ndarray:
+        if file not in self._cache:
+            with np.load(file) as content:
+                self._cache[file] = content["rows"]
+            while len(self._cache) > _CACHED_BLOCKS:
+                self._cache.pop(next(each for each in self._cache if each.suffix == ".npz"))
+        return self._cache[file]
 
 
-def provenance_path(path: Path) -> Path:
-    """Returns the provenance file of a finished file: NAME.npy.json for NAME.npy."""
-    return Path(f"{path}.json")
+def sidecars(path: Path) -> tuple[Path, Path]:
+    """Returns the files beside a finished file: of its provenance, and of its images."""
+    return Path(f"{path}.json"), Path(f"{path}.images.npz")
 
 
-def provenance_differences(path: Path, provenance: dict) -> list[str] | None:
-    """Returns the settings in which a finished file differs from `provenance`, or None without a provenance file."""
-    before = read_provenance(path)
-    return None if before is None else differences(before, jsonable(provenance))
+def content_folder(root: Path, name: str, provenance: dict[str, Any]) -> Path:
+    """Returns the folder root/<name>-<fingerprint>, which is created if needed.
+
+    Args:
+        root: the parent of all such folders.
+        name: a readable name; characters that are not portable in file names become "_".
+        provenance: everything that the content depends on except code and images, as JSON.
+    """
+    folder = root / f"{plain_name(name)}-{fingerprint(provenance)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def fingerprint(facts: Any) -> str:
+    """Returns the first 12 hexadecimal digits of the SHA-256 of the facts as JSON with sorted keys."""
+    text = json.dumps(jsonable(facts), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def plain_name(name: str, longest: int = 60) -> str:
+    """Returns the name reduced to letters, digits, dots, plus and minus signs, and cut to `longest` characters."""
+    return re.sub(r"[^A-Za-z0-9.+-]+", "_", name)[:longest]
 
 
 def read_provenance(path: Path) -> dict | None:
-    """Returns the provenance of a finished file, or None if it has no provenance file.
+    """Returns the provenance of a finished file, or None if it has no provenance file."""
+    try:
+        content = json.loads(sidecars(path)[0].read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
 
-    Older versions wrote NAME.json for both NAME.npy and NAME.pth, which is read if there is no other.
-    """
-    candidates = [provenance_path(path)]
-    others = [path.with_suffix(suffix) for suffix in (".npy", ".pth") if suffix != path.suffix]
-    if path.exists() and not any(other.exists() for other in others):
-        candidates.append(path.with_suffix(".json"))
-    for file in candidates:
-        try:
-            content = json.loads(file.read_text())
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError):
-            return None
-        return content if isinstance(content, dict) else None
-    return None
+
+def provenance_differences(path: Path, provenance: dict, probe: np.ndarray, tolerance: float) -> list[str] | None:
+    """Returns in what a finished file differs from these settings and this probe, or None without a provenance."""
+    before = read_provenance(path)
+    if before is None:
+        return None
+    differing = differences(before, jsonable(provenance))
+    try:
+        with np.load(sidecars(path)[1]) as content:
+            distance = probe_distance(content["probe"], probe)
+    except Exception:  # missing or damaged: only the settings are compared
+        return differing
+    return [*differing, "the code, which gives other descriptors now"] if distance > tolerance else differing
 
 
 def differences(before: dict, now: dict) -> list[str]:
@@ -438,74 +383,39 @@ def differences(before: dict, now: dict) -> list[str]:
     ]
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Writes a JSON file atomically; processes that write it at the same time do not disturb each other."""
-    new = Path(f"{path}.{os.getpid()}.new")
-    with new.open("wb") as file:
-        file.write(json.dumps(jsonable(content), indent=1).encode() + b"\n")
-        _sync(file)
-    os.replace(new, path)
+def probe_distance(before: np.ndarray, now: np.ndarray) -> float:
+    """Returns the largest 1 - cosine of two probes of unit rows; infinity if they have other shapes."""
+    if before.shape != now.shape:
+        return np.inf
+    return float(((before.astype(np.float64) - now) ** 2).sum(axis=1).max() / 2)
 
 
-def jsonable(value: Any) -> Any:
-    """Returns the value in JSON types: NaN becomes null, infinity the text 'inf', an array a list."""
-    if isinstance(value, dict):
-        return {key: jsonable(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple | np.ndarray):
-        return [jsonable(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else str(value)
-    return value.item() if isinstance(value, np.generic) else value
+def _hash(rows: np.ndarray) -> np.ndarray:
+    return np.frombuffer(hashlib.blake2b(rows.tobytes(), digest_size=KEY_BYTES).digest(), np.uint8)
 
 
-def _load(path: Path) -> np.ndarray:
-    """Returns the rows of a file, memory-mapped. Raises ValueError if it cannot be read."""
-    try:
+def _rows_file(path: Path) -> Path:
+    """Returns the .npy file in which rows are collected: the finished file, or one beside NAME.pth."""
+    return path if path.suffix == ".npy" else Path(f"{path}.npy")
+
+
+def _load_rows(path: Path) -> np.ndarray:
+    """Returns the rows of a finished file, memory-mapped."""
+    if path.suffix == ".npy":
         return np.load(path, mmap_mode="r")
-    except Exception as error:  # NumPy's header parser raises many exceptions
-        raise ValueError(str(error).splitlines()[0] if str(error) else type(error).__name__) from None
+    return load_tensors(path).numpy()
 
 
-def nonzero_rows(rows: np.ndarray, chunk: int = 8192) -> np.ndarray:
-    """Returns which rows are descriptors, that is, not all zeros. (N, D) -> (N,) bool."""
-    parts = [rows[start : start + chunk].any(axis=1) for start in range(0, len(rows), chunk)]
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=bool)
-
-
-def _blocks(rows: np.ndarray, done: np.ndarray) -> list[tuple[int, int, int]]:
-    """Returns the first row, number of rows and checksum of each run of rows that are done."""
-    ends = np.flatnonzero(np.diff(done, prepend=False, append=False)).reshape(-1, 2).tolist()
-    return [(start, end - start, zlib.crc32(rows[start:end].tobytes())) for start, end in ends]
-
-
-def _line(start: int, count: int, checksum: int) -> bytes:
-    text = f"{start} {count} {checksum:08x}".encode()
-    return text + f" {zlib.crc32(text):08x}\n".encode()
-
-
-def _parse_head(line: bytes) -> dict:
-    """Parses the first line of a journal; older versions wrote no checksum. Raises ValueError if it is damaged."""
-    if not line.endswith(b"}"):
-        line, _, checksum = line.rpartition(b" ")
-        if zlib.crc32(line) != int(checksum, 16):
-            raise ValueError("the checksum does not match")
-    head = json.loads(line)
-    if not isinstance(head, dict):
-        raise ValueError("no head")
-    return head
-
-
-def _parse(line: bytes) -> tuple[int, int, int] | None:
-    text, _, checksum = line.rpartition(b" ")
+def _save_tensor(path: Path, rows: np.ndarray) -> None:
+    """Writes rows as one tensor, atomically. torch.save writes the file's name into it: a fixed one is used."""
+    folder = Path(f"{path}.new")
+    folder.mkdir(exist_ok=True)
     try:
-        start, count, block_checksum = text.split()
-        if zlib.crc32(text) == int(checksum, 16):
-            return int(start), int(count), int(block_checksum, 16)
-    except ValueError:
-        pass
-    return None
-
-
-def _sync(file: IO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+        torch.save(torch.from_numpy(rows), folder / "descriptors.pth")
+        with (folder / "descriptors.pth").open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(folder / "descriptors.pth", path)
+    except RuntimeError as error:  # raised by torch.save if the disk is full
+        raise OSError(str(error)) from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

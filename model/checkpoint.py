@@ -12,8 +12,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from model.cvnet import STAGE_DEPTHS, ResNet
 from model.errors import InputError, short_list
-from model.resnet import STAGE_DEPTHS, ResNet
 
 Network = TypeVar("Network", bound=nn.Module)
 

@@ -5,12 +5,11 @@ from itertools import chain
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class Extractor(Protocol):
-    """The interface that extraction.extract uses to compute the descriptors of images.
+    """The interface that the room extraction/ uses to compute the descriptors of images.
 
     Attributes:
         dim: D, dimensions of a descriptor.
@@ -28,30 +27,6 @@ class Extractor(Protocol):
         A descriptor must not depend on the other images of its batch.
         """
         ...
-
-
-def limit_side(normalise: Callable[[Tensor], Tensor], side: int | None) -> Callable[[Tensor], Tensor]:
-    """Returns a normalisation that first reduces the longer side of images to this length (bilinear, antialiased).
-
-    Args:
-        normalise: as in NetworkExtractor.
-        side: the longer side in pixels; None leaves images as they are.
-    """
-    if side is None:
-        return normalise
-
-    def limited(pixels: Tensor) -> Tensor:
-        height, width = pixels.shape[1:3]
-        factor = side / max(height, width)
-        if factor >= 1:
-            return normalise(pixels)
-        x = pixels.permute(0, 3, 1, 2)
-        x = x.float().div(255) if pixels.dtype == torch.uint8 else x
-        sides = [max(1, round(length * factor)) for length in (height, width)]
-        x = F.interpolate(x, sides, mode="bilinear", align_corners=False, antialias=True).clamp(0, 1)
-        return normalise(x.permute(0, 2, 3, 1))
-
-    return limited
 
 
 class NetworkExtractor(nn.Module):

@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.cvnet import Block, ResNet
 from model.device import is_out_of_memory
-from model.resnet import Block, ResNet
+from modules.activation import ReLUPlus
 
 log = logging.getLogger(__name__)
 
@@ -169,7 +170,7 @@ class FoldedResNet(nn.Module):
     """A ResNet for inference only, in a given precision. (N, 3, H, W) -> (N, 2048, ~H/32, ~W/32) float32.
 
     Args:
-        encoder: the network with its trained weights, which is not modified.
+        encoder: the network with its trained weights and its ReLU+, which is not modified.
         precision: precision of weights and activations, fp32, bf16 or fp16. The feature map is returned in
             float32, because powers such as 4.6 overflow half precision.
         stop_in: the stage to stop in, before the last rectifier of its last block: the result is then the
@@ -181,17 +182,18 @@ class FoldedResNet(nn.Module):
         super().__init__()
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-        self.depth, self.relup, self.precision = encoder.depth, encoder.relup, precision
-        dtype, t = PRECISIONS[precision], encoder.relup or 0.0
+        self.depth, self.precision = encoder.depth, precision
+        dtype = PRECISIONS[precision]
         self.stem = FoldedConv(encoder.stem.conv, encoder.stem.bn, 0.0, dtype=dtype)
         blocks, shift = [], 0.0
         stages = (encoder.s1, encoder.s2, encoder.s3, encoder.s4)[:stop_in]
         for number, stage in enumerate(stages, start=1):
             for block in cast("Iterable[Block]", stage):
                 stops = number == stop_in and block is stage[-1]
-                shift_out = t if number < 4 and not stops else 0.0
-                inner, last = t if number == 1 else 0.0, None if stops else 0.0
-                blocks.append(FoldedBlock(block, inner, shift, shift_out, dtype, last))
+                shift_out = 0.0 if stops else _threshold(block.relu)
+                blocks.append(
+                    FoldedBlock(block, _threshold(block.f.relu), shift, shift_out, dtype, None if stops else 0.0)
+                )
                 shift = shift_out
         self.blocks = nn.Sequential(*blocks)
         self.head = encoder.head if stop_in is None else None
@@ -208,4 +210,8 @@ class FoldedResNet(nn.Module):
         return self.blocks(x).float()
 
     def extra_repr(self) -> str:
-        return f"depth={self.depth}, relup={self.relup}, precision={self.precision!r}"
+        return f"depth={self.depth}, precision={self.precision!r}"
+
+
+def _threshold(rectifier: nn.Module) -> float:
+    return rectifier.threshold if isinstance(rectifier, ReLUPlus) else 0.0

@@ -1,122 +1,270 @@
-"""The recipe of a descriptor: everything it depends on except its image."""
+"""The recipe of a descriptor: everything that it depends on except its image."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from cvnet_rerank.network import CVNetRerank, load_cvnet_rerank
-from extraction.images import to_network_input
-from model.checkpoint import load_encoder, sha256
-from model.extractor import NetworkExtractor, limit_side
+from model.backbone import Backbone, FeatureMap
+from model.checkpoint import sha256
+from model.cvnet import ResNet
+from model.errors import InputError
+from model.extractor import NetworkExtractor
 from model.folding import FoldedResNet
-from model.resnet import ResNet
-from model.superglobal import SuperGlobal
-from modules.activation import RELUP_THRESHOLD
-from modules.descriptor import SCALES
-from modules.pooling import GEMP_P, RGEM_P, RGEM_WINDOW, SGEM_P, GeMPlus, RegionalGeM, ScaleGeM
+from model.libraries import CVNET, build_backbone, is_user_file, short_name, weights_digest
+from model.whitening import load_whitening
+from modules.activation import RELUP_THRESHOLD, replace_rectifiers
+from modules.attach import way_to_map
+from modules.descriptor import SCALES, SuperGlobal
+from modules.pooling import GEMP_P, RGEM_P, RGEM_WINDOW, SGEM_P, GeM, GeMPlus, RegionalGeM, ScaleGeM
+from modules.whitening import Whitening
 
-# The paper's sets of scales, by the number of scales.
-SCALE_SETS = {1: (1.0,), 3: SCALES, 5: (0.5, *SCALES, 2.0)}
+CLASS_TOKEN = "class"
+_PLAIN_GEM = 3.0  # the power of GeM with which most retrieval networks were trained
+
+# Matrix products with another number of rows may add in another order.
+_PROJECTED_TOGETHER = 16
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The settings of the paper's descriptors: the weights, the network and the parameters of each module.
+    """All settings of a descriptor: the network, its weights, and the parameters of each module.
 
     A recipe creates the network, and the provenance that is saved beside descriptors and compared before
     they are reused. The defaults are the paper's.
 
     Attributes:
-        checkpoint: the file of the weights, in CVNet's or DELG-pytorch's format.
-        depth: number of layers of the ResNet, 50 or 101.
-        dim: D, dimensions of the descriptor, as in the checkpoint.
+        network: cvnet, timm:NAME, torchvision:NAME or FILE.py:FUNCTION, see model.libraries.build_backbone.
+        weights: the checkpoint; for other networks than CVNet's also "pretrained" or "untrained".
+        depth: number of layers of CVNet's ResNet, 50 or 101.
+        reduction_dim: dimensions of the projection in CVNet's checkpoint.
         scales: factors by which images are resized.
-        relup: threshold of ReLU+; None for the plain ReLU everywhere.
-        gemp: power of GeM+; None for GeM with the trained power of the checkpoint.
-        rgem: power of Regional-GeM; None leaves it out.
+        relup_threshold: threshold of ReLU+; None for the plain ReLU everywhere.
+        relup_stages, relup_ends: where ReLU+ goes, as in attach; None for the backbone's own places.
+        pooling: gem, average, max or class (the class token of a transformer).
+        gemp_p: power of GeM+; None for GeM with the trained power, or 3 if the network has none.
+        rgem_p: power of Regional-GeM; None leaves it out.
         rgem_window: side of its window, in positions of the feature map.
-        sgem: power of Scale-GeM, infinity for the maximum; None for the mean over the scales.
-        precision: precision of the encoder, fp32, bf16 or fp16; poolings, norms and projection are in fp32.
-        max_side: images with a longer side are reduced to it; None, as in the paper, keeps their size.
+        sgem_p: power of Scale-GeM, infinity for the maximum; None for the mean over the scales.
+        precision: precision of the network, fp32, bf16 or fp16; everything after the feature map is in fp32.
+        max_side: images with a longer side are reduced to it when they are read; None, as in the paper, for no limit.
+        whitening: a file of a learnt whitening, which shortens the descriptors; None for none.
     """
 
-    checkpoint: Path
+    network: str = CVNET
+    weights: Path | str = "pretrained"
     depth: int = 50
-    dim: int = 2048
+    reduction_dim: int = 2048
     scales: tuple[float, ...] = SCALES
-    relup: float | None = RELUP_THRESHOLD
-    gemp: float | None = GEMP_P
-    rgem: float | None = RGEM_P
+    relup_threshold: float | None = RELUP_THRESHOLD
+    relup_stages: tuple[str, ...] | None = None
+    relup_ends: tuple[str, ...] | None = None
+    pooling: str = "gem"
+    gemp_p: float | None = GEMP_P
+    rgem_p: float | None = RGEM_P
     rgem_window: int = RGEM_WINDOW
-    sgem: float | None = SGEM_P
+    sgem_p: float | None = SGEM_P
     precision: str = "fp32"
     max_side: int | None = None
+    whitening: Path | None = None
+
+    @property
+    def is_cvnet(self) -> bool:
+        return self.network == CVNET
+
+    @property
+    def weights_in_words(self) -> str:
+        """The network and where its weights come from, as text."""
+        if self.is_cvnet:
+            return str(self.weights)
+        as_built = is_user_file(self.network) and str(self.weights) in ("pretrained", "untrained")
+        return f"{self.network}, {'weights as the function returns them' if as_built else self.weights}"
 
     @cached_property
-    def checkpoint_sha256(self) -> str:
-        return sha256(self.checkpoint)
+    def backbone(self) -> Backbone:
+        """The network with its weights, built once.
+
+        Raises:
+            InputError: if the network is unknown, or the weights are missing or do not fit.
+        """
+        return build_backbone(self.network, self.weights, self.depth, self.reduction_dim)
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """The SHA-256 of CVNet's checkpoint; of other networks that of the weights and their names."""
+        return sha256(Path(self.weights)) if self.is_cvnet else weights_digest(self.backbone.network)
+
+    @cached_property
+    def relup_places(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Names of the submodules in which every ReLU becomes ReLU+, and of the stages whose blocks end in it."""
+        if self.relup_threshold is None:
+            return (), ()
+        backbone = self.backbone
+        usual = all(hasattr(backbone.network, f"layer{number}") for number in (1, 2, 3))
+
+        def places(choice: Sequence[str] | None, default: Sequence[str] | None, paper: tuple[str, ...]) -> tuple:
+            return tuple(next((each for each in (choice, default) if each is not None), paper if usual else ()))
+
+        return (
+            places(self.relup_stages, backbone.relup_stages, ("layer1",)),
+            places(self.relup_ends, backbone.relup_ends, ("layer2", "layer3")),
+        )
+
+    @cached_property
+    def _learnt_whitening(self) -> tuple[Whitening, dict[str, Any]] | None:
+        return None if self.whitening is None else load_whitening(self.whitening)
+
+    @property
+    def whitening_provenance(self) -> dict[str, Any]:
+        """What the whitening was learnt from, as recorded in its file; empty without one."""
+        return self._learnt_whitening[1] if self._learnt_whitening else {}
 
     def settings(self) -> dict[str, Any]:
-        """Returns all settings except the weights, as JSON."""
-        return {
-            "depth": self.depth,
-            "reduction_dim": self.dim,
-            "scales": self.scales,
-            "relup": self.relup,
-            "gemp": self.gemp,
-            "rgem": self.rgem,
-            "rgem_window": self.rgem_window,
-            "sgem": self.sgem,
-            "precision": self.precision,
-            "max_side": self.max_side,
-        }
+        """Returns the settings that apply, except network, weights and whitening, as JSON."""
+        left_out = {"network", "weights", "whitening"}
+        left_out |= {"pooling", "relup_stages", "relup_ends"} if self.is_cvnet else {"depth", "reduction_dim"}
+        settings = {name: value for name, value in asdict(self).items() if name not in left_out}
+        if not any(self.relup_places):
+            settings["relup_threshold"] = None
+        if not self.is_cvnet:
+            settings |= dict(zip(("relup_stages", "relup_ends"), self.relup_places, strict=True))
+        return settings
 
     def provenance(self) -> dict[str, Any]:
-        """Returns what descriptors depend on, to be saved with them: the settings, and the hash of the weights."""
-        return {"checkpoint_sha256": self.checkpoint_sha256, **self.settings()}
+        """Returns what descriptors depend on beside code and image: settings, weights and what images go through."""
+        facts = {"network": short_name(self.network), "weights_sha256": self.weights_sha256, **self.settings()}
+        if not self.is_cvnet:
+            facts |= {**self.backbone.image_requirements(), **self.backbone.provenance}
+        if self.whitening is not None:
+            facts |= {"whitening_sha256": sha256(self.whitening), "dim": self.dim}
+        return facts
 
     def check(self) -> None:
-        """Raises InputError if the checkpoint does not fit the settings, before any long computation."""
-        self._encoder()
+        """Raises InputError if network, weights, modules or whitening do not fit, before any long computation."""
+        _ = self.dim
 
-    def _encoder(self) -> ResNet:
-        """Returns the encoder with the weights of the checkpoint."""
-        with torch.device("meta"):  # skips the initialisation of weights that the checkpoint replaces
-            encoder = ResNet(self.depth, self.dim, self.relup)
-        return load_encoder(encoder, self.checkpoint)
+    @cached_property
+    def _descriptor_dim(self) -> int:
+        """D before the whitening."""
+        if self.is_cvnet:
+            _ = self._descriptor
+            return self.reduction_dim
+        try:
+            with torch.inference_mode():
+                return self._descriptor(self.backbone.normalise(torch.full((1, 64, 64, 3), 0.5))).shape[1]
+        except (ValueError, RuntimeError, TypeError) as error:
+            raise InputError(f"{self.network}: {' '.join(str(error).split())}") from None
 
-    def network(self, device: torch.device | str = "cpu") -> SuperGlobal:
-        """Returns the network with the checkpoint's weights, folded for fast inference. (N, 3, H, W) -> (N, D).
-
-        Raises:
-            InputError: if the checkpoint cannot be used.
-        """
-        network = SuperGlobal(
-            FoldedResNet(self._encoder(), self.precision),
-            self.scales,
-            None if self.gemp is None else GeMPlus(self.gemp),
-            None if self.rgem is None else RegionalGeM(self.rgem, self.rgem_window),
-            None if self.sgem is None else ScaleGeM(self.sgem),
-        )
-        return network.eval().requires_grad_(False).to(device)
+    @cached_property
+    def dim(self) -> int:
+        """D, the dimensions of a descriptor."""
+        dim = self._descriptor_dim
+        if self._learnt_whitening is None:
+            return dim
+        whitening, learnt_from = self._learnt_whitening
+        width = whitening.projection.shape[1]
+        if width != dim:
+            raise InputError(f"{self.whitening} takes descriptors of {width} dimensions, but these have {dim}")
+        before = learnt_from.get("descriptors", {})
+        now = {"weights_sha256": self.weights_sha256, "network": short_name(self.network)}
+        if differing := [key for key, value in now.items() if before.get(key, value) != value]:
+            raise InputError(
+                f"{self.whitening} was learnt from descriptors of another network ({', '.join(differing)} differ)"
+            )
+        return whitening.dim
 
     def extractor(self, device: torch.device | str = "cpu") -> NetworkExtractor:
-        """Returns the network with its normalisation. (N, H, W, 3) uint8 RGB -> (N, D) unit descriptors.
+        """Returns the network with normalisation and whitening. (N, H, W, 3) uint8 RGB -> (N, D) unit descriptors.
+
+        A recipe has one network: a call with another device moves it there.
 
         Raises:
-            InputError: if the checkpoint cannot be used.
+            InputError: as check.
         """
-        return NetworkExtractor(
-            self.network(device), limit_side(to_network_input, self.max_side), self.dim, self.scales
-        ).eval()
+        self.check()
+        network: nn.Module = self._descriptor
+        if self._learnt_whitening is not None:
+            network = nn.Sequential(network, self._learnt_whitening[0].float())
+        return NetworkExtractor(network.to(device), self.backbone.normalise, self.dim, self.scales).eval()
 
-    def pair_network(self, device: torch.device | str = "cpu") -> CVNetRerank:
-        """Returns the network that scores pairs of images by their local features, from the same checkpoint.
+    @cached_property
+    def _descriptor(self) -> SuperGlobal:
+        """The network with the modules, folded and fused where that is possible. (N, 3, H, W) -> (N, D)."""
+        backbone = self.backbone
+        self._check_modules(backbone)
+        try:
+            changes = replace_rectifiers(backbone.network, *self.relup_places, self.relup_threshold or 0.0)
+            model: nn.Module
+            if isinstance(backbone.network, ResNet):
+                model = FoldedResNet(backbone.network, self.precision)
+            else:
+                model = FeatureMap(backbone, self._features(backbone), self.precision)
+            network = SuperGlobal(
+                model,
+                (),
+                self._pooling(backbone),
+                None if self.rgem_p is None else RegionalGeM(self.rgem_p, self.rgem_window),
+                None if self.sgem_p is None else ScaleGeM(self.sgem_p),
+                self.scales,
+                _projection(backbone),
+                changes,
+            )
+        except ValueError as error:
+            raise InputError(f"{self.network}: {error}") from None
+        return network.eval().requires_grad_(False)
 
-        Raises:
-            InputError: if the checkpoint cannot be used, or contains no such network.
-        """
-        return load_cvnet_rerank(self.checkpoint, self.depth, self.dim, self.precision, device)
+    def _features(self, backbone: Backbone) -> Any:
+        """Returns the names that lead to the feature map, or a function that returns it."""
+        token, features = backbone.class_token, backbone.features
+        if self.pooling == CLASS_TOKEN and token is not None:
+            return lambda x: token(x)[:, :, None, None]  # a map with one position
+        if features is None:
+            return way_to_map(backbone.network)
+        return (features,) if isinstance(features, str) else features
+
+    def _pooling(self, backbone: Backbone) -> nn.Module:
+        if self.pooling == "gem":
+            return GeM(backbone.gem_p or _PLAIN_GEM) if self.gemp_p is None else GeMPlus(self.gemp_p)
+        return nn.AdaptiveMaxPool2d(1) if self.pooling == "max" else nn.AdaptiveAvgPool2d(1)
+
+    def _check_modules(self, backbone: Backbone) -> None:
+        """Raises InputError if the modules do not fit the feature map, or the scales the network."""
+        signs = "needs a positive feature map, and tokens have both signs"
+        if self.pooling == CLASS_TOKEN:
+            if backbone.class_token is None:
+                raise InputError(f"{self.network} has no class token; choose another pooling")
+            if self.rgem_p is not None:
+                raise InputError("Regional-GeM needs a feature map, and a class token is not one; leave it out")
+        elif backbone.tokens and self.pooling == "gem":
+            raise InputError(f"{self.network}: GeM {signs}; choose the pooling average")
+        elif backbone.tokens and self.rgem_p is not None:
+            raise InputError(f"{self.network}: Regional-GeM {signs}; leave it out")
+        if backbone.size and self.scales != (1.0,):
+            raise InputError(
+                f"{self.network} only takes images of {' x '.join(map(str, backbone.size))} pixels, at a single scale"
+            )
+
+
+def _projection(backbone: Backbone) -> nn.Module | None:
+    if backbone.projection is None:
+        return None
+    projection = attrgetter(backbone.projection)(backbone.network)
+    return _EqualRows(projection) if isinstance(projection, nn.Linear) else projection
+
+
+class _EqualRows(nn.Module):
+    """A projection with one kernel for any number of rows, so that no row depends on the others. (R, C) -> (R, D)."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.linear, self.in_features = linear, linear.in_features
+
+    def forward(self, rows: Tensor) -> Tensor:
+        padded = F.pad(rows, (0, 0, 0, -len(rows) % _PROJECTED_TOGETHER))
+        return torch.cat([self.linear(part) for part in padded.split(_PROJECTED_TOGETHER)])[: len(rows)]

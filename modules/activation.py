@@ -1,10 +1,16 @@
-"""ReLU+: the rectifier of SuperGlobal."""
+"""ReLU+: the rectifier of SuperGlobal, and its place in a trained network."""
 
 import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from .checks import values_can_be_seen
+
 RELUP_THRESHOLD = 0.014
+
+_RELU = (nn.ReLU, nn.ReLU6)
 
 
 def relu_plus(x: Tensor, threshold: float = RELUP_THRESHOLD) -> Tensor:
@@ -39,3 +45,109 @@ class ReLUPlus(nn.Module):
 
     def extra_repr(self) -> str:
         return f"threshold={self.threshold}"
+
+
+class Change(NamedTuple):
+    """A layer of a network that was changed for ReLU+."""
+
+    layer: str
+    original: nn.Module | None  # the layer that was replaced, if one was
+    hook: Any  # the handle of the hook, if one was added
+    meaning: str
+
+
+def replace_rectifiers(
+    model: Any, relup: Sequence[str], relup_ends: Sequence[str], threshold: float = RELUP_THRESHOLD
+) -> list[Change]:
+    """Puts ReLU+ into a network, and returns the changed layers for :func:`restore_rectifiers`.
+
+    Args:
+        model: the network.
+        relup: names of the submodules, stages or layers in which every ReLU (or ReLU6) becomes ReLU+.
+        relup_ends: names of the stages whose blocks end in ReLU+, while the ReLUs inside stay.
+        threshold: the threshold of ReLU+.
+
+    Raises:
+        ValueError: if there is no such submodule, or it has no ReLU; nothing is changed then.
+    """
+    rectifier = ReLUPlus(threshold)
+    layers = [layer for stage in relup for layer in _rectifiers(model, stage)]
+    blocks = [block for stage in relup_ends for block in _blocks(model, stage)]
+    changes = []
+    for layer in layers:
+        original = model.get_submodule(layer)
+        _replace(model, layer, rectifier if isinstance(original, nn.ReLU) else nn.Sequential(original, rectifier))
+        changes.append(Change(layer, original, None, f"{original} -> {rectifier}"))
+    for block in blocks:
+        handle = model.get_submodule(block).register_forward_hook(_End(block, threshold))
+        changes.append(Change(block, None, handle, f"ends in {rectifier}"))
+    return changes
+
+
+def restore_rectifiers(model: Any, changes: Sequence[Change]) -> None:
+    """Undoes the changes of :func:`replace_rectifiers`."""
+    for change in changes:
+        if change.original is not None:
+            _replace(model, change.layer, change.original)
+        else:
+            change.hook.remove()
+
+
+class _End:
+    """A forward hook that applies ReLU+ to the output of a block."""
+
+    def __init__(self, block: str, threshold: float):
+        self.block, self.threshold, self.checked = block, threshold, False
+
+    def __call__(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+        if not self.checked and values_can_be_seen(output):
+            if (output < 0).any():
+                raise ValueError(
+                    f"relup_ends: {self.block} ({type(module).__name__}) returns negative values: it does not end in "
+                    "a ReLU"
+                )
+            self.checked = True
+        return relu_plus(output, self.threshold)
+
+
+def children_in_words(model: Any) -> str:
+    """Lists the submodules of a network, as the end of an error message about a name."""
+    return f"; it has {', '.join(name for name, _ in model.named_children())}" if isinstance(model, nn.Module) else ""
+
+
+def _stage(model: Any, argument: str, stage: str) -> nn.Module:
+    try:
+        return model.get_submodule(stage)
+    except AttributeError:
+        name = getattr(model, "__name__", type(model).__name__)
+        raise ValueError(f"{argument}: {name} has no submodule {stage!r}{children_in_words(model)}") from None
+
+
+def _rectifiers(model: Any, stage: str) -> list[str]:
+    """Returns the names of the ReLUs in a stage."""
+    modules = dict(_stage(model, "relup", stage).named_modules(prefix=stage, remove_duplicate=False))
+    names = [name for name, module in modules.items() if isinstance(module, _RELU)]
+    if not names:
+        kinds = dict.fromkeys(type(each).__name__ for each in modules.values() if "activation" in type(each).__module__)
+        present = ", ".join(kinds) or "no activation module; functional ones cannot be changed"
+        if any(isinstance(each, ReLUPlus) for each in modules.values()):
+            present = "ReLUPlus: it is attached already; call detach() on the first result of attach"
+        raise ValueError(f"relup: {stage!r} has no ReLU, but {present}")
+    return names
+
+
+def _blocks(model: Any, stage: str) -> list[str]:
+    """Returns the names of the blocks of a stage, each of which has a ReLU of its own."""
+    parent = _stage(model, "relup_ends", stage)
+    for name, block in parent.named_children():
+        if not any(isinstance(child, _RELU) for child in block.children()):
+            raise ValueError(f"relup_ends: {stage}.{name} ({type(block).__name__}) has no ReLU of its own to end in")
+    names = [f"{stage}.{name}" for name, _ in parent.named_children()]
+    if not names:
+        raise ValueError(f"relup_ends: {stage!r} has no blocks; it is {type(parent).__name__}")
+    return names
+
+
+def _replace(model: Any, layer: str, module: nn.Module) -> None:
+    parent, _, name = layer.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)

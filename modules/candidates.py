@@ -34,13 +34,9 @@ class Reranker(Protocol):
 
     Attributes:
         m: number of candidates per query that are sorted again.
-        spare: number of further candidates that are scored, so that a benchmark that drops some images
-            from a ranking still has m to sort. 0 if a score depends on the other candidates; then exactly
-            the first m are sorted.
     """
 
     m: int
-    spare: int
 
     def scores(
         self,
@@ -49,7 +45,7 @@ class Reranker(Protocol):
         fetch: Callable[[Tensor], Tensor],
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """Returns the new scores of the first m + spare candidates, in the order of `found`. (Q, min(m + spare, R)).
+        """Returns the new scores of the first m candidates, in the order of `found`. (Q, min(m, R)).
 
         Args:
             queries: (Q, D), unit descriptors.
@@ -104,7 +100,6 @@ class CandidateReranker(nn.Module):
     def __init__(self, m: int = RERANK_M):
         super().__init__()
         self.m = whole_number(m, "m")
-        self.spare = 0
 
     def _scores(self, q: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
         """Returns the score of each candidate, in the order of the candidates. (Q, D), (Q, M, D), (Q, M) -> (Q, M).
@@ -319,3 +314,17 @@ def _warn_of_long_rows(q: Tensor, x: Tensor) -> None:
                 "torch.nn.functional.normalize(rows, dim=-1) normalises them",
                 stacklevel=6,
             )
+
+
+def places_after(positions: Tensor, order: Tensor) -> Tensor:
+    """Returns the positions after the first len(order) places were reordered; later ones are unchanged.
+
+    Args:
+        positions: (L,) places in the previous ranking.
+        order: (M,) the previous place of each new place.
+    """
+    if not len(order):
+        return positions
+    new_place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+    inside = positions < len(order)
+    return torch.where(inside, new_place[positions.clamp(max=len(order) - 1)], positions)

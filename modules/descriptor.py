@@ -5,17 +5,28 @@ Shapes: N images, S scales, C channels of the feature map, D dimensions of the d
 Shao et al., "Global Features are All You Need for Image Retrieval and Reranking", ICCV 2023, sec. 3.
 """
 
+import logging
 import math
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .activation import Change, restore_rectifiers
 from .checks import check_tensor, values_can_be_seen
+from .pooling import SAFE_POWER, GeM, GeMPlus, RegionalGeM, ScaleGeM
+
+log = logging.getLogger(__name__)
 
 SCALES = (0.7071, 1.0, 1.4142)
+
+# These have no state, so that all networks can share them.
+GEMP, RGEM, SGEM = GeMPlus(), RegionalGeM(), ScaleGeM()
+# Attributes under which networks usually provide their feature map.
+_USUAL = ("forward_features", "extract_features", "features", "backbone", "encoder", "trunk")
 
 Step = Callable[[Tensor], Tensor]
 
@@ -69,3 +80,149 @@ def rescale(x: Tensor, factor: float) -> Tensor:
     # int() would turn the side into a constant in torch.export.
     size: list[Any] = [torch.sym_max(1, math.floor(side * factor)) for side in x.shape[-2:]]
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=False)
+
+
+class SuperGlobal(nn.Module):
+    """A network with SuperGlobal's modules. (N, 3, H, W), normalised images -> (N, D), unit descriptors.
+
+    See :func:`multi_scale_descriptor` for what it computes, and :func:`attach`, which creates it for any network.
+
+    Args:
+        model: the network, or a function.
+        path: names of the attributes of `model` that are called one after the other to compute the feature map;
+            empty if calling the model itself returns the map.
+        pooling, rgem, sgem, scales, projection: as in :func:`attach`; the name of a submodule stands for it.
+        changes: the layers of the network that were changed for ReLU+.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[Tensor], Tensor],
+        path: Sequence[str] = (),
+        pooling: nn.Module | str = GEMP,
+        rgem: nn.Module | None = RGEM,
+        sgem: nn.Module | None = SGEM,
+        scales: Sequence[float] = SCALES,
+        projection: nn.Module | str | None = None,
+        changes: Sequence[Change] = (),
+    ):
+        super().__init__()
+        self.model: Any = model
+        self.path = tuple(path)
+        self.pooling, self.rgem, self.sgem, self.projection = pooling, rgem, sgem, projection
+        if not isinstance(scales, Sequence) or not scales or not all(0 < factor < math.inf for factor in scales):
+            raise ValueError(f"scales must be one or more positive factors such as {SCALES}, got {scales!r}")
+        self.scales = tuple(float(factor) for factor in scales)
+        self.fuses = True  # until the fused kernel fails
+        self.changes, self.detached = list(changes), False
+        self.training = getattr(model, "training", False)  # not train(): parts of the network may be frozen
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.detached:
+            raise RuntimeError("the network was detached; attach it again")
+        project = None if self.projection is None else self.project
+        return multi_scale_descriptor(x, self.feature_map, self.pool, None, project, self.sgem, self.scales)
+
+    def feature_map(self, x: Tensor) -> Tensor:
+        """Returns the network's feature map at one scale. (N, 3, H, W) -> (N, C, h, w), float32 or float64."""
+        for name in self.path:
+            x = attrgetter(name)(self.model)(x)
+        if not self.path:
+            x = self.model(x)
+        if not isinstance(x, Tensor) or x.ndim != 4:
+            got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            usual = [name for name in _USUAL if hasattr(self.model, name) and name not in self.path]
+            raise ValueError(
+                f"{name_of(self.model)}{''.join('.' + name for name in self.path[-1:])} returns {got}, not a feature "
+                "map (N, C, H, W); name the method or submodule that returns one, features="
+                f"{' or '.join(map(repr, usual)) or '...'}, or attach a function that does (see attach for a ViT)"
+            )
+        width = getattr(self.model, "num_features", None)
+        if width is not None and x.shape[1] != width == x.shape[-1]:
+            raise ValueError(
+                f"{name_of(self.model)} returns (N, H, W, C), shape {tuple(x.shape)}; attach a function that returns "
+                "(N, C, H, W): lambda x: model.forward_features(x).permute(0, 3, 1, 2)"
+            )
+        return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # powers overflow half precision
+
+    def pool(self, x: Tensor) -> Tensor:
+        """Returns the vector of one scale before the projection: Regional-GeM and pooling. (N, C, h, w) -> (N, C)."""
+        pooling = self._part(self.pooling)
+        pooled = self._fused(x, pooling)
+        if pooled is None:
+            pooled = pooling(x if self.rgem is None else self.rgem(x))
+        if pooled.ndim == 4 and pooled.shape[2:] == (1, 1):
+            pooled = pooled.flatten(1)
+        if pooled.ndim != 2:
+            raise ValueError(f"the pooling returns shape {tuple(pooled.shape)} for a map {tuple(x.shape)}, not (N, C)")
+        return pooled
+
+    def _fused(self, x: Tensor, pooling: nn.Module) -> Tensor | None:
+        """Returns Regional-GeM and GeM in one kernel on a GPU; None where it does not apply."""
+        if not self.fuses or not x.is_cuda or x.dtype != torch.float32 or x.requires_grad:
+            return None
+        if type(self.rgem) is not RegionalGeM or type(pooling) not in (GeM, GeMPlus) or torch.compiler.is_compiling():
+            return None
+        if max(self.rgem.p, pooling.p) > SAFE_POWER:
+            return None
+        try:
+            # Imported here, because without a GPU Triton would take 0.2 s and 7 MB of each process.
+            from .fused_pooling import regional_gem
+
+            return regional_gem(x, self.rgem.p, self.rgem.window, pooling.p, pooling.eps)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # Triton is missing, or raises any exception, as without a compiler
+            log.debug("Regional-GeM and GeM in two passes: %s", error)
+            self.fuses = False
+            return None
+
+    def project(self, rows: Tensor) -> Tensor:
+        """Applies the projection, if there is one. (R, C) -> (R, D)."""
+        if self.projection is None:
+            return rows
+        projection = self._part(self.projection)
+        width = getattr(projection, "in_features", rows.shape[1])
+        if width != rows.shape[1]:
+            raise ValueError(f"the projection takes (N, {width}), the pooled vectors are {tuple(rows.shape)}")
+        weight = next(projection.parameters(), rows)
+        return projection(rows.to(weight.dtype)).to(rows.dtype)
+
+    def _part(self, part: nn.Module | str) -> nn.Module:
+        return attrgetter(part)(self.model) if isinstance(part, str) else part
+
+    def detach(self) -> nn.Module:
+        """Undoes the changes that attach made to the network and returns it; this module cannot be used afterwards."""
+        restore_rectifiers(self.model, self.changes)
+        self.changes.clear()
+        self.detached = True
+        return self.model
+
+    def __enter__(self) -> "SuperGlobal":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        """Lists the modules, and every layer of the network that was changed."""
+        path = f", feature map from {' > '.join(self.path)}" if self.path else ""
+        projection = self.projection
+        if isinstance(projection, str):
+            projection = f"{projection} of the network, {self._part(projection)!r}"
+        pooling = f"{self.pooling} of the network" if isinstance(self.pooling, str) else self.pooling
+        lines = [
+            f"network: {name_of(self.model)}{path}",
+            f"rgem: {self.rgem}",
+            f"pooling: {pooling}",
+            f"projection: {projection}",
+            f"sgem: {self.sgem}, scales {', '.join(f'{factor:g}' for factor in self.scales)}",
+            f"changed layers: {'' if self.changes else 'none'}",
+            *(f"  {change.layer}: {change.meaning}" for change in self.changes),
+        ]
+        return "SuperGlobal(\n" + "".join(f"  {line.rstrip()}\n" for line in lines) + ")"
+
+
+def name_of(model: Any) -> str:
+    """Returns the name of a function, or of the class of a network."""
+    return getattr(model, "__name__", type(model).__name__)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from modules.pooling import GEMP_EPS, generalized_mean, regional_generalized_mean
+from .pooling import GEMP_EPS, generalized_mean, regional_generalized_mean
 
 _CHANNELS = 128  # per program, which reads 512 bytes of a channels-last map at once
 

@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
 from revisitop.dataset import GroundTruth
 from revisitop.measures import CHALLENGE, NOT_FOUND, RECALL_LEVELS, Measure, first_rank, interpolated_precision
 from revisitop.protocols import REVISITED_PROTOCOLS, Protocol
-from revisitop.retrieve import Candidates, Ranking, move
+from revisitop.retrieve import Ranking
 
 
 @dataclass(frozen=True)
@@ -46,30 +45,16 @@ def evaluate(
 ) -> dict[str, Metrics]:
     """Returns the metrics of each protocol, by its name.
 
-    If a reranker scored more candidates than it sorted, the images that a protocol ignores are removed
-    before the first m are sorted, as for the published results of CVNet-Rerank.
-
     Args:
         ranking: the ranking, with the positions of ``ground_truth[query].listed`` for each query.
         ground_truth: the ground truth of each query.
         protocols: the protocols of the dataset.
     """
-    positions = [np.asarray(where) for where in ranking.positions]
-    if ranking.candidates is None:
-        return evaluate_positions(positions, ground_truth, protocols)
-    return {
-        each.name: summarise(
-            [_resorted_ranks(ranking.candidates, query, truth, each) for query, truth in enumerate(ground_truth)],
-            ground_truth,
-            each,
-        )
-        for each in protocols
-    }
-
-
-def most_ignored(ground_truth: Sequence[GroundTruth], protocols: Sequence[Protocol] = REVISITED_PROTOCOLS) -> int:
-    """Returns the largest number of images that a protocol ignores for a query."""
-    return max(len(ignored_images(truth, each)) for truth in ground_truth for each in protocols)
+    metrics: dict[str, Metrics] = {}
+    for each in protocols:
+        positions = ranking.by_protocol.get(each.name, ranking.positions)
+        metrics |= evaluate_positions([np.asarray(where) for where in positions], ground_truth, [each])
+    return metrics
 
 
 def ignored_images(truth: GroundTruth, protocol: Protocol) -> np.ndarray:
@@ -84,14 +69,6 @@ def query_aps(metrics: dict[str, Metrics]) -> np.ndarray:
     for each in chosen[1:]:
         aps = np.where(np.isnan(aps), each.ap, aps)
     return aps
-
-
-def _resorted_ranks(candidates: Candidates, query: int, truth: GroundTruth, protocol: Protocol) -> np.ndarray:
-    """Returns ascending ranks of the positives, after ignored images were removed and the first m were sorted."""
-    kept = ~np.isin(candidates.ids[query].numpy(), ignored_images(truth, protocol))
-    order = candidates.scores[query][torch.from_numpy(kept)][: candidates.m].sort(descending=True, stable=True).indices
-    ranks = protocol_ranks(np.asarray(candidates.positions[query]), truth, protocol)
-    return np.sort(move(torch.from_numpy(ranks), order).numpy())
 
 
 def evaluate_positions(

@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from extraction.cache import plain_name
 from torch import Tensor
 from tqdm import tqdm
 
-from extraction.cache import plain_name
 from extraction.owner import owned
 from extraction.store import jsonable, provenance_path, read_provenance, write_json
 from model.errors import InputError

@@ -5,9 +5,8 @@ reranker sorts, L listed rows of a query (those whose rank a metric needs).
 """
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,23 +14,11 @@ from tqdm import tqdm
 
 from extraction.processes import Processes
 from model.errors import InputError
-from modules.reranking import Reranker
+from modules.candidates import Reranker, places_after
 from modules.search import Database, NotFiniteError, merged, search
 from revisitop.index import IndexedDatabase
 
 SAVED_RANKS = 400
-
-
-class Candidates(NamedTuple):
-    """The candidates that a reranker scored, more than the m that it sorts, in the order of the search.
-
-    A benchmark that drops some images from a ranking sorts the first m of the others again.
-    """
-
-    ids: Tensor  # (Q, M) int64, in the order of the search
-    scores: Tensor  # (Q, M), those of the reranker
-    positions: list[Tensor]  # per query (L,) int64, those of the search
-    m: int
 
 
 @dataclass(frozen=True)
@@ -44,14 +31,14 @@ class Ranking:
         positions: per query (L,) int64, the 0-based rank of each listed row among all N.
         seconds: the time for all queries.
         once: the time to prepare the database, which is not needed again for further queries.
-        candidates: the candidates of a reranker that scored more than it sorted, or None.
+        by_protocol: the positions for the protocols for which they differ, by name.
     """
 
     ids: Tensor
     scores: Tensor
     positions: list[Tensor]
     seconds: float
-    candidates: Candidates | None = None
+    by_protocol: Mapping[str, list[Tensor]] = field(default_factory=dict)
     once: float = 0.0
 
 
@@ -109,33 +96,16 @@ def rerank(
     """Returns the ranking with its first reranker.m places sorted by the reranker's scores, equal scores as before.
 
     Args:
-        ranking: the result of retrieve, with at least reranker.m + reranker.spare results, or all of them.
+        ranking: the result of retrieve, with at least reranker.m results, or all of them.
         queries: (Q, D), unit descriptors.
         database: the rows to which the ids of the ranking refer.
         device: the device of the reranker.
     """
     start = time.perf_counter()
-    scored = reranker.scores(queries, ranking, database.rows, device)
-    sorted_scores, order = scored[:, : reranker.m].sort(dim=1, descending=True, stable=True)
+    new_scores = reranker.scores(queries, ranking, database.rows, device)
+    sorted_scores, order = new_scores.sort(dim=1, descending=True, stable=True)
     ids, scores = ranking.ids.clone(), ranking.scores.clone()
     ids[:, : order.shape[1]] = ranking.ids.gather(1, order)
     scores[:, : order.shape[1]] = sorted_scores
-    positions = [move(where, new) for where, new in zip(ranking.positions, order, strict=True)]
-    candidates = None
-    if reranker.spare:
-        candidates = Candidates(ranking.ids[:, : scored.shape[1]], scored, ranking.positions, reranker.m)
-    return Ranking(ids, scores, positions, time.perf_counter() - start, candidates)
-
-
-def move(positions: Tensor, order: Tensor) -> Tensor:
-    """Returns the positions after the first len(order) places were reordered; later ones are unchanged.
-
-    Args:
-        positions: (L,) places in the previous ranking.
-        order: (M,) the previous place of each new place.
-    """
-    if not len(order):
-        return positions
-    new_place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
-    inside = positions < len(order)
-    return torch.where(inside, new_place[positions.clamp(max=len(order) - 1)], positions)
+    positions = [places_after(where, new) for where, new in zip(ranking.positions, order, strict=True)]
+    return Ranking(ids, scores, positions, time.perf_counter() - start)

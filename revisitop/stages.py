@@ -89,12 +89,10 @@ class Reranked:
 
     @property
     def needed(self) -> int:
-        return self.reranker.m + self.reranker.spare
+        return self.reranker.m
 
     @property
     def shortlist(self) -> str:
-        if self.reranker.spare:
-            return f"the first {self.reranker.m} results that the protocol does not ignore"
         return f"the first {self.reranker.m} results, including ignored images"
 
     def __call__(self, searched: Searched) -> Ranking:

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from cvnet_rerank.network import CVNetLayers
 from model.checkpoint import reranker_state
+from model.cvnet import ResNet
 from model.errors import InputError
-from model.resnet import ResNet
 from revisitop.layouts import dataset_folder
 from revisitop.safe_pickle import load_pickle
 

@@ -21,7 +21,7 @@ import torch
 
 from model.checkpoint import PUBLISHED, find_checkpoint, load_encoder
 from model.errors import InputError, as_typed, run_command, short_list
-from model.resnet import ResNet
+from model.cvnet import ResNet
 from revisitop.descriptors import load_mat
 from revisitop.layout_revisitop import load_distractor_list, read_ground_truth
 from revisitop.layouts import dataset_folder

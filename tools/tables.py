@@ -47,7 +47,7 @@ from cvnet_rerank.pair_scores import map_bytes
 from extraction.processes import Processes
 from model.device import PeakMemory
 from model.errors import InputError, run_command
-from model.resnet import STAGE_DEPTHS
+from model.cvnet import STAGE_DEPTHS
 from modules.reranking import RERANK_BETA, RERANK_K, RERANK_M, SuperGlobalReranker
 from modules.search import Database
 from report.log import start_log

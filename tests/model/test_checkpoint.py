@@ -6,7 +6,7 @@ import torch
 
 from model.checkpoint import encoder_state, find_checkpoint, load_encoder, load_strictly, sha256
 from model.errors import InputError
-from model.resnet import ResNet
+from model.cvnet import ResNet
 
 
 class RunsCode:

@@ -6,7 +6,7 @@ from extraction.images import to_network_input
 from model.checkpoint import load_encoder
 from model.folding import FoldedConv, FoldedResNet, has_fused_kernels
 from model.recipe import Recipe
-from model.resnet import ResNet
+from model.cvnet import ResNet
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from simulated import OnDevice, simulated_device
 from torch import Tensor
 
 from model.recipe import Recipe
-from model.resnet import ResNet
+from model.cvnet import ResNet
 from model.superglobal import SuperGlobal
 from modules.pooling import GeMPlus, RegionalGeM
 

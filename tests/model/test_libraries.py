@@ -13,7 +13,7 @@ from extraction.extract import extract_batch
 from model.checkpoint import encoder_state
 from model.errors import InputError
 from model.network_recipe import NetworkRecipe
-from model.networks import build_backbone
+from model.libraries import build_backbone
 from model.recipe import Recipe
 from modules import GeMPlus, RegionalGeM, ScaleGeM, attach
 
@@ -147,7 +147,7 @@ def test_half_precision_is_close(pixels):
 
 CVNET = """
 import re, torch, torchvision
-from model.networks import Backbone
+from model.libraries import Backbone
 
 def build():
     network = torchvision.models.resnet50(num_classes=2048)

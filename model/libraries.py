@@ -1,8 +1,4 @@
-"""Backbones by name: timm's, torchvision's, and a user's own function that returns a network.
-
-A backbone is a network that returns a feature map (N, C, h, w), together with its requirements on images:
-normalisation, channel order and sizes. Every network that modules/attach.py supports can be evaluated.
-"""
+"""Backbones by name: CVNet's, timm's, torchvision's, and a user's own function that returns a network."""
 
 import difflib
 import hashlib
@@ -10,7 +6,6 @@ import importlib.util
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,93 +13,59 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from extraction.images import per_channel
-from model.checkpoint import load_tensors, sha256
-from model.errors import InputError, short_list
+from model.backbone import Backbone
+from model.checkpoint import load_encoder, load_strictly, load_tensors, sha256
+from model.cvnet import ResNet, cvnet_backbone
+from model.errors import InputError
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SMALLEST = 32  # shortest side in pixels: smaller images are enlarged, because most networks have a stride of 32
 PRETRAINED = "pretrained"
+CVNET = "cvnet"
+
+# Classifiers, which descriptors do not use.
+_CLASSIFIERS = ("fc.", "head.", "heads.", "classifier.")
 
 
-@dataclass(frozen=True)
-class Backbone:
-    """A trained network and its requirements on images. A user's function returns one, or just the network.
-
-    Attributes:
-        network: the network in evaluation mode.
-        mean, std: of RGB in 0..1, in the channel order of the network.
-        channels: the channel order, "RGB" or "BGR".
-        features: names of the methods or submodules that lead to the feature map, as in attach; None detects them.
-        tokens: whether the feature map consists of a transformer's tokens, which have both signs.
-        smallest: at each scale, images with a shorter side than this are enlarged.
-        multiple: at each scale, sides are enlarged to multiples of this many pixels.
-        size: (height, width), if the network accepts no other; images are then resized to it.
-        class_token: a function from images to the class token (N, C), if there is one.
-        projection: the name of the submodule to apply after the pooling, or None.
-        provenance: what the network depends on beside its weights.
-    """
-
-    network: nn.Module
-    mean: Sequence[float] = IMAGENET_MEAN
-    std: Sequence[float] = IMAGENET_STD
-    channels: str = "RGB"
-    features: str | Sequence[str] | None = None
-    tokens: bool = False
-    smallest: int = SMALLEST
-    multiple: int = 1
-    size: tuple[int, int] | None = None
-    class_token: Callable[[Tensor], Tensor] | None = None
-    projection: str | None = None
-    provenance: dict[str, Any] = field(default_factory=dict)
-
-    def normalise(self, pixels: Tensor) -> Tensor:
-        """Normalises images. (N, H, W, 3) RGB, uint8 or floating-point in 0..1 -> (N, 3, H, W), of a supported size."""
-        x = pixels.permute(0, 3, 1, 2)
-        x = x.float().div(255) if pixels.dtype == torch.uint8 else x.float()
-        if self.size is not None and self.size != x.shape[2:]:
-            x = F.interpolate(x, self.size, mode="bilinear", align_corners=False, antialias=True).clamp(0, 1)
-        x = x.flip(1) if self.channels == "BGR" else x
-        mean, std = (per_channel(values, x.device) for values in (self.mean, self.std))
-        return ((x - mean) / std).contiguous()
-
-    def fitted(self, x: Tensor) -> Tensor:
-        """Returns images of one scale, enlarged if a side is below `smallest` or not a multiple. (N, 3, H, W)."""
-        factor = max(1.0, self.smallest / min(x.shape[2:]))
-        sides = [-(-round(side * factor) // self.multiple) * self.multiple for side in x.shape[2:]]
-        return x if sides == [*x.shape[2:]] else F.interpolate(x, sides, mode="bilinear", align_corners=False)
-
-
-def build_backbone(name: str, weights: str | Path) -> Backbone:
+def build_backbone(name: str, weights: str | Path, depth: int = 50, reduction_dim: int = 2048) -> Backbone:
     """Returns the backbone with this name, with its weights, in evaluation mode.
 
     Args:
-        name: timm:NAME, torchvision:NAME, or FILE.py:FUNCTION.
+        name: cvnet, timm:NAME, torchvision:NAME, or FILE.py:FUNCTION.
         weights: a file with a state dict; "pretrained" for the weights that the library downloads; or
-            "untrained" for random ones with a fixed seed.
+            "untrained" for random ones with a fixed seed. A user's function returns its network with weights, so
+            that both words leave them as they are. CVNet's network needs a checkpoint.
+        depth, reduction_dim: the layers of CVNet's ResNet, and the dimensions of its descriptor.
 
     Raises:
         InputError: if the name is unknown (the message suggests the closest), the library is not installed, a
             function is missing or fails, or weights do not fit or cannot be downloaded.
     """
+    if name == CVNET:
+        with torch.device("meta"):  # skips the initialisation of weights that the checkpoint replaces
+            network = ResNet(depth, reduction_dim)
+        return cvnet_backbone(load_encoder(network, Path(weights)))
     library, _, rest = name.partition(":")
     makers = {"timm": _timm, "torchvision": _torchvision}
     if library in makers and rest:
         backbone = makers[library](rest, str(weights) == PRETRAINED)
-    elif name.rpartition(":")[0].endswith(".py"):
+    elif is_user_file(name):
         file, _, function = name.rpartition(":")
         backbone = _own(file, function)
     else:
         raise InputError(f"unknown network {name!r}: it must be cvnet, timm:NAME, torchvision:NAME or FILE.py:FUNCTION")
     if str(weights) not in (PRETRAINED, "untrained"):
-        _load(backbone.network, Path(weights), name)
+        _load(backbone, Path(weights), name)
     backbone.network.eval().requires_grad_(False)
     return backbone
 
 
+def is_user_file(name: str) -> bool:
+    """Returns whether a network's name is that of a user's function, FILE.py:FUNCTION."""
+    return name.rpartition(":")[0].endswith(".py")
+
+
 def short_name(name: str) -> str:
     """Returns the name without the folders of a user's file, such as mine.py:build."""
-    return Path(name).name if name.rpartition(":")[0].endswith(".py") else name
+    return Path(name).name if is_user_file(name) else name
 
 
 def weights_digest(network: nn.Module) -> str:
@@ -141,11 +102,23 @@ def _timm(name: str, pretrained: bool) -> Backbone:
     if hasattr(network, "patch_embed") and hasattr(network, "num_prefix_tokens") and flexible:
         patch = network.patch_embed.patch_size[0]
         has_class = getattr(network, "cls_token", None) is not None
+
+        def token_map(x: Tensor) -> Tensor:
+            tokens = network.forward_features(x)[:, network.num_prefix_tokens :]
+            return tokens.mT.unflatten(2, network.patch_embed.dynamic_feat_size(x.shape[2:]))
+
         class_token = (lambda x: network.forward_features(x)[:, 0]) if has_class else None
-        tokens = _Tokens(network, lambda x: network.patch_embed.dynamic_feat_size(x.shape[2:]))
-        return Backbone(tokens, **common, tokens=True, multiple=patch, class_token=class_token, features=())
+        return Backbone(network, token_map, **common, tokens=True, multiple=patch, class_token=class_token)
+
+    def channels_first(x: Tensor) -> Tensor:
+        features = network.forward_features(x)
+        width = getattr(network, "num_features", None)
+        if features.ndim == 4 and features.shape[1] != width == features.shape[-1]:
+            features = features.permute(0, 3, 1, 2)
+        return features
+
     size = tuple(config["input_size"][1:]) if network.pretrained_cfg.get("fixed_input_size") else None
-    return Backbone(_ChannelsFirst(network), **common, size=size, features=())
+    return Backbone(network, channels_first, **common, size=size)
 
 
 def _torchvision(name: str, pretrained: bool) -> Backbone:
@@ -161,9 +134,9 @@ def _torchvision(name: str, pretrained: bool) -> Backbone:
     common: dict[str, Any] = {"mean": tuple(transforms.mean), "std": tuple(transforms.std)}
     common["provenance"] = {"torchvision": torchvision.__version__}
     if isinstance(network, models.VisionTransformer):
-        tokens = _TorchvisionTokens(network)
+        grids = _TorchvisionTokens(network)
         return Backbone(
-            tokens, **common, tokens=True, multiple=network.patch_size, class_token=tokens.class_token, features=()
+            network, grids.token_map, **common, tokens=True, multiple=network.patch_size, class_token=grids.class_token
         )
     if "swin" in name:
         return Backbone(network, **common, multiple=32)
@@ -200,45 +173,17 @@ def _own(path: str, function: str) -> Backbone:
         try:
             backbone = Backbone(**made)
         except TypeError as error:
-            raise InputError(f"{file}: {function} returns {error}; see model.networks.Backbone") from None
+            raise InputError(f"{file}: {function} returns {error}; see model.libraries.Backbone") from None
     if backbone is None:
         raise InputError(f"{file}: {function} returns {type(made).__name__}, not a network (nn.Module)")
     backbone.provenance["file_sha256"] = sha256(file)
     return backbone
 
 
-class _ChannelsFirst(nn.Module):
-    """timm's forward_features, with (N, h, w, C) converted to (N, C, h, w)."""
-
-    def __init__(self, network: Any):
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor) -> Tensor:
-        features = self.network.forward_features(x)
-        width = getattr(self.network, "num_features", None)
-        if features.ndim == 4 and features.shape[1] != width == features.shape[-1]:
-            features = features.permute(0, 3, 1, 2)
-        return features
-
-
-class _Tokens(nn.Module):
-    """The patch tokens of a timm transformer as a feature map (N, C, h, w); position embeddings fit the image size."""
-
-    def __init__(self, network: Any, grid: Callable[[Tensor], tuple[int, int]]):
-        super().__init__()
-        self.network, self.grid = network, grid
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = self.network.forward_features(x)[:, self.network.num_prefix_tokens :]
-        return tokens.mT.unflatten(2, self.grid(x))
-
-
-class _TorchvisionTokens(nn.Module):
+class _TorchvisionTokens:
     """torchvision's VisionTransformer for any image size: position embeddings are resized to the grid (bicubic)."""
 
     def __init__(self, network: Any):
-        super().__init__()
         self.network = network
 
     def _all(self, x: Tensor) -> tuple[Tensor, int, int]:
@@ -255,7 +200,7 @@ class _TorchvisionTokens(nn.Module):
         encoder = network.encoder
         return encoder.ln(encoder.layers(encoder.dropout(tokens + embedding))), height, width
 
-    def forward(self, x: Tensor) -> Tensor:
+    def token_map(self, x: Tensor) -> Tensor:
         tokens, height, width = self._all(x)
         return tokens[:, 1:].mT.unflatten(2, (height, width))
 
@@ -296,32 +241,20 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _load(network: nn.Module, path: Path, name: str) -> None:
-    """Loads a file's weights into the network. Keys of an unused classifier may be present or missing."""
+def _load(backbone: Backbone, path: Path, name: str) -> None:
+    """Loads a file's weights. A classifier that no descriptor uses may be missing or of another size."""
     content = load_tensors(path)
     for key in ("state_dict", "model_state", "model"):
         content = content.get(key, content) if isinstance(content, dict) else content
     if not isinstance(content, dict):
         raise InputError(f"{path} is not a checkpoint: it contains a {type(content).__name__}, not a dict of tensors")
-    inner = getattr(network, "network", network) if isinstance(network, _WRAPPERS) else network
+    expected = backbone.network.state_dict()
+    projection = f"{backbone.projection}."
+
+    def unused(key: str) -> bool:
+        return key.startswith(_CLASSIFIERS) and not key.startswith(projection)
+
     state = {key.removeprefix("module."): value for key, value in content.items() if isinstance(value, Tensor)}
-    expected = inner.state_dict()
-    missing = [key for key in expected if key not in state and not key.startswith(_HEADS)]
-    wrong = [key for key in expected if key in state and state[key].shape != expected[key].shape]
-    unknown = [key for key in state if key not in expected and not key.startswith(_HEADS)]
-    problems = [
-        f"{len(keys)} {what} ({short_list(keys, 3)})"
-        for keys, what in ((missing, "missing"), (unknown, "unknown"), (wrong, "of the wrong shape"))
-        if keys
-    ]
-    if problems:
-        raise InputError(f"{path} does not fit {name}: keys {'; '.join(problems)}")
-    usable = {key: value for key, value in state.items() if key in expected}
-    for key, value in usable.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise InputError(f"{path}: {key} contains values that are not finite; fetch the file again")
-    inner.load_state_dict(usable, strict=False)
-
-
-_WRAPPERS = (_ChannelsFirst, _Tokens, _TorchvisionTokens)
-_HEADS = ("fc.", "head.", "heads.", "classifier.")
+    state = {key: value for key, value in state.items() if not unused(key)}
+    state |= {key: value for key, value in expected.items() if unused(key)}
+    load_strictly(backbone.network, state, path, name)

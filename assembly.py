@@ -3,9 +3,9 @@
 import difflib
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from itertools import count
@@ -18,22 +18,17 @@ from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from cvnet_rerank.pair_scores import CVNetReranker, PairScores
-from extraction.cache import content_folder, plain_name
-from extraction.extract import ImageSet, extract_sets, extract_shared
+from cvnet_rerank.stage import local_feature_stages
+from extraction.extract import ImageSet, extract_sets, probe, probe_tolerance
 from extraction.images import ImageFile, set_pixel_limit
 from extraction.loading import Loading
-from extraction.owner import owned
 from extraction.processes import Processes
-from extraction.shards import check_shards, find_shards, is_shard
+from extraction.store import content_folder, file_fingerprint, plain_name
 from model.checkpoint import find_checkpoint
 from model.device import choose_device, device_name, prepare_process
-from model.errors import InputError, short_list
-from model.network_recipe import NetworkRecipe
-from model.libraries import short_name
-from model.recipe import SCALE_SETS, Recipe
-from model.whitened import WhitenedRecipe
-from modules.compact import Int8Rows
+from model.errors import InputError
+from model.libraries import is_user_file, short_name
+from model.recipe import Recipe
 from modules.diffusion import DiffusionReranker
 from modules.expansion import QueryExpansion
 from modules.reciprocal import KReciprocalReranker
@@ -42,15 +37,14 @@ from modules.search import Database
 from revisitop import toy
 from revisitop.dataset import Dataset
 from revisitop.descriptors import (
-    add_distractors,
     check_distractors,
     database_file,
-    descriptors_made_from,
+    descriptors_provenance,
     load_descriptors,
     load_distractors,
     load_ranking,
 )
-from revisitop.evaluate import most_ignored
+from revisitop.evaluate import ignored_images
 from revisitop.index import indexed, new_index
 from revisitop.layout_revisitop import load_distractor_list
 from revisitop.layouts import dataset_folder, load_dataset
@@ -58,8 +52,6 @@ from revisitop.retrieve import Ranking
 from revisitop.stages import Augmented, Reranked, Searched, SearchedAgain, Stage, search_for
 
 log = logging.getLogger(__name__)
-
-AnyRecipe = Recipe | NetworkRecipe | WhitenedRecipe
 
 DEFAULT_WEIGHTS = Path("weights")
 DOWNLOADED = ("roxford5k", "rparis6k", "gldv2")  # datasets that tools.download provides
@@ -71,7 +63,7 @@ def option(key: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise error.about(key) from None
+        raise InputError(f"{key}: {error}") from None
 
 
 def start_device(cfg: CfgNode, head: dict[str, Any], local_rank: int = 0) -> torch.device:
@@ -85,29 +77,28 @@ def start_device(cfg: CfgNode, head: dict[str, Any], local_rank: int = 0) -> tor
     return device
 
 
-def make_recipe(cfg: CfgNode, weights: Path | str) -> AnyRecipe:
+def make_recipe(cfg: CfgNode, weights: Path | str) -> Recipe:
     """Returns the recipe of descriptors for the options."""
-    method, scales = cfg.SupG, cfg.TEST.SCALE_LIST
-    common = {
-        "scales": SCALE_SETS[scales] if isinstance(scales, int) else tuple(scales),
-        "relup": method.relup_threshold if method.relup else None,
-        "gemp": method.gemp_p if method.gemp else None,
-        "rgem": method.rgem_p if method.rgem else None,
-        "rgem_window": method.rgem_window,
-        "sgem": method.sgem_p if method.sgem else None,
-        "precision": cfg.TEST.PRECISION,
-        "max_side": cfg.TEST.MAX_SIDE or None,
-    }
-    if cfg.MODEL.NAME == "cvnet":
-        recipe: AnyRecipe = Recipe(weights, cfg.MODEL.DEPTH, cfg.MODEL.HEADS.REDUCTION_DIM, **common)
-    else:
-        stages, ends = (
-            None if names == ["auto"] else tuple(names) for names in (method.relup_stages, method.relup_ends)
-        )
-        recipe = NetworkRecipe(
-            cfg.MODEL.NAME, str(weights), **common, relup_stages=stages, relup_ends=ends, pooling=cfg.MODEL.POOLING
-        )
-    return WhitenedRecipe(recipe, Path(cfg.MODEL.WHITENING)) if cfg.MODEL.WHITENING else recipe
+    method = cfg.SupG
+    stages, ends = (None if names == ["auto"] else tuple(names) for names in (method.relup_stages, method.relup_ends))
+    return Recipe(
+        network=cfg.MODEL.NAME,
+        weights=weights,
+        depth=cfg.MODEL.DEPTH,
+        reduction_dim=cfg.MODEL.HEADS.REDUCTION_DIM,
+        scales=tuple(cfg.TEST.SCALE_LIST),
+        relup_threshold=method.relup_threshold if method.relup else None,
+        relup_stages=stages,
+        relup_ends=ends,
+        pooling=cfg.MODEL.POOLING,
+        gemp_p=method.gemp_p if method.gemp else None,
+        rgem_p=method.rgem_p if method.rgem else None,
+        rgem_window=method.rgem_window,
+        sgem_p=method.sgem_p if method.sgem else None,
+        precision=cfg.TEST.PRECISION,
+        max_side=cfg.TEST.MAX_SIDE or None,
+        whitening=Path(cfg.MODEL.WHITENING) if cfg.MODEL.WHITENING else None,
+    )
 
 
 def make_loading(cfg: CfgNode, device: torch.device) -> Loading:
@@ -115,7 +106,7 @@ def make_loading(cfg: CfgNode, device: torch.device) -> Loading:
     return Loading(cfg.DATA_LOADER.NUM_WORKERS, pin_memory, cfg.TEST.BATCH_SIZE)
 
 
-def find_recipe(cfg: CfgNode, dataset: Dataset | None = None) -> AnyRecipe:
+def find_recipe(cfg: CfgNode, dataset: Dataset | None = None) -> Recipe:
     """Returns the recipe with the weights of the options, after checking that they fit.
 
     Raises:
@@ -145,17 +136,19 @@ def find_weights(cfg: CfgNode, dataset: Dataset | None = None) -> Path | str:
 def find_dataset(cfg: CfgNode, name: str) -> Dataset:
     """Returns the dataset; toy is drawn if it is missing."""
     with option("TEST.DATA_DIR"):
+        folder = Path(cfg.TEST.DATA_DIR)
         if name in toy.NAMES:
             draw = toy.ensure_dataset if name == "toy" else toy.ensure_landmarks
-            draw(Path(cfg.TEST.DATA_DIR), lambda images: tqdm(images, desc="drawing toy", unit="img"))
-        folder = Path(cfg.TEST.DATA_DIR)
+            draw(folder, lambda images: tqdm(images, desc="drawing toy", unit="img"))
         if dataset_folder(folder, name) is None:
             if name in DOWNLOADED:
                 raise InputError(
                     f"no dataset {name} in {folder}; get it with python -m tools.download {name} --data-dir {folder}"
                 )
-            there = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
-            if near := difflib.get_close_matches(name, [*DOWNLOADED, *toy.NAMES, *there], 1):
+            if not folder.is_dir():
+                raise InputError(f"there is no folder {folder}")
+            names = [path.name for path in folder.iterdir() if path.is_dir()]
+            if near := difflib.get_close_matches(name, [*DOWNLOADED, *toy.NAMES, *names], 1):
                 raise InputError(f"no dataset {name} in {folder}; did you mean {near[0]}?")
         return load_dataset(name, folder)
 
@@ -204,9 +197,9 @@ def make_output(cfg: CfgNode) -> Output:
     with option("TEST.OUT_DIR"):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / f".writable.{os.getpid()}"
-            probe.touch()
-            probe.unlink()
+            attempt = folder / f".writable.{os.getpid()}"
+            attempt.touch()
+            attempt.unlink()
         except OSError as error:
             raise InputError(f"{folder} cannot be created or written to ({error.strerror})") from None
     return Output(folder)
@@ -222,46 +215,32 @@ class Distractors:
     """The descriptors of the million distractors.
 
     Attributes:
-        paths: the file, or its shards.
-        parts: (N_i, D) each, memory-mapped: one, or one per shard; Int8Rows if they are stored as int8.
+        path: the file.
+        rows: (N, D), memory-mapped.
         images: their images, in the same order; empty if the list is missing or has another length.
     """
 
-    paths: list[Path]
-    parts: list[Tensor | Int8Rows]
+    path: Path
+    rows: Tensor
     images: Sequence[ImageFile]
-
-    def __len__(self) -> int:
-        return sum(map(len, self.parts))
 
 
 def find_distractors(cfg: CfgNode) -> Distractors:
     """Returns the distractors of TEST.DISTRACTORS, or of the default file in the current folder."""
-    if cfg.TEST.DISTRACTORS:
-        candidates = [Path(cfg.TEST.DISTRACTORS)]
-    else:
-        candidates = [Path(f"feats_1m_{network_title(cfg, 'RN')}{suffix}") for suffix in (".pth", ".npy")]
+    name = cfg.TEST.DISTRACTORS
+    candidates = (
+        [Path(name)] if name else [Path(f"feats_1m_{network_title(cfg, 'RN')}{end}") for end in (".pth", ".npy")]
+    )
+    path = next((path for path in candidates if path.is_file()), None)
+    if path is None:
+        advice = "" if name else "; create it with extract_rop1m.py, or set TEST.DISTRACTORS"
+        raise InputError(f"{'TEST.DISTRACTORS' if name else 'SupG.onemeval'}: no file {candidates[0]}{advice}")
     with option("TEST.DISTRACTORS"):
-        found = ([path] if path.is_file() and not is_shard(path) else find_shards(path) for path in candidates)
-        paths = next(filter(None, found), None)
-    if paths is None and cfg.TEST.DISTRACTORS:
-        raise InputError(f"TEST.DISTRACTORS: no file {candidates[0]}")
-    if paths is None:
-        raise InputError(
-            f"SupG.onemeval: no file {candidates[0]}; create it with extract_rop1m.py, or set TEST.DISTRACTORS"
-        )
-    with option("TEST.DISTRACTORS"):
-        if len(paths) > 1 or is_shard(paths[0]):
-            check_shards(paths)
-        parts = [load_distractors(path) for path in paths]
-        if len(widths := {part.shape[1] for part in parts}) > 1:
-            raise InputError(f"{paths[0]} and its other shards differ in dimensions: {short_list(sorted(widths))}")
-    try:
-        images: Sequence[ImageFile] = load_distractor_list(Path(cfg.TEST.DATA_DIR) / "revisitop1m")[1]
-    except InputError:
-        images = ()
-    found = Distractors(paths, parts, images)
-    return found if len(images) == len(found) else replace(found, images=())
+        rows = load_distractors(path)
+    images: Sequence[ImageFile] = ()
+    with suppress(InputError):
+        images = load_distractor_list(Path(cfg.TEST.DATA_DIR) / "revisitop1m")
+    return Distractors(path, rows, images if len(images) == len(rows) else ())
 
 
 def check_index(cfg: CfgNode, dim: int | None) -> None:
@@ -274,55 +253,44 @@ def check_index(cfg: CfgNode, dim: int | None) -> None:
 
 
 def with_index(
-    cfg: CfgNode, database: Database, path: Path, files: Iterable[Path], device: torch.device, **made_from: Any
+    cfg: CfgNode, database: Database, path: Path, files: Sequence[Path], device: torch.device, **provenance: Any
 ) -> Database:
     """Returns the database with the index of TEST.INDEX, whose file name begins with `path`; on the device without it.
 
     Args:
-        files: the files of the rows; their sizes and times tell whether a saved index fits.
+        files: the files of the rows, whose fingerprints tell whether a saved index fits.
         device: where the database is searched if it has no index, see Database.fitted.
-        made_from: further provenance of the rows.
+        provenance: what else the rows depend on.
     """
     if not cfg.TEST.INDEX:
         return database.fitted(device)
-    stats = [(file, file.stat()) for file in files]
-    made_from["files"] = [[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
+    provenance["rows"] = [file_fingerprint(file) for file in files]
     decoded = cfg.TEST.INDEX_ROWS == "decoded"
     with option("TEST.INDEX"):
-        return indexed(database, cfg.TEST.INDEX, path, made_from, cfg.TEST.INDEX_SEARCH, decoded)
+        return indexed(database, cfg.TEST.INDEX, path, provenance, cfg.TEST.INDEX_SEARCH, decoded)
 
 
-def own_images(folder: Path, images: Sequence[ImageFile], recipe: AnyRecipe, output: Output) -> ImageSet:
+def descriptor_folder(output: Output, name: str, images: Path, recipe: Recipe) -> Path:
+    """Returns the folder for the descriptors of the images in a folder by a recipe."""
+    return content_folder(output.descriptors, name, {"folder": str(images.resolve()), **recipe.provenance()})
+
+
+def image_folder_set(folder: Path, images: Sequence[ImageFile], recipe: Recipe, output: Output) -> ImageSet:
     """Returns the images of a folder as a set; each recipe and folder path has its own descriptors."""
-    place = folder.resolve()
-    kept = content_folder(output.descriptors, place.name, {"folder": str(place), **recipe.provenance()})
-    return ImageSet(kept / "database.npy", "database", images, folder)
+    place = descriptor_folder(output, folder.resolve().name, folder, recipe)
+    return ImageSet(place / "database.npy", "database", images, folder)
 
 
-def extract_together(
+def extract(
     sets: Sequence[ImageSet],
-    recipe: AnyRecipe,
+    recipe: Recipe,
     cfg: CfgNode,
     device: torch.device,
     processes: Processes | None = None,
     on_error: str = "list",
 ) -> list[Tensor]:
-    """Returns the descriptors of sets that are kept in one folder, (N, D) each; extracts missing descriptors.
-
-    Args:
-        processes: the processes of a `torchrun`, which share the extraction; by default only this one.
-        on_error: how damaged images are handled, see extraction.extract.extract_images.
-    """
-    loading, resume, first = make_loading(cfg, device), cfg.TEST.RESUME, processes is None or processes.rank == 0
-    with owned(sets[0].path.parent) if first else nullcontext():
-        if processes is not None and processes.count > 1:
-            for each in sets:
-                store = extract_shared(each, recipe, device, processes, loading, resume, on_error)
-                if store is not None and not store.complete:
-                    store.finish()
-            resume = True  # reuses the descriptors that have just been extracted
-        with processes.first_alone() if processes else nullcontext():
-            return extract_sets(sets, recipe, device, loading, resume, on_error)
+    """Returns the descriptors of sets, (N, D) each, extracting missing ones; see extraction.extract.extract_sets."""
+    return extract_sets(sets, recipe, device, make_loading(cfg, device), cfg.TEST.RESUME, on_error, processes)
 
 
 @dataclass(frozen=True)
@@ -340,31 +308,30 @@ class Experiment:
 
     cfg: CfgNode
     dataset: Dataset
-    recipe: AnyRecipe | None
+    recipe: Recipe | None
     distractors: Distractors | None
     output: Output
     device: torch.device
 
     @cached_property
     def folder(self) -> Path:
-        """The folder for the descriptors of these images by this recipe, and for scores computed from them."""
-        return content_folder(
-            self.output.descriptors,
-            self.dataset.name,
-            {"dataset": self.dataset.name, **self.recipe.provenance(), "images": self.dataset.fingerprint},
-        )
+        """The folder for the descriptors of these images, and for scores and indexes computed from them."""
+        name, folder = self.dataset.name, self.dataset.folder
+        if self.recipe is None:
+            return content_folder(
+                self.output.descriptors, name, {"features": str(Path(self.cfg.TEST.FEATURES).resolve())}
+            )
+        return descriptor_folder(self.output, name, folder, self.recipe)
 
     def saved_ranking(self) -> Ranking | None:
         """Returns the ranking in TEST.FEATURES, or None if it contains descriptors."""
-        path = Path(self.cfg.TEST.FEATURES)
-        if self.recipe is not None or path.suffix.lower() != ".pkl":
+        if self.recipe is not None:
             return None
+        path = Path(self.cfg.TEST.FEATURES)
         with option("TEST.FEATURES"):
             ranking = load_ranking(path, self.dataset)
-        if self.stages:
-            log.warning("%s contains a ranking instead of descriptors: it is not reranked", path)
-        if self.cfg.TEST.INDEX:
-            log.warning("%s contains a ranking: TEST.INDEX has no effect", path)
+        if ranking is not None and (self.stages or self.cfg.TEST.INDEX):
+            log.warning("%s contains a ranking instead of descriptors: it is not searched or reranked", path)
         return ranking
 
     @property
@@ -386,78 +353,96 @@ class Experiment:
         if self.recipe is None:
             with option("TEST.FEATURES"):
                 queries, rows = load_descriptors(Path(self.cfg.TEST.FEATURES), self.dataset)
+                files = [database_file(Path(self.cfg.TEST.FEATURES), self.dataset)]
         else:
-            log.info("checkpoint: %s, SHA-256 %s", self.recipe.checkpoint, self.recipe.checkpoint_sha256)
+            log.info("weights: %s, SHA-256 %s", self.recipe.weights_in_words, self.recipe.weights_sha256)
+            log.info("network: %s", self.recipe.modules_in_words)
             log.info("descriptors: %s", self.folder)
-            *others, rows = extract_together(self.sets, self.recipe, self.cfg, self.device, processes)
+            *others, rows = extract(self.sets, self.recipe, self.cfg, self.device, processes)
             queries = others[0] if others else rows[torch.from_numpy(self.dataset.in_database)]
-        database = Database(rows) if self.distractors is None else add_distractors(rows, self.distractors.parts)
-        return queries, self._indexed(database)
+            files = [self.sets[-1].path]
+        parts, name = [rows], f"{self.dataset.name}_db"
+        if self.distractors is not None:
+            if self.distractors.rows.shape[1] != rows.shape[1]:
+                width = self.distractors.rows.shape[1]
+                raise InputError(f"the distractors have {width} dimensions, the database {rows.shape[1]}")
+            parts.append(self.distractors.rows)
+            files.append(self.distractors.path)
+            name += "+distractors"
+        return queries, with_index(self.cfg, Database(parts), self.folder / name, files, self.device)
 
     def search(self, processes: Processes | None = None) -> Searched:
         """Searches for the results that the stages need; the processes of a `torchrun` share it, see descriptors."""
         queries, database = self.descriptors(processes)
         return search_for(self.stages.values(), queries, database, self.dataset.listed, self.device, processes)
 
-    def _indexed(self, database: Database) -> Database:
-        """Returns the database on the device, or with its TEST.INDEX, which is saved beside the descriptors."""
-        if not self.cfg.TEST.INDEX:
-            return database.fitted(self.device)
-        name = f"{self.dataset.name}_db"
-        if self.recipe is None:
-            source = Path(self.cfg.TEST.FEATURES)
-            folder = content_folder(self.output.descriptors, name, {"features": str(source.resolve())})
-            files = [database_file(source, self.dataset)]
-        else:
-            folder, files = self.folder, [self.folder / f"{name}.npy"]
-        if self.distractors is not None:
-            files += self.distractors.paths
-            name += "+distractors"
-        return with_index(self.cfg, database, folder / name, files, self.device)
-
-    def whitening_facts(self) -> dict[str, Any]:
-        """Returns the provenance of the whitening, and whether it was learnt on this dataset's own database."""
-        learnt = self.recipe.learnt_from
-        own = learnt.get("dataset") == self.dataset.name
-        facts = {"path": str(self.recipe.path), "kind": learnt.get("kind"), "source": learnt.get("source")}
-        return {**facts, "learnt_on_the_test_set": own}
-
-    @property
-    def subject(self) -> "Subject":
-        """Returns the information about the images for the stages."""
-        database: Sequence[ImageFile] = self.dataset.database
-        if self.distractors is not None:
-            known = len(self.distractors.images)
-            database = ConcatDataset([database, self.distractors.images]) if known else ()
-        scores = self.folder / f"{self.dataset.name}_cvnet.npy" if self.recipe else None
-        ignored = most_ignored(self.dataset.ground_truth, self.dataset.protocols)
-        return Subject(self.recipe, self.dataset.queries, database, ignored, scores, self.output.folder)
-
     @cached_property
     def stages(self) -> dict[str, Stage]:
         """The stages of TEST.RERANKER, by title."""
-        return make_stages(self.cfg, self.subject, self.device)
+        return make_stages(self.cfg, self.output.folder, self._local_feature_stages)
+
+    def _local_feature_stages(self, counts: Sequence[int]) -> dict[int, Stage]:
+        """Returns the stages of CVNet-Rerank, by the number of candidates."""
+        if self.recipe is None:
+            raise InputError("TEST.RERANKER cvnet needs images and weights, which TEST.FEATURES does not provide")
+        if not self.recipe.is_cvnet or self.recipe.whitening is not None:
+            raise InputError("TEST.RERANKER cvnet needs CVNet's own network, MODEL.NAME cvnet without MODEL.WHITENING")
+        if not len(self.database_images):
+            raise InputError(
+                "TEST.RERANKER cvnet needs the images of the distractors in the order of their descriptors, as listed "
+                f"in {self.cfg.TEST.DATA_DIR}/revisitop1m/revisitop1m.txt"
+            )
+        maps_folder = self.output.folder / "cvnet_maps" if self.cfg.TEST.MAPS_GB else None
+        return local_feature_stages(
+            counts,
+            {
+                each.name: [ignored_images(truth, each) for truth in self.dataset.ground_truth]
+                for each in self.dataset.protocols
+            },
+            recipe=self.recipe,
+            queries=self.dataset.queries,
+            database=self.database_images,
+            path=self.folder / f"{self.dataset.name}_cvnet.npy",
+            maps_folder=maps_folder,
+            maps_bytes=int(self.cfg.TEST.MAPS_GB * 1e9),
+            loading=make_loading(self.cfg, self.device),
+            resume=self.cfg.TEST.RESUME,
+        )
+
+    @property
+    def database_images(self) -> Sequence[ImageFile]:
+        """The images of the rows, those of the distractors included; empty if these are unknown."""
+        if self.distractors is None:
+            return self.dataset.database
+        images = self.distractors.images
+        return ConcatDataset([self.dataset.database, images]) if len(images) else ()
 
     def facts(self) -> dict[str, Any]:
         """Returns the facts about this dataset in results.json beside the metrics."""
         facts: dict[str, Any] = {}
-        if self.recipe is None:
+        recipe = self.recipe
+        if recipe is None:
             path = Path(self.cfg.TEST.FEATURES)
             facts["features"] = str(path)
-            facts["made_from"] = descriptors_made_from(path, self.dataset) or None
+            facts["made_from"] = descriptors_provenance(path, self.dataset) or None
         else:
-            facts["checkpoint"] = {"path": str(self.recipe.checkpoint), "sha256": self.recipe.checkpoint_sha256}
+            facts["checkpoint"] = {"path": recipe.weights_in_words, "sha256": recipe.weights_sha256}
             facts["descriptors"] = str(self.folder)
-            if isinstance(self.recipe, WhitenedRecipe):
-                facts["whitening"] = self.whitening_facts()
+            if recipe.whitening is not None:
+                learnt = recipe.whitening_provenance
+                facts["whitening"] = {
+                    "path": str(recipe.whitening),
+                    **{key: learnt.get(key) for key in ("kind", "source")},
+                    "learnt_on_the_test_set": learnt.get("dataset") == self.dataset.name,
+                }
         if self.cfg.TEST.INDEX:
             index = {"factory": self.cfg.TEST.INDEX, "parameters": self.cfg.TEST.INDEX_SEARCH}
             facts["index"] = {**index, "rows": self.cfg.TEST.INDEX_ROWS}
         if self.distractors is not None:
-            facts["distractors"] = len(self.distractors)
+            facts["distractors"] = len(self.distractors.rows)
         if self.dataset.name in toy.NAMES:
-            own_weights = self.recipe is not None and self.cfg.TEST.WEIGHTS == "auto"
-            facts["note"] = toy.DISCLAIMER if own_weights else toy.DRAWN_DISCLAIMER
+            random = recipe is not None and self.cfg.TEST.WEIGHTS == "auto" and not is_user_file(recipe.network)
+            facts["note"] = toy.DISCLAIMER if random else toy.DRAWN_DISCLAIMER
         return facts
 
 
@@ -480,88 +465,52 @@ def prepare(cfg: CfgNode, name: str, output: Output, device: torch.device) -> Ex
         distractors = find_distractors(cfg)
         if recipe is None:
             log.warning(
-                "TEST.FEATURES: it cannot be checked whether %s was extracted by the same network", distractors.paths[0]
+                "TEST.FEATURES: it cannot be checked whether %s was extracted by the same network", distractors.path
             )
         else:
             with option("TEST.DISTRACTORS"):
-                check_distractors(distractors.paths[0], recipe.provenance())
+                check_distractors(
+                    distractors.path,
+                    recipe.provenance(),
+                    probe(recipe.extractor(device)),
+                    probe_tolerance(recipe.precision),
+                )
     experiment = Experiment(cfg, dataset, recipe, distractors, output, device)
     _ = experiment.stages  # raises if a stage is impossible
     return experiment
 
 
-@dataclass(frozen=True)
-class Subject:
-    """What a stage may need to know about the images whose ranking it changes.
+def make_stages(
+    cfg: CfgNode,
+    folder: Path | None = None,
+    local_features: Callable[[Sequence[int]], dict[int, Stage]] | None = None,
+) -> dict[str, Stage]:
+    """Creates the stages of TEST.RERANKER, by title: "reranking", or "reranking by aqe" if there are several.
 
-    Attributes:
-        recipe: the recipe of their descriptors; None for saved ones of unknown origin.
-        queries: the query images.
-        database: the images of the rows; empty if unknown.
-        spare: the largest number of images that a protocol drops from a ranking.
-        scores: a file for scores that take long to compute; None without a recipe.
-        folder: TEST.OUT_DIR, where a stage can store files.
+    Args:
+        folder: a folder for the temporary files of stages.
+        local_features: creates the stages of CVNet-Rerank; None where there are no images.
     """
-
-    recipe: AnyRecipe | None
-    queries: Sequence[ImageFile]
-    database: Sequence[ImageFile]
-    spare: int
-    scores: Path | None
-    folder: Path
-
-
-def make_stages(cfg: CfgNode, subject: Subject, device: torch.device) -> dict[str, Stage]:
-    """Creates the stages of TEST.RERANKER, by title: "reranking", or "reranking by aqe" if there are several."""
     stages: dict[str, Stage] = {}
-    names = [name for name in cfg.TEST.RERANKER if name in STAGES and (cfg.SupG.rerank or name != "superglobal")]
+    names = [name for name in cfg.TEST.RERANKER if name != "none" and (cfg.SupG.rerank or name != "superglobal")]
     for name in names:
-        made = STAGES[name].make(cfg, subject, device)
         title = f"reranking by {name}" if len(names) > 1 else "reranking"
-        stages |= {f"{title}{words}": stage for words, stage in made.items()}
+        if name != "cvnet":
+            stages[title] = STAGES[name].make(cfg, folder)
+        elif local_features is None:
+            raise InputError("TEST.RERANKER cvnet needs the images of a dataset, as in test.py")
+        else:
+            several = len(cfg.TEST.TOPK_LIST) > 1
+            for number, stage in local_features(sorted({*cfg.TEST.TOPK_LIST})).items():
+                stages[f"{title} of {number}" if several else title] = stage
     return stages
 
 
-def cvnet_stages(cfg: CfgNode, subject: Subject, device: torch.device) -> dict[str, Stage]:
-    if subject.recipe is None:
-        raise InputError("TEST.RERANKER cvnet needs images and weights, which TEST.FEATURES does not provide")
-    if not isinstance(subject.recipe, Recipe):
-        raise InputError("TEST.RERANKER cvnet needs CVNet's own network, MODEL.NAME cvnet without MODEL.WHITENING")
-    if not len(subject.database):
-        raise InputError(
-            "TEST.RERANKER cvnet needs the images of the distractors in the order of their descriptors, as listed in "
-            f"{cfg.TEST.DATA_DIR}/revisitop1m/revisitop1m.txt"
-        )
-    counts = sorted({int(count) for count in cfg.TEST.TOPK_LIST})
-    pairs = PairScores(
-        subject.recipe,
-        subject.queries,
-        subject.database,
-        subject.scores,
-        m=counts[-1] + subject.spare,
-        maps_folder=subject.folder / "cvnet_maps" if cfg.TEST.MAPS_GB else None,
-        maps_bytes=int(cfg.TEST.MAPS_GB * 1e9),
-        loading=make_loading(cfg, device),
-        resume=cfg.TEST.RESUME,
-    )
-    words = " of {}" if len(counts) > 1 else ""
-    return {words.format(count): Reranked(CVNetReranker(pairs, count, subject.spare)) for count in counts}
-
-
 class StageKind(NamedTuple):
-    """A choice of TEST.RERANKER.
-
-    Attributes:
-        title: the name in tables.
-        make: creates its stages, by the suffix of their title.
-    """
+    """A choice of TEST.RERANKER: its title in tables, and a function that creates its stage."""
 
     title: str
-    make: Callable[[CfgNode, Subject, torch.device], dict[str, Stage]]
-
-
-def _one(make: Callable[[CfgNode, Subject], Stage]) -> Callable[[CfgNode, Subject, torch.device], dict[str, Stage]]:
-    return lambda cfg, subject, device: {"": make(cfg, subject)}
+    make: Callable[[CfgNode, Path | None], Stage]
 
 
 def superglobal_reranker(cfg: CfgNode) -> SuperGlobalReranker:
@@ -585,13 +534,11 @@ def diffusion_reranker(cfg: CfgNode) -> DiffusionReranker:
 
 
 STAGES = {
-    "superglobal": StageKind("SuperGlobal", _one(lambda cfg, subject: Reranked(superglobal_reranker(cfg)))),
-    "aqe": StageKind("AQE", _one(lambda cfg, subject: SearchedAgain(query_expansion(cfg, 0.0)))),
-    "alpha-qe": StageKind(
-        "alpha-QE", _one(lambda cfg, subject: SearchedAgain(query_expansion(cfg, cfg.RERANK.QE_ALPHA)))
-    ),
-    "dba": StageKind("DBA", _one(lambda cfg, subject: Augmented(cfg.RERANK.DBA_K, subject.folder))),
-    "k-reciprocal": StageKind("k-reciprocal", _one(lambda cfg, subject: Reranked(reciprocal_reranker(cfg)))),
-    "diffusion": StageKind("diffusion", _one(lambda cfg, subject: Reranked(diffusion_reranker(cfg)))),
-    "cvnet": StageKind("CVNet-Rerank", cvnet_stages),
+    "superglobal": StageKind("SuperGlobal", lambda cfg, folder: Reranked(superglobal_reranker(cfg))),
+    "aqe": StageKind("AQE", lambda cfg, folder: SearchedAgain(query_expansion(cfg, 0.0))),
+    "alpha-qe": StageKind("alpha-QE", lambda cfg, folder: SearchedAgain(query_expansion(cfg, cfg.RERANK.QE_ALPHA))),
+    "dba": StageKind("DBA", lambda cfg, folder: Augmented(cfg.RERANK.DBA_K, folder)),
+    "k-reciprocal": StageKind("k-reciprocal", lambda cfg, folder: Reranked(reciprocal_reranker(cfg))),
+    "diffusion": StageKind("diffusion", lambda cfg, folder: Reranked(diffusion_reranker(cfg))),
 }
+TITLES = {**{name: kind.title for name, kind in STAGES.items()}, "cvnet": "CVNet-Rerank"}

@@ -62,6 +62,20 @@ class RerankedByLocalFeatures:
         )  # fmt: skip
 
 
+def local_feature_stages(
+    counts: Sequence[int], ignored: Mapping[str, Sequence[np.ndarray]], **pairs: Any
+) -> dict[int, RerankedByLocalFeatures]:
+    """Returns a stage for each number of candidates; they share the scores.
+
+    Args:
+        counts: the numbers of candidates.
+        ignored: see RerankedByLocalFeatures.
+        pairs: the arguments of PairScores, except m.
+    """
+    scores = PairScores(m=max(counts) + most_ignored(ignored), **pairs)
+    return {count: RerankedByLocalFeatures(scores, count, ignored) for count in counts}
+
+
 def most_ignored(ignored: Mapping[str, Sequence[np.ndarray]]) -> int:
     """Returns the largest number of images that a protocol drops for a query."""
     return max((len(numbers) for per_query in ignored.values() for numbers in per_query), default=0)

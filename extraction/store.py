@@ -32,14 +32,14 @@ import numpy as np
 import torch
 
 from extraction.files import jsonable, reserve, write_array, write_atomically, write_json
-from extraction.identity import KEY_BYTES, Identity, rows_fingerprint, stat_record
+from extraction.identity import KEY_BYTES, Identity, file_identity, rows_fingerprint, stat_record
 from model.checkpoint import load_tensors
 from model.errors import InputError, short_list
 
 log = logging.getLogger(__name__)
 
 _BLOCK_ROWS, _BLOCK_SECONDS = 512, 20.0
-_HASHED_ROWS = 1024  # rows with one hash in a finished file
+_HASHED_ROWS = 64  # rows with one hash in a finished file
 _CACHED_BLOCKS = 16
 NO_KEY = bytes(KEY_BYTES)  # of a row of zeros, for an image that could not be read
 

@@ -116,6 +116,16 @@ class Recipe:
             places(self.relup_ends, backbone.relup_ends, ("layer2", "layer3")),
         )
 
+    @property
+    def modules_in_words(self) -> str:
+        """The modules that are on, and the number of layers that ReLU+ changed, as text."""
+        modules = self._descriptor
+        scales = ", ".join(f"{factor:g}" for factor in self.scales)
+        parts = [modules.rgem, modules.pooling, modules.sgem or "mean over the scales"]
+        words = ", ".join(str(each) for each in parts if each is not None)
+        relup = f"ReLU+ ({self.relup_threshold}) in {len(modules.changes)} layers" if modules.changes else "no ReLU+"
+        return f"{words}, scales {scales}; {relup}"
+
     @cached_property
     def _learnt_whitening(self) -> tuple[Whitening, dict[str, Any]] | None:
         return None if self.whitening is None else load_whitening(self.whitening)

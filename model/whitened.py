@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from extraction.store import jsonable
-from model.checkpoint import load_tensors, sha256
+from model.checkpoint import sha256
 from model.errors import InputError
 from model.extractor import Extractor, NetworkExtractor
+from model.whitening import load_whitening
 from modules.whitening import Whitening
 
 
@@ -98,29 +98,3 @@ class _Whitened(nn.Module):
 
 def _as_they_are(pixels: Tensor) -> Tensor:
     return pixels
-
-
-def save_whitening(path: Path, whitening: Whitening, learnt_from: dict[str, Any]) -> None:
-    """Saves a whitening and its provenance as a file of tensors."""
-    content = {"mean": whitening.mean, "projection": whitening.projection, "learnt_from": jsonable(learnt_from)}
-    new = Path(f"{path}.new")
-    try:
-        torch.save(content, new)
-        new.replace(path)
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"cannot write {path} ({str(error).splitlines()[0]})") from None
-
-
-def load_whitening(path: Path) -> tuple[Whitening, dict[str, Any]]:
-    """Loads a whitening and its provenance.
-
-    Raises:
-        InputError: if the file is missing, damaged, or not a whitening.
-    """
-    content: Any = load_tensors(path)
-    try:
-        whitening = Whitening.from_state({key: content[key] for key in ("mean", "projection")})
-        learnt_from = content.get("learnt_from", {})
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise InputError(f"{path} is not a whitening ({' '.join(str(error).split())})") from None
-    return whitening, learnt_from if isinstance(learnt_from, dict) else {}

@@ -13,12 +13,7 @@ from modules.whitening import Whitening
 
 
 def save_whitening(path: Path, whitening: Whitening, learnt_from: dict[str, Any]) -> None:
-    """Saves a whitening and its provenance as a file of tensors, atomically.
-
-    Args:
-        path: the file to write.
-        whitening: the whitening.
-        learnt_from: the provenance, in JSON types.
+    """Saves a whitening and its provenance, which is in JSON types, as a file of tensors, atomically.
 
     Raises:
         InputError: if the file cannot be written.
@@ -30,7 +25,8 @@ def save_whitening(path: Path, whitening: Whitening, learnt_from: dict[str, Any]
         new.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError if the disk is full
         new.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path} ({str(error).splitlines()[0]})") from None
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise InputError(f"cannot write {path} ({reason})") from None
 
 
 def load_whitening(path: Path) -> tuple[Whitening, dict[str, Any]]:

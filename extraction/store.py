@@ -108,6 +108,7 @@ class Store:
             InputError: if there are rows of other settings that are not to be replaced.
         """
         for file in dict.fromkeys((self.path, _rows_file(self.path))):
+            _publish(file)
             self._read_finished(file)
         self.read_blocks()
 
@@ -192,7 +193,7 @@ class Store:
         records, done = Records.of(labels, identities), self._finished
         if done is not None and np.array_equal(records.keys, done.keys):
             if not all(map(np.array_equal, records, done)):  # renamed images, or new stat records
-                self._describe(self.path, records, self._hashes, facts)
+                self._describe(self.path, records, facts)
         else:
             file = _rows_file(self.path)
             try:
@@ -201,7 +202,7 @@ class Store:
                     self._finished = None
                     self.clear()
                     _save_tensor(self.path, np.load(file, mmap_mode="c"))
-                    self._describe(self.path, records, self._hashes, facts)
+                    self._describe(self.path, records, facts)
                     for each in (file, *sidecars(file)):
                         each.unlink(missing_ok=True)
             except OSError as error:
@@ -227,20 +228,20 @@ class Store:
             out.flush()
             os.fsync(out.fileno())
         self._hashes = np.stack(hashes) if hashes else np.zeros((0, KEY_BYTES), np.uint8)
-        # Whenever the process is killed, the blocks are still there, or the file has the hashes of its rows.
-        self._describe(file, records, self._hashes, facts, trusted=False)
-        os.replace(new, file)
-        self._describe(file, records, self._hashes, facts)
+        self._describe(new, records, facts)
+        _publish(file)
+        _trust(file)
 
-    def _describe(
-        self, file: Path, records: Records, hashes: np.ndarray, facts: dict | None, trusted: bool = True
-    ) -> None:
-        """Writes what the file was made from, and the stat record with which it is trusted."""
+    def _describe(self, file: Path, records: Records, facts: dict | None) -> None:
+        """Writes what the file was made from, and then the stat record with which it is trusted."""
         provenance, images = sidecars(file)
-        write_atomically(images, lambda out: np.savez(out, **records._asdict(), hashes=hashes, probe=self.probe))
-        content = {**self.provenance, "rows": len(records.labels), "fingerprint": rows_fingerprint(hashes)}
-        stat = stat_record(file.stat()) if trusted else None
-        write_json(provenance, {**content, **(facts or {}), "file": stat})
+        content = {**records._asdict(), "hashes": self._hashes, "probe": self.probe}
+        write_atomically(images, lambda out: np.savez(out, **content))
+        fingerprint = rows_fingerprint(self._hashes)
+        write_json(
+            provenance, {**self.provenance, "rows": len(records.labels), "fingerprint": fingerprint, **(facts or {})}
+        )
+        _trust(file)
 
     def _read_finished(self, file: Path) -> None:
         """Adds the rows of a finished file, without those that are damaged."""
@@ -262,14 +263,13 @@ class Store:
                 if not np.array_equal(_hash(rows[start : start + _HASHED_ROWS]), hashes[number]):
                     intact[start : start + _HASHED_ROWS] = False
             if intact.all():
-                write_json(provenance, {**facts, "file": stat_record(file.stat())})
+                _trust(file)
             else:
                 log.warning("%s: %d rows are damaged; they are extracted again", file, (~intact).sum())
         self._cache[file] = rows
-        self._hashes = hashes
         self._add(file, records, intact & records.keys.any(axis=1))
-        if intact.all():
-            self._finished = records
+        if intact.all() and file == self.path:
+            self._finished, self._hashes = records, hashes
 
     def _belongs(self, files: Path, provenance: Path, probe: Path) -> bool:
         """Returns whether existing files have the settings of this store, and were computed by the same code."""
@@ -316,6 +316,24 @@ class Store:
         return self._cache[file]
 
 
+def _publish(file: Path) -> None:
+    """Replaces a file by the one that was written beside it, if that is complete; it may be interrupted.
+
+    The provenance of the new file is written last and renamed last.
+    """
+    new = Path(f"{file}.new")
+    provenance, images = sidecars(new)
+    if provenance.exists():
+        for source, target in zip((images, new, provenance), (sidecars(file)[1], file, sidecars(file)[0]), strict=True):
+            if source.exists():
+                os.replace(source, target)
+
+
+def _trust(file: Path) -> None:
+    """Records the stat record with which the file is trusted."""
+    write_json(sidecars(file)[0], {**(read_provenance(file) or {}), "file": stat_record(file.stat())})
+
+
 def sidecars(path: Path) -> tuple[Path, Path]:
     """Returns the files beside a finished file: of its provenance, and of its images."""
     return Path(f"{path}.json"), Path(f"{path}.images.npz")
@@ -352,6 +370,15 @@ def read_provenance(path: Path) -> dict | None:
     except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def file_fingerprint(path: Path) -> str:
+    """Returns the fingerprint of the rows in a file: from its provenance while that stands, else of its content."""
+    provenance = read_provenance(path) or {}
+    if provenance.get("fingerprint") and provenance.get("file") == list(stat_record(path.stat())):
+        return provenance["fingerprint"]
+    with path.open("rb") as file:
+        return file_identity(file).key.hex()
 
 
 def provenance_differences(path: Path, provenance: dict, probe: np.ndarray, tolerance: float) -> list[str] | None:
@@ -401,9 +428,7 @@ def _rows_file(path: Path) -> Path:
 
 def _load_rows(path: Path) -> np.ndarray:
     """Returns the rows of a finished file, memory-mapped."""
-    if path.suffix == ".npy":
-        return np.load(path, mmap_mode="r")
-    return load_tensors(path).numpy()
+    return load_tensors(path).numpy() if path.suffix == ".pth" else np.load(path, mmap_mode="r")
 
 
 def _save_tensor(path: Path, rows: np.ndarray) -> None:

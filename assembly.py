@@ -1,6 +1,5 @@
 """Create objects from options, for the commands. Library code does not know options; this module knows all."""
 
-import difflib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +9,7 @@ from datetime import datetime
 from functools import cached_property
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 from yacs.config import CfgNode
 
+from config import active_rerankers, plain
 from cvnet_rerank.stage import local_feature_stages
 from extraction.extract import ImageSet, extract_sets, probe, probe_tolerance
 from extraction.images import ImageFile, set_pixel_limit
@@ -26,7 +26,7 @@ from extraction.processes import Processes
 from extraction.store import content_folder, file_fingerprint, plain_name
 from model.checkpoint import find_checkpoint
 from model.device import choose_device, device_name, prepare_process
-from model.errors import InputError
+from model.errors import InputError, nearest
 from model.libraries import is_user_file, short_name
 from model.recipe import Recipe
 from modules.diffusion import DiffusionReranker
@@ -34,6 +34,7 @@ from modules.expansion import QueryExpansion
 from modules.reciprocal import KReciprocalReranker
 from modules.reranking import SuperGlobalReranker
 from modules.search import Database
+from report.log import start_log
 from revisitop import toy
 from revisitop.dataset import Dataset
 from revisitop.descriptors import (
@@ -59,22 +60,11 @@ DOWNLOADED = ("roxford5k", "rparis6k", "gldv2")  # datasets that tools.download 
 
 @contextmanager
 def option(key: str) -> Iterator[None]:
-    """A context that adds the name of the option to an InputError."""
+    """A context that puts the name of an option, or of a flag, before the message of an InputError."""
     try:
         yield
     except InputError as error:
         raise InputError(f"{key}: {error}") from None
-
-
-def start_device(cfg: CfgNode, head: dict[str, Any], local_rank: int = 0) -> torch.device:
-    """Prepares the process for the device of TEST.DEVICE, records it in the log and the head, and returns it."""
-    with option("TEST.DEVICE"):
-        device = choose_device(cfg.TEST.DEVICE, local_rank)
-    prepare_process(device)
-    set_pixel_limit(cfg.DATA_LOADER.MAX_PIXELS)
-    head["device"] = device_name(device)
-    log.info("device: %s", head["device"])
-    return device
 
 
 def make_recipe(cfg: CfgNode, weights: Path | str) -> Recipe:
@@ -148,8 +138,8 @@ def find_dataset(cfg: CfgNode, name: str) -> Dataset:
             if not folder.is_dir():
                 raise InputError(f"there is no folder {folder}")
             names = [path.name for path in folder.iterdir() if path.is_dir()]
-            if near := difflib.get_close_matches(name, [*DOWNLOADED, *toy.NAMES, *names], 1):
-                raise InputError(f"no dataset {name} in {folder}; did you mean {near[0]}?")
+            if hint := nearest(name, [*DOWNLOADED, *toy.NAMES, *names]):
+                raise InputError(f"no dataset {name} in {folder}; {hint}")
         return load_dataset(name, folder)
 
 
@@ -203,6 +193,51 @@ def make_output(cfg: CfgNode) -> Output:
         except OSError as error:
             raise InputError(f"{folder} cannot be created or written to ({error.strerror})") from None
     return Output(folder)
+
+
+@dataclass(frozen=True)
+class Session:
+    """A command from its start: its options, its place in a `torchrun`, the head of its log, and its device.
+
+    Attributes:
+        cfg: the options.
+        processes: the processes of a `torchrun`, or only this one.
+        head: what results.json begins with: date, command, versions, options, device; empty but in the first process.
+        device: the device of the computations.
+    """
+
+    cfg: CfgNode
+    processes: Processes
+    head: dict[str, Any]
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that logs, evaluates and writes results."""
+        return self.processes.rank == 0
+
+    @cached_property
+    def output(self) -> Output:
+        """TEST.OUT_DIR, which is created. Raises InputError if it cannot be created or written to."""
+        return make_output(self.cfg)
+
+
+def start_session(cfg: CfgNode, screen: TextIO | None = None) -> Session:
+    """Joins the processes of a `torchrun`, opens log.txt, and prepares the process for the device of TEST.DEVICE.
+
+    Args:
+        cfg: the options.
+        screen: where the lines of the log are shown; the standard output by default.
+    """
+    processes = Processes()
+    head = start_log(Path("log.txt"), plain(cfg), screen) if processes.rank == 0 else {}
+    with option("TEST.DEVICE"):
+        device = choose_device(cfg.TEST.DEVICE, processes.local)
+    prepare_process(device)
+    set_pixel_limit(cfg.DATA_LOADER.MAX_PIXELS)
+    head["device"] = device_name(device)
+    log.info("device: %s", head["device"])
+    return Session(cfg, processes, head, device)
 
 
 def network_title(cfg: CfgNode, cvnet: str = "R") -> str:
@@ -492,7 +527,7 @@ def make_stages(
         local_features: creates the stages of CVNet-Rerank; None where there are no images.
     """
     stages: dict[str, Stage] = {}
-    names = [name for name in cfg.TEST.RERANKER if name != "none" and (cfg.SupG.rerank or name != "superglobal")]
+    names = active_rerankers(cfg)
     for name in names:
         title = f"reranking by {name}" if len(names) > 1 else "reranking"
         if name != "cvnet":

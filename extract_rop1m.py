@@ -5,87 +5,65 @@ torchrun --nproc-per-node=8 extract_rop1m.py --weight ./weights/CVPR2022_CVNet_R
 python extract_rop1m.py --weight ./weights/CVPR2022_CVNet_R50.pyth --depth 50 --out feats.npy --shard 3/64
 python extract_rop1m.py MODEL.NAME timm:resnet50.a1_in1k
 
-It can be interrupted at any moment, by a power cut, too: the same command resumes. A shard, numbered from 0, is written
-to feats.00003-of-00064.npy, independently of the others; TEST.DISTRACTORS feats.npy then uses all shards together.
+It can be interrupted at any moment, by a power cut, too: the same command resumes. With --shard, numbered from 0, any
+number of machines extract parts of the list independently, into blocks in the folder feats.npy.blocks (shared, or copied
+together later); the same command without --shard then makes the file of all parts.
 """
+
+from report.command import run_command  # isort: skip  # first, see there
 
 import argparse
 import logging
 import shutil
-from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from config import ADVICE, LOADING, NETWORK, CommandLine, Parsed, plain
-from model.errors import InputError, run_command, short_list
-
-if TYPE_CHECKING:
-    from extraction.images import ImageFile
+from config import LOADING, NETWORK, CommandLine, Parsed
+from model.errors import InputError
 
 log = logging.getLogger(__name__)
-
-OPTIONS_HERE = {**ADVICE, "depth": "--depth {}".format, "path": lambda path: "another --out"}
-OPTIONS_HERE |= {"resume": lambda resume: "--no-resume", "on_error": "--on-error {}".format}
 
 
 def main(argv: list[str]) -> None:
     args, cfg, _ = parse(argv)
     # Imported here, so that --help and errors about options appear at once.
-    from assembly import find_recipe, make_loading, network_title, option, start_device
-    from extraction.extract import ImageSet, extract_shared
-    from extraction.owner import owned
-    from extraction.processes import Processes
-    from extraction.shards import shard_path, shard_rows
-    from extraction.store import nonzero_rows
-    from report.log import start_log
+    from assembly import find_recipe, make_loading, network_title, option, start_session
+    from extraction.extract import ImageSet, extract_sets
     from revisitop.layout_revisitop import load_distractor_list
 
     out = args.out or Path(f"feats_1m_{network_title(cfg, 'RN')}.pth")
-    processes = Processes()
-    first = processes.rank == 0
-    head = start_log(Path("log.txt"), plain(cfg)) if first else {}
-    device = start_device(cfg, head, processes.local)
-    log.info("%r", processes)
+    session = start_session(cfg)
+    log.info("%r", session.processes)
 
     # Everything is checked before the long computations begin.
     recipe = find_recipe(cfg)
     with option("--data-dir"):
-        digest, images = load_distractor_list(args.data_dir)
-    provenance = {"list_sha256": digest}
+        images = load_distractor_list(args.data_dir)
+    if session.first:
+        check_disk(out, len(images) * recipe.dim * 4)
     if args.shard:
-        start, stop = shard_rows(len(images), *args.shard)
-        if start == stop:
-            raise InputError(f"--shard {args.shard[0]}/{args.shard[1]} has no image: the list has {len(images)}")
-        out, provenance["rows"] = shard_path(out, *args.shard), [start, stop, len(images)]
-        images = images[start:stop]
-    distractors = ImageSet(out, "distractors", images, provenance=provenance, fingerprinted=False)
-    log.info("checkpoint: %s, SHA-256 %s", recipe.checkpoint, recipe.checkpoint_sha256)
-    with owned(out) if first else nullcontext():
-        if first:
-            if is_finished(out, {**recipe.provenance(), **distractors.provenance}, args.resume):
-                log.info("%s is complete already, extracted from the same checkpoint, settings and list", out)
-            else:
-                check_disk(out, len(images) * recipe.dim * 4)
-                if args.on_error == "stop":
-                    check_images(images)
+        number, count = args.shard
+        images = images[len(images) * number // count : len(images) * (number + 1) // count]
+        if not len(images):
+            raise InputError(f"--shard {number}/{count} has no image: the list is shorter")
+    log.info("weights: %s, SHA-256 %s", recipe.weights_in_words, recipe.weights_sha256)
 
-        loading = make_loading(cfg, device)
-        store = extract_shared(distractors, recipe, device, processes, loading, args.resume, args.on_error)
-        if store is not None and not store.complete:
-            skipped = [images.name(row) for row in (~nonzero_rows(store.part_rows())).nonzero()[0].tolist()]
-            if skipped:
-                log.warning("%d images could not be read and have rows of zeros: %s", len(skipped), short_list(skipped))
-            log.info("writing %s", out)
-            store.finish({"skipped": skipped, **head})
-            log.info("%s: %d descriptors of %d dimensions", out, len(images), recipe.dim)
-        processes.end()
+    with option(f"--out {out}"):
+        distractors = ImageSet(out, "distractors", images, args.data_dir)
+        extract_sets(
+            [distractors], recipe, session.device, make_loading(cfg, session.device), args.resume, args.on_error,
+            session.processes, replace=not args.resume, facts=session.head, finish=not args.shard,
+        )  # fmt: skip
+    session.processes.end()
+    if args.shard:
+        log.info("%d descriptors are in %s.blocks; when all parts are there, start without --shard", len(images), out)
+    else:
+        log.info("%s: %d descriptors of %d dimensions", out, len(images), recipe.dim)
 
 
 def parse(argv: list[str]) -> Parsed:
     instead = {"TEST.RESUME": "it has --resume and --no-resume", "TEST.DATA_DIR": "it has --data-dir"}
     instead |= {"TEST.OUT_DIR": "it has --out"}
-    line = CommandLine(__doc__, (*NETWORK, *LOADING, "TEST.DEVICE"), instead=instead)
+    line = CommandLine(__doc__, (*NETWORK, *LOADING, "TEST.DEVICE"), instead)
     line.add_flag("--weight", "TEST.WEIGHTS", metavar="FILE", help="the checkpoint")
     line.add_flag("--depth", "MODEL.DEPTH", type=int, choices=(50, 101), help="layers of the ResNet encoder")
     line.add(
@@ -106,13 +84,13 @@ def parse(argv: list[str]) -> Parsed:
     for flag, key in (("--weight FILE", "TEST.WEIGHTS"), ("--depth N", "MODEL.DEPTH")):
         if key not in parsed.given and parsed.cfg.MODEL.NAME == "cvnet":
             raise InputError(f"{flag} is missing; see --help")
-    out = parsed.args.out
-    if out is not None and out.suffix not in (".pth", ".npy"):
-        raise InputError(f"--out {out} must end in .pth or .npy")
-    if parsed.args.shard and (out is None or out.suffix != ".npy"):
-        raise InputError("--shard needs --out NAME.npy, after which the shard is named")
-    if out is not None and not out.parent.is_dir():
-        raise InputError(f"--out {out}: there is no folder {out.parent}")
+    args = parsed.args
+    if args.out is not None and args.out.suffix not in (".pth", ".npy"):
+        raise InputError(f"--out {args.out} must end in .pth or .npy")
+    if args.out is not None and not args.out.parent.is_dir():
+        raise InputError(f"--out {args.out}: there is no folder {args.out.parent}")
+    if args.shard and not args.resume:
+        raise InputError("--no-resume would remove the parts of other machines: leave --shard out")
     return parsed
 
 
@@ -123,42 +101,14 @@ def shard(text: str) -> tuple[int, int]:
     return int(number), int(count)
 
 
-def is_finished(out: Path, provenance: dict, resume: bool) -> bool:
-    """Returns whether the file exists with the same provenance. Raises InputError if its provenance differs."""
-    from extraction.store import provenance_differences, provenance_path
-
-    if not resume or not out.exists() or Path(f"{out}.part").exists():
-        return False
-    differing = provenance_differences(out, provenance)
-    another = {"resume": False, "path": out.with_stem(f"{out.stem}_2")}
-    if differing is None:
-        raise InputError(f"{out} exists without a provenance file {provenance_path(out).name}", **another)
-    if differing:
-        raise InputError(f"{out} was extracted with other settings ({short_list(differing)})", **another)
-    return True
-
-
-def check_images(images: "Sequence[ImageFile]") -> None:
-    from tqdm import tqdm
-
-    bar = tqdm(images, desc="looking for the images", unit="img", dynamic_ncols=True)
-    missing = [image.path for image in bar if not image.path.is_file()]
-    if missing:
-        raise InputError(
-            f"{len(missing)} of {len(images)} images are missing ({short_list(missing)}); get them, or write "
-            "rows of zeros for them",
-            on_error="skip",
-        )
-
-
 def check_disk(out: Path, size: int) -> None:
-    """Raises InputError if there is not enough space: the rows of the .part file are copied to the final file."""
-    there = sum(path.stat().st_size for path in (Path(f"{out}.part"), out) if path.exists())
-    needed = size * (2 if out.suffix == ".pth" else 1) - there
+    """Raises InputError if there is not enough space for the blocks and the file that is made of them."""
+    existing = [*Path(f"{out}.blocks").glob("*"), *([out] if out.exists() else [])]
+    needed = 2 * size - sum(path.stat().st_size for path in existing) if not out.exists() else 0
     free = shutil.disk_usage(out.parent).free
     if needed > free:
         raise InputError(f"{out.parent.absolute()} has {free / 1e9:.1f} GB free, but {needed / 1e9:.1f} GB are needed")
 
 
 if __name__ == "__main__":
-    run_command(main, OPTIONS_HERE)
+    run_command(main)

@@ -5,7 +5,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -107,6 +107,7 @@ def extract_sets(
     processes: Processes | None = None,
     replace: bool = True,
     facts: dict[str, Any] | None = None,
+    finish: bool = True,
 ) -> list[Tensor]:
     """Returns the descriptors of each set, (N, D), memory-mapped from their files.
 
@@ -120,20 +121,23 @@ def extract_sets(
             by default only this one.
         replace: whether descriptors of other settings are replaced; else they are an error.
         facts: added to the provenance files.
+        finish: False leaves new descriptors in the blocks of the file, for a call with a longer list, and returns
+            nothing; several processes or machines may do that at the same time.
 
     Raises:
-        InputError: if images are damaged, or another process failed; descriptors that were extracted are kept.
+        InputError: if images are missing or damaged, or another process failed; descriptors that were extracted are
+            kept.
     """
     processes = processes or Processes(alone=True)
     extractor = recipe.extractor(device)
     identity = recipe.provenance(), probe(extractor), probe_tolerance(recipe.precision)
-    with owned(sets[0].path) if processes.rank == 0 else nullcontext():
+    with owned(sets[0].path) if processes.rank == 0 and finish else nullcontext():
         for each in sets:
             store = Store(each.path, recipe.dim, *identity, replace)
             missing, start = np.zeros(len(each.images), dtype=bool), time.perf_counter()
             if processes.rank == 0:
                 store.read() if resume else store.clear()
-                known = _known_images(each, store)
+                known = _known_images(each, store, on_error)
                 missing[:] = [identity is None for identity in known.identities]
             missing = processes.from_first(missing)
             rows = np.array_split(np.flatnonzero(missing), processes.count)[processes.rank]
@@ -142,10 +146,10 @@ def extract_sets(
                 done = int((~missing).sum()) if processes.count == 1 else 0
                 extract_images(extractor, each, store, rows, loading, recipe.max_side, on_error, title, done)
             processes.wait()
-            if processes.rank == 0:
+            if processes.rank == 0 and finish:
                 _finish(each, store, known, facts, start)
             processes.wait()
-    return [load_rows(each.path) for each in sets]
+    return [load_rows(each.path) for each in sets] if finish else []
 
 
 def load_rows(path: Path) -> Tensor:
@@ -162,41 +166,38 @@ class KnownImages(NamedTuple):
     identities: list[Identity | None]
 
 
-def _known_images(each: ImageSet, store: Store) -> KnownImages:
+def _known_images(each: ImageSet, store: Store, on_error: str) -> KnownImages:
     """Finds the images whose rows exist: by their stat record, or else by their content.
 
     A row whose image has been deleted since is used, too.
     """
     labels = [image_label(image.path, image.box, each.folder) for image in each.images]
     identities: list[Identity | None] = [None] * len(labels)
-    if not len(store):
-        return KnownImages(labels, identities)
     sizes = {identity.stat[0] for identity in store.identities.values()}
-    any_size, deleted = 0 in sizes, 0  # the size of an image that was too young to trust its stat record is unknown
-    changed = []
+    any_size = 0 in sizes  # that of an image that was too young to trust its stat record is unknown
+    changed, absent = [], []
     for number, image in enumerate(each.images):
         try:
             stat = stat_record(os.stat(str(image.path)))  # text, because there may be a million
         except OSError:
             identities[number] = store.identities.get(labels[number])
-            deleted += identities[number] is not None
+            absent.append(number)
             continue
-        identity = store.identity(labels[number], stat)
-        if identity is not None:
-            identities[number] = identity
-        elif any_size or stat[0] in sizes:
+        identities[number] = store.identity(labels[number], stat)
+        if identities[number] is None and (any_size or stat[0] in sizes):
             changed.append(number)
+    missing = [number for number in absent if identities[number] is None]
+    if missing and on_error != "skip":
+        names = short_list([each.images[number].path for number in missing[:_NAMED_AT_MOST]])
+        raise InputError(f"{each.title}: {len(missing)} of {len(labels)} images are missing ({names})")
+    if len(absent) > len(missing):
+        count = len(absent) - len(missing)
+        log.warning("%s: %d images have been deleted; their descriptors are used", each.title, count)
     for number in tqdm(changed, desc=f"{each.title}: comparing", unit="img", dynamic_ncols=True, delay=2):
-        try:
+        with suppress(ImageError):
             identity = each.images[number].identity()
-        except ImageError:
-            continue
-        if identity.key in store:
-            identities[number] = identity
-    if deleted:
-        log.warning(
-            "%s: %d images do not exist any more; their descriptors of an earlier run are used", each.title, deleted
-        )
+            if identity.key in store:
+                identities[number] = identity
     return KnownImages(labels, identities)
 
 

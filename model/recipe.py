@@ -119,7 +119,7 @@ class Recipe:
     @property
     def modules_in_words(self) -> str:
         """The modules that are on, and the number of layers that ReLU+ changed, as text."""
-        modules = self._descriptor
+        modules = self.descriptor
         scales = ", ".join(f"{factor:g}" for factor in self.scales)
         parts = [modules.rgem, modules.pooling, modules.sgem or "mean over the scales"]
         words = ", ".join(str(each) for each in parts if each is not None)
@@ -163,11 +163,11 @@ class Recipe:
     def _descriptor_dim(self) -> int:
         """D before the whitening."""
         if self.is_cvnet:
-            _ = self._descriptor
+            _ = self.descriptor
             return self.reduction_dim
         try:
             with torch.inference_mode():
-                return self._descriptor(self.backbone.normalise(torch.full((1, 64, 64, 3), 0.5))).shape[1]
+                return self.descriptor(self.backbone.normalise(torch.full((1, 64, 64, 3), 0.5))).shape[1]
         except (ValueError, RuntimeError, TypeError) as error:
             raise InputError(f"{self.network}: {' '.join(str(error).split())}") from None
 
@@ -198,13 +198,13 @@ class Recipe:
             InputError: as check.
         """
         self.check()
-        network: nn.Module = self._descriptor
+        network: nn.Module = self.descriptor
         if self._learnt_whitening is not None:
             network = nn.Sequential(network, self._learnt_whitening[0].float())
         return NetworkExtractor(network.to(device), self.backbone.normalise, self.dim, self.scales).eval()
 
     @cached_property
-    def _descriptor(self) -> SuperGlobal:
+    def descriptor(self) -> SuperGlobal:
         """The network with the modules, folded and fused where that is possible. (N, 3, H, W) -> (N, D)."""
         backbone = self.backbone
         self._check_modules(backbone)

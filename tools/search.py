@@ -10,6 +10,8 @@ The folder is extracted once; the next search extracts only new and changed imag
 kept in a vector database, which is updated in place and provides the candidates and their descriptors.
 """
 
+from report.command import run_command  # isort: skip  # first, see there
+
 import argparse
 import json
 import logging
@@ -21,30 +23,27 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 from yacs.config import CfgNode
 
 from assembly import (
-    Subject,
     check_index,
-    extract_together,
+    extract,
     find_recipe,
-    make_output,
+    image_folder_set,
     make_stages,
-    own_images,
-    start_device,
+    start_session,
     with_index,
 )
-from config import ADVICE, INDEX, LOADING, NETWORK, RERANKING, CommandLine, Parsed, idle_options, plain
+from config import INDEX, LOADING, NETWORK, RERANKING, CommandLine, Parsed
 from extraction.extract import ImageSet
-from extraction.images import ImageFile, image_suffixes
+from extraction.folder import find_images
+from extraction.images import ImageFile
 from extraction.owner import owned
 from extraction.processes import Processes
-from model.errors import InputError, run_command, short_list
+from model.errors import InputError, short_list
 from model.recipe import Recipe
 from modules.search import Database
-from report.log import start_log
 from report.page import SHOWN, Hit, Page, Query, Section, write_report
 from revisitop.retrieve import SAVED_RANKS, Ranking
 from revisitop.stages import search_for
@@ -79,24 +78,18 @@ def main(argv: list[str]) -> None:
     args, cfg, _ = parse(argv)
     if not args.database.is_dir():
         raise InputError(f"--database {args.database}: there is no such folder")
-    processes = Processes()
-    first = processes.rank == 0
-    screen = sys.stderr if args.json else sys.stdout
-    head = start_log(Path("log.txt"), plain(cfg), screen) if first else {}
-    for line in idle_options(cfg) if first else ():
-        log.warning("%s", line)
-    device = start_device(cfg, head, processes.local)
-    milvus = Milvus.connect(args.index) if args.index and first else None
+    session = start_session(cfg, sys.stderr if args.json else sys.stdout)
+    processes, device = session.processes, session.device
+    milvus = Milvus.connect(args.index) if args.index and session.first else None
     recipe = find_recipe(cfg)
     check_index(cfg, recipe.dim)
     if args.queries.is_file() and (problem := ImageFile(args.queries).problem()):
         raise InputError(f"queries: {problem}")
 
-    output = make_output(cfg)
-    images = own_images(args.database, find_images(args.database), recipe, output)
+    images = image_folder_set(args.database, find_images(args.database), recipe, session.output)
     cache = images.path.parent
-    asked = ImageSet(cache / "queries.npy", "queries", find_images(args.queries), folder_of(args.queries))
-    database, queries = extract_folders([images, asked], recipe, device, cfg, processes)
+    queried = ImageSet(cache / "queries.npy", "queries", find_images(args.queries), folder_of(args.queries))
+    database, queries = extract_folders([images, queried], recipe, device, cfg, processes)
     if milvus:
         names = [database.name(number) for number in range(len(database.images))]
         with owned(cache):
@@ -105,14 +98,13 @@ def main(argv: list[str]) -> None:
         processes.end()
         return
     else:
-        with owned(cache) if first else nullcontext(), processes.first_alone():
+        with owned(cache) if session.first else nullcontext(), processes.first_alone():
             rows = with_index(cfg, Database(database.descriptors), cache / "database", [images.path], device)
 
-    subject = Subject(recipe, queries.images, database.images, 0, None, output.folder)
-    stages = make_stages(cfg, subject, device)
+    stages = make_stages(cfg, session.output.folder)
     searched = search_for(stages.values(), queries.descriptors, rows, device=device, processes=processes)
     processes.end()
-    if not first:
+    if not session.first:
         return
     rankings = {"retrieval": searched.ranking, **{title: stage(searched) for title, stage in stages.items()}}
 
@@ -126,12 +118,12 @@ def main(argv: list[str]) -> None:
         for line in in_words(queries, database, final, args.top, reranked):
             log.info("%s", line)
     if args.report:
-        settings = {"database": str(args.database), "queries": str(args.queries), "checkpoint": str(recipe.checkpoint)}
+        settings = {"database": str(args.database), "queries": str(args.queries), "weights": recipe.weights_in_words}
         name = args.database.resolve().name
         page = Page(f"Search in {name}", settings, [section(queries, database, rankings)])
-        run = output.new_run(f"search-{name}")
+        run = session.output.new_run(f"search-{name}")
         log.info("the report is %s", write_report(page, run / "report"))
-        output.publish(run)
+        session.output.publish(run)
 
 
 def parse(argv: list[str]) -> Parsed:
@@ -139,7 +131,7 @@ def parse(argv: list[str]) -> Parsed:
     instead = {"TEST.FEATURES": truth, "SupG.onemeval": truth, "TEST.DISTRACTORS": truth, "TEST.REPORT": "use --report"}
     instead |= {"TEST.DATA_DIR": "use --database", "TEST.DATASET_LIST": "use --database"}
     uses = (*NETWORK, *LOADING, *INDEX, *RERANKING, "TEST.DEVICE", "TEST.OUT_DIR", "TEST.RESUME")
-    line = CommandLine(__doc__, uses, "python -m tools.search", instead)
+    line = CommandLine(__doc__, uses, instead)
     line.add("--database", type=Path, required=True, metavar="FOLDER", help="images, also in subfolders")
     line.add("--queries", type=Path, required=True, metavar="FOLDER|FILE", help="an image, or several")
     line.add_flag(
@@ -180,56 +172,6 @@ def folder_of(path: Path) -> Path:
     return path if path.is_dir() else path.parent
 
 
-def find_images(path: Path) -> list[ImageFile]:
-    """Returns the file, or the image files of a folder and its subfolders, by name; skipped files are logged.
-
-    Raises:
-        InputError: if there is none.
-    """
-    if path.is_file():
-        return [ImageFile(path)]
-    if not path.is_dir():
-        raise InputError(f"there is no file or folder {path}")
-    suffixes, known = image_suffixes(), _other_image_suffixes()
-    left_out: dict[str, list[str]] = {}
-
-    def leave_out(reason: str, entry: Path) -> None:
-        left_out.setdefault(reason, []).append(str(entry.relative_to(path)))
-
-    def walk(folder: Path) -> Iterator[Path]:
-        try:
-            entries = sorted(folder.iterdir())
-        except OSError as error:
-            raise InputError(f"{folder}: {error.strerror}") from None
-        for entry in entries:
-            suffix = entry.suffix.lower()
-            if entry.name.startswith("."):
-                leave_out("hidden", entry)
-            elif entry.is_dir() and not entry.is_symlink():
-                yield from walk(entry)
-            elif suffix not in suffixes:
-                leave_out("unsupported image formats" if suffix in known else "not images", entry)
-            elif entry.is_file():
-                yield entry
-            else:
-                leave_out("broken links, linked folders, or not files", entry)
-
-    images = [ImageFile(file) for file in walk(path)]
-    for reason, names in left_out.items():
-        named = "" if reason in ("hidden", "not images") else f": {short_list(names, _NAMED_AT_MOST)}"
-        hint = "; pip install pillow-heif for .heic" if any(name.lower().endswith(".heic") for name in names) else ""
-        log.info("%s: %d skipped, %s%s%s", path, len(names), reason, named, hint)
-    if not images:
-        raise InputError(f"{path} contains no image; files with suffixes such as .jpg, .png, .webp or .tif are read")
-    return images
-
-
-def _other_image_suffixes() -> set[str]:
-    """Returns suffixes of images that cannot be read."""
-    cameras = {".heic", ".heif", ".avif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2"}
-    return ({*Image.registered_extensions()} | cameras) - image_suffixes()
-
-
 def extract_folders(
     sets: Sequence[ImageSet],
     recipe: Recipe,
@@ -246,7 +188,7 @@ def extract_folders(
         InputError: if none can be read.
     """
     folders = []
-    extracted = extract_together(sets, recipe, cfg, device, processes, on_error="skip")
+    extracted = extract(sets, recipe, cfg, device, processes, on_error="skip")
     for each, descriptors in zip(sets, extracted, strict=True):
         readable = descriptors.any(dim=1)  # an unreadable image has a row of zeros
         images = [image for image, good in zip(each.images, readable.tolist(), strict=True) if good]
@@ -329,4 +271,4 @@ def _name(image: ImageFile, root: Path) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main, {**ADVICE, "depth": "--depth {}".format})
+    run_command(main)

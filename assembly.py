@@ -33,7 +33,6 @@ from model.network_recipe import NetworkRecipe
 from model.networks import short_name
 from model.recipe import SCALE_SETS, Recipe
 from model.whitened import WhitenedRecipe
-from modules.compact import Int8Rows
 from modules.diffusion import DiffusionReranker
 from modules.expansion import QueryExpansion
 from modules.reciprocal import KReciprocalReranker
@@ -42,6 +41,7 @@ from modules.search import Database
 from revisitop import toy
 from revisitop.dataset import Dataset
 from revisitop.descriptors import (
+    RANKINGS,
     add_distractors,
     check_distractors,
     database_file,
@@ -155,7 +155,7 @@ def find_dataset(cfg: CfgNode, name: str) -> Dataset:
                     f"no dataset {name} in {folder}; get it with python -m tools.download {name} --data-dir {folder}"
                 )
             there = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
-            if near := difflib.get_close_matches(name, [*DOWNLOADED, *toy.NAMES, *there], 1):
+            if name not in there and (near := difflib.get_close_matches(name, [*DOWNLOADED, *toy.NAMES, *there], 1)):
                 raise InputError(f"no dataset {name} in {folder}; did you mean {near[0]}?")
         return load_dataset(name, folder)
 
@@ -223,12 +223,12 @@ class Distractors:
 
     Attributes:
         paths: the file, or its shards.
-        parts: (N_i, D) each, memory-mapped: one, or one per shard; Int8Rows if they are stored as int8.
+        parts: (N_i, D) each, memory-mapped: one, or one per shard.
         images: their images, in the same order; empty if the list is missing or has another length.
     """
 
     paths: list[Path]
-    parts: list[Tensor | Int8Rows]
+    parts: list[Tensor]
     images: Sequence[ImageFile]
 
     def __len__(self) -> int:
@@ -357,7 +357,7 @@ class Experiment:
     def saved_ranking(self) -> Ranking | None:
         """Returns the ranking in TEST.FEATURES, or None if it contains descriptors."""
         path = Path(self.cfg.TEST.FEATURES)
-        if self.recipe is not None or path.suffix.lower() != ".pkl":
+        if self.recipe is not None or path.suffix.lower() not in RANKINGS:
             return None
         with option("TEST.FEATURES"):
             ranking = load_ranking(path, self.dataset)

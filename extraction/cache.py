@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from extraction.store import jsonable, write_json
+from extraction.files import jsonable, read_json, write_json
+from model.errors import InputError
 
 _MADE_FROM = "made_from.json"
 
@@ -68,13 +69,13 @@ def _kept(folder: Path) -> Kept:
     files = [file for file in folder.rglob("*") if file.is_file() and not file.name.startswith(".")]
     stats = [file.stat() for file in files]
     try:
-        made_from = json.loads((folder / _MADE_FROM).read_text())
-    except (OSError, ValueError):
+        made_from = read_json(folder / _MADE_FROM)
+    except InputError:
         made_from = {}
     return Kept(
         folder,
         sum(stat.st_size for stat in stats),
         max((stat.st_mtime for stat in stats), default=time.time()),
         not any(file.suffix == ".part" for file in files),
-        made_from if isinstance(made_from, dict) else {},
+        made_from,
     )

@@ -67,6 +67,11 @@ class ImageFile:
         pixels = read_image(self.path)
         return pixels if self.box is None else crop(pixels, self.box, self.path)
 
+    def label(self, folder: Path) -> bytes:
+        """Returns its name relative to the folder, followed by its box, if it has one: `name|x0,y0,x1,y1`."""
+        name = str(self.path).removeprefix(f"{folder}/")
+        return os.fsencode(name if self.box is None else f"{name}|{','.join(str(float(side)) for side in self.box)}")
+
     def problem(self) -> str | None:
         """Returns why it cannot be read, or None if it can."""
         try:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from extraction.store import jsonable
+from extraction.files import jsonable, write_atomically
 from model.checkpoint import load_tensors, sha256
 from model.errors import InputError
 from model.extractor import Extractor, NetworkExtractor
@@ -103,12 +103,7 @@ def _as_they_are(pixels: Tensor) -> Tensor:
 def save_whitening(path: Path, whitening: Whitening, learnt_from: dict[str, Any]) -> None:
     """Saves a whitening and its provenance as a file of tensors."""
     content = {"mean": whitening.mean, "projection": whitening.projection, "learnt_from": jsonable(learnt_from)}
-    new = Path(f"{path}.new")
-    try:
-        torch.save(content, new)
-        new.replace(path)
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"cannot write {path} ({str(error).splitlines()[0]})") from None
+    write_atomically(path, lambda file: torch.save(content, file))
 
 
 def load_whitening(path: Path) -> tuple[Whitening, dict[str, Any]]:

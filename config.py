@@ -197,7 +197,7 @@ OPTIONS = (
     Option("TEST.MAX_SIDE", 0, "longer side to which larger images are reduced, in pixels; 0: no limit", _count),
     Option(
         "TEST.FEATURES", "",
-        "evaluate saved descriptors (.mat, .npy, .npz, .pth, a folder of a run) or a ranking (.pkl); no network",
+        "evaluate saved descriptors (.mat, .npy, .npz, .pth, a folder of a run) or a ranking (.pkl, .csv); no network",
         _no_zero_byte,
     ),
     Option("TEST.DEVICE", "auto", "auto (a GPU if there is one), cpu, cuda or cuda:N", _device),

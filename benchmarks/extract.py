@@ -31,20 +31,20 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ["TQDM_DISABLE"] = "1"
 
 from alternate import alternate, machine, matrix_rate, positive, report
+from model.network_recipe import NetworkRecipe
+from model.superglobal import SuperGlobal
 
 from extraction.extract import extract_images
 from extraction.images import ImageFile, read_image, to_network_input
 from extraction.loading import PLAIN_LOADING, Loading
 from extraction.store import DescriptorStore
 from model.checkpoint import load_encoder
+from model.cvnet import STAGE_DEPTHS, ResNet
 from model.device import choose_device, forbid_tf32, prepare_process
 from model.errors import run_command
 from model.extractor import Extractor
 from model.folding import PRECISIONS
-from model.network_recipe import NetworkRecipe
 from model.recipe import SCALE_SETS, Recipe
-from model.cvnet import STAGE_DEPTHS, ResNet
-from model.superglobal import SuperGlobal
 from modules.pooling import GeMPlus, RegionalGeM, ScaleGeM
 from revisitop.toy import seeded_checkpoint
 

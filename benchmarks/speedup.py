@@ -30,10 +30,10 @@ from rerank import baseline, ours
 
 from cvnet_rerank.network import MAP_DIM, MAP_SCALES, CenterPivotConv4d, CVNetRerank, load_cvnet_rerank
 from extraction.images import to_network_input
+from model.cvnet import FEATURE_DIM
 from model.device import choose_device, prepare_process
 from model.errors import run_command
 from model.folding import PRECISIONS
-from model.cvnet import FEATURE_DIM
 from modules.reranking import RERANK_K, RERANK_M
 
 SIZE, DEPTH = (1024, 768), 50

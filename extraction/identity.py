@@ -59,14 +59,6 @@ def box_in_words(box: Box) -> str:
     return ",".join(str(int(number)) for number in box)
 
 
-def image_label(path: Path | str, box: Box | None, folder: Path | None) -> bytes:
-    """Returns the name of an image in a list: its path relative to the folder, and its box if there is one."""
-    name = str(path)
-    if folder is not None:
-        name = name.removeprefix(f"{folder}{os.sep}")
-    return os.fsencode(name if box is None else f"{name}|{box_in_words(box)}")
-
-
 def rows_fingerprint(hashes: np.ndarray) -> str:
     """Returns the fingerprint of rows, given the hashes of their blocks."""
     return hashlib.blake2b(hashes.tobytes(), digest_size=KEY_BYTES).hexdigest()

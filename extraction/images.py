@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from extraction.identity import Box, Identity, file_identity, stat_record
+from extraction.identity import Box, Identity, box_in_words, file_identity, stat_record
 from extraction.jpeg import decoded_jpeg
 from model.errors import InputError
 
@@ -73,6 +73,11 @@ class ImageFile:
                 return file_identity(file, self.box)
         except OSError as error:
             raise ImageError(self.path, error.strerror or str(error)) from None
+
+    def label(self, folder: Path | None) -> bytes:
+        """Returns its path relative to the folder, followed by its box, if it has one: `name|x0,y0,x1,y1`."""
+        name = str(self.path) if folder is None else str(self.path).removeprefix(f"{folder}{os.sep}")
+        return os.fsencode(name if self.box is None else f"{name}|{box_in_words(self.box)}")
 
     def problem(self) -> str | None:
         """Returns why it cannot be read, or None if it can."""

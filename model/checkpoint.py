@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from model.cvnet import STAGE_DEPTHS, ResNet
 from model.errors import InputError, short_list
+from model.pickles import read_in_child
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -154,20 +155,26 @@ def load_strictly(
     return network.eval().requires_grad_(False)
 
 
+def is_tensor_file(path: Path) -> bool:
+    """Returns whether a file begins like one of torch.save, in today's format or that before PyTorch 1.6."""
+    return _begins_with(path, _ZIP_MAGIC) or _begins_with(path, _LEGACY_MAGIC)
+
+
 def load_tensors(path: Path) -> object:
     """Loads a file with torch.load and weights_only, memory-mapped if the format allows; errors are one line.
 
     Raises:
-        InputError: if the file is missing, not a PyTorch file, damaged, or contains more than tensors.
+        InputError: if the file is missing, not a PyTorch file, damaged, contains more than tensors, or takes too long.
     """
     if not path.is_file():
         raise InputError(f"no file {path}")
-    zipped = _begins_with(path, _ZIP_MAGIC)
-    if not zipped and not _begins_with(path, _LEGACY_MAGIC):
+    if not is_tensor_file(path):
         raise InputError(f"{path} is not a PyTorch file" if path.stat().st_size else f"{path} is empty")
+    zipped = _begins_with(path, _ZIP_MAGIC)
+    if zipped and not zipfile.is_zipfile(path):  # the directory of an archive is at its end
+        raise InputError(f"{path} is damaged: the end of the archive is missing; fetch it again")
+    _try_pickles(path, _version(path))
     try:
-        if zipped and not zipfile.is_zipfile(path):  # the directory of an archive is at its end
-            raise EOFError("the end of the archive is missing")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError:
         raise InputError(
@@ -175,7 +182,7 @@ def load_tensors(path: Path) -> object:
         ) from None
     except Exception as error:  # damaged archives raise almost any exception
         reason = str(error).splitlines()[0] if str(error) else "unexpected end of file"
-        raise InputError(f"{path} is truncated or damaged ({reason}); fetch it again") from None
+        raise InputError(f"{path} is damaged ({reason}); fetch it again") from None
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -225,6 +232,15 @@ def _version(path: Path) -> tuple[int, ...]:
         return ()
     stat = path.stat()
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+@lru_cache(maxsize=64)
+def _try_pickles(path: Path, version: tuple[int, ...]) -> None:
+    """Raises InputError if the pickles of a file are damaged or take too long: torch.load has no limit of time."""
+    try:
+        read_in_child("torch", path)
+    except ValueError as error:
+        raise InputError(f"{path} {error}") from None
 
 
 @lru_cache(maxsize=2)

@@ -2,10 +2,11 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -100,3 +101,17 @@ class Dataset:
         """Returns the missing files, and the number of files that should exist."""
         paths = dict.fromkeys(str(image.path) for image in self.images())  # text, because there may be a million
         return [Path(path) for path in paths if not os.path.isfile(path)], len(paths)
+
+
+class Layout(NamedTuple):
+    """A way in which a dataset lies in its folder.
+
+    Attributes:
+        form: what the folder of the dataset NAME contains, in words.
+        fits: returns whether a folder looks like this, from the name of the dataset and the folder.
+        read: returns the dataset, from its name and its folder.
+    """
+
+    form: str
+    fits: Callable[[str, Path], bool]
+    read: Callable[[str, Path], Dataset]

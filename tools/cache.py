@@ -12,8 +12,9 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
-from config import ADVICE, CommandLine
 from extraction.cache import Kept, kept_descriptors
+
+from config import ADVICE, CommandLine
 from extraction.owner import owned
 from model.errors import InputError, printable, run_command, short_list
 

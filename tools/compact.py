@@ -19,12 +19,13 @@ from tqdm import tqdm
 
 from assembly import start_device
 from config import ADVICE, CommandLine, plain
-from extraction.store import provenance_path, read_provenance, write_json
+from extraction.files import write_json
+from extraction.store import provenance_path, read_provenance
 from model.errors import InputError, run_command
 from modules.compact import Int8Rows
 from modules.search import Database, search
 from report.log import start_log
-from revisitop.descriptors import load_distractors, scales_path
+from revisitop.descriptors import load_distractors
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,10 @@ def main(argv: list[str]) -> None:
         args.out, len(exact), exact.dim, args.dtype, size / 1e6, size // len(exact),
     )  # fmt: skip
     log.info("%s", loss(exact, compact, device))
+
+
+def scales_path(path: Path) -> Path:
+    return path.with_suffix(".scale.npy")
 
 
 def write_compact(rows: Database, path: Path, dtype: str) -> None:

@@ -8,7 +8,6 @@ Differences are B - A in percentage points, with the 95 % interval of a paired b
 contains 0, other queries of the same kind might show the opposite. A page shows the first results of both runs.
 """
 
-import json
 import logging
 import math
 import sys
@@ -21,6 +20,7 @@ import numpy as np
 
 from assembly import find_dataset, make_output
 from config import ADVICE, CommandLine, make_config, option_values, plain
+from extraction.files import read_array, read_json
 from model.errors import InputError, run_command, short_list
 from report.log import start_log
 from report.page import SHOWN, Page, Query, Section, labelled_hits, write_report
@@ -73,10 +73,10 @@ class Run:
         """Returns the first results, (Q, R); None if they are not saved."""
         path = self.folder / f"{dataset}_{self.stage(dataset).replace(' ', '_')}_ranks.npy"
         try:
-            ids = np.load(path, allow_pickle=False)
-        except (OSError, ValueError):
+            ids = read_array(path, "iu")
+        except InputError:
             return None
-        return ids if ids.ndim == 2 and ids.dtype.kind in "iu" else None
+        return ids if ids.ndim == 2 else None
 
 
 @dataclass(frozen=True)
@@ -172,15 +172,13 @@ def read_run(letter: str, text: str) -> Run:
     folder, _, stage = (text, "", "") if Path(text).exists() else text.rpartition(":")
     path = Path(folder or text)
     path = path.parent if path.name == "results.json" else path
+    if not (path / "results.json").exists():
+        raise InputError(f"{path} is not a run: it has no results.json; runs are folders in TEST.OUT_DIR/runs")
+    content = read_json(path / "results.json")
     try:
-        content = json.loads((path / "results.json").read_text(encoding="utf-8"))
         stages = [value for dataset in content["datasets"].values() for value in dataset.values() if is_stage(value)]
-    except FileNotFoundError:
-        raise InputError(
-            f"{path} is not a run: it has no results.json; runs are folders in TEST.OUT_DIR/runs"
-        ) from None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"{path}/results.json is damaged, or not from a run of test.py ({error})") from None
+    except (KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{path}/results.json is not from a run of test.py ({error})") from None
     if not stages:
         raise InputError(f"{path}/results.json has no results of a dataset")
     return Run(letter, path.resolve() if path.is_symlink() else path, content, stage)

@@ -18,11 +18,11 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
+from model.resnet import ResNet
 
+from extraction.files import read_mat
 from model.checkpoint import PUBLISHED, find_checkpoint, load_encoder
 from model.errors import InputError, as_typed, run_command, short_list
-from model.cvnet import ResNet
-from revisitop.descriptors import load_mat
 from revisitop.layout_revisitop import load_distractor_list, read_ground_truth
 from revisitop.layouts import dataset_folder
 from tools.archives import find_bad, unpack, unpack_all
@@ -216,7 +216,7 @@ def check_list(path: Path) -> None:
 
 def check_mat(path: Path) -> None:
     """Raises InputError if the file is not a MATLAB file with the descriptors Q and X."""
-    if not {"Q", "X"} <= load_mat(path).keys():
+    if not {"Q", "X"} <= read_mat(path).keys():
         raise InputError(f"{path} has no Q and X (query and database descriptors)")
 
 

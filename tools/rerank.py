@@ -12,24 +12,23 @@ them. TEST.INDEX searches with a FAISS index, which is built once, beside the fi
 """
 
 import logging
-import os
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from assembly import Subject, check_index, make_stages, query_expansion, start_device, with_index
+from assembly import Subject, check_index, make_stages, option, query_expansion, start_device, with_index
 from config import ADVICE, INDEX, RERANKER_NAMES, RERANKING, CommandLine, plain
+from extraction.files import read_array, write_array
 from extraction.store import scratch_rows
 from model.errors import InputError, run_command
 from modules.compact import Int8Rows
 from modules.search import Database
 from report.log import start_log
-from revisitop.descriptors import load_rows
+from revisitop.descriptors import check_ids, load_rows
 from revisitop.retrieve import SAVED_RANKS, Ranking
 from revisitop.stages import Reranked, Searched, SearchedAgain, Stage, search_for
 
@@ -63,7 +62,8 @@ def main(argv: list[str]) -> None:
     check_index(cfg, rows.shape[1])
     if args.ids is not None and cfg.TEST.INDEX:
         raise InputError("--ids are the results of an index: leave TEST.INDEX out")
-    ids = None if args.ids is None else load_ids(args.ids, len(queries), len(rows))
+    with option("--ids"):
+        ids = None if args.ids is None else load_ids(args.ids, len(queries), len(rows))
     device = start_device(cfg, {})
     queries = unit_rows(queries, args.queries, args.normalize)[:].float()
     if ids is None:
@@ -74,7 +74,8 @@ def main(argv: list[str]) -> None:
     if ids is None:
         database = with_index(cfg, database, args.database, [args.database], device, normalized=args.normalize)
     order = reranked(cfg, queries, database, ids, device)
-    write_array(args.out, order.numpy())
+    with option("--out"):
+        write_array(args.out, order.numpy())
     log.info("%s: %d queries, the first %d of %d rows each", args.out, *order.shape, len(rows))
 
 
@@ -113,22 +114,12 @@ def load_ids(path: Path, queries: int, rows: int) -> Tensor:
     Raises:
         InputError: if the file is damaged, or does not contain row numbers.
     """
-    try:
-        ids = np.load(path, allow_pickle=False)
-    except OSError as error:
-        raise InputError(f"--ids {path}: {error.strerror or error}") from None
-    except Exception as error:  # exceptions of NumPy
-        raise InputError(f"--ids {path} is damaged or not a .npy file ({str(error).splitlines()[0]})") from None
-    if not isinstance(ids, np.ndarray) or ids.ndim != 2 or len(ids) != queries or ids.dtype.kind not in "iu":
-        shape = f"{ids.dtype} {ids.shape}" if isinstance(ids, np.ndarray) else "several arrays"
-        raise InputError(f"--ids {path} must contain whole numbers ({queries}, R), a row per query; got {shape}")
-    ids = ids.astype(np.int64)
-    if not ids.size or ids.min() < -1 or ids.max() >= rows:
-        raise InputError(f"--ids {path}: the numbers must be from 0 to {rows - 1}, or -1 for none, and at least one")
-    for query, row in enumerate(ids):
-        there = row[row >= 0]
-        if len(np.unique(there)) < len(there):
-            raise InputError(f"--ids {path}: query {query} (from 0) has the same row twice among its candidates")
+    ids = read_array(path, "iu")
+    if ids.ndim != 2 or len(ids) != queries:
+        raise InputError(f"{path} must contain integers ({queries}, R), a row per query; got {ids.shape}")
+    ids = check_ids(ids, rows, path)
+    if not (ids >= 0).any():
+        raise InputError(f"{path} has no candidate: every number is -1")
     return torch.from_numpy(ids)
 
 
@@ -156,18 +147,6 @@ def unit_rows(rows: Tensor | Int8Rows, path: Path, normalize: bool) -> Tensor | 
     if zeros:
         log.warning("%s: %d rows are zero; their similarity to everything is 0", path, zeros)
     return unit
-
-
-def write_array(path: Path, array: np.ndarray) -> None:
-    """Writes the .npy file atomically."""
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
-    try:
-        with new.open("wb") as file:
-            np.save(file, array)
-        new.replace(path)
-    except OSError as error:
-        new.unlink(missing_ok=True)
-        raise InputError(f"--out {path} cannot be written ({error.strerror})") from None
 
 
 if __name__ == "__main__":

@@ -45,9 +45,9 @@ from assembly import (
 from config import ADVICE, RERANKER_NAMES, CommandLine, Parsed, idle_options, make_config, plain, varied
 from cvnet_rerank.pair_scores import map_bytes
 from extraction.processes import Processes
+from model.cvnet import STAGE_DEPTHS
 from model.device import PeakMemory
 from model.errors import InputError, run_command
-from model.cvnet import STAGE_DEPTHS
 from modules.reranking import RERANK_BETA, RERANK_K, RERANK_M, SuperGlobalReranker
 from modules.search import Database
 from report.log import start_log

@@ -24,8 +24,8 @@ from config import OPTIONS, parse_config
 from extraction.images import read_image
 from extraction.store import DescriptorStore
 from model.checkpoint import encoder_state, load_encoder
-from model.errors import InputError
 from model.cvnet import ResNet
+from model.errors import InputError
 from revisitop.descriptors import load_descriptors, load_distractors
 from revisitop.layout_revisitop import read_ground_truth
 from revisitop.layouts import load_dataset

@@ -4,9 +4,9 @@ import torch
 
 from extraction.images import to_network_input
 from model.checkpoint import load_encoder
+from model.cvnet import ResNet
 from model.folding import FoldedConv, FoldedResNet, has_fused_kernels
 from model.recipe import Recipe
-from model.cvnet import ResNet
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,12 @@ import pytest
 import timm
 import torch
 import torchvision
+from model.network_recipe import NetworkRecipe
 from PIL import Image
 
 from extraction.extract import extract_batch
 from model.checkpoint import encoder_state
 from model.errors import InputError
-from model.network_recipe import NetworkRecipe
 from model.libraries import build_backbone
 from model.recipe import Recipe
 from modules import GeMPlus, RegionalGeM, ScaleGeM, attach

@@ -7,12 +7,12 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from model.superglobal import SuperGlobal
 from simulated import OnDevice, simulated_device
 from torch import Tensor
 
-from model.recipe import Recipe
 from model.cvnet import ResNet
-from model.superglobal import SuperGlobal
+from model.recipe import Recipe
 from modules.pooling import GeMPlus, RegionalGeM
 
 triton = pytest.importorskip("triton", reason="Triton comes with PyTorch for NVIDIA's GPUs")

@@ -1,6 +1,5 @@
 """Create objects from options, for the commands. Library code does not know options; this module knows all."""
 
-import difflib
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,7 +9,7 @@ from datetime import datetime
 from functools import cached_property
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 from yacs.config import CfgNode
 
+from config import active_rerankers, plain
 from cvnet_rerank.pair_scores import CVNetReranker, PairScores
 from extraction.cache import content_folder, plain_name
 from extraction.extract import ImageSet, extract_sets, extract_shared
@@ -28,10 +28,10 @@ from extraction.processes import Processes
 from extraction.shards import check_shards, find_shards, is_shard
 from model.checkpoint import find_checkpoint
 from model.device import choose_device, device_name, prepare_process
-from model.errors import InputError, short_list
+from model.errors import InputError, nearest, short_list
 from model.network_recipe import NetworkRecipe
 from model.networks import short_name
-from model.recipe import SCALE_SETS, Recipe
+from model.recipe import Recipe
 from model.whitened import WhitenedRecipe
 from modules.compact import Int8Rows
 from modules.diffusion import DiffusionReranker
@@ -39,6 +39,7 @@ from modules.expansion import QueryExpansion
 from modules.reciprocal import KReciprocalReranker
 from modules.reranking import SuperGlobalReranker
 from modules.search import Database
+from report.log import start_log
 from revisitop import toy
 from revisitop.dataset import Dataset
 from revisitop.descriptors import (
@@ -67,29 +68,18 @@ DOWNLOADED = ("roxford5k", "rparis6k", "gldv2")  # datasets that tools.download 
 
 @contextmanager
 def option(key: str) -> Iterator[None]:
-    """A context that adds the name of the option to an InputError."""
+    """A context that puts the name of an option, or of a flag, before the message of an InputError."""
     try:
         yield
     except InputError as error:
-        raise error.about(key) from None
-
-
-def start_device(cfg: CfgNode, head: dict[str, Any], local_rank: int = 0) -> torch.device:
-    """Prepares the process for the device of TEST.DEVICE, records it in the log and the head, and returns it."""
-    with option("TEST.DEVICE"):
-        device = choose_device(cfg.TEST.DEVICE, local_rank)
-    prepare_process(device)
-    set_pixel_limit(cfg.DATA_LOADER.MAX_PIXELS)
-    head["device"] = device_name(device)
-    log.info("device: %s", head["device"])
-    return device
+        raise InputError(f"{key}: {error}") from None
 
 
 def make_recipe(cfg: CfgNode, weights: Path | str) -> AnyRecipe:
     """Returns the recipe of descriptors for the options."""
-    method, scales = cfg.SupG, cfg.TEST.SCALE_LIST
+    method = cfg.SupG
     common = {
-        "scales": SCALE_SETS[scales] if isinstance(scales, int) else tuple(scales),
+        "scales": tuple(cfg.TEST.SCALE_LIST),
         "relup": method.relup_threshold if method.relup else None,
         "gemp": method.gemp_p if method.gemp else None,
         "rgem": method.rgem_p if method.rgem else None,
@@ -155,8 +145,8 @@ def find_dataset(cfg: CfgNode, name: str) -> Dataset:
                     f"no dataset {name} in {folder}; get it with python -m tools.download {name} --data-dir {folder}"
                 )
             there = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
-            if near := difflib.get_close_matches(name, [*DOWNLOADED, *toy.NAMES, *there], 1):
-                raise InputError(f"no dataset {name} in {folder}; did you mean {near[0]}?")
+            if hint := nearest(name, [*DOWNLOADED, *toy.NAMES, *there]):
+                raise InputError(f"no dataset {name} in {folder}; {hint}")
         return load_dataset(name, folder)
 
 
@@ -210,6 +200,51 @@ def make_output(cfg: CfgNode) -> Output:
         except OSError as error:
             raise InputError(f"{folder} cannot be created or written to ({error.strerror})") from None
     return Output(folder)
+
+
+@dataclass(frozen=True)
+class Session:
+    """A command from its start: its options, its place in a `torchrun`, the head of its log, and its device.
+
+    Attributes:
+        cfg: the options.
+        processes: the processes of a `torchrun`, or only this one.
+        head: what results.json begins with: date, command, versions, options, device; empty but in the first process.
+        device: the device of the computations.
+    """
+
+    cfg: CfgNode
+    processes: Processes
+    head: dict[str, Any]
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that logs, evaluates and writes results."""
+        return self.processes.rank == 0
+
+    @cached_property
+    def output(self) -> Output:
+        """TEST.OUT_DIR, which is created. Raises InputError if it cannot be created or written to."""
+        return make_output(self.cfg)
+
+
+def start_session(cfg: CfgNode, screen: TextIO | None = None) -> Session:
+    """Joins the processes of a `torchrun`, opens log.txt, and prepares the process for the device of TEST.DEVICE.
+
+    Args:
+        cfg: the options.
+        screen: where the lines of the log are shown; the standard output by default.
+    """
+    processes = Processes()
+    head = start_log(Path("log.txt"), plain(cfg), screen) if processes.rank == 0 else {}
+    with option("TEST.DEVICE"):
+        device = choose_device(cfg.TEST.DEVICE, processes.local)
+    prepare_process(device)
+    set_pixel_limit(cfg.DATA_LOADER.MAX_PIXELS)
+    head["device"] = device_name(device)
+    log.info("device: %s", head["device"])
+    return Session(cfg, processes, head, device)
 
 
 def network_title(cfg: CfgNode, cvnet: str = "R") -> str:
@@ -514,7 +549,7 @@ class Subject:
 def make_stages(cfg: CfgNode, subject: Subject, device: torch.device) -> dict[str, Stage]:
     """Creates the stages of TEST.RERANKER, by title: "reranking", or "reranking by aqe" if there are several."""
     stages: dict[str, Stage] = {}
-    names = [name for name in cfg.TEST.RERANKER if name in STAGES and (cfg.SupG.rerank or name != "superglobal")]
+    names = active_rerankers(cfg)
     for name in names:
         made = STAGES[name].make(cfg, subject, device)
         title = f"reranking by {name}" if len(names) > 1 else "reranking"
@@ -532,7 +567,7 @@ def cvnet_stages(cfg: CfgNode, subject: Subject, device: torch.device) -> dict[s
             "TEST.RERANKER cvnet needs the images of the distractors in the order of their descriptors, as listed in "
             f"{cfg.TEST.DATA_DIR}/revisitop1m/revisitop1m.txt"
         )
-    counts = sorted({int(count) for count in cfg.TEST.TOPK_LIST})
+    counts = sorted({*cfg.TEST.TOPK_LIST})
     pairs = PairScores(
         subject.recipe,
         subject.queries,

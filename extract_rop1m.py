@@ -9,6 +9,8 @@ It can be interrupted at any moment, by a power cut, too: the same command resum
 to feats.00003-of-00064.npy, independently of the others; TEST.DISTRACTORS feats.npy then uses all shards together.
 """
 
+from report.command import run_command  # isort: skip  # first, see there
+
 import argparse
 import logging
 import shutil
@@ -17,35 +19,28 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from config import ADVICE, LOADING, NETWORK, CommandLine, Parsed, plain
-from model.errors import InputError, run_command, short_list
+from config import LOADING, NETWORK, CommandLine, Parsed
+from model.errors import InputError, short_list
 
 if TYPE_CHECKING:
     from extraction.images import ImageFile
 
 log = logging.getLogger(__name__)
 
-OPTIONS_HERE = {**ADVICE, "depth": "--depth {}".format, "path": lambda path: "another --out"}
-OPTIONS_HERE |= {"resume": lambda resume: "--no-resume", "on_error": "--on-error {}".format}
-
 
 def main(argv: list[str]) -> None:
     args, cfg, _ = parse(argv)
     # Imported here, so that --help and errors about options appear at once.
-    from assembly import find_recipe, make_loading, network_title, option, start_device
+    from assembly import find_recipe, make_loading, network_title, option, start_session
     from extraction.extract import ImageSet, extract_shared
     from extraction.owner import owned
-    from extraction.processes import Processes
     from extraction.shards import shard_path, shard_rows
     from extraction.store import nonzero_rows
-    from report.log import start_log
     from revisitop.layout_revisitop import load_distractor_list
 
     out = args.out or Path(f"feats_1m_{network_title(cfg, 'RN')}.pth")
-    processes = Processes()
-    first = processes.rank == 0
-    head = start_log(Path("log.txt"), plain(cfg)) if first else {}
-    device = start_device(cfg, head, processes.local)
+    session = start_session(cfg)
+    processes = session.processes
     log.info("%r", processes)
 
     # Everything is checked before the long computations begin.
@@ -61,8 +56,8 @@ def main(argv: list[str]) -> None:
         images = images[start:stop]
     distractors = ImageSet(out, "distractors", images, provenance=provenance, fingerprinted=False)
     log.info("checkpoint: %s, SHA-256 %s", recipe.checkpoint, recipe.checkpoint_sha256)
-    with owned(out) if first else nullcontext():
-        if first:
+    with owned(out) if session.first else nullcontext():
+        if session.first:
             if is_finished(out, {**recipe.provenance(), **distractors.provenance}, args.resume):
                 log.info("%s is complete already, extracted from the same checkpoint, settings and list", out)
             else:
@@ -70,14 +65,14 @@ def main(argv: list[str]) -> None:
                 if args.on_error == "stop":
                     check_images(images)
 
-        loading = make_loading(cfg, device)
-        store = extract_shared(distractors, recipe, device, processes, loading, args.resume, args.on_error)
+        loading = make_loading(cfg, session.device)
+        store = extract_shared(distractors, recipe, session.device, processes, loading, args.resume, args.on_error)
         if store is not None and not store.complete:
             skipped = [images.name(row) for row in (~nonzero_rows(store.part_rows())).nonzero()[0].tolist()]
             if skipped:
                 log.warning("%d images could not be read and have rows of zeros: %s", len(skipped), short_list(skipped))
             log.info("writing %s", out)
-            store.finish({"skipped": skipped, **head})
+            store.finish({"skipped": skipped, **session.head})
             log.info("%s: %d descriptors of %d dimensions", out, len(images), recipe.dim)
         processes.end()
 
@@ -85,7 +80,7 @@ def main(argv: list[str]) -> None:
 def parse(argv: list[str]) -> Parsed:
     instead = {"TEST.RESUME": "it has --resume and --no-resume", "TEST.DATA_DIR": "it has --data-dir"}
     instead |= {"TEST.OUT_DIR": "it has --out"}
-    line = CommandLine(__doc__, (*NETWORK, *LOADING, "TEST.DEVICE"), instead=instead)
+    line = CommandLine(__doc__, (*NETWORK, *LOADING, "TEST.DEVICE"), instead)
     line.add_flag("--weight", "TEST.WEIGHTS", metavar="FILE", help="the checkpoint")
     line.add_flag("--depth", "MODEL.DEPTH", type=int, choices=(50, 101), help="layers of the ResNet encoder")
     line.add(
@@ -130,11 +125,11 @@ def is_finished(out: Path, provenance: dict, resume: bool) -> bool:
     if not resume or not out.exists() or Path(f"{out}.part").exists():
         return False
     differing = provenance_differences(out, provenance)
-    another = {"resume": False, "path": out.with_stem(f"{out.stem}_2")}
     if differing is None:
-        raise InputError(f"{out} exists without a provenance file {provenance_path(out).name}", **another)
+        raise InputError(f"{out} exists without {provenance_path(out).name}; give another --out, or --no-resume")
     if differing:
-        raise InputError(f"{out} was extracted with other settings ({short_list(differing)})", **another)
+        settings = short_list(differing)
+        raise InputError(f"{out} was extracted with other settings ({settings}); give another --out, or --no-resume")
     return True
 
 
@@ -145,9 +140,8 @@ def check_images(images: "Sequence[ImageFile]") -> None:
     missing = [image.path for image in bar if not image.path.is_file()]
     if missing:
         raise InputError(
-            f"{len(missing)} of {len(images)} images are missing ({short_list(missing)}); get them, or write "
-            "rows of zeros for them",
-            on_error="skip",
+            f"{len(missing)} of {len(images)} images are missing ({short_list(missing)}); get them, or give "
+            "--on-error skip to write rows of zeros for them"
         )
 
 
@@ -161,4 +155,4 @@ def check_disk(out: Path, size: int) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, OPTIONS_HERE)
+    run_command(main)

@@ -10,7 +10,8 @@ try:
     from extraction.hub import ImageDescriptor
     from model.checkpoint import find_checkpoint
     from model.network_recipe import NetworkRecipe
-    from model.recipe import SCALE_SETS, Recipe
+    from model.recipe import Recipe
+    from modules.descriptor import SCALE_SETS
     from modules.reranking import SuperGlobalReranker
 except ModuleNotFoundError as error:
     name = (error.name or "").split(".")[0]

@@ -38,14 +38,15 @@ from extraction.loading import PLAIN_LOADING, Loading
 from extraction.store import DescriptorStore
 from model.checkpoint import load_encoder
 from model.device import choose_device, forbid_tf32, prepare_process
-from model.errors import run_command
 from model.extractor import Extractor
 from model.folding import PRECISIONS
 from model.network_recipe import NetworkRecipe
-from model.recipe import SCALE_SETS, Recipe
+from model.recipe import Recipe
 from model.resnet import STAGE_DEPTHS, ResNet
 from model.superglobal import SuperGlobal
+from modules.descriptor import SCALE_SETS
 from modules.pooling import GeMPlus, RegionalGeM, ScaleGeM
+from report.command import run_command
 from revisitop.toy import seeded_checkpoint
 
 

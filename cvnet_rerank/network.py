@@ -192,9 +192,8 @@ class CVNetRerank(nn.Module):
             sizes = " and ".join(f"{x.shape[-1]} x {x.shape[-2]}" for x in (query, key_maps))
             raise InputError(
                 f"the memory of the device is too small for CVNet-Rerank with maps of {sizes} positions; "
-                "try smaller images",
-                precision="bf16", device="cpu",
-            ) from None  # fmt: skip
+                "choose smaller images, half precision or the CPU"
+            ) from None
         return torch.cat(scores) if scores else query.new_empty(0, dtype=torch.float32)
 
     def keys_per_batch(self, query: Tensor, key_maps: Tensor) -> int:

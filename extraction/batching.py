@@ -117,9 +117,9 @@ def in_fitting_parts(
             elif part.stop == done + 1:
                 height, width = batch[done].shape[:2]
                 vectors = InputError(
-                    f"{names[done]}: the memory of the device is too small for {width} x {height} pixels",
-                    scales=(1.0,), precision="bf16", device="cpu",
-                )  # fmt: skip
+                    f"{names[done]}: the memory of the device is too small for {width} x {height} pixels; choose fewer "
+                    "scales, half precision, a limit of the side, or the CPU"
+                )
         if vectors is None:  # not in the handler, which would keep the memory of the failed part alive
             size.halve(batch[part])
             log.info("out of memory with %d images in a batch; retrying with half as many", part.stop - done)

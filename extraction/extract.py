@@ -188,8 +188,8 @@ def extract_images(
             for part, vectors in in_fitting_parts(partial(extract_batch, extractor), batch, paths, size):
                 if isinstance(vectors, InputError):
                     if on_error != "skip":
-                        raise InputError(vectors.problem, **vectors.advice, on_error="skip")
-                    log.warning("skipped, a row of zeros: %s", vectors.problem)
+                        raise vectors
+                    log.warning("skipped, a row of zeros: %s", vectors)
                     vectors = torch.zeros(1, extractor.dim)
                 results.take(numbers[part], vectors)
     except WORKER_ERRORS as error:
@@ -202,11 +202,8 @@ def extract_images(
     if damaged:
         count = f"{len(damaged)} images" if len(damaged) > 1 else "an image"
         pixels = max(error.pixels for error in damaged)
-        raise InputError(
-            f"{title}: {count} cannot be used: {short_list(damaged, _NAMED_AT_MOST)}",
-            on_error="skip",
-            **({"max_pixels": pixels} if pixels else {}),
-        )
+        advice = f"raise the limit to {pixels} pixels" if pixels else "replace them, or have such images skipped"
+        raise InputError(f"{title}: {count} cannot be used: {short_list(damaged, _NAMED_AT_MOST)}; {advice}")
 
 
 def extract_shared(

@@ -341,9 +341,12 @@ class DescriptorStore:
             try:
                 before = _parse_head(first)
             except ValueError:
-                raise InputError(f"{journal} is damaged", resume=False) from None
+                raise InputError(f"{journal} is damaged; start over, without resuming") from None
             if differing := differences(before, self.provenance):
-                raise InputError(f"{self.part} was started with other settings ({short_list(differing)})", resume=False)
+                raise InputError(
+                    f"{self.part} was started with other settings ({short_list(differing)}); give these again, or "
+                    "start over, without resuming"
+                )
             fingerprints = self._fingerprints_of(before)
             parsed = [_parse(line) for line in lines[:-1]]  # an incomplete last line is dropped
             blocks += [block for block in parsed if block is not None]
@@ -353,7 +356,7 @@ class DescriptorStore:
             return self._create()
         if self.part.stat().st_size != self._offset(len(fingerprints)):
             raise InputError(
-                f"{self.part} is not {self._offset(len(fingerprints))} bytes long; it was changed", resume=False
+                f"{self.part} is not {self._offset(len(fingerprints))} bytes long; start over, without resuming"
             )
         (intact, there), done = self._intact(blocks), np.zeros(len(fingerprints), dtype=bool)
         for (start, count, _), mask in zip(intact, there, strict=True):
@@ -362,9 +365,9 @@ class DescriptorStore:
         try:
             rows = _load(self.part)
         except ValueError:
-            raise InputError(f"{self.part} is damaged", resume=False) from None
+            raise InputError(f"{self.part} is damaged; start over, without resuming") from None
         if rows.shape != (len(fingerprints), self.dim) or rows.dtype != np.float32:
-            raise InputError(f"{self.part} is damaged", resume=False)
+            raise InputError(f"{self.part} is damaged; start over, without resuming")
         if fingerprints != self._fingerprints_of(self._head()):
             self._carry_over(fingerprints, rows, done)
         else:

@@ -117,22 +117,24 @@ class NetworkRecipe:
         features, projection, rgem = backbone.features, backbone.projection, self.rgem
         if self.pooling == "class":
             if backbone.class_token is None:
-                raise InputError(f"{self.network} has no class token", pooling="gem")
+                raise InputError(f"{self.network} has no class token; choose another pooling, such as gem")
             if rgem is not None:
-                raise InputError("Regional-GeM needs a feature map, and a class token is not one", rgem=None)
+                raise InputError(
+                    "Regional-GeM needs a feature map, and a class token is not one; leave Regional-GeM out"
+                )
             network, features = _ClassToken(network, backbone.class_token), ()
         elif backbone.tokens and self.pooling == "gem":
             raise InputError(
-                f"{self.network}: GeM needs a positive feature map, and tokens have both signs", pooling="average"
+                f"{self.network}: GeM needs a positive feature map, and tokens have both signs; choose average pooling"
             )
         elif backbone.tokens and rgem is not None:
             raise InputError(
-                f"{self.network}: Regional-GeM needs a positive feature map, and tokens have both signs", rgem=None
+                f"{self.network}: Regional-GeM needs a positive feature map, and tokens have both signs; "
+                "leave Regional-GeM out"
             )
         if backbone.size and self.scales != (1.0,):
             raise InputError(
-                f"{self.network} only takes images of {' x '.join(map(str, backbone.size))} pixels, at a single scale",
-                scales=(1.0,),
+                f"{self.network} only takes images of {' x '.join(map(str, backbone.size))} pixels, at scale 1 alone"
             )
         stages, ends = self._stages(backbone)
         poolings = {

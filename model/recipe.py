@@ -18,9 +18,6 @@ from modules.activation import RELUP_THRESHOLD
 from modules.descriptor import SCALES
 from modules.pooling import GEMP_P, RGEM_P, RGEM_WINDOW, SGEM_P, GeMPlus, RegionalGeM, ScaleGeM
 
-# The paper's sets of scales, by the number of scales.
-SCALE_SETS = {1: (1.0,), 3: SCALES, 5: (0.5, *SCALES, 2.0)}
-
 
 @dataclass(frozen=True)
 class Recipe:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .checks import check_tensor, values_can_be_seen
 
 SCALES = (0.7071, 1.0, 1.4142)
+SCALE_SETS = {1: (1.0,), 3: SCALES, 5: (0.5, *SCALES, 2.0)}  # the paper's, by the number of scales
 
 Step = Callable[[Tensor], Tensor]
 

@@ -10,20 +10,19 @@ measured with some of them as queries. For fewer dimensions use tools.whiten (PC
 
 import logging
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from assembly import start_device
-from config import ADVICE, CommandLine, plain
+from assembly import start_session
+from config import CommandLine
 from extraction.store import provenance_path, read_provenance, write_json
-from model.errors import InputError, run_command
+from model.errors import InputError
 from modules.compact import Int8Rows
 from modules.search import Database, search
-from report.log import start_log
+from report.command import run_command
 from revisitop.descriptors import load_distractors, scales_path
 
 log = logging.getLogger(__name__)
@@ -32,7 +31,7 @@ _ROWS, _QUERIES, _FIRST = 8192, 100, 10
 
 
 def main(argv: list[str]) -> None:
-    line = CommandLine(__doc__, ("TEST.DEVICE",), "python -m tools.compact")
+    line = CommandLine(__doc__, ("TEST.DEVICE",))
     line.add("file", type=Path, metavar="FILE", help="descriptors, .npy or .pth")
     line.add("--dtype", choices=("float16", "int8"), required=True, help="data type of the new file")
     line.add("--out", type=Path, required=True, metavar="FILE", help="the new file, .npy")
@@ -41,9 +40,8 @@ def main(argv: list[str]) -> None:
         raise InputError(f"--out {args.out} must end in .npy: rows are written in NumPy's format")
     if args.out.resolve() == args.file.resolve():
         raise InputError(f"--out {args.out} is the input file: give another name")
-    start_log(Path("log.txt"), plain(cfg), screen=sys.stdout)
+    session = start_session(cfg)
     exact = Database(load_distractors(args.file))
-    device = start_device(cfg, {})
     write_compact(exact, args.out, args.dtype)
     made_from = read_provenance(args.file) or {}
     write_json(provenance_path(args.out), {**made_from, "dtype": args.dtype})
@@ -54,7 +52,7 @@ def main(argv: list[str]) -> None:
         "%s: %d rows of %d as %s, %.1f MB, %d bytes per image",
         args.out, len(exact), exact.dim, args.dtype, size / 1e6, size // len(exact),
     )  # fmt: skip
-    log.info("%s", loss(exact, compact, device))
+    log.info("%s", loss(exact, compact, session.device))
 
 
 def write_compact(rows: Database, path: Path, dtype: str) -> None:
@@ -110,4 +108,4 @@ def loss(exact: Database, compact: Database, device: torch.device) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main, ADVICE)
+    run_command(main)

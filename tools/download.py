@@ -20,8 +20,9 @@ from urllib.parse import urlsplit
 import torch
 
 from model.checkpoint import PUBLISHED, find_checkpoint, load_encoder
-from model.errors import InputError, as_typed, run_command, short_list
+from model.errors import InputError, short_list
 from model.resnet import ResNet
+from report.command import run_command
 from revisitop.descriptors import load_mat
 from revisitop.layout_revisitop import load_distractor_list, read_ground_truth
 from revisitop.layouts import dataset_folder
@@ -116,7 +117,7 @@ def main(argv: list[str]) -> None:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = _Parser(
-        prog=as_typed("python -m tools.download"), description=as_typed(__doc__), epilog=HELP,
+        prog="python -m tools.download", description=__doc__, epilog=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("items", nargs="+", choices=ITEMS, metavar="ITEM", help=", ".join(ITEMS))

@@ -7,12 +7,12 @@ spaces. A query without a line counts 0. An image that repeats an earlier one, o
 but never scores. Queries that the solution ignores are skipped.
 """
 
-import sys
 from pathlib import Path
 
 from assembly import find_dataset
-from config import ADVICE, CommandLine
-from model.errors import InputError, run_command
+from config import CommandLine
+from model.errors import InputError
+from report.command import run_command
 from report.results import in_words
 from revisitop.evaluate import evaluate_predictions
 from revisitop.layout_csv import read_predictions
@@ -20,7 +20,7 @@ from revisitop.measures import CHALLENGE
 
 
 def main(argv: list[str]) -> None:
-    line = CommandLine(__doc__, ("TEST.DATA_DIR",), "python -m tools.evaluate")
+    line = CommandLine(__doc__, ("TEST.DATA_DIR",))
     line.add("name", metavar="NAME", help="name of the dataset, in GLDv2's layout")
     line.add("--predictions", type=Path, required=True, metavar="FILE", help="the predictions, id,images")
     args, cfg, _ = line.parse(argv)
@@ -40,5 +40,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")
-    run_command(main, ADVICE)
+    run_command(main)

@@ -13,7 +13,6 @@ them. TEST.INDEX searches with a FAISS index, which is built once, beside the fi
 
 import logging
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +21,12 @@ from torch import Tensor
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from assembly import Subject, check_index, make_stages, query_expansion, start_device, with_index
-from config import ADVICE, INDEX, RERANKER_NAMES, RERANKING, CommandLine, plain
+from assembly import Subject, check_index, make_stages, query_expansion, start_session, with_index
+from config import INDEX, RERANKER_NAMES, RERANKING, CommandLine
 from extraction.store import scratch_rows
-from model.errors import InputError, run_command
-from modules.compact import Int8Rows
+from model.errors import InputError
 from modules.search import Database
-from report.log import start_log
+from report.command import run_command
 from revisitop.descriptors import load_rows
 from revisitop.retrieve import SAVED_RANKS, Ranking
 from revisitop.stages import Reranked, Searched, SearchedAgain, Stage, search_for
@@ -40,7 +38,7 @@ _TOLERANCE = 1e-2  # of the length of a row; float16 rows are off by up to 5e-4
 
 
 def main(argv: list[str]) -> None:
-    line = CommandLine(__doc__, (*INDEX, *RERANKING, "TEST.DEVICE"), "python -m tools.rerank")
+    line = CommandLine(__doc__, (*INDEX, *RERANKING, "TEST.DEVICE"))
     line.add("--queries", type=Path, required=True, metavar="FILE", help="(Q, D), .npy or .pth")
     line.add("--database", type=Path, required=True, metavar="FILE", help="(N, D), .npy or .pth, read from the disk")
     line.add("--ids", type=Path, metavar="FILE", help="(Q, R) row numbers from your index, .npy")
@@ -50,10 +48,13 @@ def main(argv: list[str]) -> None:
     line.add_flag("--reranker", "TEST.RERANKER", metavar="NAME", help=f"{', '.join(names)} or none [superglobal]")
     args, cfg, _ = line.parse(argv)
     if len(cfg.TEST.RERANKER) > 1 or "cvnet" in cfg.TEST.RERANKER:
-        raise InputError(f"--reranker takes one of {', '.join(names)} or none; {ADVICE_CVNET}")
+        raise InputError(f"--reranker takes one of {', '.join(names)} or none; cvnet needs images (test.py has it)")
     if args.out.suffix != ".npy":
         raise InputError(f"--out {args.out} must end in .npy: the order is written in NumPy's format")
-    start_log(Path("log.txt"), plain(cfg))
+    if args.ids is not None and (cfg.TEST.INDEX or args.normalize):
+        other = "TEST.INDEX" if cfg.TEST.INDEX else "--normalize, which reads the whole database,"
+        raise InputError(f"--ids are the results of an index, and their rows have unit length: leave {other} out")
+    device = start_session(cfg).device
     queries, rows = load_rows(args.queries), load_rows(args.database)
     if queries.shape[1] != rows.shape[1]:
         raise InputError(
@@ -61,24 +62,15 @@ def main(argv: list[str]) -> None:
             "both must come from the same network"
         )
     check_index(cfg, rows.shape[1])
-    if args.ids is not None and cfg.TEST.INDEX:
-        raise InputError("--ids are the results of an index: leave TEST.INDEX out")
-    ids = None if args.ids is None else load_ids(args.ids, len(queries), len(rows))
-    device = start_device(cfg, {})
-    queries = unit_rows(queries, args.queries, args.normalize)[:].float()
-    if ids is None:
-        rows = unit_rows(rows, args.database, args.normalize)
-    elif args.normalize:
-        raise InputError("--normalize reads the whole database, which --ids avoids: give rows of unit length")
-    database = Database(rows)
-    if ids is None:
+    queries, ids = unit_rows(queries, args.queries, args.normalize)[:].float(), None
+    if args.ids is None:
+        database = Database(unit_rows(rows, args.database, args.normalize))
         database = with_index(cfg, database, args.database, [args.database], device, normalized=args.normalize)
+    else:
+        database, ids = Database(rows), load_ids(args.ids, len(queries), len(rows))
     order = reranked(cfg, queries, database, ids, device)
     write_array(args.out, order.numpy())
     log.info("%s: %d queries, the first %d of %d rows each", args.out, *order.shape, len(rows))
-
-
-ADVICE_CVNET = "cvnet needs images (test.py has it)"
 
 
 def reranked(cfg: CfgNode, queries: Tensor, database: Database, ids: Tensor | None, device: torch.device) -> Tensor:
@@ -132,7 +124,7 @@ def load_ids(path: Path, queries: int, rows: int) -> Tensor:
     return torch.from_numpy(ids)
 
 
-def unit_rows(rows: Tensor | Int8Rows, path: Path, normalize: bool) -> Tensor | Int8Rows:
+def unit_rows(rows: Tensor, path: Path, normalize: bool) -> Tensor:
     """Returns the rows if all have length 1 or 0, or a normalised copy on disk.
 
     Raises:
@@ -171,5 +163,4 @@ def write_array(path: Path, array: np.ndarray) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")
-    run_command(main, ADVICE)
+    run_command(main)

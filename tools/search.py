@@ -30,21 +30,20 @@ from assembly import (
     check_index,
     extract_together,
     find_recipe,
-    make_output,
     make_stages,
     own_images,
-    start_device,
+    start_session,
     with_index,
 )
-from config import ADVICE, INDEX, LOADING, NETWORK, RERANKING, CommandLine, Parsed, idle_options, plain
+from config import INDEX, LOADING, NETWORK, RERANKING, CommandLine, Parsed
 from extraction.extract import ImageSet
 from extraction.images import ImageFile, image_suffixes
 from extraction.owner import owned
 from extraction.processes import Processes
-from model.errors import InputError, run_command, short_list
+from model.errors import InputError, short_list
 from model.recipe import Recipe
 from modules.search import Database
-from report.log import start_log
+from report.command import run_command
 from report.page import SHOWN, Hit, Page, Query, Section, write_report
 from revisitop.retrieve import SAVED_RANKS, Ranking
 from revisitop.stages import search_for
@@ -79,20 +78,15 @@ def main(argv: list[str]) -> None:
     args, cfg, _ = parse(argv)
     if not args.database.is_dir():
         raise InputError(f"--database {args.database}: there is no such folder")
-    processes = Processes()
-    first = processes.rank == 0
-    screen = sys.stderr if args.json else sys.stdout
-    head = start_log(Path("log.txt"), plain(cfg), screen) if first else {}
-    for line in idle_options(cfg) if first else ():
-        log.warning("%s", line)
-    device = start_device(cfg, head, processes.local)
+    session = start_session(cfg, sys.stderr if args.json else sys.stdout)
+    processes, first, device = session.processes, session.first, session.device
     milvus = Milvus.connect(args.index) if args.index and first else None
     recipe = find_recipe(cfg)
     check_index(cfg, recipe.dim)
     if args.queries.is_file() and (problem := ImageFile(args.queries).problem()):
         raise InputError(f"queries: {problem}")
 
-    output = make_output(cfg)
+    output = session.output
     images = own_images(args.database, find_images(args.database), recipe, output)
     cache = images.path.parent
     asked = ImageSet(cache / "queries.npy", "queries", find_images(args.queries), folder_of(args.queries))
@@ -139,7 +133,7 @@ def parse(argv: list[str]) -> Parsed:
     instead = {"TEST.FEATURES": truth, "SupG.onemeval": truth, "TEST.DISTRACTORS": truth, "TEST.REPORT": "use --report"}
     instead |= {"TEST.DATA_DIR": "use --database", "TEST.DATASET_LIST": "use --database"}
     uses = (*NETWORK, *LOADING, *INDEX, *RERANKING, "TEST.DEVICE", "TEST.OUT_DIR", "TEST.RESUME")
-    line = CommandLine(__doc__, uses, "python -m tools.search", instead)
+    line = CommandLine(__doc__, uses, instead)
     line.add("--database", type=Path, required=True, metavar="FOLDER", help="images, also in subfolders")
     line.add("--queries", type=Path, required=True, metavar="FOLDER|FILE", help="an image, or several")
     line.add_flag(
@@ -329,4 +323,4 @@ def _name(image: ImageFile, root: Path) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main, {**ADVICE, "depth": "--depth {}".format})
+    run_command(main)

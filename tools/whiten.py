@@ -14,7 +14,6 @@ Jégou and Chum, "Negative Evidences and Co-Occurences in Image Retrieval", ECCV
 
 import argparse
 import logging
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from assembly import extract_together, find_recipe, make_output, own_images, prepare, start_device
-from config import ADVICE, LOADING, NETWORK, CommandLine
-from config import plain as plain_config
-from model.errors import InputError, run_command
+from assembly import Session, extract_together, find_recipe, own_images, prepare, start_session
+from config import LOADING, NETWORK, CommandLine
+from model.errors import InputError
 from model.whitened import save_whitening
 from modules.whitening import ClassMoments, Moments, discriminative_whitening, pca_whitening
-from report.log import start_log
+from report.command import run_command
 from revisitop.descriptors import load_distractors
 from tools.search import find_images
 
@@ -42,9 +40,8 @@ _ROWS = 8192
 def main(argv: list[str]) -> None:
     line = CommandLine(
         __doc__, (*NETWORK, *LOADING, "TEST.DATA_DIR", "TEST.OUT_DIR", "TEST.DEVICE", "TEST.RESUME"),
-        "python -m tools.whiten",
+        {"MODEL.WHITENING": "a whitening is learnt from descriptors without whitening"},
     )  # fmt: skip
-    line.refuse({"MODEL.WHITENING": "a whitening is learnt from descriptors without whitening"})
     line.add("--from", dest="source", required=True, metavar="NAME|FOLDER|FILE", help="source of the descriptors")
     line.add("--dim", type=positive, required=True, metavar="N", help="number of dimensions to keep")
     line.add("--out", type=Path, required=True, metavar="FILE", help="file for the whitening")
@@ -58,8 +55,7 @@ def main(argv: list[str]) -> None:
     line.add("--shrinkage", type=float, default=0.0, metavar="S", help="0 to 1, for few descriptors per class [0]")
     line.add_flag("--weights", "TEST.WEIGHTS", metavar="PATH", help="the checkpoint, see TEST.WEIGHTS")
     args, cfg, _ = line.parse(argv)
-    start_log(Path("log.txt"), plain_config(cfg), screen=sys.stdout)
-    rows, classes, learnt_from = descriptors(args, cfg)
+    rows, classes, learnt_from = descriptors(args, start_session(cfg))
     if args.labels:
         classes = read_labels(args.labels, len(rows))
     discriminative = bool(args.discriminative or args.labels)
@@ -91,13 +87,12 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def descriptors(args: argparse.Namespace, cfg: Any) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+def descriptors(args: argparse.Namespace, session: Session) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
     """Returns the descriptors (N, D), their classes if the source has some, and their provenance."""
     source = Path(args.source)
     if source.is_file():
         return load_distractors(source), None, {"source": str(source)}
-    device = start_device(cfg, {})
-    output = make_output(cfg)
+    cfg, output, device = session.cfg, session.output, session.device
     if source.is_dir() and "/" in args.source:
         recipe = find_recipe(cfg)
         images = own_images(source, find_images(source), recipe, output)
@@ -135,4 +130,4 @@ def blocks(rows: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 if __name__ == "__main__":
-    run_command(main, ADVICE)
+    run_command(main)

@@ -4,8 +4,9 @@ import torch
 
 from extraction.images import to_network_input
 from model.checkpoint import encoder_state, load_encoder
-from model.recipe import SCALE_SETS, Recipe
+from model.recipe import Recipe
 from model.resnet import ResNet
+from modules.descriptor import SCALE_SETS
 
 ALL = {"relup": 0.014, "gemp": 4.6, "rgem": 2.5, "sgem": float("inf")}
 WITHOUT = {f"no_{name}": {**ALL, name: None} for name in ALL}

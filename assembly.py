@@ -274,7 +274,7 @@ def find_distractors(cfg: CfgNode) -> Distractors:
         rows = load_distractors(path)
     images: Sequence[ImageFile] = ()
     with suppress(InputError):
-        images = load_distractor_list(Path(cfg.TEST.DATA_DIR) / "revisitop1m")
+        _, images = load_distractor_list(Path(cfg.TEST.DATA_DIR) / "revisitop1m")
     return Distractors(path, rows, images if len(images) == len(rows) else ())
 
 

@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     # Everything is checked before the long computations begin.
     recipe = find_recipe(cfg)
     with option("--data-dir"):
-        images = load_distractor_list(args.data_dir)
+        _, images = load_distractor_list(args.data_dir)
     if session.first:
         check_disk(out, len(images) * recipe.dim * 4)
     if args.shard:

@@ -29,10 +29,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from alternate import positive
 from extract import random_checkpoint, sides
 
-from model.errors import run_command
-from model.recipe import SCALE_SETS, Recipe
+from model.recipe import Recipe
 from modules.checks import values_unseen
+from modules.descriptor import SCALE_SETS
 from modules.reranking import RERANK_K, RERANK_M, SuperGlobalReranker
+from report.command import run_command
 
 ROOT = Path(__file__).parents[1]
 DEVICE = "cuda:0"

@@ -50,13 +50,14 @@ from extraction.extract import extract_batch
 from extraction.images import ImageFile
 from extraction.loading import Loading
 from model.device import choose_device, prepare_process
-from model.errors import InputError, run_command
+from model.errors import InputError
 from model.extractor import NetworkExtractor
 from model.folding import PRECISIONS
 from model.recipe import Recipe
 from modules.pooling import GEMP_EPS, GEMP_P, RGEM_P, RGEM_WINDOW, GeMPlus, RegionalGeM
 from modules.reranking import RERANK_K, RERANK_M, SuperGlobalReranker
 from modules.search import Database, search
+from report.command import run_command
 
 ROOT = Path(__file__).parents[1]
 FIXTURES = ROOT / "tests" / "data" / "reference.npz"

@@ -28,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from alternate import machine, positive
 
-from model.errors import run_command
 from modules.reranking import SuperGlobalReranker
 from modules.search import Database
+from report.command import run_command
 from revisitop.index import indexed
 from revisitop.retrieve import Ranking, rerank, retrieve
 

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from model.errors import run_command
+from report.command import run_command
 from revisitop import toy
 
 ROOT = Path(__file__).parents[1]

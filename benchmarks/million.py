@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from alternate import alternate, machine, positive, report
 
 from extraction.processes import Processes
-from model.errors import run_command
 from modules.reranking import SuperGlobalReranker
 from modules.search import Database
+from report.command import run_command
 from revisitop.dataset import GroundTruth
 from revisitop.evaluate import evaluate, evaluate_ranks
 from revisitop.retrieve import rerank, retrieve

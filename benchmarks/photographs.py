@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from alternate import positive
 
-from model.errors import InputError, run_command
+from model.errors import InputError
+from report.command import run_command
 
 ROOT = Path(__file__).parents[1]
 

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from extraction.extract import ImageSet, extract_sets
-from model.errors import run_command
+from report.command import run_command
 from revisitop.layouts import load_dataset
 
 DIM = 8

@@ -32,9 +32,9 @@ from cvnet_rerank.network import MAP_DIM, MAP_SCALES, CenterPivotConv4d, CVNetRe
 from extraction.images import to_network_input
 from model.cvnet import FEATURE_DIM
 from model.device import choose_device, prepare_process
-from model.errors import run_command
 from model.folding import PRECISIONS
 from modules.reranking import RERANK_K, RERANK_M
+from report.command import run_command
 
 SIZE, DEPTH = (1024, 768), 50
 QUERIES, DATABASE = 70, 5000

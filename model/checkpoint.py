@@ -108,7 +108,7 @@ def load_strictly(
     state: dict[str, Tensor],
     path: Path,
     name: str,
-    guess: Callable[[list[str]], tuple[str, dict[str, int]]] = lambda wrong: ("", {}),
+    guess: Callable[[list[str]], str] = lambda wrong: "",
 ) -> Network:
     """Loads weights into the network, as float32, and sets it to evaluation mode.
 
@@ -117,7 +117,7 @@ def load_strictly(
     Args:
         state: the weights, under the names that the network uses.
         path, name: the file and the name of the network, for error messages.
-        guess: given the keys of wrong shape, returns the likely reason for an error about keys, and advice.
+        guess: given the keys of wrong shape, returns the likely reason for an error about keys.
 
     Raises:
         InputError: if a key is missing, unknown, of the wrong shape, or not finite. The message names the
@@ -137,8 +137,7 @@ def load_strictly(
             for keys, what in ((missing, "missing"), (unknown, "unknown"), (wrong, "of the wrong shape"))
             if keys
         ]
-        reason, advice = guess(wrong)
-        raise InputError(f"{path} does not fit {name}: keys {'; '.join(problems)}{reason}", **advice)
+        raise InputError(f"{path} does not fit {name}: keys {'; '.join(problems)}{guess(wrong)}")
     for key, value in state.items():
         if not is_plain(value) or value.is_floating_point() != expected[key].is_floating_point():
             raise InputError(f"{path}: {key} must be a plain tensor of {expected[key].dtype}, got {_kind(value)}")
@@ -265,10 +264,10 @@ def _network_name(depth: int | None) -> str:
     return f"ResNet-{depth}" if depth else "network of another depth"
 
 
-def _guess(state: dict[str, Tensor], depth: int, wrong: list[str]) -> tuple[str, dict[str, int]]:
+def _guess(state: dict[str, Tensor], depth: int, wrong: list[str]) -> str:
     found = _depth_of(state)
     if found != depth and found is not None:
-        return f"; it is a ResNet-{found}: name another file", {"depth": found}
+        return f"; it is a ResNet-{found}: give its depth, or another file"
     if len(wrong) <= 2 and any(text.startswith("head.fc.") for text in wrong):
-        return "; its descriptors have another size", {"dim": len(state["head.fc.weight"])}
-    return "; it may come from another project, or be cut off", {}
+        return f"; its descriptors have {len(state['head.fc.weight'])} dimensions: give this number"
+    return "; it may come from another project, or be cut off"

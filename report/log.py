@@ -53,10 +53,7 @@ def start_log(path: Path, config: dict[str, Any], screen: TextIO | None = None) 
     Raises:
         InputError: if the file cannot be written.
     """
-    screen = screen or sys.stdout
-    if hasattr(screen, "reconfigure"):
-        screen.reconfigure(errors="backslashreplace")  # a file name may not be valid text
-    lines = _Screen(screen)
+    lines = _Screen(screen or sys.stdout)
     lines.addFilter(lambda record: record.levelno < logging.ERROR)  # errors go to stderr
     lines.setFormatter(_OneLine("%(message)s"))
     try:

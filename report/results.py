@@ -1,6 +1,6 @@
 """The results of a run: its lines in the log, results.json, saved rankings, and the summary."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,3 +122,8 @@ def summary(results: list[Evaluated]) -> Iterator[str]:
         for stage, metrics in each.metrics.items():
             values = "".join(f"{100 * metrics[protocol.name].map:8.2f}" for protocol in before)
             yield f"{f'{each.title}, {stage}':<36}{values}"
+
+
+def markdown(cells: Sequence[str]) -> str:
+    """Returns a row of a table in Markdown."""
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

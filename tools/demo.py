@@ -15,8 +15,9 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from config import ADVICE, LOADING, NETWORK, CommandLine, Parsed, plain, varied
-from model.errors import InputError, run_command
+from config import LOADING, NETWORK, CommandLine, Parsed, varied
+from model.errors import InputError
+from report.command import run_command
 
 log = logging.getLogger(__name__)
 
@@ -77,8 +78,7 @@ def main(argv: list[str]) -> None:
     if int(gradio.__version__.split(".")[0]) < 6:
         raise InputError(f"the page needs Gradio 6, this is {gradio.__version__}: pip install --upgrade gradio")
 
-    from assembly import make_output, start_device
-    from report.log import start_log
+    from assembly import start_session
     from tools.demo_steps import Library
 
     if args.database is None:
@@ -91,8 +91,8 @@ def main(argv: list[str]) -> None:
     elif "TEST.DATASET_LIST" in given:
         raise InputError("--database and TEST.DATASET_LIST both select what is searched; give only one")
 
-    head = start_log(Path("log.txt"), plain(cfg))
-    library = Library(cfg, make_output(cfg), start_device(cfg, head), args.database)
+    session = start_session(cfg)
+    library = Library(cfg, session.output, session.device, args.database)
     for chatty in ("httpx", "httpcore"):  # Gradio sends requests to itself
         logging.getLogger(chatty).setLevel(logging.WARNING)
     page = build(gradio, library)
@@ -119,7 +119,7 @@ def parse(argv: list[str]) -> Parsed:
         "SupG.rerank_m", "SupG.rerank_k", "SupG.rerank_beta", "SupG.rerank_s2",
     )  # fmt: skip
     instead = {"TEST.RERANKER": f"the page shows SuperGlobal; {here}", "TEST.REPORT": here}
-    line = CommandLine(__doc__, uses, "python -m tools.demo", instead)
+    line = CommandLine(__doc__, uses, instead)
     line.add("--database", type=Path, metavar="FOLDER", help="your own images, also in subfolders [toy]")
     line.add_flag(
         "--weights", "TEST.WEIGHTS", metavar="PATH",
@@ -165,7 +165,7 @@ def build(gr: Any, library: Any) -> Any:
                 try:
                     return [*act(*inputs, **more), ""]
                 except InputError as error:
-                    text = piece("message", error.in_options({}))
+                    text = piece("message", error)
                 except Exception:
                     log.exception("an action on the page failed")
                     text = piece("message", "this failed; see the terminal")
@@ -315,4 +315,4 @@ def numbers_of(text: str) -> list[float]:
 
 
 if __name__ == "__main__":
-    run_command(main, ADVICE)
+    run_command(main)

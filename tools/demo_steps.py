@@ -251,8 +251,7 @@ class Library:
         else:
             self.names, self.images = [folder.resolve().name or str(folder)], find_images(folder)
             find_recipe(cfg)
-        scales = cfg.TEST.SCALE_LIST
-        several = scales != 1 and scales != [1.0]
+        several = len(cfg.TEST.SCALE_LIST) > 1
         # With one scale, Scale-GeM has no effect.
         self.modules = [title for title in MODULES if several or title != "Scale-GeM"]
         self.chosen = tuple(title for title in self.modules if self._is_on(title))

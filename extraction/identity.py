@@ -7,7 +7,6 @@ git's index: while it stands, the key is known without reading the file again.
 import hashlib
 import os
 import time
-from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np

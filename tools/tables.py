@@ -25,7 +25,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from yacs.config import CfgNode
 
 from assembly import (
@@ -41,9 +40,9 @@ from assembly import (
 )
 from config import RERANKER_NAMES, CommandLine, Parsed, active_rerankers, make_config, varied
 from cvnet_rerank.pair_scores import map_bytes
+from model.cvnet import STAGE_DEPTHS
 from model.device import PeakMemory
 from model.errors import InputError
-from model.cvnet import STAGE_DEPTHS
 from modules.reranking import SuperGlobalReranker
 from modules.search import Database
 from report.command import run_command

@@ -13,7 +13,6 @@ Jégou and Chum, "Negative Evidences and Co-occurrences in Image Retrieval", ECC
 """
 
 import logging
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any

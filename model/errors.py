@@ -90,6 +90,9 @@ def run_command(main: Callable[[list[str]], None], options: Mapping[str, Callabl
         main: the function, which takes the arguments.
         options: how the command names the advice of an error, see InputError.in_options.
     """
+    for name in ("stdout", "stderr"):  # the first file that is opened would take the place of a closed one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     try:
         main(sys.argv[1:])
         sys.stdout.flush()

@@ -24,10 +24,9 @@ from config import ADVICE, CommandLine, make_config, option_values, plain
 from model.errors import InputError, run_command, short_list
 from report.log import start_log
 from report.page import SHOWN, Page, Query, Section, labelled_hits, write_report
-from report.results import unique_names
+from report.results import markdown, unique_names
 from revisitop.bootstrap import CONFIDENCE, paired_difference
 from revisitop.dataset import Dataset
-from tools.tables import markdown
 
 log = logging.getLogger(__name__)
 

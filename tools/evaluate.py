@@ -13,7 +13,7 @@ from pathlib import Path
 from assembly import find_dataset
 from config import ADVICE, CommandLine
 from model.errors import InputError, run_command
-from report.results import in_words
+from report.results import metric_lines
 from revisitop.evaluate import evaluate_predictions
 from revisitop.layout_csv import read_predictions
 from revisitop.measures import CHALLENGE
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
     empty = sum(not len(each) for each in predictions)
     unknown = sum(int((each < 0).sum()) for each in predictions)
     metrics = evaluate_predictions(predictions, dataset.ground_truth, dataset.protocols)
-    for text in in_words(metrics):
+    for text in metric_lines(metrics):
         print(text)
     if empty:
         print(f"{empty} of {len(predictions)} queries have no predictions and count 0")

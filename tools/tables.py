@@ -51,6 +51,7 @@ from model.resnet import STAGE_DEPTHS
 from modules.reranking import RERANK_BETA, RERANK_K, RERANK_M, SuperGlobalReranker
 from modules.search import Database
 from report.log import start_log
+from report.results import markdown
 from revisitop import toy
 from revisitop.evaluate import Metrics, evaluate
 from revisitop.index import FaissDatabase
@@ -392,10 +393,6 @@ def find_published(
         return None
     wanted = {"depth": cfg.MODEL.DEPTH, "stage": stage, "distractors": cfg.SupG.onemeval}
     return next((entry.get(name) for entry in published()["figures"] if wanted.items() <= entry.items()), None)
-
-
-def markdown(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 class Table(NamedTuple):

@@ -43,15 +43,14 @@ from config import (
 from model.errors import InputError, run_command
 from report.drawing import draw_heat_map, draw_lines
 from report.log import start_log
-from report.page import Page, Section, Table, evaluated_section, write_report
-from report.results import Evaluated, save_results
+from report.page import Page, Section, evaluated_section, write_report
+from report.results import Evaluated, markdown, save_results
 from revisitop.bootstrap import CONFIDENCE, Difference, paired_difference
 from revisitop.evaluate import evaluate
 from revisitop.layouts import dataset_folder
 from revisitop.protocols import Protocol
 from revisitop.retrieve import Ranking
 from revisitop.stages import search_for
-from tools.tables import markdown
 
 log = logging.getLogger(__name__)
 
@@ -425,10 +424,10 @@ def tuning_section(method: str, test: Part, grid: Mapping[str, tuple], curve: Cu
         [*(str(curve.settings[i][key]) for key in grid), f"{100 * metrics[i]:.2f}", "" if i else "the paper's"]
         for i in np.argsort(-np.nan_to_num(metrics, nan=-1), kind="stable")[:_ON_PAGE]
     ]
-    tables = [
-        Table(f"On {test}, mAP in percent", judged.rows()),
-        Table(f"The best settings on {method}", [[*grid, "mAP", ""], *listed]),
-    ]
+    tables = {
+        f"On {test}, mAP in percent": judged.rows(),
+        f"The best settings on {method}": [[*grid, "mAP", ""], *listed],
+    }
     note = f"Chosen on {method}: {words(best)}. {judged.verdict()}"
     caption = (
         "The metric is the mean mAP of the protocols on the validation set, in percent; if other options were tried, "

@@ -35,8 +35,8 @@ def check(query, candidates, reranker, mask=None):
         assert why.neighbours[0].place == before
         there = range(len(candidates)) if mask is None else mask.nonzero().flatten().tolist()
         assert len(why.neighbours) == len({each.place for each in why.neighbours}) == min(reranker.k + 1, len(there))
-        assert {each.place for each in why.neighbours} | set(why.chosen) <= set(there)
-        assert len(why.chosen) == len(set(why.chosen)) == min(reranker.k + 1, len(there))
+        assert {each.place for each in why.neighbours} | set(why.expansion) <= set(there)
+        assert len(why.expansion) == len(set(why.expansion)) == min(reranker.k + 1, len(there))
 
 
 @pytest.mark.parametrize("s2", ["refined", "original"])
@@ -58,7 +58,7 @@ def test_the_chosen_make_the_expanded_query():
     query, candidates = rows(1, seed=3)[0], rows(60)
     reranker = SuperGlobalReranker(m=60, k=4)
     every = [explain(query, candidates, place, reranker) for place in range(60)]
-    chosen = every[0].chosen
+    chosen = every[0].expansion
     assert chosen == tuple(sorted(range(60), key=lambda place: -every[place].s1)[:5])
     refined = torch.stack(
         [sum(each.weight * candidates[each.place] for each in every[place].neighbours) for place in chosen]

@@ -73,7 +73,8 @@ def start_log(path: Path, config: dict[str, Any], screen: TextIO | None = None) 
             f"cannot write {path.absolute()} ({error.strerror}); start from a folder that you can write to"
         ) from None
     file.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
-    logging.basicConfig(level=logging.INFO, handlers=[lines, file], force=True)
+    # The screen is the last, so that no other handler misses a line when it is removed.
+    logging.basicConfig(level=logging.INFO, handlers=[file, lines], force=True)
     versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _PACKAGES}}
     date, command = datetime.now().isoformat(timespec="seconds"), command_line()
     listed = ", ".join(f"{name} {version}" for name, version in versions.items())

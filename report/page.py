@@ -133,7 +133,7 @@ class Section:
     def protocols(self) -> tuple[Protocol, ...]:
         return tuple(each.protocol for each in next(iter(self.metrics.values()), {}).values())
 
-    def changes(self) -> Iterator[tuple[str, list[Query], list[Query], int]]:
+    def ap_changes(self) -> Iterator[tuple[str, list[Query], list[Query], int]]:
         """Yields, for each reranking, the queries whose AP it raised, those whose AP it lowered, and how many it kept.
 
         The largest changes come first.

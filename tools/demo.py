@@ -38,8 +38,6 @@ def main(argv: list[str]) -> None:
     if int(gradio.__version__.split(".")[0]) < 6:
         raise InputError(f"the page needs Gradio 6, this is {gradio.__version__}: pip install --upgrade gradio")
 
-    from starlette.middleware import Middleware
-
     from assembly import make_output, start_device
     from report.log import start_log
     from tools.demo_steps import Galleries
@@ -58,6 +56,8 @@ def main(argv: list[str]) -> None:
     galleries = Galleries(cfg, make_output(cfg), start_device(cfg, head), args.database)
     for chatty in ("httpx", "httpcore"):  # Gradio sends requests to itself
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    from starlette.middleware import Middleware  # comes with Gradio
+
     page, hosts = build(gradio, galleries), host_names(args.host)
     theme = gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     theme.set(

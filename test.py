@@ -19,10 +19,9 @@ def main(argv: list[str]) -> None:
 
     # Imported here, so that --help and errors about options appear at once.
     from assembly import network_title, prepare, start_session
-    from report.page import evaluated_page, write_report
+    from report.page import evaluated_page, explain_largest, write_report
     from report.results import Evaluated, save_results, summary
-    from revisitop.evaluate import evaluate, query_aps
-    from revisitop.explained import explain_largest
+    from revisitop.evaluate import evaluate
 
     session = start_session(cfg)
     output, processes = session.output, session.processes
@@ -49,12 +48,9 @@ def main(argv: list[str]) -> None:
             stage: evaluate(ranking, dataset.ground_truth, dataset.protocols) for stage, ranking in rankings.items()
         }
 
-        explained = None
-        if cfg.TEST.REPORT and stages:
-            aps = {stage: query_aps(of) for stage, of in metrics.items()}
-            explained = explain_largest(rankings, aps, stages, searched)
-
-        results.append(Evaluated(dataset, rankings, metrics, experiment.facts(), explained))
+        explanations = explain_largest(rankings, metrics, stages, searched) if cfg.TEST.REPORT else {}
+        distractors = experiment.distractors.images if experiment.distractors else ()
+        results.append(Evaluated(dataset, rankings, metrics, experiment.facts(), explanations, distractors))
         for line in results[-1].lines():
             log.info("%s", line)
         if results[-1].facts.get("whitening", {}).get("learnt_on_the_test_set"):
@@ -74,9 +70,7 @@ def main(argv: list[str]) -> None:
     for line in summary(results):
         log.info("%s", line)
     if cfg.TEST.REPORT:
-        distractors = experiments[0].distractors
-        page = evaluated_page(session.head, results, distractors.images if distractors else (), used_options(cfg))
-        path = write_report(page, run / "report")
+        path = write_report(evaluated_page(session.head, results, used_options(cfg)), run / "report")
         log.info("the report is %s (%.1f MB)", path, path.stat().st_size / 1e6)
     log.info("results and rankings are in %s, the log in log.txt", run)
 

@@ -43,7 +43,7 @@ from config import (
 from model.errors import InputError
 from report.command import run_command
 from report.drawing import draw_heat_map, draw_lines
-from report.page import Page, Section, Table, evaluated_section, write_report
+from report.page import Page, Section, evaluated_section, write_report
 from report.results import Evaluated, markdown, save_results
 from revisitop.bootstrap import CONFIDENCE, Difference, paired_difference
 from revisitop.evaluate import evaluate
@@ -418,10 +418,10 @@ def tuning_section(
         [*map(as_typed, curve.settings[i].values()), f"{100 * metrics[i]:.2f}", "" if i else "the paper's"]
         for i in curve.order[:_ON_PAGE]
     ]
-    tables = [
-        Table(f"On {test}, mAP in percent", judgement.rows()),
-        Table(f"The best settings on {method}", [[*grid, "mAP", ""], *listed]),
-    ]
+    tables = {
+        f"On {test}, mAP in percent": judgement.rows(),
+        f"The best settings on {method}": [[*grid, "mAP", ""], *listed],
+    }
     note = f"Chosen on {method}: {words(best)}. {judgement.verdict()}"
     caption = (
         "The metric is the mean mAP of the protocols on the validation set, in percent; if other options were tried, "

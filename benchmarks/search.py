@@ -27,7 +27,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -253,6 +252,8 @@ def shared(found: Tensor, expected: Tensor) -> float:
 
 def draw(points: dict[str, list[tuple[float, float]]], path: Path, title: str) -> None:
     """Plots recall over milliseconds per query, with a line per index."""
+    import matplotlib
+
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "superglobal"  # equal results give identical files
     import matplotlib.pyplot as plt

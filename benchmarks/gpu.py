@@ -5,7 +5,7 @@
 
 Parts run in order of importance, results are printed immediately, and a failing part does not end the others:
 descriptors, search and rerankers compared with those of a CPU; extraction, reranking, search and CVNet-Rerank compared
-with plain baselines; waits of the host for the device; rates of the device; too little memory; the slowest kernels; JPEG
+with plain baselines; waits of the host for the device; rates of the device; too little memory; kernels; JPEG
 files. Weights and images are random, because they do not matter for speed. Goals are printed beside the results. Lines
 that begin with | are rows of the first table in benchmarks/README.md, which explains "of the floor".
 """

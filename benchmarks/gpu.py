@@ -5,7 +5,7 @@
 
 Parts run in order of importance, results are printed immediately, and a failing part does not end the others:
 descriptors, search and rerankers compared with those of a CPU; extraction, reranking, search and CVNet-Rerank compared
-with plain baselines; waits of the host for the device; rates of the device; too little memory; kernels; JPEG
+with plain baselines; waits of the host for the device; too little memory; the slowest kernels; JPEG
 files. Weights and images are random, because they do not matter for speed. Goals are printed beside the results. Lines
 that begin with | are rows of the first table in benchmarks/README.md, which explains "of the floor".
 """
@@ -14,7 +14,6 @@ import argparse
 import gc
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -74,16 +73,14 @@ class Sizes:
     pairs: int = 30
     files: tuple[int, int] = (64, 1024)
     workers: tuple[int, ...] = (8, 16)
-    caps: tuple[float, ...] = (3, 1, 0.6, 0.45)  # GiB
     matrix: int = 8192
-    buffer: int = 1 << 30  # bytes
     repeat: int = 3
     seconds: float = 0.3  # per measurement
 
 
 SMALL = Sizes(
     image=(48, 32), batches=(2,), precisions=("fp32", "bf16"), fixtures=(1,), problem=(3, 300, 64, 60), k=5,
-    checked_rows=500, rows=2000, queries=(3,), pairs=1, files=(1, 3), workers=(0,), matrix=256, buffer=1 << 20,
+    checked_rows=500, rows=2000, queries=(3,), pairs=1, files=(1, 3), workers=(0,), matrix=256,
     repeat=1, seconds=0,
 )  # fmt: skip
 
@@ -166,7 +163,7 @@ def main(argv: list[str]) -> None:
     start, device = time.perf_counter(), choose_device(args.device)
     prepare_process(device)
     out = args.out or (Path(os.environ["OUT"]) / "gpu.json" if os.environ.get("OUT") else None)
-    print(f"{machine(device)}, Python {platform.python_version()}, {os.cpu_count()} cores")
+    print(f"{machine(device)}, {os.cpu_count()} cores")
     with tempfile.TemporaryDirectory() as folder:
         run = Run(device, SMALL if args.small else Sizes(), extract.random_checkpoint(folder, 50))
         for name in args.parts:
@@ -240,11 +237,12 @@ def extraction(run: Run) -> None:
     plain = extract.plain_network(run.checkpoint, 50, extract.SCALE_SETS[3], device)
     flops = extract.flops_of(partial(extract.one_by_one, plain, images[:1], device))
     run.figure("FLOPs of an image", flops / 1e9, "GFLOP")
-    baseline = run.alternate({"baseline": partial(extract.one_by_one, plain, images[:8], device)})["baseline"]
     count = len(images)
-    baseline = Timing([seconds * count / len(images[:8]) for seconds in baseline.seconds], baseline.megabytes)
+    baseline = run.alternate({"baseline": partial(extract.one_by_one, plain, images[:8], device)})["baseline"]
+    baseline.seconds = [seconds * count / len(images[:8]) for seconds in baseline.seconds]
     for precision in sizes.precisions:
         rate, least = matrix_rate(device, PRECISIONS[precision], sizes.matrix), 1.5 if precision == "fp32" else 10
+        run.figure(f"matrix product, {precision}", rate / 1e12, "TFLOP/s")
         with run.attempt(f"extraction, {precision}"):
             network = run.extractor(precision)
             contenders = {str(batch): partial(extract.in_batches, network, images, batch) for batch in sizes.batches}
@@ -296,76 +294,50 @@ def searching(run: Run) -> None:
 def pairs(run: Run) -> None:
     """Measures CVNet-Rerank's time per pair, and how much faster SuperGlobal reranks the same number of candidates."""
     sizes, (queries, _, _, m) = run.sizes, run.sizes.problem
-    ours = run.alternate({"ours": rerank.ours("superglobal", *run.problem(), sizes.k)})["ours"].median / queries
     images = torch.stack(run.images(1 + sizes.pairs)).to(run.device)
-
-    def timing(name: str, score: Callable[[], Tensor], count: int, **goal: float) -> None:
-        each = run.alternate({name: score})[name].median / count
-        run.figure(f"{name}, a pair", 1000 * each, "ms")
-        run.figure(f"{name}, over SuperGlobal's time", m * each / ours, "x", **goal)
-
-    for precision in sizes.precisions:
+    ours = run.alternate({"ours": rerank.ours("superglobal", *run.problem(), sizes.k)})["ours"].median / queries
+    for precision in ("by the book", *sizes.precisions):
         with run.attempt(name := f"CVNet, {precision}"):
-            plain, network = speedup.networks(run.checkpoint, precision, run.device)
-            goal = {"at_least": speedup.PAPER} if precision == "fp32" else {}
-            timing(name, partial(speedup.score, network, speedup.feature_maps(network, images)), sizes.pairs, **goal)
-    with run.attempt("CVNet by the book"):
-        maps = speedup.feature_maps(plain, images[:2])
-        timing("CVNet by the book", partial(speedup.score_by_the_book, plain, *maps.split(1)), 1)
+            plain, network = speedup.networks(run.checkpoint, precision.replace("by the book", "fp32"), run.device)
+            if precision == "by the book":
+                count, maps = 1, speedup.feature_maps(plain, images[:2])
+                contender = partial(speedup.score_by_the_book, plain, *maps.split(1))
+            else:
+                count, contender = sizes.pairs, partial(speedup.score, network, speedup.feature_maps(network, images))
+            each = run.alternate({name: contender})[name].median / count
+            run.figure(f"{name}, a pair", 1000 * each, "ms")
+            goal = speedup.PAPER if precision == "fp32" else None
+            run.figure(f"{name}, over SuperGlobal's time", m * each / ours, "x", at_least=goal)
 
 
 def waits(run: Run) -> None:
-    """Counts where the host waits for the device: the operations, and the lines of the project that call them."""
-    batch, (count, _, dim, m) = run.images(21), run.sizes.problem
+    """Counts where the host waits for the device, as PyTorch reports it, by the innermost lines of the project."""
+    batch, (count, _, dim, m), network = run.images(21), run.sizes.problem, run.extractor("bf16")
     rows, queries = (random_rows(n, dim, torch.float32, run.device) for n in (100_000, count))
-    network = run.extractor("bf16")
     operations = {
         "a batch": lambda: extract_batch(network, batch),
         "reranking a block": rerank.ours("superglobal", *run.problem(), run.sizes.k),
         "search of 100,000 rows": partial(search, queries, Database(rows), m, device=run.device),
     }
     for name, operation in operations.items():
+        lines: Counter[str] = Counter()
+
+        def note(message: Warning | str, *_: Any, lines: Counter[str] = lines) -> None:
+            if "called a synchronizing CUDA operation" in str(message):
+                frames = [each for each in traceback.extract_stack() if Path(each.filename).is_relative_to(ROOT)]
+                lines[f"{Path(frames[-2].filename).relative_to(ROOT)}:{frames[-2].lineno} {frames[-2].line}"] += 1
+
         operation()
-        lines = lines_that_wait(operation)
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.showwarning = note
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                operation()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
         run.figure(f"waits, {name}", lines.total(), "")
-        for where, times in lines.most_common():
-            print(f"  {times:5d} at {where}")
-
-
-def lines_that_wait(operation: Callable[[], object]) -> Counter[str]:
-    """Returns the number of waits that PyTorch reports in an operation, by the innermost line of the project."""
-    lines: Counter[str] = Counter()
-
-    def note(message: Warning | str, *_: Any) -> None:
-        frames = [each for each in traceback.extract_stack() if Path(each.filename).is_relative_to(ROOT)]
-        if "called a synchronizing CUDA operation" in str(message):
-            lines[f"{Path(frames[-2].filename).relative_to(ROOT)}:{frames[-2].lineno} {frames[-2].line}"] += 1
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        warnings.showwarning = note
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            operation()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    return lines
-
-
-def rates(run: Run) -> None:
-    """Measures how fast the device multiplies and copies."""
-    device, sizes = run.device, run.sizes
-    for name, dtype in PRECISIONS.items():
-        run.figure(f"matrix product, {name}", matrix_rate(device, dtype, sizes.matrix) / 1e12, "TFLOP/s")
-    x = torch.zeros(sizes.buffer, dtype=torch.uint8, device=device)
-    y = torch.empty_like(x)
-
-    host = torch.zeros(sizes.buffer // 4, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    copies = {"to the device": (x[: len(host)], host), "from the device": (host, x[: len(host)])}
-    for name, (target, source) in {"on the device, read and written": (y, x), **copies}.items():
-        seconds = min(timed(partial(target.copy_, source, non_blocking=True), device) for _ in range(6))
-        moved = source.nbytes * (2 if target is y else 1)
-        run.figure(f"copy {name}", moved / seconds / 1e9, "GB/s")
+        print("".join(f"  {times:5d} at {where}\n" for where, times in lines.most_common()), end="", flush=True)
 
 
 def out_of_memory(run: Run) -> None:
@@ -373,7 +345,7 @@ def out_of_memory(run: Run) -> None:
     network = hubconf.superglobal_resnet50(run.checkpoint, device=str(run.device))
     images = torch.rand(21, 3, *run.sizes.image[::-1])
     expected, total = network(images), torch.cuda.get_device_properties(run.device).total_memory
-    for cap in run.sizes.caps:
+    for cap in (3, 1, 0.6, 0.45):  # GiB
         with run.attempt(f"{cap} GiB"):
             torch.cuda.empty_cache()
             fraction = (torch.cuda.memory_reserved(run.device) + cap * 2**30) / total
@@ -402,26 +374,23 @@ def files(run: Run) -> None:
     folder, (few, many) = run.checkpoint.parent / "images", run.sizes.files
     folder.mkdir()
     for number, image in enumerate(run.images(8)):
-        Image.fromarray(image.numpy()).save(folder / f"drawn_{number}.jpg", quality=90)
-    for number in range(many):  # different names for the same few files
-        os.link(folder / f"drawn_{number % 8}.jpg", folder / f"{number}.jpg")
+        Image.fromarray(image.numpy()).save(folder / f"{number}.jpg", quality=90)
+    for number in range(8, many):  # different names for the same few files
+        os.link(folder / f"{number % 8}.jpg", folder / f"{number}.jpg")
+    command = [sys.executable, str(ROOT / "extract_rop1m.py"), "--weight", str(run.checkpoint), "--depth", "50"]
+    command += ["--data-dir", str(folder), "TEST.DEVICE", str(run.device), "TEST.PRECISION", "bf16", "--out"]
+
+    def extract_files(count: int, workers: int) -> None:
+        (folder / "revisitop1m.txt").write_text("".join(f"{number}.jpg\n" for number in range(count)))
+        options = [f"{count}_{workers}.npy", "DATA_LOADER.NUM_WORKERS", str(workers)]
+        done = subprocess.run([*command, *options], cwd=folder, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"extract_rop1m.py: {done.stderr.splitlines()[-1]}")
+
     for workers in run.sizes.workers:
         with run.attempt(name := f"files, bf16, {workers} workers"):
-            seconds = [seconds_of_a_command(run, folder, count, workers) for count in (few, many)]
-            run.figure(name, (many - few) / (seconds[1] - seconds[0]), "img/s")
-
-
-def seconds_of_a_command(run: Run, folder: Path, count: int, workers: int) -> float:
-    """Returns the seconds of extract_rop1m.py for the first images of the folder."""
-    (folder / "revisitop1m.txt").write_text("".join(f"{number}.jpg\n" for number in range(count)))
-    command = [sys.executable, str(ROOT / "extract_rop1m.py"), "--weight", str(run.checkpoint), "--depth", "50"]
-    command += ["--data-dir", str(folder), "--out", f"{count}_{workers}.npy", "TEST.DEVICE", str(run.device)]
-    command += ["TEST.PRECISION", "bf16", "DATA_LOADER.NUM_WORKERS", str(workers)]
-    start = time.perf_counter()
-    done = subprocess.run(command, cwd=run.checkpoint.parent, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"extract_rop1m.py: {done.stderr.splitlines()[-1]}")
-    return time.perf_counter() - start
+            first, second = (timed(partial(extract_files, count, workers), CPU) for count in (few, many))
+            run.figure(name, (many - few) / (second - first), "img/s")
 
 
 PARTS: dict[str, Callable[[Run], None]] = {
@@ -431,7 +400,6 @@ PARTS: dict[str, Callable[[Run], None]] = {
     "search": searching,
     "pairs": pairs,
     "waits": waits,
-    "rates": rates,
     "out_of_memory": out_of_memory,
     "kernels": kernels,
     "files": files,

@@ -93,8 +93,8 @@ def prepare(work: Path) -> dict[str, list[str]]:
     weights = ["TEST.WEIGHTS", str(checkpoint), *QUICK]
     test, dataset = [str(ROOT / "test.py"), "TEST.DATA_DIR", str(data), *weights], ["TEST.DATASET_LIST", "roxford5k"]
     extract = [str(ROOT / "extract_rop1m.py"), "--depth", "50", "--data-dir", str(images), *weights]
-    search = ["-m", "tools.search", "--database", str(images), "--queries", str(images / "3.png"), "--json", *weights]
-    tables = ["-m", "tools.tables", "main", "--depth", "50", "TEST.DATA_DIR", str(data), *dataset, *weights]
+    search = ["-m", "tools.search", "--database", str(images), "--queries", str(images / "3.png"), "--json"]
+    tables = ["-m", "tools.tables", "main", "--depth", "50", "TEST.DATA_DIR", str(data), *dataset]
     distractors = ["SupG.onemeval", "TEST.DISTRACTORS", str(work / "distractors.npy")]
     on_toy = [*test, "TEST.DATASET_LIST", "toy", *distractors]
     torchrun = ["-m", "torch.distributed.run", "--standalone"]
@@ -102,8 +102,8 @@ def prepare(work: Path) -> dict[str, list[str]]:
         "test.py": [*test, *dataset],
         "extract": [*extract, "--out", "feats.pth"],
         "two processes": [*torchrun, "--nproc-per-node=2", *extract, "--out", "feats.npy"],
-        "search": search,
-        "tables": tables,
+        "search": [*search, *weights],
+        "tables": [*tables, *weights],
         "one process": on_toy,
         "two ranks": [*torchrun, "--nproc-per-node=2", *on_toy],
         "three ranks": [*torchrun, "--nproc-per-node=3", *on_toy],

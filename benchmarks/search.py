@@ -203,8 +203,8 @@ def indexes(queries: Tensor, database: Database, path: Path, factories: list[str
     print(f"{len(queries)} queries\n\n| {' | '.join(HEADING)} |\n|{' --- |' * len(HEADING)}")
     exact, seconds = ranked(queries, database)
     best = first_ten(exact, queries, database)
-    print_cells("exact search, float32", "", "1.000", "10.00", "", milliseconds(seconds, queries), 4 * database.dim, "")
-    points: dict[str, list[tuple[float, float]]] = {}  # seconds and recall
+    print_cells("exact search, float32", "", "1.000", "10.00", "", f"{1000 * seconds:.2f}", 4 * database.dim, "")
+    points: dict[str, list[tuple[float, float]]] = {}  # seconds per query, and recall
     for factory in factories:
         for file in path.parent.glob(f"{path.name}.*"):
             file.unlink()
@@ -219,9 +219,9 @@ def indexes(queries: Tensor, database: Database, path: Path, factories: list[str
             (found, _), (rough, seconds) = ranked(queries, index), ranked(queries, decoded)
             recall, bytes_each = shared(found.ids, exact.ids), round(index.size / len(database))
             tens = [shared(first_ten(*each), best) for each in ((found, queries, index), (rough, queries, decoded))]
-            cells = [f"{recall:.3f}", *(f"{10 * ten:.2f}" for ten in tens), milliseconds(seconds, queries), bytes_each]
+            cells = [f"{recall:.3f}", *(f"{10 * ten:.2f}" for ten in tens), f"{1000 * seconds:.2f}", bytes_each]
             print_cells(f"`{factory}`", f"`{parameters}`" if parameters else "", *cells, build)
-            points.setdefault(f"{factory}, {bytes_each:,} B", []).append((seconds / len(queries), recall))
+            points.setdefault(f"{factory}, {bytes_each:,} B", []).append((seconds, recall))
     if plot:
         draw(points, plot, f"{len(database):,} rows of {database.dim} dimensions")
 
@@ -230,15 +230,11 @@ def print_cells(*cells: str | int) -> None:
     print(f"| {' | '.join(f'{cell:,}' if isinstance(cell, int) else cell for cell in cells)} |", flush=True)
 
 
-def milliseconds(seconds: float, queries: Tensor) -> str:
-    return f"{1000 * seconds / len(queries):.2f}"
-
-
 def ranked(queries: Tensor, database: Database) -> tuple[Ranking, float]:
-    """Returns the ranking of the second of two searches, and its seconds; the first one warms the caches."""
+    """Returns the ranking of the second of two searches, and its seconds per query; the first warms the caches."""
     retrieve(queries, database, M)
     start = time.perf_counter()
-    return retrieve(queries, database, M), time.perf_counter() - start
+    return retrieve(queries, database, M), (time.perf_counter() - start) / len(queries)
 
 
 def first_ten(found: Ranking, queries: Tensor, database: Database) -> Tensor:

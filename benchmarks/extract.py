@@ -26,14 +26,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hubconf
 from extraction.extract import extract_batch
-from extraction.images import read_image, to_network_input
+from extraction.images import read_image
 from model.checkpoint import load_encoder
+from model.cvnet import STAGE_DEPTHS, ResNet, cvnet_backbone
 from model.device import choose_device, prepare_process
-from model.errors import run_command
 from model.folding import PRECISIONS
-from model.recipe import SCALE_SETS
-from model.resnet import STAGE_DEPTHS, ResNet
 from modules.attach import attach
+from modules.descriptor import SCALE_SETS
+from report.command import run_command
 from revisitop.toy import seeded_checkpoint
 
 # The shapes of a photograph; a GPU processes 21 of these at a time.
@@ -125,9 +125,9 @@ def plain_network(
     checkpoint: Path, depth: int, scales: tuple[float, ...], device: torch.device
 ) -> Callable[[Tensor], Tensor]:
     """Returns CVNet's network as it was trained, with the modules of SuperGlobal, in the form of an extractor."""
-    encoder = load_encoder(ResNet(depth), checkpoint).eval().requires_grad_(False).to(device)
-    network = attach(encoder, ["stem", "s1", "s2", "s3", "s4"], scales=scales, projection="head.fc")
-    return lambda pixels: network(to_network_input(pixels))
+    backbone = cvnet_backbone(load_encoder(ResNet(depth), checkpoint).to(device))
+    network = attach(backbone.network, (), scales=scales, projection="head.fc", relup=backbone.relup_stages)
+    return lambda pixels: network(backbone.normalise(pixels))
 
 
 def one_by_one(network: Callable[[Tensor], Tensor], images: list[Tensor], device: torch.device) -> Tensor:

@@ -42,11 +42,12 @@ from torch.profiler import ProfilerActivity, profile
 import hubconf
 from extraction.extract import extract_batch
 from model.device import choose_device, prepare_process
-from model.errors import InputError, run_command
+from model.errors import InputError
 from model.folding import PRECISIONS
 from modules.pooling import GEMP_EPS, GEMP_P, RGEM_P, RGEM_WINDOW, GeMPlus, RegionalGeM
 from modules.reranking import SuperGlobalReranker
 from modules.search import Database, search
+from report.command import run_command
 
 ROOT = Path(__file__).parents[1]
 FIXTURES = ROOT / "tests" / "data" / "reference.npz"

@@ -35,7 +35,8 @@ from alternate import positive
 from PIL import Image
 from tqdm import tqdm
 
-from model.errors import InputError, run_command
+from model.errors import InputError
+from report.command import run_command
 from revisitop import toy
 
 ROOT = Path(__file__).parents[1]

@@ -21,13 +21,13 @@ from alternate import alternate, machine, matrix_rate, positive, report
 from torch import Tensor
 
 from model.device import choose_device, prepare_process
-from model.errors import run_command
 from modules.diffusion import ALPHA, GAMMA, KQ, DiffusionReranker
 from modules.diffusion import K as DIFFUSION_K
 from modules.expansion import QE_ALPHA, QE_N, QueryExpansion
 from modules.reciprocal import K1, K2, LAMBDA, KReciprocalReranker
 from modules.reranking import RERANK_BETA, RERANK_K, RERANK_M, SuperGlobalReranker
 from modules.search import Database
+from report.command import run_command
 
 CENTRES = 200
 RERANKERS = {

@@ -36,9 +36,9 @@ from tqdm import tqdm
 
 from extraction.processes import Processes
 from model.device import choose_device, prepare_process
-from model.errors import run_command
 from modules.reranking import SuperGlobalReranker
 from modules.search import Database, search
+from report.command import run_command
 from revisitop.index import indexed
 from revisitop.retrieve import Ranking, rerank, retrieve
 

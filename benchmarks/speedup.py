@@ -25,7 +25,6 @@ from torch import Tensor
 
 from cvnet_rerank.network import MAP_DIM, MAP_SCALES, CenterPivotConv4d, CVNetRerank, load_cvnet_rerank
 from extraction.images import to_network_input
-from model.cvnet import FEATURE_DIM
 from model.device import choose_device, prepare_process
 from model.folding import PRECISIONS
 from modules.reranking import RERANK_K, RERANK_M

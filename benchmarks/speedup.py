@@ -24,7 +24,6 @@ from extract import HEIGHT, WIDTH, draw_images, random_checkpoint
 from torch import Tensor
 
 from cvnet_rerank.network import MAP_DIM, MAP_SCALES, CenterPivotConv4d, CVNetRerank, load_cvnet_rerank
-from extraction.images import to_network_input
 from model.device import choose_device, prepare_process
 from model.folding import PRECISIONS
 from modules.reranking import RERANK_K, RERANK_M
@@ -93,7 +92,7 @@ def networks(checkpoint: Path, precision: str, device: torch.device) -> tuple[CV
 @torch.inference_mode()
 def feature_maps(network: CVNetRerank, images: Tensor) -> Tensor:
     """Returns the feature maps of images of equal size, one by one. (N, H, W, 3) -> (N, 1024, h, w)."""
-    return torch.cat([network.feature_map(to_network_input(each[None])) for each in images])
+    return torch.cat([network.feature_map(network.normalise(each[None])) for each in images])
 
 
 @torch.inference_mode()

@@ -27,7 +27,7 @@ from extraction.loading import Loading
 from extraction.store import DescriptorStore
 from model.extractor import NetworkExtractor
 from model.folding import FoldedConv
-from model.libraries import Backbone
+from model.backbone import Backbone
 from model.recipe import Recipe
 from modules import attach
 from modules.checks import values_unseen

@@ -147,7 +147,7 @@ def test_half_precision_is_close(pixels):
 
 CVNET = """
 import re, torch, torchvision
-from model.libraries import Backbone
+from model.backbone import Backbone
 
 def build():
     network = torchvision.models.resnet50(num_classes=2048)

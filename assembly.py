@@ -38,6 +38,7 @@ from report.log import start_log
 from revisitop import toy
 from revisitop.dataset import Dataset
 from revisitop.descriptors import (
+    RANKINGS,
     check_distractors,
     database_file,
     descriptors_provenance,
@@ -360,12 +361,12 @@ class Experiment:
 
     def saved_ranking(self) -> Ranking | None:
         """Returns the ranking in TEST.FEATURES, or None if it contains descriptors."""
-        if self.recipe is not None:
-            return None
         path = Path(self.cfg.TEST.FEATURES)
+        if self.recipe is not None or path.suffix.lower() not in RANKINGS:
+            return None
         with option("TEST.FEATURES"):
             ranking = load_ranking(path, self.dataset)
-        if ranking is not None and (self.stages or self.cfg.TEST.INDEX):
+        if self.stages or self.cfg.TEST.INDEX:
             log.warning("%s contains a ranking instead of descriptors: it is not searched or reranked", path)
         return ranking
 

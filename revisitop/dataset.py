@@ -1,6 +1,5 @@
 """A labelled dataset: its images, and the ground truth of its queries."""
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -79,14 +78,6 @@ class Dataset:
     def images(self) -> Iterator[ImageFile]:
         """Iterates over the queries, then the database."""
         return chain(self.queries, self.database)
-
-    @property
-    def fingerprint(self) -> str:
-        """The SHA-256 of the names and boxes of queries and database images, in order."""
-        digest, cut = hashlib.sha256(str(len(self.queries)).encode()), len(f"{self.folder}/")
-        for image in self.images():
-            digest.update(f"{str(image.path)[cut:]} {image.box}\n".encode(errors="surrogateescape"))
-        return digest.hexdigest()
 
     def check_files(self) -> None:
         """Raises InputError if images are missing; the message names the first few and their number."""

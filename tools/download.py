@@ -45,6 +45,7 @@ LANDMARK_LISTS = ("metadata/index.csv", "metadata/test.csv", "ground_truth/retri
 LANDMARK_ARCHIVES = {"index": 100, "test": 20}
 FEATURES = [f"revisitop/data/features/{name}_resnet_rsfm120k_gem.mat" for name in IMAGES]
 WEIGHTS = {50: PUBLISHED[50], 101: "CVPR2022_CVNet_R101.pt"}
+UNPACKED = "unpacked.txt"  # lists the archives in its folder that are unpacked
 ITEMS = (*IMAGES, "revisitop1m", "gldv2", "features", "weights")
 
 HELP = f"""items:
@@ -70,10 +71,10 @@ class Item:
 
     Attributes:
         files: files that are kept: lists, descriptors, weights.
-        archives: archives of images, which are unpacked and deleted; unpacked.txt beside them lists the finished ones.
-        bad_images: returns a line for each image that is missing or damaged.
+        archives: archives of images, which are deleted once they are unpacked.
+        bad_images: returns a line for each image that is missing or damaged; needs all files.
         advice: what else the user can do if a download fails.
-        missing: the files and archives to get.
+        missing, packed: the files and the archives that are needed, see survey.
         size: the number of bytes to download, as far as the hosts tell it.
         problems: why the item is not complete, a line each.
     """
@@ -84,6 +85,7 @@ class Item:
     bad_images: Callable[[], list[str]] = list
     advice: str = ""
     missing: list[File] = field(default_factory=list)
+    packed: list[File] = field(default_factory=list)
     size: int = 0
     problems: list[str] = field(default_factory=list)
 
@@ -96,60 +98,53 @@ class Item:
             self.problems.append(str(error))
 
     def survey(self, fetcher: Fetcher) -> None:
-        """Verifies what exists, finds what is missing, and prints its size.
-
-        Raises:
-            InputError: if an existing file is invalid, or an image is, although all archives are unpacked.
-        """
+        """Verifies what exists, finds what is missing, and prints its size. Raises InputError if it can't be mended."""
         self.missing = [file for file in self.files if not file.target.exists()]
         for file in self.files:
             if file not in self.missing:
                 fetcher.fetch(file)
-        archives = [file for file in self.archives if not is_unpacked(file)]
-        if self.missing or (archives and self.bad_images()):
-            self.missing += archives
-        elif not archives:
-            self.check_images()
-        files = [file for file in self.missing if not file.target.exists()]
+        bad = [] if self.missing else self.bad_images()
+        if self.missing or bad:
+            self.packed = [file for file in self.archives if file.target.name not in unpacked_names(file.folder)]
+        if not self.packed:
+            self.refuse(bad)
+        files = [file for file in self.missing + self.packed if not file.target.exists()]
         sizes = [fetcher.size(file) for file in tqdm(files, f"sizes of {self.name}", leave=False, dynamic_ncols=True)]
-        self.size, unknown = sum(filter(None, sizes)), sizes.count(None)
-        print(
-            f"{self.name}: {len(files)} files, {self.size / 1e9:,.3f} GB" + f", {unknown} sizes unknown" * bool(unknown)
-        )
+        self.size = sum(filter(None, sizes))
+        unknown = f", {sizes.count(None)} of unknown size" if None in sizes else ""
+        print(f"{self.name}: {len(files)} files, {self.size / 1e9:,.3f} GB{unknown}")
 
     def get(self, fetcher: Fetcher) -> None:
-        """Downloads and unpacks what is missing, if there is no problem. Raises InputError as survey."""
-        for file in self.missing if not self.problems else ():
-            if file in self.archives and not all(each.target.exists() for each in self.files):
-                return  # the lists tell which images are needed
+        """Downloads and unpacks what is missing. Raises InputError if images are still missing or damaged."""
+        self.fetch(fetcher, self.missing)
+        if self.problems or not self.missing + self.packed:
+            return
+        if not self.missing or self.bad_images():  # images may exist already, from another source
+            self.fetch(fetcher, self.packed)
+        if not self.problems:
+            self.refuse(self.bad_images())
+
+    def fetch(self, fetcher: Fetcher, files: list[File]) -> None:
+        """Fetches files one after the other; an archive, which its check unpacks, is deleted before the next."""
+        for file in files:
             try:
                 fetcher.fetch(file)
             except InputError as error:
                 self.problems.append(f"{error}{self.advice}")
                 continue
             if file in self.archives:
-                with marker(file).open("a") as names:
+                with (file.folder / UNPACKED).open("a") as names:
                     names.write(f"{file.target.name}\n")
                 file.target.unlink()
-        if self.missing and not self.problems:
-            self.check_images()
 
-    def check_images(self) -> None:
-        if bad := self.bad_images():
-            markers = " and ".join(dict.fromkeys(str(marker(file)) for file in self.archives))
+    def refuse(self, bad: list[str]) -> None:
+        """Raises InputError if there are bad images."""
+        if bad:
+            lists = " and ".join(dict.fromkeys(str(file.folder / UNPACKED) for file in self.archives))
             raise InputError(
                 f"{len(bad)} images are missing or damaged ({short_list(bad)}), and all archives are unpacked; "
-                f"replace these images, or delete {markers} to have the archives downloaded again"
+                f"replace these images, or delete {lists} to have the archives downloaded again"
             )
-
-
-def marker(archive: File) -> Path:
-    """Returns the file beside an archive that lists those which are unpacked."""
-    return archive.folder / "unpacked.txt"
-
-
-def is_unpacked(archive: File) -> bool:
-    return marker(archive).exists() and archive.target.name in marker(archive).read_text().split()
 
 
 def main(argv: list[str]) -> None:
@@ -165,15 +160,16 @@ def main(argv: list[str]) -> None:
         raise InputError(f"you seem to be offline: no connection to {host} ({reason}); check the network or the proxy")
     print(f"to download: {sum(item.size for item in items) / 1e9:,.3f} GB")
     for item in items:
-        with item.collecting_problems():
-            item.get(fetcher)
+        if not item.problems:
+            with item.collecting_problems():
+                item.get(fetcher)
         for problem in item.problems:
             print(f"{item.name}: {problem}", file=sys.stderr)
         if not item.problems:
             print(f"{item.name} is complete")
     if incomplete := ", ".join(item.name for item in items if item.problems):
         raise InputError(f"not complete: {incomplete}; see above, and start the same command again to resume")
-    if not any(item.missing for item in items):
+    if not any(item.missing + item.packed for item in items):
         print("everything is complete already, nothing was downloaded")
 
 
@@ -255,6 +251,10 @@ def weights(folder: Path) -> Item:
     return Item("weights", files, advice=advice)
 
 
+def unpacked_names(folder: Path) -> list[str]:
+    return (folder / UNPACKED).read_text().split() if (folder / UNPACKED).exists() else []
+
+
 def check_list(path: Path) -> None:
     """Raises InputError if the file is not a list of images, or ends within a name."""
     names = path.read_bytes().split()
@@ -289,7 +289,7 @@ DAMAGED += (FileExistsError, IsADirectoryError, NotADirectoryError)
 
 
 def unpack(into: Path, archive: Path, mode: str = "r:gz", flat: bool = False, queries_of: Path | None = None) -> None:
-    """Unpacks the files of an archive into a folder, but no links; nothing at all if it is damaged.
+    """Unpacks the files of an archive into a folder, without links; nothing at all if the archive is damaged.
 
     Args:
         mode: "r:gz" for .tar.gz, "r:" for .tar.

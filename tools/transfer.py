@@ -1,5 +1,6 @@
 """Download files over HTTP from unreliable hosts, which may cut connections, or send other files."""
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -74,6 +75,10 @@ class Fetcher:
         self.mirrors, self.reached, self.unreachable = (mirror,) if mirror else (), set[str](), dict[str, str]()
         self.session = requests.Session()
         self.session.headers["Accept-Encoding"] = "identity"
+        # Once more on a new connection: hosts close connections that were idle.
+        retry = urllib3.Retry(1, connect=0, respect_retry_after_header=False)
+        for scheme in ("http://", "https://"):
+            self.session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry))
 
     def size(self, file: File) -> int | None:
         """Returns the size in bytes, or None if no host tells it. Raises ConnectionError if none can be reached."""
@@ -164,14 +169,13 @@ class Fetcher:
             total = None if rest is None else start + rest
             if size and total == size:  # an earlier run was stopped before the file was verified
                 return
-            bar, cut = {"desc": file.target.name, "total": total, "initial": start, "dynamic_ncols": True}, ""
-            with part.open("ab" if start else "wb") as output, tqdm.wrapattr(output, "write", **bar) as output:
-                try:  # the raw bytes: a .tgz with "Content-Encoding: gzip" must stay compressed
-                    shutil.copyfileobj(answer.raw, output, CHUNK)
-                except urllib3.exceptions.HTTPError as error:
-                    cut = _cause(error)
-            if cut or total not in (None, _size(part)):
-                raise InterruptionError(f"{_size(part)} of {total} bytes were received {cut}")
+            bar = {"desc": file.target.name, "total": total, "initial": start, "dynamic_ncols": True}
+            cut = contextlib.suppress(urllib3.exceptions.HTTPError)
+            with part.open("ab" if start else "wb") as output, tqdm.wrapattr(output, "write", **bar) as output, cut:
+                # The raw bytes: a .tgz with "Content-Encoding: gzip" must stay compressed.
+                shutil.copyfileobj(answer.raw, output, CHUNK)
+        if total not in (None, _size(part)):
+            raise InterruptionError(f"{_size(part)} of {total} bytes were received")
 
 
 def _size(path: Path) -> int:

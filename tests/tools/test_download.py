@@ -1,5 +1,6 @@
 """The download command with a local server, a proxy for all hosts, that misbehaves in configured ways."""
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -48,53 +49,44 @@ class Answer:
     headers: dict[str, str] = field(default_factory=dict)
 
 
-class Site:
-    """A server with `answers` by address, or by path for any host; `requests` are (address, range) of each GET."""
+class Site(dict):
+    """The answers by address, or by path for any host; `requests` are (address, range) of each GET."""
 
     def __init__(self):
-        self.answers: dict[str, Answer] = {}
         self.requests: list[tuple[str, str | None]] = []
-
-    def put(self, address: str, body: bytes, **how) -> None:
-        self.answers[address] = Answer(body, **how)
 
     def asked(self, end: str = "") -> list[str]:
         return [address for address, _ in self.requests if address.endswith(end)]
 
-    def ranges(self, end: str) -> list[str | None]:
+    def ranges(self, end: str = "") -> list[str | None]:
         return [span for address, span in self.requests if address.endswith(end)]
 
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
-    def do_HEAD(self):
-        self.answer()
-
     def do_GET(self):
-        self.server.site.requests.append((self.path, self.headers["Range"]))
-        answer, body = self.answer()
-        self.wfile.write(body[: answer.cuts.pop(0)] if answer.cuts else body)
-
-    def answer(self) -> tuple[Answer, bytes]:
-        answers, missing = self.server.site.answers, Answer(b"", 404)
-        answer = answers.get(self.path) or answers.get(urlsplit(self.path).path) or missing
-        self.close_connection = True
-        if not answer.status and self.command == "GET":
-            return answer, b""
-        start, status, size, headers = 0, answer.status or 200, len(answer.body), dict(answer.headers)
-        asked = re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "")
-        if asked and answer.ranges and status == 200:
-            start, status = int(asked[1]), 206
-            headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
-            if start >= size:
-                status, headers["Content-Range"] = 416, f"bytes */{size}"
+        site, self.close_connection = self.server.site, True
+        answer = site.get(self.path) or site.get(urlsplit(self.path).path) or Answer(b"", 404)
+        if self.command == "GET":
+            site.requests.append((self.path, self.headers["Range"]))
+            if not answer.status:
+                return
+        start, status, size = 0, answer.status or 200, len(answer.body)
+        if answer.ranges and status == 200 and (asked := self.headers["Range"]):
+            start = int(asked.removeprefix("bytes=").removesuffix("-"))
+            status, span = (206, f"{start}-{size - 1}") if start < size else (416, "*")
         body = answer.body[start:]
         self.send_response(status)
-        for key, value in {**headers, "Content-Length": str(len(body) + answer.excess), "Connection": "close"}.items():
-            self.send_header(key, value)
+        if start:
+            self.send_header("Content-Range", f"bytes {span}/{size}")
+        for key, value in {**answer.headers, "Content-Length": len(body) + answer.excess}.items():
+            self.send_header(key, str(value))
         self.end_headers()
-        return answer, body
+        if self.command == "GET":
+            self.wfile.write(body[: answer.cuts.pop(0)] if answer.cuts else body)
+
+    do_HEAD = do_GET  # noqa: N815
 
     def log_message(self, *_):
         pass
@@ -129,12 +121,12 @@ def get(site, data, tmp_path, capsys):
     """Runs the command. Returns whether everything is complete, and what it printed."""
 
     def run(*arguments: str) -> tuple[bool, str]:
+        problem = ""
         try:
             download.main([*arguments, "--data-dir", str(data), "--weights-dir", str(tmp_path / "weights")])
         except InputError as error:
-            assert "\n" not in str(error)
-            return False, "".join(capsys.readouterr()) + str(error)
-        return True, "".join(capsys.readouterr())
+            problem = str(error)
+        return not problem, "".join(capsys.readouterr()) + problem
 
     return run
 
@@ -167,8 +159,8 @@ def files(folder: Path) -> set[str]:
 @pytest.fixture
 def oxford(site, tmp_path) -> Layout:
     layout = Layout(tmp_path / "origin")
-    site.put(OXFORD_TRUTH, layout.ground_truth_file.read_bytes())
-    site.put(OXFORD_IMAGES, tgz(images(layout)))
+    site[OXFORD_TRUTH] = Answer(layout.ground_truth_file.read_bytes())
+    site[OXFORD_IMAGES] = Answer(tgz(images(layout)))
     return layout
 
 
@@ -176,9 +168,9 @@ def oxford(site, tmp_path) -> Layout:
 def paris(site, tmp_path) -> Layout:
     layout = Layout(tmp_path / "origin", "rparis6k")
     members = [(f"paris/{name[:2]}/{name}", content) for name, content in images(layout).items()]
-    site.put(PARIS_TRUTH, layout.ground_truth_file.read_bytes())
+    site[PARIS_TRUTH] = Answer(layout.ground_truth_file.read_bytes())
     for path, half in zip(PARIS_IMAGES, (members[:10], members[10:]), strict=True):
-        site.put(path, tgz(dict(half)))
+        site[path] = Answer(tgz(dict(half)))
     return layout
 
 
@@ -186,9 +178,9 @@ def paris(site, tmp_path) -> Layout:
 def million(site, data) -> list[str]:
     """Archives 1 to 6 contain two images each, with the returned names; the others are marked as unpacked."""
     names = [f"{n}/{i}/{n}_{i}.jpg" for n in range(1, 7) for i in range(2)]
-    site.put(MILLION_LIST, "\n".join(names).encode())
+    site[MILLION_LIST] = Answer("\n".join(names).encode())
     for n, path in enumerate(MILLION_IMAGES[:6], start=1):
-        site.put(path, tgz({name: b"not looked at" for name in names if name.startswith(f"{n}/")}))
+        site[path] = Answer(tgz({name: b"not looked at" for name in names if name.startswith(f"{n}/")}))
     (data / "revisitop1m").mkdir(parents=True)
     (data / "revisitop1m/unpacked.txt").write_text("".join(f"revisitop1m.{n}.tar.gz\n" for n in range(7, 101)))
     return names
@@ -218,7 +210,7 @@ def test_a_folder_in_the_layout_of_revisitop_is_completed_where_it_is(get, data,
 
 def test_features_are_in_the_data_folder_and_distractors_keep_their_folders(get, data, site, million):
     for path in FEATURES:
-        site.put(path, mat())
+        site[path] = Answer(mat())
     assert get("features", "revisitop1m")[0]
     listed = {f"revisitop1m/{name}" for name in ("revisitop1m.txt", "unpacked.txt", *(f"jpg/{n}" for n in million))}
     assert files(data) == listed | {path.rpartition("/")[2] for path in FEATURES}
@@ -226,9 +218,9 @@ def test_features_are_in_the_data_folder_and_distractors_keep_their_folders(get,
 
 def test_the_published_addresses_are_asked(get, site, oxford, paris):
     lists = [OXFORD_TRUTH, PARIS_TRUTH, MILLION_LIST]
-    site.put(MILLION_LIST, b"1.jpg")
+    site[MILLION_LIST] = Answer(b"1.jpg")
     for path in [OXFORD_IMAGES, *PARIS_IMAGES]:
-        del site.answers[path]
+        del site[path]
     assert not get("roxford5k", "rparis6k", "revisitop1m", "features", "weights")[0]
     assert set(site.asked()) == {
         *(f"{host}{path}" for host in (CMP, PTAK) for path in [*MILLION_IMAGES, *FEATURES]),
@@ -239,34 +231,35 @@ def test_the_published_addresses_are_asked(get, site, oxford, paris):
 
 
 def test_a_mirror_is_asked_first_and_the_own_hosts_for_what_it_lacks(get, site, oxford):
-    site.answers[f"{MIRROR}{OXFORD_TRUTH}"] = site.answers.pop(OXFORD_TRUTH)
+    site[f"{MIRROR}{OXFORD_TRUTH}"] = site.pop(OXFORD_TRUTH)
     assert get("roxford5k", "--mirror", f"{MIRROR}/")[0]
     assert site.asked() == [f"{MIRROR}{OXFORD_TRUTH}", f"{MIRROR}{OXFORD_IMAGES}", f"{VGG}{OXFORD_IMAGES}"]
 
 
 def test_the_total_size_is_told_before_anything_is_downloaded(get, site, oxford, monkeypatch):
-    site.answers[OXFORD_IMAGES].excess = 7_000_000 - len(site.answers[OXFORD_IMAGES].body)
+    site[OXFORD_IMAGES].excess = 7_000_000 - len(site[OXFORD_IMAGES].body)
     monkeypatch.setattr(download.Item, "get", lambda item, fetcher: None)
     _, output = get("roxford5k", "features")
     assert "roxford5k: 2 files, 0.007 GB" in output
-    assert "features: 2 files, 0.000 GB, 2 sizes unknown" in output
+    assert "features: 2 files, 0.000 GB, 2 of unknown size" in output
 
 
 # Connections and lengths
 
 
 def test_a_cut_download_is_resumed(get, data, site, oxford):
-    site.answers[OXFORD_IMAGES].cuts = [20_000, 30_000]
+    site[OXFORD_IMAGES].cuts = [20_000, 30_000]
+    site[OXFORD_IMAGES].headers = {"Content-Encoding": "gzip"}  # the archive stays as it is
     assert get("roxford5k")[0]
     assert site.ranges(OXFORD_IMAGES) == [None, "bytes=20000-", "bytes=50000-"]
     assert (data / "roxford5k/jpg/db_0.jpg").read_bytes() == oxford.image("db_0").read_bytes()
 
 
 def test_an_interrupted_download_of_an_earlier_run_is_resumed(get, data, site, oxford):
-    site.answers[OXFORD_IMAGES].cuts = [20_000] + [0] * 50
+    site[OXFORD_IMAGES].cuts = [20_000] + [0] * 50
     assert not get("roxford5k")[0]
     assert (data / "roxford5k/oxbuild_images-v1.tgz.part").stat().st_size == 20_000
-    site.answers[OXFORD_IMAGES].cuts, site.requests = [], []
+    site[OXFORD_IMAGES].cuts, site.requests = [], []
     assert get("roxford5k")[0]
     assert site.requests == [(f"{VGG}{OXFORD_IMAGES}", "bytes=20000-")]
 
@@ -274,22 +267,16 @@ def test_an_interrupted_download_of_an_earlier_run_is_resumed(get, data, site, o
 @pytest.mark.parametrize("excess", [-100, 0, 100])
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_partial_file_of_something_else_is_downloaded_from_the_start(get, data, site, oxford, excess, ranges):
-    site.answers[OXFORD_IMAGES].ranges = ranges
+    site[OXFORD_IMAGES].ranges = ranges
     (data / "roxford5k").mkdir(parents=True)
-    size = len(site.answers[OXFORD_IMAGES].body) + excess
+    size = len(site[OXFORD_IMAGES].body) + excess
     (data / "roxford5k/oxbuild_images-v1.tgz.part").write_bytes(b"x" * size)
     assert get("roxford5k")[0]
     assert site.ranges(OXFORD_IMAGES)[0] == f"bytes={size}-"
 
 
-def test_a_server_without_ranges_sends_the_whole_file_again(get, site, oxford):
-    site.answers[OXFORD_IMAGES].ranges, site.answers[OXFORD_IMAGES].cuts = False, [20_000]
-    assert get("roxford5k")[0]
-    assert site.ranges(OXFORD_IMAGES) == [None, "bytes=20000-"]
-
-
 def test_a_server_that_always_cuts_at_the_same_place_is_abandoned(get, site, oxford):
-    site.answers[OXFORD_IMAGES].ranges, site.answers[OXFORD_IMAGES].cuts = False, [20_000] * 50
+    site[OXFORD_IMAGES].ranges, site[OXFORD_IMAGES].cuts = False, [20_000] * 50
     assert not get("roxford5k")[0]
     assert len(site.asked(OXFORD_IMAGES)) == transfer.RETRIES + 1
 
@@ -299,20 +286,15 @@ def test_a_server_that_always_cuts_at_the_same_place_is_abandoned(get, site, oxf
 )
 def test_a_wrong_content_length_is_detected(get, data, site, oxford, excess, ranges, believed):
     """A length above the true one may be corrected by a server with ranges."""
-    good = site.answers[OXFORD_TRUTH].body
-    site.put(f"{CMP}{OXFORD_TRUTH}", good, excess=excess, ranges=ranges)
+    good = site[OXFORD_TRUTH].body
+    site[f"{CMP}{OXFORD_TRUTH}"] = Answer(good, excess=excess, ranges=ranges)
     assert get("roxford5k")[0]
     assert (f"{PTAK}{OXFORD_TRUTH}" in site.asked()) == (not believed)
     assert (data / "roxford5k/gnd_roxford5k.pkl").read_bytes() == good
 
 
-def test_an_archive_served_as_gzip_encoding_is_kept_as_it_is(get, site, oxford):
-    site.answers[OXFORD_IMAGES].headers = {"Content-Encoding": "gzip"}
-    assert get("roxford5k")[0]
-
-
 def test_a_request_to_a_busy_server_is_repeated(get, site, oxford):
-    site.put(f"{CMP}{OXFORD_TRUTH}", b"", status=503)
+    site[f"{CMP}{OXFORD_TRUTH}"] = Answer(b"", status=503)
     assert get("roxford5k")[0]
     assert site.asked(OXFORD_TRUTH) == [f"{CMP}{OXFORD_TRUTH}"] * (transfer.RETRIES + 1) + [f"{PTAK}{OXFORD_TRUTH}"]
 
@@ -327,10 +309,10 @@ def closed_port():
 def test_without_any_connection_the_command_ends_with_one_line(get, monkeypatch, closed_port):
     for scheme in ("http", "https"):
         monkeypatch.setenv(f"{scheme}_proxy", f"http://127.0.0.1:{closed_port}")
-    monkeypatch.setattr(transfer, "BACKOFF", 1e9)  # nothing is retried
+    monkeypatch.setattr(transfer, "BACKOFF", 1e9)  # a connection that never was is not tried again
     complete, output = get(*download.ITEMS)
     assert not complete
-    assert len(re.findall("no connection", output)) == output.count("offline") == 1
+    assert output.count("no connection") == output.count("offline") == 1
 
 
 def test_a_mirror_without_connection_is_left_out(get, site, oxford, monkeypatch, closed_port):
@@ -341,7 +323,7 @@ def test_a_mirror_without_connection_is_left_out(get, site, oxford, monkeypatch,
 
 def test_a_connection_that_is_lost_for_good_ends_the_item_with_one_line(get, data, site, million):
     for path in MILLION_IMAGES[2:6]:
-        site.answers[path].status = 0
+        site[path].status = 0
     complete, output = get("revisitop1m")
     assert not complete
     assert len(re.findall("^revisitop1m: no address", output, re.MULTILINE)) == 1
@@ -366,22 +348,19 @@ def damaged(body: bytes) -> bytes:
     ("item", "path", "make"),
     [
         ("roxford5k", OXFORD_TRUTH, lambda body: body[:-100]),
-        ("roxford5k", OXFORD_TRUTH, lambda body: pickle.dumps(["a", "b"])),
         ("roxford5k", OXFORD_TRUTH, lambda body: pickle.dumps(Harmful())),
-        ("roxford5k", OXFORD_IMAGES, lambda body: b""),
         ("roxford5k", OXFORD_IMAGES, lambda body: body[:-5000]),
         ("roxford5k", OXFORD_IMAGES, lambda body: body[:-6] + b"\0\0" + body[-4:]),  # the checksum
         ("roxford5k", OXFORD_IMAGES, damaged),
         ("roxford5k", OXFORD_IMAGES, lambda body: gzip.compress(b"no tar" * 1000)),
         ("revisitop1m", MILLION_IMAGES[0], lambda body: tgz({"a": b"file", "a/b.jpg": b""})),
         ("revisitop1m", MILLION_LIST, lambda body: b"1/1.jpg\n1/2.jpg\n1/3.j"),
-        ("revisitop1m", MILLION_LIST, lambda body: b"\n"),
         ("features", FEATURES[0], lambda body: b"MATLAB" * 100),
         ("weights", NETWORKS[0], lambda body: b"PK\x03\x04" + b"no checkpoint"),
     ],
 )  # fmt: skip
 def test_invalid_bytes_never_get_the_final_name(get, site, oxford, million, tmp_path, item, path, make):
-    site.put(path, make(site.answers[path].body if path in site.answers else b""))
+    site[path] = Answer(make(site[path].body if path in site else b""))
     complete, output = get(item)
     name = path.rpartition("/")[2]
     assert not complete
@@ -390,46 +369,35 @@ def test_invalid_bytes_never_get_the_final_name(get, site, oxford, million, tmp_
 
 
 @pytest.mark.parametrize("path", [OXFORD_TRUTH, OXFORD_IMAGES])
-def test_after_a_web_page_the_next_address_is_tried(get, site, oxford, path):
-    page = b"<!DOCTYPE html><html><body>Please log in</body></html>"
-    site.put(f"{MIRROR}{path}", page, headers={"Content-Type": "text/html"})
-    assert get("roxford5k", "--mirror", MIRROR)[0]
-
-
-def test_after_a_damaged_archive_the_next_address_is_tried(get, data, site, oxford):
-    site.put(f"{MIRROR}{OXFORD_IMAGES}", damaged(site.answers[OXFORD_IMAGES].body))
+@pytest.mark.parametrize("body", [b"<!DOCTYPE html>Please log in", None], ids=["web page", "damaged"])
+def test_after_invalid_bytes_the_next_address_is_tried(get, data, site, oxford, path, body):
+    headers = {"Content-Type": "text/html"} if body else {}
+    site[f"{MIRROR}{path}"] = Answer(body or damaged(site[path].body), headers=headers)
     assert get("roxford5k", "--mirror", MIRROR)[0]
     assert len(files(data / "roxford5k/jpg")) == 27
 
 
-def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
+@pytest.mark.parametrize("flat", [True, False])
+@pytest.mark.parametrize(
+    ("name", "kind", "target"),
+    [
+        ("../../evil.jpg", tarfile.REGTYPE, ""),
+        ("a/../../../evil.jpg", tarfile.REGTYPE, ""),
+        ("/tmp/evil.jpg", tarfile.REGTYPE, ""),
+        ("../evil.jpg", tarfile.DIRTYPE, ""),
+        ("evil.jpg", tarfile.SYMTYPE, "/etc/passwd"),
+        ("evil.jpg", tarfile.LNKTYPE, "/etc/passwd"),
+        ("evil.jpg", tarfile.FIFOTYPE, ""),
+        ("evil.jpg", tarfile.CHRTYPE, ""),
+    ],
+)
+def test_a_hostile_archive_writes_only_files_and_only_into_its_folder(tmp_path, name, kind, target, flat):
     member = tarfile.TarInfo(name)
     member.type, member.linkname = kind, target
-    return member
-
-
-@pytest.mark.parametrize(
-    "archive",
-    [
-        tgz({"../../evil.jpg": b"2"}),
-        tgz({"a/../../../evil.jpg": b"2"}),
-        tgz({"/tmp/evil.jpg": b"2"}),
-        tgz({}, special("../evil.jpg", tarfile.DIRTYPE)),
-        tgz({}, special("evil.jpg", tarfile.SYMTYPE, "/etc"), special("evil.jpg/passwd", tarfile.DIRTYPE)),
-        tgz({}, special("evil.jpg", tarfile.LNKTYPE, "/etc/passwd")),
-        tgz({}, special("evil.jpg", tarfile.FIFOTYPE)),
-        tgz({}, special("evil.jpg", tarfile.CHRTYPE)),
-    ],
-    ids=["up", "down and up", "absolute", "folder", "symlink", "hardlink", "fifo", "device"],
-)
-@pytest.mark.parametrize("flat", [True, False], ids=["flat", "with folders"])
-def test_a_hostile_archive_writes_only_files_and_only_into_its_folder(tmp_path, archive, flat):
-    (tmp_path / "hostile.tgz").write_bytes(archive)
-    into = tmp_path / "a" / "b" / "images"
-    try:
-        download.unpack(into, tmp_path / "hostile.tgz", flat=flat)
-    except InputError as error:
-        assert "evil.jpg" in str(error)  # noqa: PT017
+    archive, into = tmp_path / "hostile.tgz", tmp_path / "a" / "b" / "images"
+    archive.write_bytes(tgz({"good.jpg": b"1"}, member))
+    with contextlib.suppress(InputError):
+        download.unpack(into, archive, flat=flat)
     assert all(path.is_file() and not path.is_symlink() for path in into.rglob("*.jpg"))
     assert {file for file in files(tmp_path) if not file.startswith("a/b/images/")} == {"hostile.tgz"}
     assert not Path("/tmp/evil.jpg").exists()
@@ -447,16 +415,19 @@ def test_a_second_run_downloads_nothing_and_says_so(get, data, site, oxford, par
     assert files(data) == before
 
 
-def test_images_from_another_source_are_not_downloaded(get, data, site, oxford):
+@pytest.mark.parametrize("with_truth", [True, False])
+def test_images_from_another_source_are_not_downloaded(get, data, site, oxford, with_truth):
     data.mkdir()
     oxford.folder.rename(data / "roxford5k")
+    if not with_truth:
+        (data / "roxford5k/gnd_roxford5k.pkl").unlink()
     assert get("roxford5k")[0]
-    assert site.requests == []
+    assert site.asked() == ([] if with_truth else [f"{CMP}{OXFORD_TRUTH}"])
 
 
 def test_an_archive_from_another_source_is_used(get, data, site, oxford):
     (data / "roxford5k").mkdir(parents=True)
-    (data / "roxford5k/oxbuild_images-v1.tgz").write_bytes(site.answers[OXFORD_IMAGES].body)
+    (data / "roxford5k/oxbuild_images-v1.tgz").write_bytes(site[OXFORD_IMAGES].body)
     assert get("roxford5k")[0]
     assert site.asked(OXFORD_IMAGES) == []
     assert not (data / "roxford5k/oxbuild_images-v1.tgz").exists()
@@ -473,10 +444,10 @@ def test_a_damaged_file_of_the_user_is_named_and_kept(get, data, oxford, name):
 
 
 def test_the_million_resumes_with_the_archives_that_are_not_unpacked(get, data, site, million):
-    late = {path: site.answers.pop(path) for path in (MILLION_IMAGES[2], MILLION_IMAGES[4])}
+    late = {path: site.pop(path) for path in (MILLION_IMAGES[2], MILLION_IMAGES[4])}
     assert not get("revisitop1m")[0]
     assert files(data / "revisitop1m/jpg") == {name for name in million if name[0] not in "35"}
-    site.answers |= late
+    site |= late
     site.requests = []
     assert get("revisitop1m")[0]
     assert site.asked() == [f"{PTAK}{path}" for path in late]
@@ -499,14 +470,15 @@ def test_an_interrupted_unpacking_is_done_again_without_a_download(get, data, si
             raise KeyboardInterrupt
         return data_filter(member, folder)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(os, "replace", interrupted_replace)
         patch.setattr(tarfile, "data_filter", interrupted_filter)
-        get("roxford5k")
+        with pytest.raises(KeyboardInterrupt):
+            get("roxford5k")
     assert len(files(data / "roxford5k/jpg")) == {"unpacking": 0, "moving": 5}[where]
     site.requests = []
     assert get("roxford5k")[0]
-    assert site.ranges("") == [f"bytes={len(site.answers[OXFORD_IMAGES].body)}-"]
+    assert site.ranges() == [f"bytes={len(site[OXFORD_IMAGES].body)}-"]
     assert len(files(data / "roxford5k/jpg")) == 27
 
 
@@ -516,7 +488,7 @@ def test_an_interrupted_unpacking_is_done_again_without_a_download(get, data, si
 def test_an_image_that_no_archive_has_is_named(get, data, site, oxford):
     members = images(oxford)
     del members["query_1.jpg"]
-    site.put(OXFORD_IMAGES, tgz({**members, "not_listed.jpg": b"damaged"}))
+    site[OXFORD_IMAGES] = Answer(tgz({**members, "not_listed.jpg": b"damaged"}))
     complete, output = get("roxford5k")
     assert not complete
     assert f"1 images are missing or damaged ({data / 'roxford5k/jpg/query_1.jpg'}" in output
@@ -550,7 +522,7 @@ def test_both_checkpoints_are_downloaded_under_their_published_names(
 ):
     monkeypatch.setattr(transfer, "CHUNK", 1 << 20)
     for path, checkpoint in zip(NETWORKS, (checkpoint_50, checkpoint_101), strict=True):
-        site.put(path, checkpoint.read_bytes())
+        site[path] = Answer(checkpoint.read_bytes())
     assert get("weights")[0]
     assert files(tmp_path / "weights") == {checkpoint_50.name, checkpoint_101.name}
 
@@ -560,7 +532,7 @@ def test_a_checkpoint_of_another_network_is_removed_and_the_drive_is_named(
 ):
     monkeypatch.setattr(transfer, "CHUNK", 1 << 20)
     for path in NETWORKS:
-        site.put(path, checkpoint_50.read_bytes())
+        site[path] = Answer(checkpoint_50.read_bytes())
     complete, output = get("weights")
     assert not complete
     assert files(tmp_path / "weights") == {checkpoint_50.name}
@@ -579,7 +551,7 @@ def test_existing_checkpoints_with_other_names_are_found(get, site, tmp_path, ch
 
 
 def test_one_item_that_fails_does_not_stop_the_others(get, site, oxford, paris):
-    del site.answers[PARIS_IMAGES[0]]
+    del site[PARIS_IMAGES[0]]
     complete, output = get("features", "rparis6k", "roxford5k")
     assert not complete
     assert "roxford5k is complete" in output
@@ -596,13 +568,6 @@ def test_a_full_disk_is_reported_and_the_download_is_resumed(get, site, oxford):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert get("roxford5k")[0]
     assert site.ranges(OXFORD_IMAGES) == [None, "bytes=30000-"]
-
-
-def test_a_file_in_place_of_the_folder_is_named(get, data, oxford):
-    data.touch()
-    complete, output = get("roxford5k")
-    assert not complete
-    assert str(data / "roxford5k") in output
 
 
 @pytest.mark.parametrize("arguments", [["roxford"], [], ["features", "--mirror", "my.server"]])
@@ -629,59 +594,48 @@ def landmarks(site, monkeypatch):
     monkeypatch.setattr(download, "LANDMARK_ARCHIVES", {"index": 3, "test": 2})
     root, index = f"{MIRROR}/google-landmark", [f"{number:02x}{'0' * 14}" for number in range(6)]
     solution = f"id,images,Usage\nt00,{index[0]} {index[5]},Public\nt01,None,Ignored\nt03,{index[2]},Private\n"
-    site.put(f"{root}/metadata/index.csv", "\n".join(["id", *index]).encode())
-    site.put(f"{root}/metadata/test.csv", b"id\nt00\nt01\nt02\nt03\n")
-    site.put(f"{root}/ground_truth/retrieval_solution_v2.1.csv", solution.encode())
+    site[f"{root}/metadata/index.csv"] = Answer("\n".join(["id", *index]).encode())
+    site[f"{root}/metadata/test.csv"] = Answer(b"id\nt00\nt01\nt02\nt03\n")
+    site[f"{root}/ground_truth/retrieval_solution_v2.1.csv"] = Answer(solution.encode())
     parts = {"index": [index[:2], index[2:4], index[4:]], "test": [["t00", "t01"], ["t02", "t03"]]}
     for kind, archives in parts.items():
         for number, names in enumerate(archives):
             body = gzip.decompress(tgz({f"{name[0]}/{name[1]}/{name[2]}/{name}.jpg": b"image" * 900 for name in names}))
-            site.put(f"{root}/{kind}/images_{number:03}.tar", body)
+            site[f"{root}/{kind}/images_{number:03}.tar"] = Answer(body)
             line = f"{hashlib.md5(body).hexdigest()}  images_{number:03}.tar\n"
-            site.put(f"{root}/md5sum/{kind}/md5.images_{number:03}.txt", line.encode())
+            site[f"{root}/md5sum/{kind}/md5.images_{number:03}.txt"] = Answer(line.encode())
     return ["gldv2", "--mirror", MIRROR]
 
 
-def test_gldv2_is_downloaded_and_only_queries_are_kept_of_its_test_images(get, landmarks, data, site):
+@pytest.mark.parametrize(
+    ("flags", "kept"), [([], ["t00", "t03"]), (["--all-test-images"], ["t00", "t01", "t02", "t03"])]
+)
+def test_of_gldv2_all_images_are_kept_but_those_that_are_no_queries(get, landmarks, data, site, flags, kept):
+    landmarks += flags
     complete, output = get(*landmarks)
     assert complete, output
     dataset = load_dataset("gldv2", data)
     dataset.check_files()
     assert (len(dataset.queries), len(dataset.database)) == (2, 6)
-    assert sorted(path.stem for path in (data / "gldv2" / "test").rglob("*.jpg")) == ["t00", "t03"]
+    assert sorted(path.stem for path in (data / "gldv2" / "test").rglob("*.jpg")) == kept
     assert not list((data / "gldv2").rglob("*.tar"))
     site.requests = []
     assert "nothing was downloaded" in get(*landmarks)[1]
     assert site.requests == []
 
 
-def test_all_test_images_of_gldv2_are_kept_where_asked_for(get, landmarks, data):
-    assert get(*landmarks, "--all-test-images")[0]
-    assert len(list((data / "gldv2" / "test").rglob("*.jpg"))) == 4
-
-
 @pytest.mark.parametrize("harm", ["md5", "cut", "missing", "no md5"])
 def test_an_invalid_archive_of_gldv2_is_never_used(get, landmarks, data, site, harm):
     path = "md5sum/index/md5.images_001.txt" if harm == "no md5" else "index/images_001.tar"
     address = f"{MIRROR}/google-landmark/{path}"
-    whole = site.answers.pop(address)
+    whole = site.pop(address)
     if harm in ("md5", "cut"):
-        site.put(address, whole.body[:-600] if harm == "cut" else whole.body.replace(b"image", b"imagf"))
+        site[address] = Answer(whole.body[:-600] if harm == "cut" else whole.body.replace(b"image", b"imagf"))
     complete, output = get(*landmarks)
     assert not complete
     assert "images_001" in output
     assert len(list((data / "gldv2" / "index").rglob("*.jpg"))) == 4  # those of the other archives
-    site.answers[address], site.requests = whole, []
+    site[address], site.requests = whole, []
     assert get(*landmarks)[0]
     assert not site.asked("index/images_000.tar")
-    load_dataset("gldv2", data).check_files()
-
-
-def test_a_download_of_gldv2_that_was_interrupted_is_resumed(get, landmarks, data, site):
-    archive = site.answers[f"{MIRROR}/google-landmark/index/images_002.tar"]
-    archive.cuts = [3000, *[0] * 9]
-    assert not get(*landmarks)[0]
-    archive.cuts = []
-    assert get(*landmarks)[0]
-    assert site.ranges("index/images_002.tar")[-1] == "bytes=3000-"
     load_dataset("gldv2", data).check_files()

@@ -155,7 +155,7 @@ def main(argv: list[str]) -> None:
     for item in items:
         with item.collecting_problems():
             item.survey(fetcher)
-    if fetcher.unreachable and not fetcher.reached:
+    if fetcher.unreachable and not fetcher.answered:
         host, reason = next(iter(fetcher.unreachable.items()))
         raise InputError(f"you seem to be offline: no connection to {host} ({reason}); check the network or the proxy")
     print(f"to download: {sum(item.size for item in items) / 1e9:,.3f} GB")

@@ -67,12 +67,12 @@ class Fetcher:
 
     Attributes:
         mirrors: hosts that are tried before those of a file.
-        reached: the hosts that have answered; if they become silent, they are tried again for a while.
+        answered: whether any host has answered.
         unreachable: the hosts that do not answer, with the reason; they are tried no more.
     """
 
     def __init__(self, mirror: str | None = None):
-        self.mirrors, self.reached, self.unreachable = (mirror,) if mirror else (), set[str](), dict[str, str]()
+        self.mirrors, self.answered, self.unreachable = (mirror,) if mirror else (), False, dict[str, str]()
         self.session = requests.Session()
         self.session.headers["Accept-Encoding"] = "identity"
         # Once more on a new connection: hosts close connections that were idle.
@@ -82,7 +82,6 @@ class Fetcher:
 
     def size(self, file: File) -> int | None:
         """Returns the size in bytes, or None if no host tells it. Raises ConnectionError if none can be reached."""
-
         try:
             answer = self._try_hosts(file, lambda host: self._request("HEAD", host, file))
         except InputError:
@@ -124,7 +123,7 @@ class Fetcher:
 
     def _request(self, method: str, host: str, file: File, **options: Any) -> requests.Response:
         response = self.session.request(method, f"{host}/{file.path}", timeout=TIMEOUT, **options)
-        self.reached.add(host)
+        self.answered = True
         if response.status_code not in (200, 206, 416):
             response.close()
             kind = InterruptionError if response.status_code == 429 or response.status_code >= 500 else InputError
@@ -141,7 +140,7 @@ class Fetcher:
             except (InterruptionError, requests.RequestException):
                 failures = 1 if _size(part) > longest else failures + 1
                 longest = max(longest, _size(part))
-                if failures > RETRIES or host not in self.reached:
+                if failures > RETRIES:
                     raise
                 time.sleep(BACKOFF * 2 ** (failures - 1))
         try:
@@ -157,18 +156,12 @@ class Fetcher:
         size = _size(part)
         headers = {"Range": f"bytes={size}-"} if size else {}
         with self._request("GET", host, file, headers=headers, stream=True) as answer:
-            status, span = answer.status_code, answer.headers.get("Content-Range", "")
-            if status == 416 and span == f"bytes */{size}":
+            if answer.status_code == 416:  # there are no more bytes, as is verified next
                 return
-            if status == 416 or (status == 206 and not span.startswith(f"bytes {size}-")):
-                part.unlink(missing_ok=True)
-                raise InterruptionError("the file cannot be resumed")
             if answer.headers.get("Content-Type", "").startswith("text/html"):
                 raise InputError("a web page was received instead of the file")
-            start, rest = size if status == 206 else 0, answer.raw.length_remaining
+            start, rest = size if answer.status_code == 206 else 0, answer.raw.length_remaining
             total = None if rest is None else start + rest
-            if size and total == size:  # an earlier run was stopped before the file was verified
-                return
             bar = {"desc": file.target.name, "total": total, "initial": start, "dynamic_ncols": True}
             cut = contextlib.suppress(urllib3.exceptions.HTTPError)
             with part.open("ab" if start else "wb") as output, tqdm.wrapattr(output, "write", **bar) as output, cut:

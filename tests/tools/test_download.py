@@ -383,7 +383,7 @@ def test_after_invalid_bytes_the_next_address_is_tried(get, data, site, oxford, 
     [
         ("../../evil.jpg", tarfile.REGTYPE, ""),
         ("a/../../../evil.jpg", tarfile.REGTYPE, ""),
-        ("/tmp/evil.jpg", tarfile.REGTYPE, ""),
+        ("ROOT/evil.jpg", tarfile.REGTYPE, ""),
         ("../evil.jpg", tarfile.DIRTYPE, ""),
         ("evil.jpg", tarfile.SYMTYPE, "/etc/passwd"),
         ("evil.jpg", tarfile.LNKTYPE, "/etc/passwd"),
@@ -392,7 +392,7 @@ def test_after_invalid_bytes_the_next_address_is_tried(get, data, site, oxford, 
     ],
 )
 def test_a_hostile_archive_writes_only_files_and_only_into_its_folder(tmp_path, name, kind, target, flat):
-    member = tarfile.TarInfo(name)
+    member = tarfile.TarInfo(name.replace("ROOT", str(tmp_path)))
     member.type, member.linkname = kind, target
     archive, into = tmp_path / "hostile.tgz", tmp_path / "a" / "b" / "images"
     archive.write_bytes(tgz({"good.jpg": b"1"}, member))
@@ -400,7 +400,6 @@ def test_a_hostile_archive_writes_only_files_and_only_into_its_folder(tmp_path, 
         download.unpack(into, archive, flat=flat)
     assert all(path.is_file() and not path.is_symlink() for path in into.rglob("*.jpg"))
     assert {file for file in files(tmp_path) if not file.startswith("a/b/images/")} == {"hostile.tgz"}
-    assert not Path("/tmp/evil.jpg").exists()
 
 
 # Repeated and interrupted runs

@@ -25,9 +25,9 @@ from extraction.hub import ImageDescriptor
 from extraction.images import ImageFile
 from extraction.loading import Loading
 from extraction.store import DescriptorStore
+from model.backbone import Backbone
 from model.extractor import NetworkExtractor
 from model.folding import FoldedConv
-from model.backbone import Backbone
 from model.recipe import Recipe
 from modules import attach
 from modules.checks import values_unseen

@@ -238,7 +238,7 @@ def _version(path: Path) -> tuple[int, ...]:
 def _try_pickles(path: Path, version: tuple[int, ...]) -> None:
     """Raises InputError if the pickles of a file are damaged or take too long: torch.load has no limit of time."""
     try:
-        read_in_child("torch", path)
+        read_in_child("PyTorch", path)
     except ValueError as error:
         raise InputError(f"{path} {error}") from None
 

@@ -33,7 +33,6 @@ from model.network_recipe import NetworkRecipe
 from model.networks import short_name
 from model.recipe import SCALE_SETS, Recipe
 from model.whitened import WhitenedRecipe
-from modules.compact import Int8Rows
 from modules.diffusion import DiffusionReranker
 from modules.expansion import QueryExpansion
 from modules.reciprocal import KReciprocalReranker
@@ -223,12 +222,12 @@ class Distractors:
 
     Attributes:
         paths: the file, or its shards.
-        parts: (N_i, D) each, memory-mapped: one, or one per shard; Int8Rows if they are stored as int8.
+        parts: (N_i, D) each, memory-mapped: one, or one per shard.
         images: their images, in the same order; empty if the list is missing or has another length.
     """
 
     paths: list[Path]
-    parts: list[Tensor | Int8Rows]
+    parts: list[Tensor]
     images: Sequence[ImageFile]
 
     def __len__(self) -> int:

@@ -15,7 +15,6 @@ from torch import Tensor
 from extraction.store import provenance_differences, provenance_path, read_provenance
 from model.checkpoint import is_plain, load_tensors
 from model.errors import InputError, short_list
-from modules.compact import Int8Rows
 from modules.search import Database
 from revisitop.dataset import Dataset
 from revisitop.measures import NOT_FOUND
@@ -133,7 +132,7 @@ def database_file(path: Path, dataset: Dataset) -> Path:
     return folder / f"{dataset.name}_db.npy" if path.is_dir() or path.suffix.lower() == ".npy" else path
 
 
-def load_distractors(path: Path) -> Tensor | Int8Rows:
+def load_distractors(path: Path) -> Tensor:
     """Loads the descriptors of the distractors, (N, D), memory-mapped.
 
     Raises:
@@ -149,16 +148,14 @@ def load_distractors(path: Path) -> Tensor | Int8Rows:
     return rows
 
 
-def load_rows(path: Path) -> Tensor | Int8Rows:
-    """Loads vectors (N, D) in float16, float32 or float64, or int8 with a file of scales; memory-mapped.
+def load_rows(path: Path) -> Tensor:
+    """Loads vectors (N, D) in float16, float32 or float64, memory-mapped.
 
     Raises:
         InputError: if the file is damaged, or contains something else.
     """
     if path.suffix == ".npy":
         array = _load_npy(path, mmap_mode="c")
-        if array.dtype == np.int8 and array.ndim == 2 and array.size:
-            return _int8_rows(array, path)
         rows = torch.from_numpy(array) if array.dtype in (np.float16, np.float32, np.float64) else None
     else:
         rows = load_tensors(path)
@@ -169,18 +166,6 @@ def load_rows(path: Path) -> Tensor | Int8Rows:
     if not rows.numel():
         raise InputError(f"{path} contains no descriptors: its shape is {tuple(rows.shape)}")
     return rows
-
-
-def scales_path(path: Path) -> Path:
-    """Returns the file with the scales of int8 rows: NAME.scale.npy for NAME.npy."""
-    return path.with_suffix(".scale.npy")
-
-
-def _int8_rows(array: np.ndarray, path: Path) -> Int8Rows:
-    scales = _load_npy(scales_path(path))
-    if not isinstance(scales, np.ndarray) or scales.dtype != np.float32 or scales.shape != (len(array),):
-        raise InputError(f"{scales_path(path)} must hold a float32 scale for each of the {len(array)} rows of {path}")
-    return Int8Rows(torch.from_numpy(array), torch.from_numpy(scales))
 
 
 def check_distractors(path: Path, provenance: dict) -> None:
@@ -216,7 +201,7 @@ def _array(values: Any) -> np.ndarray:
     return np.asarray(values)
 
 
-def add_distractors(rows: Tensor, distractors: Sequence[Tensor | Int8Rows]) -> Database:
+def add_distractors(rows: Tensor, distractors: Sequence[Tensor]) -> Database:
     """Returns the database followed by the distractors. Raises InputError if dimensions differ."""
     if rows.shape[1] != distractors[0].shape[1]:
         raise InputError(f"the distractors have {distractors[0].shape[1]} dimensions, the database {rows.shape[1]}")

@@ -18,7 +18,7 @@ NAMES = ("GeMPlus", "RegionalGeM", "ScaleGeM", "ReLUPlus", "SuperGlobalReranker"
 BENCH = ("test.py", "extract_rop1m.py", "config.py", "assembly.py", "*/*.py", "*/*.html", "*/*.css")
 BENCH += ("revisitop/published.json", "modules/py.typed")
 COMMANDS = {
-    "test", "extract_rop1m", "cache", "check", "compact", "compare", "demo", "download", "evaluate", "rerank", "search",
+    "test", "extract_rop1m", "cache", "check", "compare", "demo", "download", "evaluate", "rerank", "search",
     "tables", "tune", "whiten",
 }  # fmt: skip
 

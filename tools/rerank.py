@@ -26,7 +26,6 @@ from assembly import Subject, check_index, make_stages, query_expansion, start_d
 from config import ADVICE, INDEX, RERANKER_NAMES, RERANKING, CommandLine, plain
 from extraction.store import scratch_rows
 from model.errors import InputError, run_command
-from modules.compact import Int8Rows
 from modules.search import Database
 from report.log import start_log
 from revisitop.descriptors import load_rows
@@ -132,7 +131,7 @@ def load_ids(path: Path, queries: int, rows: int) -> Tensor:
     return torch.from_numpy(ids)
 
 
-def unit_rows(rows: Tensor | Int8Rows, path: Path, normalize: bool) -> Tensor | Int8Rows:
+def unit_rows(rows: Tensor, path: Path, normalize: bool) -> Tensor:
     """Returns the rows if all have length 1 or 0, or a normalised copy on disk.
 
     Raises:

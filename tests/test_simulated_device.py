@@ -56,8 +56,9 @@ RERANK_CALL, RERANK_CALL_ABSENT = {"_by_blocks": 1}, {"_by_blocks": 2}
 RERANK_BLOCK = {"_fetched": 1, "_warn_of_long_rows": 1, "check_finite": 1}
 # And if candidates are absent: the present ones are counted, twice.
 RERANK_BLOCK_ABSENT = {**RERANK_BLOCK, "_fetched": 3}
-# A chunk of search: which scores may be close to a listed one.
-SEARCH_CHUNK = {"_count_clear": 1}
+# A chunk of search: which rows may be among the best, and whether all scores are finite; and if listed rows are in the
+# chunk, which of them tie with others.
+SEARCH_CHUNK, SEARCH_CHUNK_LISTED = {"_places": 2, "search": 1}, {"count": 1}
 # CVNet's ResNet adds biases in another order on a GPU, see model/folding.py.
 OTHER_ROUNDING, MAP_ROUNDING = {"atol": 2e-6, "rtol": 1e-5}, {"atol": 2e-5, "rtol": 1e-5}
 # Diffusion tests for convergence at every 16th step.

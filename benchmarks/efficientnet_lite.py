@@ -4,7 +4,7 @@ import io
 from contextlib import redirect_stdout
 
 from model.errors import InputError
-from model.libraries import Backbone
+from model.backbone import Backbone
 
 
 def build() -> Backbone:

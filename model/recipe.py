@@ -162,12 +162,12 @@ class Recipe:
     @cached_property
     def _descriptor_dim(self) -> int:
         """D before the whitening."""
+        network = self.descriptor
         if self.is_cvnet:
-            _ = self.descriptor
             return self.reduction_dim
         try:
             with torch.inference_mode():
-                return self.descriptor(self.backbone.normalise(torch.full((1, 64, 64, 3), 0.5))).shape[1]
+                return network(self.backbone.normalise(torch.full((1, 64, 64, 3), 0.5))).shape[1]
         except (ValueError, RuntimeError, TypeError) as error:
             raise InputError(f"{self.network}: {' '.join(str(error).split())}") from None
 

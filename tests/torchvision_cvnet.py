@@ -9,10 +9,10 @@ from torch import nn
 from model.checkpoint import encoder_state
 
 
-def network(checkpoint: Path) -> nn.Module:
+def network(checkpoint: Path | str) -> nn.Module:
     """Returns torchvision's ResNet-50 with the weights of a checkpoint; its fc is the projection."""
     resnet = torchvision.models.resnet50(num_classes=2048)
-    state = encoder_state(checkpoint)
+    state = encoder_state(Path(checkpoint))
     state.pop("head.pool.p")
     resnet.load_state_dict({_renamed(key): value for key, value in state.items()})
     return resnet.eval()

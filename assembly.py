@@ -38,6 +38,7 @@ from report.log import start_log
 from revisitop import toy
 from revisitop.dataset import Dataset
 from revisitop.descriptors import (
+    RANKINGS,
     check_distractors,
     database_file,
     descriptors_provenance,
@@ -274,7 +275,7 @@ def find_distractors(cfg: CfgNode) -> Distractors:
         rows = load_distractors(path)
     images: Sequence[ImageFile] = ()
     with suppress(InputError):
-        images = load_distractor_list(Path(cfg.TEST.DATA_DIR) / "revisitop1m")
+        _, images = load_distractor_list(Path(cfg.TEST.DATA_DIR) / "revisitop1m")
     return Distractors(path, rows, images if len(images) == len(rows) else ())
 
 
@@ -360,12 +361,12 @@ class Experiment:
 
     def saved_ranking(self) -> Ranking | None:
         """Returns the ranking in TEST.FEATURES, or None if it contains descriptors."""
-        if self.recipe is not None:
-            return None
         path = Path(self.cfg.TEST.FEATURES)
+        if self.recipe is not None or path.suffix.lower() not in RANKINGS:
+            return None
         with option("TEST.FEATURES"):
             ranking = load_ranking(path, self.dataset)
-        if ranking is not None and (self.stages or self.cfg.TEST.INDEX):
+        if self.stages or self.cfg.TEST.INDEX:
             log.warning("%s contains a ranking instead of descriptors: it is not searched or reranked", path)
         return ranking
 

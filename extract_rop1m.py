@@ -6,8 +6,8 @@ python extract_rop1m.py --weight ./weights/CVPR2022_CVNet_R50.pyth --depth 50 --
 python extract_rop1m.py MODEL.NAME timm:resnet50.a1_in1k
 
 It can be interrupted at any moment, by a power cut, too: the same command resumes. With --shard, numbered from 0, any
-number of machines extract parts of the list independently, into blocks in the folder feats.npy.blocks (shared, or copied
-together later); the same command without --shard then makes the file of all parts.
+number of machines extract parts of the list independently, into blocks in the folder feats.npy.blocks, which they share
+or which are copied together later; the same command without --shard then makes the file of all parts.
 """
 
 from report.command import run_command  # isort: skip  # first, see there
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     # Everything is checked before the long computations begin.
     recipe = find_recipe(cfg)
     with option("--data-dir"):
-        images = load_distractor_list(args.data_dir)
+        _, images = load_distractor_list(args.data_dir)
     if session.first:
         check_disk(out, len(images) * recipe.dim * 4)
     if args.shard:

@@ -5,37 +5,30 @@ python test.py MODEL.DEPTH 50 TEST.WEIGHTS ./weights TEST.DATA_DIR ./revisitop S
 torchrun --nproc-per-node=8 test.py TEST.DATASET_LIST "['gldv2']"
 """
 
-import logging
-from pathlib import Path
+from report.command import run_command  # isort: skip  # first, see there
 
-from config import ADVICE, idle_options, parse_config, plain, used_options
-from model.errors import run_command
+import logging
+
+from config import CommandLine, used_options
 
 log = logging.getLogger(__name__)
 
 
 def main(argv: list[str]) -> None:
-    cfg = parse_config(argv, __doc__)
+    cfg = CommandLine(__doc__).parse(argv).cfg
 
     # Imported here, so that --help and errors about options appear at once.
-    from assembly import make_output, network_title, prepare, start_device
-    from extraction.processes import Processes
-    from report.log import start_log
-    from report.page import evaluated_page, write_report
+    from assembly import network_title, prepare, start_session
+    from report.page import evaluated_page, explain_largest, write_report
     from report.results import Evaluated, save_results, summary
-    from revisitop.evaluate import evaluate, query_aps
-    from revisitop.explained import explain_largest
+    from revisitop.evaluate import evaluate
 
-    output, processes = make_output(cfg), Processes()
-    first = processes.rank == 0
-    head = start_log(Path("log.txt"), plain(cfg)) if first else {}
-    device = start_device(cfg, head, processes.local)
-    for line in idle_options(cfg) if first else ():
-        log.warning("%s", line)
+    session = start_session(cfg)
+    output, processes = session.output, session.processes
 
     # Everything is checked before the long computations begin; toy is drawn by one process.
     with processes.first_alone():
-        experiments = [prepare(cfg, name, output, device) for name in cfg.TEST.DATASET_LIST]
+        experiments = [prepare(cfg, name, output, session.device) for name in cfg.TEST.DATASET_LIST]
 
     results: list[Evaluated] = []
     run = None
@@ -46,7 +39,7 @@ def main(argv: list[str]) -> None:
         # Extract, search, rerank, evaluate. The processes of a torchrun share the first two; the first does the rest.
         saved = experiment.saved_ranking()
         searched = experiment.search(processes) if saved is None else None
-        if not first:
+        if not session.first:
             continue
         stages = experiment.stages if searched else {}
         rankings = {"retrieval": searched.ranking if searched else saved}
@@ -55,12 +48,9 @@ def main(argv: list[str]) -> None:
             stage: evaluate(ranking, dataset.ground_truth, dataset.protocols) for stage, ranking in rankings.items()
         }
 
-        explained = None
-        if cfg.TEST.REPORT and stages:
-            aps = {stage: query_aps(of) for stage, of in metrics.items()}
-            explained = explain_largest(rankings, aps, stages, searched)
-
-        results.append(Evaluated(dataset, rankings, metrics, experiment.facts(), explained))
+        explanations = explain_largest(rankings, metrics, stages, searched) if cfg.TEST.REPORT else {}
+        distractors = experiment.distractors.images if experiment.distractors else ()
+        results.append(Evaluated(dataset, rankings, metrics, experiment.facts(), explanations, distractors))
         for line in results[-1].lines():
             log.info("%s", line)
         if results[-1].facts.get("whitening", {}).get("learnt_on_the_test_set"):
@@ -71,21 +61,19 @@ def main(argv: list[str]) -> None:
             log.info("%s", results[-1].facts["note"])
         descriptors = "features" if cfg.TEST.FEATURES else network_title(cfg)
         run = run or output.new_run(f"{'+'.join(cfg.TEST.DATASET_LIST)}-{descriptors}")
-        save_results(run, head, results)
+        save_results(run, session.head, results)
         output.publish(run)
 
     processes.end()
-    if not first:
+    if not session.first:
         return
     for line in summary(results):
         log.info("%s", line)
     if cfg.TEST.REPORT:
-        distractors = experiments[0].distractors
-        page = evaluated_page(head, results, distractors.images if distractors else (), used_options(cfg))
-        path = write_report(page, run / "report")
+        path = write_report(evaluated_page(session.head, results, used_options(cfg)), run / "report")
         log.info("the report is %s (%.1f MB)", path, path.stat().st_size / 1e6)
     log.info("results and rankings are in %s, the log in log.txt", run)
 
 
 if __name__ == "__main__":
-    run_command(main, ADVICE)
+    run_command(main)

@@ -3,8 +3,8 @@
 import io
 from contextlib import redirect_stdout
 
-from model.errors import InputError
 from model.backbone import Backbone
+from model.errors import InputError
 
 
 def build() -> Backbone:

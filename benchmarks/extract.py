@@ -11,91 +11,78 @@ rate in that precision, divided by the measured time.
 """
 
 import argparse
-import io
-import math
-import os
 import statistics
-import sys
 import tempfile
-import time
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from alternate import alternate, machine, matrix_rate, positive, report, timed
 from PIL import Image
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-os.environ["TQDM_DISABLE"] = "1"
-
-from alternate import alternate, machine, matrix_rate, positive, report
-
-from extraction.extract import extract_images
-from extraction.images import ImageFile, read_image, to_network_input
-from extraction.loading import PLAIN_LOADING, Loading
-from extraction.store import DescriptorStore
+import hubconf
+from extraction.extract import extract_batch
+from extraction.images import read_image
 from model.checkpoint import load_encoder
-from model.device import choose_device, forbid_tf32, prepare_process
-from model.errors import run_command
-from model.extractor import Extractor
+from model.cvnet import STAGE_DEPTHS, ResNet, cvnet_backbone
+from model.device import choose_device, prepare_process
 from model.folding import PRECISIONS
-from model.network_recipe import NetworkRecipe
-from model.recipe import SCALE_SETS, Recipe
-from model.cvnet import STAGE_DEPTHS, ResNet
-from model.superglobal import SuperGlobal
-from modules.pooling import GeMPlus, RegionalGeM, ScaleGeM
+from modules.attach import attach
+from modules.descriptor import SCALE_SETS
+from report.command import run_command
 from revisitop.toy import seeded_checkpoint
+
+# The shapes of a photograph; a GPU processes 21 of these at a time.
+WIDTH, HEIGHT, BATCH = 1024, 768, 21
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
-    parser.add_argument("--name", help="another network, such as timm:NAME, untrained, instead of CVNet's")
+    parser.add_argument("--name", default="cvnet", help="another network, such as timm:NAME, untrained [cvnet]")
     parser.add_argument("--depth", type=positive, default=50, choices=STAGE_DEPTHS, help="layers of the ResNet [50]")
     parser.add_argument("--scales", type=positive, default=3, choices=SCALE_SETS, help="number of scales [3]")
-    parser.add_argument("--size", type=sides, default="1024x768", help="WIDTHxHEIGHT of the images [1024x768]")
-    parser.add_argument("--images", type=positive, help="images per run [2, on a GPU 63]")
+    parser.add_argument("--size", type=sides, default=(WIDTH, HEIGHT), help=f"of the images [{WIDTH}x{HEIGHT}]")
+    parser.add_argument("--images", type=positive, help=f"images per run [2, on a GPU {3 * BATCH}]")
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=PRECISIONS, help="[fp32 bf16]")
     parser.add_argument("--repeat", type=positive, default=5, help="runs of each, whose median is used [5]")
     args = parser.parse_args(argv)
     device = choose_device(args.device)
-    width, height = args.size
-    count = args.images or (63 if device.type == "cuda" else 2)  # a GPU processes 21 of 1024x768 at a time
-    images = [InMemory(draw_image(width, height, seed)) for seed in range(count)]
+    prepare_process(device)
+    count = args.images or (3 * BATCH if device.type == "cuda" else 2)
+    images = draw_images(count, *args.size, device)
     with tempfile.TemporaryDirectory() as folder:
-        scales = SCALE_SETS[args.scales]
-        recipe: Recipe | NetworkRecipe = Recipe(random_checkpoint(folder, args.depth), args.depth, scales=scales)
-        if args.name:
-            recipe = NetworkRecipe(args.name, "untrained", scales)
-        contenders = {"baseline": partial(baseline, recipe, device, images)}
-        loading = Loading(pin_memory=device.type == "cuda")
-        contenders |= {
-            name: partial(ours, replace(recipe, precision=name), device, images, loading) for name in args.precision
+        checkpoint = random_checkpoint(folder, args.depth)
+        extractors = {
+            name: extractor(args.name, checkpoint, args.depth, scales=args.scales, precision=name, device=device)
+            for name in args.precision
         }
-        rates = {name: matrix_rate(device, PRECISIONS[name]) for name in args.precision}
-        timings = alternate(contenders, args.repeat)
-        flops = network_flops(recipe, width, height)
-    print(
-        f"{args.name or f'ResNet-{args.depth}'}, {args.scales} scales, {width}x{height}, {count} images a run, "
-        f"{machine(device)}"
-    )
+        if args.name == "cvnet":
+            plain = plain_network(checkpoint, args.depth, SCALE_SETS[args.scales], device)
+        else:
+            plain = extractor(args.name, checkpoint, args.depth, scales=args.scales, device=device)
+        decoding = decoding_seconds(Path(folder), *args.size)
+    rates = {name: matrix_rate(device, PRECISIONS[name]) for name in args.precision}
+    flops = flops_of(partial(one_by_one, plain, images[:1], device))
+    contenders = {"baseline": partial(one_by_one, plain, images, device)}
+    contenders |= {name: partial(in_batches, each, images, BATCH) for name, each in extractors.items()}
+    timings = alternate(contenders, device, args.repeat)
+    width, height = args.size
+    print(f"{args.name}, {args.scales} scales, {width}x{height}, {count} images a run, {machine(device)}")
     report(timings, "baseline", "img/s", lambda seconds: count / seconds)
     reference = timings["baseline"].value
     for name in args.precision:
         rate = max(rates[name], matrix_rate(device, PRECISIONS[name]))  # the speed of the machine may have changed
-        floor = count * flops / rate
-        rows = timings[name].value
+        each, rows = timings[name].median / count, timings[name].value
         print(
-            f"{name:<12}{100 * floor / timings[name].median:.0f}% of the floor "
-            f"({flops / 1e9:.0f} GFLOP per image, {rate / 1e9:.0f} GFLOP/s); from the baseline's "
-            f"descriptors: {np.abs(rows - reference).max():.1e} at most, cosine {(rows * reference).sum(1).min():.6f}"
+            f"{name}: {100 * flops / rate / each:.0f}% of the floor ({flops / 1e9:.1f} GFLOP per image, "
+            f"{rate / 1e9:.0f} GFLOP/s); decoding needs {decoding / each:.1f} processes; from the baseline's rows: "
+            f"{(rows - reference).abs().max():.1e} at most, cosine {(rows * reference).sum(1).min():.6f}"
         )
-    decoding = decoding_seconds(width, height)
-    for name in args.precision:
-        needed = math.ceil(decoding * count / timings[name].median)
-        print(f"{name:<12}worker processes needed for decoding: {needed} ({1000 * decoding:.0f} ms per JPEG)")
 
 
 def sides(text: str) -> tuple[int, int]:
@@ -111,16 +98,6 @@ def random_checkpoint(folder: str | Path, depth: int) -> Path:
     return path
 
 
-class InMemory:
-    """Stands for a extraction.images.ImageFile, with pixels in memory."""
-
-    def __init__(self, pixels: np.ndarray):
-        self.pixels, self.path = pixels, Path("memory")
-
-    def read(self) -> np.ndarray:
-        return self.pixels
-
-
 def draw_image(width: int, height: int, seed: int) -> np.ndarray:
     """Draws smooth colours with some noise, which take about as long to decode as a photograph."""
     rng = np.random.default_rng(seed)
@@ -129,68 +106,53 @@ def draw_image(width: int, height: int, seed: int) -> np.ndarray:
     return (smooth + rng.integers(-12, 13, smooth.shape)).clip(0, 255).astype(np.uint8)
 
 
-def baseline(recipe: Recipe | NetworkRecipe, device: torch.device, images: list[InMemory]):
-    if isinstance(recipe, NetworkRecipe):
-        extractor = recipe.extractor(device)
-
-        def one_by_one() -> np.ndarray:
-            with torch.no_grad():
-                pixels = [torch.from_numpy(image.read())[None] for image in images]
-                return torch.cat([extractor(each.to(device)).cpu() for each in pixels]).numpy()
-
-        return one_by_one
-    encoder = load_encoder(ResNet(recipe.depth), recipe.checkpoint)
-    model = SuperGlobal(encoder, recipe.scales, GeMPlus(), RegionalGeM(), ScaleGeM()).eval().to(device)
-    forbid_tf32()
-
-    def run() -> np.ndarray:
-        with torch.no_grad():
-            pixels = [torch.from_numpy(image.read())[None] for image in images]
-            return torch.cat([model(to_network_input(each.to(device))).cpu() for each in pixels]).numpy()
-
-    return run
+def draw_images(count: int, width: int, height: int, device: torch.device) -> list[Tensor]:
+    """Returns images (H, W, 3) on the CPU, pinned for a GPU; eight are drawn and repeated."""
+    drawn = [torch.from_numpy(draw_image(width, height, seed)) for seed in range(min(8, count))]
+    drawn = [image.pin_memory() if device.type == "cuda" else image for image in drawn]
+    return [drawn[number % len(drawn)] for number in range(count)]
 
 
-def ours(
-    recipe: Recipe | NetworkRecipe,
-    device: torch.device,
-    images: list[InMemory] | list[ImageFile],
-    loading: Loading = PLAIN_LOADING,
-):
-    prepare_process(device)
-    return into_store(recipe.extractor(device), images, loading)
+def extractor(name: str, checkpoint: Path, depth: int = 50, **options) -> nn.Module:
+    """Returns this project's extractor, (N, H, W, 3) uint8 RGB -> (N, D), see hubconf for the options."""
+    if name == "cvnet":
+        entry = {50: hubconf.superglobal_resnet50, 101: hubconf.superglobal_resnet101}[depth]
+        return entry(checkpoint, **options).extractor
+    return hubconf.superglobal(name, "untrained", **options).extractor
 
 
-def into_store(extractor: Extractor, images: list[InMemory] | list[ImageFile], loading: Loading):
-    def run() -> np.ndarray:
-        with tempfile.TemporaryDirectory() as folder:
-            store = DescriptorStore(Path(folder) / "rows.npy", len(images), extractor.dim, {})
-            extract_images(extractor, images, store, store.missing(), "benchmark", loading)
-            store.finish()
-            return np.load(store.path)
-
-    return run
+def plain_network(
+    checkpoint: Path, depth: int, scales: tuple[float, ...], device: torch.device
+) -> Callable[[Tensor], Tensor]:
+    """Returns CVNet's network as it was trained, with the modules of SuperGlobal, in the form of an extractor."""
+    backbone = cvnet_backbone(load_encoder(ResNet(depth), checkpoint).to(device))
+    network = attach(backbone.network, (), scales=scales, projection="head.fc", relup=backbone.relup_stages)
+    return lambda pixels: network(backbone.normalise(pixels))
 
 
-def network_flops(recipe: Recipe | NetworkRecipe, width: int, height: int) -> int:
-    """Counts the FLOPs of one image, for convolutions and projection, without computing them."""
-    model = recipe.network("meta") if isinstance(recipe, Recipe) else recipe.attached().to("meta")
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        model(torch.empty(1, 3, height, width, device="meta"))
+def one_by_one(network: Callable[[Tensor], Tensor], images: list[Tensor], device: torch.device) -> Tensor:
+    """Returns the descriptors (N, D) on the CPU, each of which is waited for."""
+    with torch.inference_mode():
+        return torch.cat([network(image[None].to(device)).cpu() for image in images])
+
+
+def in_batches(network: nn.Module, images: list[Tensor], size: int) -> Tensor:
+    """Returns the descriptors (N, D) on the CPU; all batches are queued before the first is waited for."""
+    parts = [images[start : start + size] for start in range(0, len(images), size)]
+    return torch.cat([extract_batch(network, part) for part in parts]).cpu()
+
+
+def flops_of(run: Callable[[], object]) -> int:
+    """Returns the FLOPs of a run: those of convolutions and matrix products."""
+    with FlopCounterMode(display=False) as counter:
+        run()
     return counter.get_total_flops()
 
 
-def decoding_seconds(width: int, height: int) -> float:
+def decoding_seconds(folder: Path, width: int, height: int) -> float:
     """Returns the seconds to decode one JPEG in one process."""
-    file = io.BytesIO()
-    Image.fromarray(draw_image(width, height, 0)).save(file, "JPEG", quality=90)
-    seconds = []
-    for _ in range(10):
-        file.seek(0)
-        start = time.perf_counter()
-        read_image(file)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+    Image.fromarray(draw_image(width, height, 0)).save(path := folder / "image.jpg", quality=90)
+    return statistics.median(timed(partial(read_image, path), torch.device("cpu")) for _ in range(10))
 
 
 if __name__ == "__main__":

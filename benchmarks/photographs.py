@@ -24,13 +24,11 @@ from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
+from alternate import positive
 from PIL import Image, ImageFilter
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from alternate import positive
-
-from model.errors import InputError, run_command
+from model.errors import InputError
+from report.command import run_command
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,7 +43,6 @@ PHOTOGRAPHS = {name: grid for grid, names in GRIDS.items() for name in names}
 OF_SKLEARN = ("china.jpg", "flower.jpg")
 VIEWS, SIDE = 12, 224  # views per landmark; side of an image, as the network was trained
 QUERY_STRENGTH = 0.2
-
 
 # The options of each row. ReLU+ belongs in the stage with stride 4 (the first of a ResNet), here these two blocks.
 ONE = ["TEST.SCALE_LIST", "1", "SupG.sgem", "False"]
@@ -98,12 +95,9 @@ def evaluate(folder: Path, names: list[str], options: list[str]) -> list[dict]:
 
 
 def draw_dataset(
-    folder: Path,
-    seed: int = 0,
-    photographs: Mapping[str, tuple[int, int]] = PHOTOGRAPHS,
-    views: int = VIEWS,
+    folder: Path, seed: int = 0, photographs: Mapping[str, tuple[int, int]] = PHOTOGRAPHS, views: int = VIEWS,
     side: int = SIDE,
-) -> Path:
+) -> Path:  # fmt: skip
     """Draws a dataset in revisitop's layout if it is missing, with a query per landmark, and returns its folder.
 
     The images are the same every time; those of a landmark do not depend on other landmarks.
@@ -119,14 +113,14 @@ def draw_dataset(
     for photograph, grid in photographs.items():
         for part, region in enumerate(read_parts(photograph, *grid, side)):
             landmark = f"{photograph.split('.')[0]}_{part}"
-            own = [f"{landmark}_{number:02}" for number in range(views)]
-            for number, (image, strength) in enumerate(zip([*own, f"{landmark}_query"], strengths, strict=True)):
+            images = [f"{landmark}_{number:02}" for number in range(views)]
+            for number, (image, strength) in enumerate(zip([*images, f"{landmark}_query"], strengths, strict=True)):
                 rng = np.random.default_rng([*photograph.encode(), part, number, *([seed] if seed else [])])
                 # Lossless, under the name that the layout requires.
                 draw_view(region, rng, strength, side).save(new / "jpg" / f"{image}.jpg", format="PNG")
             easy, hard = np.split(len(names) + np.arange(views), [views // 2])
             truth.append({"bbx": [0, 0, side, side], "easy": easy.tolist(), "hard": hard.tolist(), "junk": []})
-            names += own
+            names += images
             queries.append(f"{landmark}_query")
     content = {"imlist": names, "qimlist": queries, "gnd": truth}
     (new / f"gnd_{name}.pkl").write_bytes(pickle.dumps(content))
@@ -141,7 +135,7 @@ def read_parts(name: str, rows: int, columns: int, side: int) -> list[Image.Imag
         with (files(package) / folder / name).open("rb") as file:
             image = Image.open(file).convert("RGB")
     except (ModuleNotFoundError, FileNotFoundError):
-        raise _missing(f"{name} of {package}") from None
+        raise InputError(f"{name} of {package} is missing; pip install -r tests/requirements.txt") from None
     width, height = image.width // columns, image.height // rows
     places = [(x * width, y * height) for y in range(rows) for x in range(columns)]
     size = [round(1.5 * side * length / min(width, height)) for length in (width, height)]
@@ -157,8 +151,8 @@ def draw_view(region: Image.Image, rng: np.random.Generator, strength: float, si
     corners = (corners - corners.min(axis=0)) / np.ptp(corners, axis=0).max()  # within the unit square
     extent = min(region.size) * (1 - strength * rng.uniform(0.2, 0.7))
     corners = corners * extent + (np.array(region.size) - extent) / 2 * (1 + strength * rng.uniform(-1, 1, 2))
-    homography = _homography(side, corners)
-    view = region.transform((side, side), Image.Transform.PERSPECTIVE, homography, Image.Resampling.BICUBIC)
+    coefficients = perspective(side, corners)
+    view = region.transform((side, side), Image.Transform.PERSPECTIVE, coefficients, Image.Resampling.BICUBIC)
     # Light: gamma, contrast, brightness and tint; then the camera's blur and JPEG.
     pixels = (np.asarray(view) / 255) ** np.exp(strength * rng.uniform(-0.6, 0.6)) - 0.5
     pixels = 0.5 + pixels * (1 + strength * rng.uniform(-0.6, 0.3))
@@ -169,16 +163,12 @@ def draw_view(region: Image.Image, rng: np.random.Generator, strength: float, si
     return Image.open(file).convert("RGB")
 
 
-def _homography(side: int, corners: np.ndarray) -> list[float]:
+def perspective(side: int, corners: np.ndarray) -> list[float]:
     """Returns Pillow's eight coefficients of the map from the corners of a square image to these, (4, 2)."""
     equations = []
     for (x, y), (u, v) in zip([(0, 0), (side, 0), (side, side), (0, side)], corners, strict=True):
         equations += [[x, y, 1, 0, 0, 0, -u * x, -u * y, u], [0, 0, 0, x, y, 1, -v * x, -v * y, v]]
     return np.linalg.solve(np.array(equations)[:, :8], np.array(equations)[:, 8]).tolist()
-
-
-def _missing(what: str) -> InputError:
-    return InputError(f"{what} is missing; pip install -r tests/requirements.txt")
 
 
 if __name__ == "__main__":

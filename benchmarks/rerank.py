@@ -12,28 +12,22 @@ matrices at the device's measured float32 matrix rate, divided by the measured t
 """
 
 import argparse
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from alternate import alternate, machine, matrix_rate, positive, report
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from alternate import alternate, machine, matrix_rate, positive, report
-
-from model.device import choose_device
-from model.errors import run_command
+from model.device import choose_device, prepare_process
 from modules.diffusion import ALPHA, GAMMA, KQ, DiffusionReranker
 from modules.diffusion import K as DIFFUSION_K
 from modules.expansion import QE_ALPHA, QE_N, QueryExpansion
 from modules.reciprocal import K1, K2, LAMBDA, KReciprocalReranker
 from modules.reranking import RERANK_BETA, RERANK_K, RERANK_M, SuperGlobalReranker
 from modules.search import Database
+from report.command import run_command
 
 CENTRES = 200
 RERANKERS = {
@@ -61,19 +55,20 @@ def main(argv: list[str]) -> None:
     if not args.k < args.m <= args.database:
         parser.error("K must be below M, and M not above N")
     device = choose_device(args.device)
-    sizes = (args.queries, args.database, args.dim, args.m, args.k, device)
+    prepare_process(device)
+    q, x, ids = problem(args.queries, args.database, args.dim, args.m, device)
     print(f"{args.queries} queries, N = {args.database}, M = {args.m}, K = {args.k}, D = {args.dim}, {machine(device)}")
     for name in args.reranker:
         rate = matrix_rate(device, torch.float32)
-        contenders = {"baseline": partial(baseline, *sizes, name), "ours": partial(ours, *sizes, name)}
-        timings = alternate(contenders, args.repeat)
+        contenders = {"baseline": partial(baseline, name, q, x, ids, args.k), "ours": ours(name, q, x, ids, args.k)}
+        timings = alternate(contenders, device, args.repeat)
         print(f"\n{RERANKERS[name](args.m, args.k)}")
         report(timings, "baseline", "ms/query", lambda seconds: 1000 * seconds / args.queries)
         if name in WITH_GRAM_MATRICES:
             floor = args.queries * 2 * args.m**2 * args.dim / max(rate, matrix_rate(device, torch.float32))
             share, each = 100 * floor / timings["ours"].median, 1000 * floor / args.queries
             print(f"ours        {share:.0f}% of the floor ({each:.2f} ms/query)")
-        same = (timings["baseline"].value == timings["ours"].value).mean()
+        same = (timings["baseline"].value == timings["ours"].value).float().mean()
         print(f"{100 * same:.3f}% of the places are the same", flush=True)
 
 
@@ -91,47 +86,25 @@ def problem(queries: int, database: int, dim: int, m: int, device: torch.device)
     return q.to(device), x.to(device), ids.to(device)
 
 
-def ours(
-    queries: int,
-    database: int,
-    dim: int,
-    m: int,
-    k: int,
-    device: torch.device,
-    name: str = "superglobal",
-    rows_on: str | None = None,
-) -> Callable[[], np.ndarray]:
-    """Prepares `rerank` with the rows on the device, or in a Database on the device `rows_on`."""
-    q, x, ids = problem(queries, database, dim, m, device)
-    reranker = RERANKERS[name](m, k)
+def ours(name: str, q: Tensor, x: Tensor, ids: Tensor, k: int, rows_on: str | None = None) -> Callable[[], Tensor]:
+    """Returns `rerank` with the rows on the device of the queries, or in a Database on the device `rows_on`."""
+    reranker = RERANKERS[name](ids.shape[1], k)
 
     def fetch(numbers: Tensor) -> Tensor:
-        return x.index_select(0, numbers.flatten()).view(*numbers.shape, dim)
+        return x.index_select(0, numbers.flatten()).view(*numbers.shape, -1)
 
-    if rows_on is not None:
-        fetch = Database(x.to(rows_on)).rows
-
-    @torch.inference_mode()
-    def run() -> np.ndarray:
-        return reranker.rerank(q, ids, fetch, device).order.cpu().numpy()
-
-    return run
+    rows = fetch if rows_on is None else Database(x.to(rows_on)).rows
+    return torch.inference_mode()(lambda: reranker.rerank(q, ids, rows, q.device).order.cpu())
 
 
-def baseline(
-    queries: int, database: int, dim: int, m: int, k: int, device: torch.device, name: str = "superglobal"
-) -> Callable[[], np.ndarray]:
-    q, x, ids = problem(queries, database, dim, m, device)
-
-    @torch.inference_mode()
-    def run() -> np.ndarray:
-        if name.startswith("superglobal"):
-            scores = superglobal(q, x[ids], k, original=name == "superglobal-original")
-        else:
-            scores = torch.stack([ONE_QUERY[name](query, x[row]) for query, row in zip(q, ids, strict=True)])
-        return scores.argsort(dim=1, descending=True).cpu().numpy()
-
-    return run
+@torch.inference_mode()
+def baseline(name: str, q: Tensor, x: Tensor, ids: Tensor, k: int) -> Tensor:
+    """Returns the new order (Q, M) by the textbook formulation."""
+    if name.startswith("superglobal"):
+        scores = superglobal(q, x[ids], k, original=name == "superglobal-original")
+    else:
+        scores = torch.stack([ONE_QUERY[name](query, x[row]) for query, row in zip(q, ids, strict=True)])
+    return scores.argsort(dim=1, descending=True).cpu()
 
 
 def superglobal(q: Tensor, candidates: Tensor, k: int, original: bool) -> Tensor:
@@ -174,8 +147,8 @@ def k_reciprocal(query: Tensor, candidates: Tensor) -> Tensor:
         for j in whole[i]:
             if 3 * len(half[j] & whole[i]) >= 2 * len(half[j]):
                 members |= half[j]
-        chosen = torch.tensor(sorted(members), device=gram.device)
-        encodings[i, chosen] = (gram[i, chosen] - 1).exp()
+        numbers = torch.tensor(sorted(members), device=gram.device)
+        encodings[i, numbers] = (gram[i, numbers] - 1).exp()
     encodings = encodings[ranking[:, :K2]].mean(dim=1)
     shared = torch.minimum(encodings[:1], encodings[1:]).sum(dim=1)
     jaccard = 1 - shared / torch.maximum(encodings[:1], encodings[1:]).sum(dim=1)

@@ -12,32 +12,25 @@ map is given separately. Weights and images are random, because they do not matt
 
 import argparse
 import math
-import sys
 import tempfile
 from functools import partial
 from pathlib import Path
 
-import numpy as np
+import rerank
 import torch
 import torch.nn.functional as F
+from alternate import alternate, machine, positive
+from extract import HEIGHT, WIDTH, draw_images, random_checkpoint
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from alternate import alternate, machine, positive
-from extract import draw_image, random_checkpoint
-from rerank import baseline, ours
-
 from cvnet_rerank.network import MAP_DIM, MAP_SCALES, CenterPivotConv4d, CVNetRerank, load_cvnet_rerank
-from extraction.images import to_network_input
 from model.device import choose_device, prepare_process
-from model.errors import run_command
 from model.folding import PRECISIONS
-from model.cvnet import FEATURE_DIM
 from modules.reranking import RERANK_K, RERANK_M
+from report.command import run_command
 
-SIZE, DEPTH = (1024, 768), 50
-QUERIES, DATABASE = 70, 5000
+DEPTH = 50
+QUERIES, DATABASE, DIM = 70, 5000, 2048
 PAPER = 64_865  # CVNet-Rerank's time divided by SuperGlobal's, as published
 
 
@@ -49,92 +42,77 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--repeat", type=positive, default=5, help="runs of each, whose median is used [5]")
     args = parser.parse_args(argv)
     device = choose_device(args.device)
-    sizes = (QUERIES, DATABASE, FEATURE_DIM, RERANK_M, RERANK_K, device)
+    prepare_process(device)
+    problem = rerank.problem(QUERIES, DATABASE, DIM, RERANK_M, device)
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = random_checkpoint(folder, DEPTH)
-        contenders = {
-            "CVNet by the book": partial(cvnet_by_the_book, checkpoint, device),
-            "CVNet": partial(cvnet, checkpoint, args.precision, device, args.pairs),
-            "SuperGlobal by the book": partial(baseline, *sizes),
-            "SuperGlobal": partial(ours, *sizes),
-            "a map": partial(extraction, checkpoint, args.precision, device),
-        }
-        timings = alternate(contenders, args.repeat)
+        plain, ours = networks(random_checkpoint(folder, DEPTH), args.precision, device)
+    images = torch.stack(draw_images(1 + args.pairs, WIDTH, HEIGHT, device)).to(device)
+    maps, plain_maps = feature_maps(ours, images), feature_maps(plain, images[:2])
+    contenders = {
+        "CVNet by the book": partial(score_by_the_book, plain, *plain_maps.split(1)),
+        "CVNet": partial(score, ours, maps),
+        "SuperGlobal by the book": partial(rerank.baseline, "superglobal", *problem, RERANK_K),
+        "SuperGlobal": rerank.ours("superglobal", *problem, RERANK_K),
+        "a map": partial(feature_maps, ours, images[:1]),
+    }
+    timings = alternate(contenders, device, args.repeat)
     # Factors from the seconds of a run to those of a query.
     per_query = {"CVNet by the book": RERANK_M, "CVNet": RERANK_M / args.pairs}
     per_query |= dict.fromkeys(("SuperGlobal by the book", "SuperGlobal"), 1 / QUERIES)
-    print(f"{RERANK_M} candidates per query, images of {SIZE[0]}x{SIZE[1]}, ResNet-{DEPTH}, {machine(device)}")
+    print(f"{RERANK_M} candidates per query, images of {WIDTH}x{HEIGHT}, ResNet-{DEPTH}, {machine(device)}")
     fastest = timings["SuperGlobal"].median / QUERIES
     for name, factor in per_query.items():
-        seconds = [factor * value for value in (timings[name].median, *sorted(timings[name].seconds))]
+        timing = timings[name]
+        seconds = [factor * value for value in (timing.median, min(timing.seconds), max(timing.seconds))]
         print(
-            f"{name:<24}{seconds[0]:11.4f} s/query ({seconds[1]:.4f} to {seconds[-1]:.4f})"
-            f"{seconds[0] / fastest:11,.0f} x SuperGlobal's{timings[name].megabytes:7.0f} MB in use"
+            f"{name:<24}{seconds[0]:11.4f} s/query ({seconds[1]:.4f} to {seconds[2]:.4f})"
+            f"{seconds[0] / fastest:11,.0f} x SuperGlobal's{timing.megabytes:7.0f} MB"
         )
     print(f"in the paper, CVNet takes {PAPER:,} x SuperGlobal's time")
-    (h, w), scores = timings["CVNet"].value
-    by_the_book = timings["CVNet by the book"].value[0]
     print(
         f"CVNet's times are those of 1 pair by the book and of {args.pairs} of ours ({args.precision}), scaled to "
         f"{RERANK_M}, without the feature maps: {timings['a map'].median:.3f} s to extract one"
     )
-    print(f"score of the first pair: {by_the_book:.6f} by the book, {scores[0]:.6f} ours")
+    by_the_book, scores = timings["CVNet by the book"].value, timings["CVNet"].value
+    print(f"score of the first pair: {by_the_book[0]:.6f} by the book, {scores[0]:.6f} ours")
+    h, w = maps.shape[2:]
     values = MAP_DIM * h * w
     print(
         f"kept per database image: CVNet {4 * values:,} bytes, a map ({MAP_DIM}, {h}, {w}) in fp32 ({2 * values:,} in "
-        f"fp16); SuperGlobal {4 * FEATURE_DIM:,} bytes, the descriptor that the search needs anyway"
+        f"fp16); SuperGlobal {4 * DIM:,} bytes, the descriptor that the search needs anyway"
     )
 
 
-def cvnet(checkpoint: Path, precision: str, device: torch.device, pairs: int, size: tuple[int, int] = SIZE):
-    prepare_process(device)
-    network = load_cvnet_rerank(checkpoint, DEPTH, precision=precision).to(device)
-    query_map, *key_maps = maps_in_memory(network, 1 + pairs, device, size)
-    query, keys = network.query_inputs(query_map), torch.cat(key_maps)
-
-    @torch.inference_mode()
-    def run() -> tuple[tuple[int, ...], np.ndarray]:
-        return tuple(keys.shape[2:]), network.score(query, keys).cpu().numpy()
-
-    return run
-
-
-def cvnet_by_the_book(checkpoint: Path, device: torch.device, size: tuple[int, int] = SIZE):
-    prepare_process(device)
-    network = load_cvnet_rerank(checkpoint, DEPTH).to(device)
-    query, key = (x.contiguous() for x in maps_in_memory(network, 2, device, size))
-    network.to(memory_format=torch.contiguous_format)
-
-    @torch.inference_mode()
-    def run() -> np.ndarray:
-        return score_by_the_book(network, query, key).cpu().numpy()
-
-    return run
-
-
-def extraction(checkpoint: Path, precision: str, device: torch.device):
-    prepare_process(device)
-    network = load_cvnet_rerank(checkpoint, DEPTH, precision=precision).to(device)
-    return lambda: maps_in_memory(network, 1, device, SIZE)[0][0, 0].cpu().numpy()
+def networks(checkpoint: Path, precision: str, device: torch.device) -> tuple[CVNetRerank, CVNetRerank]:
+    """Returns CVNet-Rerank in the plain memory format of float32, for score_by_the_book, and ours."""
+    plain = load_cvnet_rerank(checkpoint, DEPTH).to(device).to(memory_format=torch.contiguous_format)
+    return plain, load_cvnet_rerank(checkpoint, DEPTH, precision=precision).to(device)
 
 
 @torch.inference_mode()
-def maps_in_memory(network: CVNetRerank, count: int, device: torch.device, size: tuple[int, int]) -> list[Tensor]:
-    """Returns feature maps of random images, (1, 1024, h, w) each."""
-    pixels = (torch.from_numpy(draw_image(*size, seed))[None].to(device) for seed in range(count))
-    return [network.feature_map(to_network_input(each)) for each in pixels]
+def feature_maps(network: CVNetRerank, images: Tensor) -> Tensor:
+    """Returns the feature maps of images of equal size, one by one. (N, H, W, 3) -> (N, 1024, h, w)."""
+    return torch.cat([network.feature_map(network.normalise(each[None])) for each in images])
 
 
+@torch.inference_mode()
+def score(network: CVNetRerank, maps: Tensor) -> Tensor:
+    """Returns our scores of the first map with each of the others."""
+    return network.score(network.query_inputs(maps[:1]), maps[1:]).cpu()
+
+
+@torch.inference_mode()
 def score_by_the_book(network: CVNetRerank, query: Tensor, key: Tensor) -> Tensor:
     """Scores feature maps (1, 1024, hq, wq) and (1, 1024, hk, wk) step by step as defined. -> (1,)."""
+    query, key = query.contiguous(), key.contiguous()
     resize = partial(F.interpolate, mode="bilinear", align_corners=True)
-    locals_of = []
+    local_maps = []
     for x in (query, key):
         sizes = [[round(side * math.sqrt(scale)) for side in x.shape[2:]] for scale in MAP_SCALES]
-        locals_of.append([conv(resize(x, size)) for size, conv in zip(sizes, network.conv2ds, strict=True)])
+        local_maps.append([conv(resize(x, size)) for size, conv in zip(sizes, network.conv2ds, strict=True)])
     correlations = []
-    for q in locals_of[0]:
-        for k in locals_of[1]:
+    for q in local_maps[0]:
+        for k in local_maps[1]:
             flat_q, flat_k = q.flatten(2), k.flatten(2)
             norms = flat_q.norm(dim=1)[:, :, None] * flat_k.norm(dim=1)[:, None]
             x = (flat_q.mT @ flat_k) / (norms + 1e-8)  # (1, positions of q, positions of k)
@@ -152,7 +130,7 @@ def score_by_the_book(network: CVNetRerank, query: Tensor, key: Tensor) -> Tenso
             x = (first + over_key.unflatten(0, over_query.shape[2:]).permute(2, 0, 1, 3, 4))[None]
         else:
             x = layer(x)
-    return learner.mlp(x.mean(dim=(2, 3, 4, 5))).softmax(dim=1)[:, 1]
+    return learner.mlp(x.mean(dim=(2, 3, 4, 5))).softmax(dim=1)[:, 1].cpu()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
-"""Insert tables that are generated from the code into the pages: options, and costs."""
+"""Insert the table of the options, which is generated from the code, into its page."""
 
-import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,7 @@ ROOT = Path(__file__).parents[1]
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Called by mkdocs for each page."""
-    if "OPTIONS_TABLE" in markdown:
-        markdown = markdown.replace("OPTIONS_TABLE", options_table())
-    if "SCALE_TABLE" in markdown:
-        scale = runpy.run_path(str(ROOT / "benchmarks" / "scale.py"))
-        markdown = markdown.replace("SCALE_TABLE", "\n".join(scale["table"](**scale["DEFAULTS"])))
-    return markdown
+    return markdown.replace("OPTIONS_TABLE", options_table()) if "OPTIONS_TABLE" in markdown else markdown
 
 
 def options_table() -> str:

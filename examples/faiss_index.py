@@ -15,7 +15,10 @@ LANDMARKS, VIEWS, D, M = 200, 100, 256, 400
 
 
 def main() -> None:
-    rows, queries = draw_descriptors()
+    rng = np.random.default_rng(0)
+    views = rng.standard_normal((LANDMARKS, 1, D)) + 2.2 * rng.standard_normal((LANDMARKS, VIEWS + 1, D))
+    views = (views / np.linalg.norm(views, axis=2, keepdims=True)).astype(np.float32)
+    queries, rows = np.ascontiguousarray(views[:, 0]), views[:, 1:].reshape(-1, D)
 
     index = faiss.index_factory(D, "IVF256,Flat", faiss.METRIC_INNER_PRODUCT)
     index.train(rows)
@@ -30,15 +33,6 @@ def main() -> None:
     print(f"index of {index.ntotal} vectors, {M} candidates, {(ids < 0).sum()} of them missing")
     print(f"mAP, index:     {100 * mean_average_precision(ids):.1f}")
     print(f"mAP, reranked:  {100 * mean_average_precision(reranked):.1f}")
-
-
-def draw_descriptors() -> tuple[np.ndarray, np.ndarray]:
-    """Draws unit descriptors of a database, (LANDMARKS * VIEWS, D), and a query per landmark, (LANDMARKS, D)."""
-    rng = np.random.default_rng(0)
-    centres = rng.standard_normal((LANDMARKS, 1, D))
-    views = centres + 2.2 * rng.standard_normal((LANDMARKS, VIEWS + 1, D))
-    views = (views / np.linalg.norm(views, axis=2, keepdims=True)).astype(np.float32)
-    return views[:, 1:].reshape(-1, D), np.ascontiguousarray(views[:, 0])
 
 
 def mean_average_precision(ids: np.ndarray) -> float:

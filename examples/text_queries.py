@@ -47,11 +47,9 @@ def draw_vectors() -> tuple[np.ndarray, np.ndarray]:
 
 def mean_average_precision(order: np.ndarray) -> float:
     """Returns the mAP of the first 400 results; the images of query i are rows IMAGES * i to IMAGES * (i + 1)."""
-    values = []
-    for subject, row in enumerate(order):
-        ranks = np.flatnonzero(row // IMAGES == subject)
-        values.append((np.arange(1, len(ranks) + 1) / (ranks + 1)).sum() / IMAGES)
-    return float(np.mean(values))
+    right = order // IMAGES == np.arange(SUBJECTS)[:, None]
+    precision = right.cumsum(axis=1) / np.arange(1, order.shape[1] + 1)
+    return float((precision * right).sum(axis=1).mean() / IMAGES)
 
 
 if __name__ == "__main__":

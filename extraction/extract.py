@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from extraction.batching import equal_sizes, first_batch_size, in_fitting_parts
-from extraction.identity import NO_STAT, Identity, image_label, stat_record
+from extraction.identity import NO_STAT, Identity, stat_record
 from extraction.images import ImageError, ImageFile
 from extraction.loading import PLAIN_LOADING, WORKER_ERRORS, Loading, ReadAhead
 from extraction.owner import owned
@@ -171,7 +171,7 @@ def _known_images(each: ImageSet, store: Store, on_error: str) -> KnownImages:
 
     A row whose image has been deleted since is used, too.
     """
-    labels = [image_label(image.path, image.box, each.folder) for image in each.images]
+    labels = [image.label(each.folder) for image in each.images]
     identities: list[Identity | None] = [None] * len(labels)
     sizes = {identity.stat[0] for identity in store.identities.values()}
     any_size = 0 in sizes  # that of an image that was too young to trust its stat record is unknown
@@ -349,5 +349,5 @@ class _Arrivals:
                     f"{image.path}: its descriptor is not finite; a power or threshold of the modules is too large, "
                     "or the network overflows in fp16"
                 )
-            self.store.write(image_label(image.path, image.box, self.each.folder), identity, vector)
+            self.store.write(image.label(self.each.folder), identity, vector)
             self.bar.update()

@@ -1,35 +1,72 @@
-"""Write files atomically."""
+"""Files: written in one step, and read without trust in whoever wrote them.
+
+Reading gives what was asked for or an InputError of one line: no file runs code, hangs or exhausts the command.
+"""
 
 import errno
 import json
 import math
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 import numpy as np
+import torch
+
+from model.errors import InputError
+from model.pickles import read_in_child
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    new = path.with_name(f".{path.name}.{os.getpid()}.new")
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Writes a file in one step: it is always the complete old file or the complete new one, after a power cut, too.
+
+    Processes that write it at the same time do not disturb each other; the last one wins.
+
+    Args:
+        path: the file; its folder must exist.
+        write: writes the content into the open file.
+
+    Raises:
+        InputError: if it cannot be written. Nothing remains of the new file then.
+    """
+    new = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
         with new.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)
-    except BaseException:
-        new.unlink(missing_ok=True)
-        raise
-
-
-def write_array(path: Path, array: np.ndarray) -> None:
-    write_atomically(path, lambda file: np.save(file, array))
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides the error of the disk
+        if not isinstance(cause, OSError):
+            raise
+        raise InputError(f"{path} cannot be written ({cause.strerror or cause})") from None
+    finally:
+        if new.exists():
+            new.unlink()
 
 
 def write_json(path: Path, content: dict) -> None:
+    """Writes a JSON file atomically, see jsonable."""
     write_atomically(path, lambda file: file.write(json.dumps(jsonable(content), indent=1).encode() + b"\n"))
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Writes a .npy file atomically."""
+    write_atomically(path, lambda file: np.save(file, array, allow_pickle=False))
+
+
+def jsonable(value: Any) -> Any:
+    """Returns the value in JSON types: NaN becomes null, infinity the text 'inf', an array a list."""
+    if isinstance(value, dict):
+        return {key: jsonable(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [jsonable(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def reserve(file: IO[bytes], size: int) -> None:
@@ -44,12 +81,144 @@ def reserve(file: IO[bytes], size: int) -> None:
         file.truncate(size)
 
 
-def jsonable(value: Any) -> Any:
-    """Returns the value in JSON types: NaN becomes null, infinity the text 'inf', an array a list."""
-    if isinstance(value, dict):
-        return {key: jsonable(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple | np.ndarray):
-        return [jsonable(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else str(value)
-    return value.item() if isinstance(value, np.generic) else value
+def scratch_rows(rows: int, dim: int, folder: Path | None = None) -> torch.Tensor:
+    """Returns a new (rows, dim) float32 tensor on disk, in a file that is deleted together with the tensor.
+
+    Args:
+        folder: the folder of the file; by default the system's folder for temporary files.
+
+    Raises:
+        InputError: if there is no room for it.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            reserve(file, max(1, 4 * rows * dim))
+            return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=(rows, dim)))
+    except OSError as error:
+        where = folder or tempfile.gettempdir()
+        raise InputError(f"{where} has no room for {rows:,} rows of {dim} ({error.strerror})") from None
+
+
+def read_json(path: Path) -> dict:
+    """Returns the content of a JSON file with an object.
+
+    Raises:
+        InputError: if it is missing or damaged, nested too deeply, or has integers of thousands of digits.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except RecursionError:
+        raise InputError(f"{path} is nested too deeply for a JSON file of ours") from None
+    except ValueError as error:  # of the format, of the encoding, or an integer that is too long
+        raise InputError(f"{path} is damaged, not valid JSON ({_first_line(error)})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must contain a JSON object, but has a {type(content).__name__}")
+    return content
+
+
+def read_array(path: Path, kinds: str = "f", mapped: bool = False) -> np.ndarray:
+    """Returns the array of a .npy file, in the byte order of this machine.
+
+    Args:
+        path: the file.
+        kinds: the kinds of numbers that are valid, in NumPy's letters: "f" floating-point, "iu" integers.
+        mapped: whether it is memory-mapped, copy-on-write, and not read; an array in another byte order is read.
+
+    Raises:
+        InputError: if it is missing, damaged, or does not contain one array of such numbers.
+    """
+    array = _load(path)
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{path} has several arrays; one is expected, in NumPy's .npy format")
+    return _checked(array if mapped else np.array(array), kinds, str(path))
+
+
+def read_arrays(path: Path, names: Sequence[str], kinds: str = "f") -> list[np.ndarray]:
+    """Returns the named arrays of a .npz file, see read_array.
+
+    Raises:
+        InputError: if it is missing or damaged, or one of the arrays is missing or not of such numbers.
+    """
+    content = _load(path)
+    if isinstance(content, np.ndarray):
+        raise InputError(f"{path} has a single array; {' and '.join(names)} are expected, in NumPy's .npz format")
+    with content:
+        if missing := [name for name in names if name not in content.files]:
+            raise InputError(f"{path} has no {missing[0]}; {' and '.join(names)} are expected")
+        if sum(each.file_size for each in content.zip.infolist()) > 100 * path.stat().st_size + 1_000_000:
+            raise InputError(f"{path} is refused: unpacked, it is more than 100 times as large")
+        try:
+            arrays = [content[name] for name in names]  # which are decompressed here
+        except Exception as error:  # exceptions of zipfile, zlib and NumPy
+            raise InputError(f"{path} is damaged ({_first_line(error)}); fetch it again") from None
+    return [_checked(array, kinds, f"{name} of {path}") for name, array in zip(names, arrays, strict=True)]
+
+
+def read_pickle(path: Path) -> Any:
+    """Returns the content of a pickle: containers, numbers, text, and arrays or tensors as NumPy arrays.
+
+    Tuples, sets of numbers and arrays of text become lists, bytes text, and arrays without axes numbers.
+
+    Raises:
+        InputError: if it is missing, damaged, contains or calls anything else, or takes too much time or memory.
+    """
+    return _from_child("pickle", path)
+
+
+def read_mat(path: Path) -> dict[str, np.ndarray]:
+    """Returns the arrays Q and X of a MATLAB file, without those that are missing.
+
+    Raises:
+        InputError: if it is missing, damaged or not a MATLAB file, or takes too much time or memory.
+    """
+    return _from_child("mat", path)
+
+
+def _load(path: Path) -> Any:
+    try:
+        return np.load(path, mmap_mode="c", allow_pickle=False)  # mapped: a short file is noticed before it is read
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from None
+    except Exception as error:  # exceptions of zipfile, zlib and NumPy
+        raise InputError(f"{path} is damaged or not a NumPy file ({_first_line(error)})") from None
+
+
+def _checked(array: np.ndarray, kinds: str, what: str) -> np.ndarray:
+    if array.dtype.kind not in kinds or array.dtype.char == "g":
+        names = {"f": "floating-point numbers of at most 64 bits", "i": "integers", "S": "bytes"}
+        raise InputError(f"{what}: expected {names[kinds[0]]}, got {array.dtype} {array.shape}")
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
+def _from_child(kind: str, path: Path) -> Any:
+    try:
+        head, _, data = read_in_child(kind, path).partition(b"\n")
+        return _decoded(json.loads(head), memoryview(data))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"{path} {_first_line(error)}") from None
+
+
+def _decoded(value: Any, data: memoryview) -> Any:
+    """Returns the object of an answer, see model.pickles.Answer."""
+    if isinstance(value, list):
+        return [_decoded(inner, data) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, inner),) = value.items()
+    if kind == "dict":
+        return {key: _decoded(each, data) for key, each in inner.items()}
+    text, shape, strides, start, end = inner
+    try:
+        array = np.ndarray(shape, text, data[start:end], strides=strides)
+        array = array.astype(array.dtype.newbyteorder("="))
+        return array.tolist() if array.ndim == 0 or array.dtype.kind in "SU" else array
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"has a damaged array ({_first_line(error)}); fetch it again") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

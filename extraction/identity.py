@@ -7,7 +7,6 @@ git's index: while it stands, the key is known without reading the file again.
 import hashlib
 import os
 import time
-from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -57,14 +56,6 @@ def box_key(content_key: bytes, box: Box | None) -> bytes:
 
 def box_in_words(box: Box) -> str:
     return ",".join(str(int(number)) for number in box)
-
-
-def image_label(path: Path | str, box: Box | None, folder: Path | None) -> bytes:
-    """Returns the name of an image in a list: its path relative to the folder, and its box if there is one."""
-    name = str(path)
-    if folder is not None:
-        name = name.removeprefix(f"{folder}{os.sep}")
-    return os.fsencode(name if box is None else f"{name}|{box_in_words(box)}")
 
 
 def rows_fingerprint(hashes: np.ndarray) -> str:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from extraction.identity import Box, Identity, file_identity, stat_record
+from extraction.identity import Box, Identity, box_in_words, file_identity, stat_record
 from extraction.jpeg import decoded_jpeg
 from model.errors import InputError
 
@@ -63,7 +63,7 @@ class ImageFile:
 
     def read_identified(self) -> tuple[np.ndarray, Identity]:
         """Returns the pixels, as read, and the identity of the image from which they were decoded."""
-        pixels, identity = read_image(self.path, self.box)
+        pixels, identity = _read(self.path, self.box)
         return (pixels if self.box is None else crop(pixels, self.box, self.path)), identity
 
     def identity(self) -> Identity:
@@ -73,6 +73,11 @@ class ImageFile:
                 return file_identity(file, self.box)
         except OSError as error:
             raise ImageError(self.path, error.strerror or str(error)) from None
+
+    def label(self, folder: Path | None) -> bytes:
+        """Returns its path relative to the folder, followed by its box, if it has one: `name|x0,y0,x1,y1`."""
+        name = str(self.path) if folder is None else str(self.path).removeprefix(f"{folder}{os.sep}")
+        return os.fsencode(name if self.box is None else f"{name}|{box_in_words(self.box)}")
 
     def problem(self) -> str | None:
         """Returns why it cannot be read, or None if it can."""
@@ -126,17 +131,18 @@ def image_suffixes() -> set[str]:
     return {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
 
 
-def read_image(path: Path, box: Box | None = None) -> tuple[np.ndarray, Identity]:
-    """Decodes an image to (H, W, 3) uint8 RGB, upright by its EXIF orientation, see to_rgb; hashes it on the way.
-
-    Args:
-        path: the file.
-        box: the box with which the image is identified; the whole image is returned.
+def read_image(path: Path) -> np.ndarray:
+    """Decodes an image to (H, W, 3) uint8 RGB, upright by its EXIF orientation, see to_rgb.
 
     Raises:
         ImageError: if the file is missing, not a regular file, not an image, damaged, too large, or has no
             8-bit equivalent. Of an animation, the first frame is read.
     """
+    return _read(path, None)[0]
+
+
+def _read(path: Path, box: Box | None) -> tuple[np.ndarray, Identity]:
+    """Decodes a whole image, see read_image, and identifies it together with a box."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # reading a FIFO would never end
             raise ImageError(path, "not a file")

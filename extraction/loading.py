@@ -91,8 +91,7 @@ class ReadAhead:
         paths = [self.pixels.images[row].path for pid, row in self.pixels.reading.tolist() if pid in dead and row >= 0]
         return InputError(
             f"a process that decodes images died{f' while reading {short_list(paths)}' if paths else ''}; check that "
-            "file, or use fewer workers if memory was short; descriptors extracted so far are kept",
-            workers=self.workers // 2,
+            f"file, or use fewer than {self.workers} workers if memory was short; descriptors extracted so far are kept"
         )
 
 

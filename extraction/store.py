@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 _BLOCK_ROWS, _BLOCK_SECONDS = 512, 20.0
 _HASHED_ROWS = 64  # rows with one hash in a finished file
 _CACHED_BLOCKS = 16
+FILE_FACTS = ("rows", "fingerprint", "file", "skipped")  # what a provenance file says of its own file
 NO_KEY = bytes(KEY_BYTES)  # of a row of zeros, for an image that could not be read
 
 

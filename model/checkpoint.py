@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from model.cvnet import STAGE_DEPTHS, ResNet
 from model.errors import InputError, short_list
+from model.pickles import read_in_child
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -107,7 +108,7 @@ def load_strictly(
     state: dict[str, Tensor],
     path: Path,
     name: str,
-    guess: Callable[[list[str]], tuple[str, dict[str, int]]] = lambda wrong: ("", {}),
+    guess: Callable[[list[str]], str] = lambda wrong: "",
 ) -> Network:
     """Loads weights into the network, as float32, and sets it to evaluation mode.
 
@@ -116,7 +117,7 @@ def load_strictly(
     Args:
         state: the weights, under the names that the network uses.
         path, name: the file and the name of the network, for error messages.
-        guess: given the keys of wrong shape, returns the likely reason for an error about keys, and advice.
+        guess: given the keys of wrong shape, returns the likely reason for an error about keys.
 
     Raises:
         InputError: if a key is missing, unknown, of the wrong shape, or not finite. The message names the
@@ -136,8 +137,7 @@ def load_strictly(
             for keys, what in ((missing, "missing"), (unknown, "unknown"), (wrong, "of the wrong shape"))
             if keys
         ]
-        reason, advice = guess(wrong)
-        raise InputError(f"{path} does not fit {name}: keys {'; '.join(problems)}{reason}", **advice)
+        raise InputError(f"{path} does not fit {name}: keys {'; '.join(problems)}{guess(wrong)}")
     for key, value in state.items():
         if not is_plain(value) or value.is_floating_point() != expected[key].is_floating_point():
             raise InputError(f"{path}: {key} must be a plain tensor of {expected[key].dtype}, got {_kind(value)}")
@@ -154,20 +154,26 @@ def load_strictly(
     return network.eval().requires_grad_(False)
 
 
+def is_tensor_file(path: Path) -> bool:
+    """Returns whether a file begins like one of torch.save, in today's format or that before PyTorch 1.6."""
+    return _begins_with(path, _ZIP_MAGIC) or _begins_with(path, _LEGACY_MAGIC)
+
+
 def load_tensors(path: Path) -> object:
     """Loads a file with torch.load and weights_only, memory-mapped if the format allows; errors are one line.
 
     Raises:
-        InputError: if the file is missing, not a PyTorch file, damaged, or contains more than tensors.
+        InputError: if the file is missing, not a PyTorch file, damaged, contains more than tensors, or takes too long.
     """
     if not path.is_file():
         raise InputError(f"no file {path}")
-    zipped = _begins_with(path, _ZIP_MAGIC)
-    if not zipped and not _begins_with(path, _LEGACY_MAGIC):
+    if not is_tensor_file(path):
         raise InputError(f"{path} is not a PyTorch file" if path.stat().st_size else f"{path} is empty")
+    zipped = _begins_with(path, _ZIP_MAGIC)
+    if zipped and not zipfile.is_zipfile(path):  # the directory of an archive is at its end
+        raise InputError(f"{path} is damaged: the end of the archive is missing; fetch it again")
+    _try_pickles(path, _version(path))
     try:
-        if zipped and not zipfile.is_zipfile(path):  # the directory of an archive is at its end
-            raise EOFError("the end of the archive is missing")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError:
         raise InputError(
@@ -175,7 +181,7 @@ def load_tensors(path: Path) -> object:
         ) from None
     except Exception as error:  # damaged archives raise almost any exception
         reason = str(error).splitlines()[0] if str(error) else "unexpected end of file"
-        raise InputError(f"{path} is truncated or damaged ({reason}); fetch it again") from None
+        raise InputError(f"{path} is damaged ({reason}); fetch it again") from None
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -227,6 +233,15 @@ def _version(path: Path) -> tuple[int, ...]:
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
+@lru_cache(maxsize=64)
+def _try_pickles(path: Path, version: tuple[int, ...]) -> None:
+    """Raises InputError if the pickles of a file are damaged or take too long: torch.load has no limit of time."""
+    try:
+        read_in_child("torch", path)
+    except ValueError as error:
+        raise InputError(f"{path} {error}") from None
+
+
 @lru_cache(maxsize=2)
 def _read_model_state(path: Path, version: tuple[int, ...]) -> dict[str, object]:
     state = load_tensors(path)
@@ -249,10 +264,10 @@ def _network_name(depth: int | None) -> str:
     return f"ResNet-{depth}" if depth else "network of another depth"
 
 
-def _guess(state: dict[str, Tensor], depth: int, wrong: list[str]) -> tuple[str, dict[str, int]]:
+def _guess(state: dict[str, Tensor], depth: int, wrong: list[str]) -> str:
     found = _depth_of(state)
     if found != depth and found is not None:
-        return f"; it is a ResNet-{found}: name another file", {"depth": found}
+        return f"; it is a ResNet-{found}: give its depth, or another file"
     if len(wrong) <= 2 and any(text.startswith("head.fc.") for text in wrong):
-        return "; its descriptors have another size", {"dim": len(state["head.fc.weight"])}
-    return "; it may come from another project, or be cut off", {}
+        return f"; its descriptors have {len(state['head.fc.weight'])} dimensions: give this number"
+    return "; it may come from another project, or be cut off"

@@ -35,7 +35,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     if device.type == "cuda" and device.index is None and count:
         return torch.device("cuda", local_rank % count)
     if device.type == "cuda" and (device.index or 0) >= count:
-        raise InputError(f"device {name}: PyTorch sees {count} GPUs here", device="cpu")
+        raise InputError(f"device {name}: PyTorch sees {count} GPUs here; choose cpu")
     return device
 
 

@@ -22,8 +22,7 @@ from .pooling import SAFE_POWER, GeM, GeMPlus, RegionalGeM, ScaleGeM
 log = logging.getLogger(__name__)
 
 SCALES = (0.7071, 1.0, 1.4142)
-# By the number of scales.
-SCALE_SETS = {1: (1.0,), 3: SCALES, 5: (0.5, *SCALES, 2.0)}
+SCALE_SETS = {1: (1.0,), 3: SCALES, 5: (0.5, *SCALES, 2.0)}  # the paper's, by the number of scales
 
 # These have no state, so that all networks can share them.
 GEMP, RGEM, SGEM = GeMPlus(), RegionalGeM(), ScaleGeM()

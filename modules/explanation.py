@@ -20,8 +20,7 @@ class Neighbour(NamedTuple):
     Attributes:
         place: the place of the neighbour; the first neighbour is the candidate itself.
         weight: its weight w_j in the refined descriptor; the weights sum to 1.
-        to_query: q . x_j. S1 is the sum of weight * to_query.
-        to_expanded: e . x_j. S2 is the sum of weight * to_expanded; "original" S2 is that of the candidate itself.
+        to_query, to_expanded: q . x_j and e . x_j; S1 and S2 are the sums of their products with the weights.
     """
 
     place: int
@@ -36,11 +35,11 @@ class Explanation(NamedTuple):
     Attributes:
         before, after: its places before and after reranking.
         cosine: q . x, the similarity in the search.
-        s1: q . x', the similarity of the query and the refined descriptor.
-        s2: e . x' (or e . x for "original"), the similarity of the expanded query.
+        s1, s2: q . x' and e . x', the similarities of its refined descriptor to the query and to the expanded query.
         score: (s1 + s2) / 2, by which the candidates are sorted.
         neighbours: the terms of both sums: the candidate itself, then its neighbours by similarity.
-        chosen: the places of the candidates whose refined descriptors form the expanded query, highest S1 first.
+        expansion: the places of the candidates whose refined descriptors form the expanded query, highest S1 first.
+        s2_descriptors: "refined", or "original" if s2 is e . x, with the candidate's own descriptor.
     """
 
     before: int
@@ -50,7 +49,8 @@ class Explanation(NamedTuple):
     s2: float
     score: float
     neighbours: tuple[Neighbour, ...]
-    chosen: tuple[int, ...]
+    expansion: tuple[int, ...]
+    s2_descriptors: str
 
 
 def explain(
@@ -74,7 +74,7 @@ def explain(
 
     >>> import torch
     >>> why = explain(torch.eye(4)[0], torch.eye(4)[[1, 0, 2]], 1, SuperGlobalReranker(m=3, k=1))
-    >>> why.before, why.after, why.chosen
+    >>> why.before, why.after, why.expansion
     (1, 0, (1, 0))
     """
     reranker = SuperGlobalReranker() if reranker is None else reranker
@@ -85,22 +85,20 @@ def explain(
         raise ValueError(f"there is no candidate at place {place}, counted from 0; {count} are reranked")
     with torch.no_grad():
         scores = superglobal_scores(q, x, reranker.k, reranker.beta, reranker.s2, present)
-        total = (scores.s1 + scores.s2) / 2  # -inf for absent candidates, like s1
-        order = total.argsort(dim=1, descending=True, stable=True)[0].tolist()
+        total = (scores.s1 + scores.s2)[0] / 2  # -inf for absent candidates, like s1
         to_query, to_expanded = x[0] @ q[0], x[0] @ scores.expanded[0]
-    near = scores.neighbours[0, place].tolist()
-    terms = zip(near, scores.weights[0, place].tolist(), strict=True)
+    near = scores.neighbours[0, place]
+    if present is not None:  # absent candidates are the last neighbours
+        near = near[present[0, near]]
+    terms = zip(near, scores.weights[0, place], to_query[near], to_expanded[near], strict=False)
     return Explanation(
         before=place,
-        after=order.index(place),
+        after=total.argsort(descending=True, stable=True).tolist().index(place),
         cosine=to_query[place].item(),
         s1=scores.s1[0, place].item(),
         s2=scores.s2[0, place].item(),
-        score=total[0, place].item(),
-        neighbours=tuple(
-            Neighbour(other, weight, to_query[other].item(), to_expanded[other].item())
-            for other, weight in terms
-            if present is None or present[0, other]
-        ),
-        chosen=tuple(dict.fromkeys(scores.chosen[0].tolist())),
+        score=total[place].item(),
+        neighbours=tuple(Neighbour(*(value.item() for value in term)) for term in terms),
+        expansion=tuple(dict.fromkeys(scores.chosen[0].tolist())),
+        s2_descriptors=reranker.s2,
     )

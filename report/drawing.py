@@ -3,11 +3,12 @@
 import base64
 import io
 import math
-from collections.abc import Sequence
-from itertools import cycle
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
+from matplotlib import cycler, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -18,6 +19,25 @@ from revisitop.evaluate import Metrics
 from revisitop.measures import RECALL_LEVELS
 
 
+def _style(ink: str, grid: str, *lines: str) -> dict[str, Any]:
+    """Returns the settings of matplotlib for a plot with these colours; the first line is grey."""
+    return {
+        "figure.figsize": (4, 3), "figure.constrained_layout.use": True, "savefig.transparent": True,
+        "axes.titlelocation": "left", "axes.titlesize": 11, "axes.titleweight": "bold", "axes.labelsize": 9,
+        "axes.prop_cycle": cycler(color=("#8b949e", *lines)), "lines.linewidth": 1.8, "grid.linewidth": 0.8,
+        "xtick.labelsize": 9, "ytick.labelsize": 9, "xtick.major.size": 0, "ytick.major.size": 0,
+        "legend.frameon": False, "legend.fontsize": 9,
+        **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), ink), "grid.color": grid,
+    }  # fmt: skip
+
+
+_STYLES = {
+    "light": _style("#2a2f35", "#dfe3e8", "#0b62c4", "#b3541e", "#1b7f5c"),
+    "dark": _style("#d5d9de", "#3a4149", "#5aa7f7", "#f0a35e", "#6cc7a1"),
+}
+_RED = "#e5484d"
+
+
 def draw_curves(metrics: dict[str, dict[str, Metrics]]) -> list[dict[str, str]]:
     """Draws interpolated precision over recall, one plot per protocol that has metrics, as data URIs of SVG.
 
@@ -25,101 +45,86 @@ def draw_curves(metrics: dict[str, dict[str, Metrics]]) -> list[dict[str, str]]:
     """
     plots = []
     for protocol in [each.protocol for each in next(iter(metrics.values()), {}).values()]:
-        name, title = protocol.measure.title, protocol.title
-        results = {stage: of[protocol.name] for stage, of in metrics.items() if not math.isnan(of[protocol.name].map)}
+        measure, results = protocol.measure.title, {stage: of[protocol.name] for stage, of in metrics.items()}
+        results = {stage: result for stage, result in results.items() if not math.isnan(result.map)}
         if results:
-            maps = ", ".join(f"{stage} {name} {100 * result.map:.2f}" for stage, result in results.items())
-            plot = {"alt": f"Precision over recall, {title}: {maps}"}
-            plots.append(plot | {name: _draw_curve(title, results, name == "dark") for name in ("light", "dark")})
+            maps = ", ".join(f"{stage} {measure} {100 * result.map:.2f}" for stage, result in results.items())
+            alt = f"Precision over recall, {protocol.title}: {maps}"
+            plots.append(_plot(alt, protocol.title, partial(_draw_curve, results)))
     return plots
 
 
-def _draw_curve(title: str, results: dict[str, Metrics], dark: bool) -> str:
-    figure, axes, ink = _axes(dark, title)
-    colours = ("#8b949e", *(("#5aa7f7", "#f0a35e", "#6cc7a1") if dark else ("#0b62c4", "#b3541e", "#1b7f5c")))
-    for (stage, result), colour in zip(results.items(), cycle(colours), strict=False):
-        recall = np.linspace(0, 100, RECALL_LEVELS)
+def _draw_curve(results: dict[str, Metrics], axes: Axes) -> None:
+    recall = np.linspace(0, 100, RECALL_LEVELS)
+    for stage, result in results.items():
         label = f"{stage}, {result.protocol.measure.title} {100 * result.map:.2f}"
         style = (0, (4, 1.5)) if stage == "retrieval" else "-"
-        axes.plot(
-            recall, 100 * result.precision, label=label, color=colour, linestyle=style, linewidth=1.8, clip_on=False
-        )
+        axes.plot(recall, 100 * result.precision, label=label, linestyle=style, clip_on=False)
     axes.set(xlim=(0, 100), ylim=(0, 100), xlabel="recall in percent", ylabel="precision in percent")
-    axes.legend(loc="best", frameon=False, labelcolor=ink, fontsize=9)
-    axes.grid(color="#3a4149" if dark else "#dfe3e8", linewidth=0.8)
-    return _finished(figure, axes, ink)
+    axes.legend(loc="best")
+    axes.grid()
 
 
 def draw_heat_map(
     values: Sequence[Sequence[float]],
     down: tuple[str, Sequence[Any]],
     across: tuple[str, Sequence[Any]],
-    chosen: tuple[Any, Any],
+    best: tuple[Any, Any],
 ) -> dict[str, str]:
     """Draws a metric in percent for each pair of values of two options, as a plot like those of draw_curves.
 
     Args:
         values: a row per value of `down`; NaN for missing values.
         down, across: the options and their values.
-        chosen: the pair that is framed.
+        best: the pair that is framed.
     """
+    table = np.array(values, dtype=float)
+    middle = (np.nanmin(table) + np.nanmax(table)) / 2
 
-    def draw(dark: bool) -> str:
-        figure, axes, ink = _axes(dark, f"{down[0]} and {across[0]}")
-        table = np.array(values, dtype=float)
+    def draw(axes: Axes) -> None:
         axes.imshow(table, cmap="cividis", aspect="auto")
-        middle = (np.nanmin(table) + np.nanmax(table)) / 2
         for (row, column), value in np.ndenumerate(table):
             if not math.isnan(value):
                 colour = "white" if value < middle else "black"
                 axes.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=8, color=colour)
-        place = (across[1].index(chosen[1]) - 0.5, down[1].index(chosen[0]) - 0.5)
-        axes.add_patch(Rectangle(place, 1, 1, fill=False, edgecolor="#e5484d", linewidth=2.5))
+        place = (across[1].index(best[1]) - 0.5, down[1].index(best[0]) - 0.5)
+        axes.add_patch(Rectangle(place, 1, 1, fill=False, edgecolor=_RED, linewidth=2.5))
         axes.set(xlabel=across[0], ylabel=down[0])
-        axes.set_xticks(range(len(across[1])), [f"{each}" for each in across[1]])
-        axes.set_yticks(range(len(down[1])), [f"{each}" for each in down[1]])
-        return _finished(figure, axes, ink)
+        axes.set_xticks(range(len(across[1])), map(str, across[1]))
+        axes.set_yticks(range(len(down[1])), map(str, down[1]))
 
-    alt = f"Heat map of {down[0]} and {across[0]}; chosen are {chosen[0]} and {chosen[1]}"
-    return {"alt": alt, "light": draw(False), "dark": draw(True)}
+    alt = f"Heat map of {down[0]} and {across[0]}; chosen are {best[0]} and {best[1]}"
+    return _plot(alt, f"{down[0]} and {across[0]}", draw)
 
 
-def draw_lines(option: str, values: Sequence[Any], metrics: Sequence[float], chosen: Any) -> dict[str, str]:
-    """Draws a metric in percent for each value of an option, with the chosen one marked; like draw_curves."""
+def draw_lines(option: str, values: Sequence[Any], metrics: Sequence[float], best: Any) -> dict[str, str]:
+    """Draws a metric in percent for each value of an option, with the best one marked; like draw_curves."""
 
-    def draw(dark: bool) -> str:
-        figure, axes, ink = _axes(dark, option)
-        places = range(len(values))
-        axes.plot(places, metrics, color="#5aa7f7" if dark else "#0b62c4", marker="o", linewidth=1.8)
-        best = list(values).index(chosen)
-        axes.plot([best], [metrics[best]], color="#e5484d", marker="o", markersize=9)
+    def draw(axes: Axes) -> None:
+        place = list(values).index(best)
+        axes.plot(metrics, color="C1", marker="o")
+        axes.plot([place], [metrics[place]], color=_RED, marker="o", markersize=9)
         axes.set(xlabel=option, ylabel="metric in percent")
-        axes.set_xticks(places, [f"{each}" for each in values])
-        axes.grid(color="#3a4149" if dark else "#dfe3e8", linewidth=0.8)
-        return _finished(figure, axes, ink)
+        axes.set_xticks(range(len(values)), map(str, values))
+        axes.grid()
 
     listed = ", ".join(f"{value}: {metric:.2f}" for value, metric in zip(values, metrics, strict=True))
-    return {"alt": f"Metric by {option}: {listed}", "light": draw(False), "dark": draw(True)}
+    return _plot(f"Metric by {option}: {listed}", option, draw)
 
 
-def _axes(dark: bool, title: str) -> tuple[Figure, Axes, str]:
-    """Returns a figure of the size used in the page, with a title, its axes, and the colour of text and lines."""
-    ink = "#d5d9de" if dark else "#2a2f35"
-    figure = Figure(figsize=(4, 3), layout="constrained")
-    axes = figure.subplots()
-    axes.set_title(title, loc="left", color=ink, fontsize=11, fontweight="bold")
-    return figure, axes, ink
-
-
-def _finished(figure: Figure, axes: Axes, ink: str) -> str:
-    """Returns the figure as a data URI of SVG, with coloured axes and no frame."""
-    axes.tick_params(colors=ink, labelsize=9, length=0)
-    for label in (axes.xaxis.label, axes.yaxis.label):
-        label.set(color=ink, fontsize=9)
-    axes.spines[:].set_visible(False)
-    content = io.BytesIO()
-    figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})
-    return _data_uri("image/svg+xml", content.getvalue())
+def _plot(alt: str, title: str, draw: Callable[[Axes], None]) -> dict[str, str]:
+    """Returns what a function draws on axes, for a light and a dark background, in the size used in the page."""
+    plot = {"alt": alt}
+    for name, style in _STYLES.items():
+        with rc_context(style):
+            figure, content = Figure(), io.BytesIO()
+            axes = figure.subplots()
+            axes.set_title(title)
+            draw(axes)
+            axes.spines[:].set_visible(False)
+            figure.savefig(content, format="svg", metadata={"Date": None})
+        plot[name] = _data_uri("image/svg+xml", content.getvalue())
+    return plot
 
 
 def read_thumbnail(image: ImageFile, side: int) -> Image.Image:
@@ -147,9 +152,8 @@ def jpeg_uri(thumbnail: Image.Image, side: int, quality: int) -> str:
 def _draw_box(thumbnail: Image.Image, box: Box, x_scale: float, y_scale: float) -> None:
     """Draws a box, given in pixels of the whole image, on its thumbnail: a light line between dark ones."""
     right, bottom = thumbnail.width - 1, thumbnail.height - 1
-    (x0, x1), (y0, y1) = sorted(box[::2]), sorted(box[1::2])
-    x0, x1 = (min(max(x * x_scale, 0), right) for x in (x0, x1))
-    y0, y1 = (min(max(y * y_scale, 0), bottom) for y in (y0, y1))
+    x0, x1 = (min(max(x * x_scale, 0), right) for x in sorted(box[::2]))
+    y0, y1 = (min(max(y * y_scale, 0), bottom) for y in sorted(box[1::2]))
     pen = ImageDraw.Draw(thumbnail)
     pen.rectangle((x0, y0, x1, y1), outline=(20, 20, 20), width=5)
     if min(x1 - x0, y1 - y0) > 2:

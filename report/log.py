@@ -4,6 +4,7 @@ import importlib.metadata
 import logging
 import platform
 import sys
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
@@ -27,12 +28,18 @@ class _LogFile(logging.FileHandler):
 
 
 class _Screen(logging.StreamHandler):
-    """Log lines on the screen; the reader may close the pipe."""
+    """Log lines on the screen. The reader may close the pipe; any other screen that cannot be written is left out."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        if isinstance(sys.exc_info()[1], BrokenPipeError):
+        error = sys.exc_info()[1]
+        if isinstance(error, BrokenPipeError):
             raise
-        super().handleError(record)
+        if isinstance(error, OSError):
+            logging.root.removeHandler(self)
+            with suppress(OSError):
+                print(f"the screen cannot be written ({error.strerror}); see the log file", file=sys.stderr)
+        else:
+            super().handleError(record)
 
 
 class _OneLine(logging.Formatter):
@@ -53,10 +60,7 @@ def start_log(path: Path, config: dict[str, Any], screen: TextIO | None = None) 
     Raises:
         InputError: if the file cannot be written.
     """
-    screen = screen or sys.stdout
-    if hasattr(screen, "reconfigure"):
-        screen.reconfigure(errors="backslashreplace")  # a file name may not be valid text
-    lines = _Screen(screen)
+    lines = _Screen(screen or sys.stdout)
     lines.addFilter(lambda record: record.levelno < logging.ERROR)  # errors go to stderr
     lines.setFormatter(_OneLine("%(message)s"))
     try:
@@ -66,18 +70,11 @@ def start_log(path: Path, config: dict[str, Any], screen: TextIO | None = None) 
             f"cannot write {path.absolute()} ({error.strerror}); start from a folder that you can write to"
         ) from None
     file.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
-    logging.basicConfig(level=logging.INFO, handlers=[lines, file], force=True)
-    head: dict[str, Any] = {
-        "date": datetime.now().isoformat(timespec="seconds"),
-        "command": command_line(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in _PACKAGES},
-        },
-        "config": config,
-    }
-    versions = ", ".join(f"{name} {version}" for name, version in head["versions"].items())
-    dump = yaml.safe_dump(config).splitlines()
-    for line in (f"command: {head['command']}", f"versions: {versions}", "config:", *dump):
+    # The screen is the last, so that no other handler misses a line when it is removed.
+    logging.basicConfig(level=logging.INFO, handlers=[file, lines], force=True)
+    versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _PACKAGES}}
+    date, command = datetime.now().isoformat(timespec="seconds"), command_line()
+    listed = ", ".join(f"{name} {version}" for name, version in versions.items())
+    for line in (f"command: {command}", f"versions: {listed}", "config:", *yaml.safe_dump(config).splitlines()):
         file.handle(logging.makeLogRecord({"msg": line, "levelname": "INFO", "levelno": logging.INFO}))
-    return head
+    return {"date": date, "command": command, "versions": versions, "config": config}

@@ -7,25 +7,28 @@ data (Page, Section, Query, Hit), so that it can also show rankings without grou
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
+import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from extraction.images import ImageError, ImageFile
 from model.errors import InputError, short_list
+from modules.explanation import Explanation, explain
+from modules.reranking import SuperGlobalReranker
 from report.drawing import draw_curves, jpeg_uri, read_thumbnail
 from report.results import Evaluated
 from revisitop.dataset import Dataset
 from revisitop.evaluate import Metrics, query_aps
-from revisitop.explained import Explained
 from revisitop.protocols import REVISITED_PROTOCOLS, Protocol
+from revisitop.retrieve import Ranking
+from revisitop.stages import Reranked, Searched, Stage
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +38,8 @@ PAGE_BYTES = 15_000_000
 _SIZES = ((192, 75), (176, 70), (160, 65), (144, 55), (120, 50), (96, 40), (64, 30))
 _QUERY_SCALE = 2  # the image of a query is larger by this factor
 _MAX_IMAGES = 3500  # this many certainly fit at the smallest size, even noise with long names
+# The labels of the kinds of the ground truth; all other kinds are "right".
+_LABELS = {"easy": "easy", "hard": "hard", "junk": "ignored", "itself": "ignored"}
 
 
 @dataclass(frozen=True)
@@ -52,46 +57,9 @@ class Hit:
 
     name: str
     image: ImageFile | None
-    score: float | None
+    score: float | None = None
     label: str | None = None
     moved: int | None = None
-
-
-@dataclass(frozen=True)
-class Term:
-    """A neighbour of a candidate, see modules.explanation.Neighbour."""
-
-    hit: Hit
-    weight: float
-    to_query: float
-    to_expanded: float
-
-
-@dataclass(frozen=True)
-class Why:
-    """The explanation of a result's place after reranking, see modules.explanation.Explanation.
-
-    Attributes:
-        hit: the result that is explained.
-        before, after: its places, from 0.
-        original: whether S2 compares the expanded query with the candidate's own descriptor.
-    """
-
-    hit: Hit
-    before: int
-    after: int
-    cosine: float
-    s1: float
-    s2: float
-    score: float
-    neighbours: list[Term]
-    chosen: list[Hit]
-    original: bool = False
-
-    @property
-    def images(self) -> list[ImageFile]:
-        hits = (self.hit, *(term.hit for term in self.neighbours), *self.chosen)
-        return [hit.image for hit in hits if hit.image is not None]
 
 
 @dataclass(frozen=True)
@@ -103,20 +71,22 @@ class Query:
         image: the image; its box, if any, is drawn on it.
         rankings: the first results of each stage, best first: of the search, then of each reranking.
         aps: average precision of each stage, between 0 and 1; empty without ground truth or positives.
-        why: the explanation of one result, or None.
+        explanation: the explanation of one result, or None.
+        candidates: the results that the explanation mentions, by their places in the search.
     """
 
     name: str
     image: ImageFile
     rankings: dict[str, list[Hit]]
     aps: dict[str, float] = field(default_factory=dict)
-    why: Why | None = None
+    explanation: Explanation | None = None
+    candidates: Mapping[int, Hit] = field(default_factory=dict)
 
     @property
     def images(self) -> list[ImageFile]:
         """Returns the images of its results and of the explanation."""
-        hits = (hit for ranking in self.rankings.values() for hit in ranking)
-        return [*(hit.image for hit in hits if hit.image is not None), *(self.why.images if self.why else ())]
+        hits = [*(hit for ranking in self.rankings.values() for hit in ranking), *self.candidates.values()]
+        return [hit.image for hit in hits if hit.image is not None]
 
     @property
     def changes(self) -> dict[str, float]:
@@ -138,7 +108,7 @@ class Section:
         omitted: number of queries that are not shown.
         plots: plots below the note, each with alt, light and dark, see report/drawing.py.
         caption: the caption of the plots.
-        tables: tables below the plots.
+        tables: tables below the plots, by caption: rows of cells, the first of which is the heading.
         headings: headings for the rankings of the stages; by default they name the score that sorts them.
     """
 
@@ -150,7 +120,7 @@ class Section:
     omitted: int = 0
     plots: list[dict[str, str]] = field(default_factory=list)
     caption: str = ""
-    tables: "list[Table]" = field(default_factory=list)
+    tables: dict[str, list[list[str]]] = field(default_factory=dict)
     headings: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -160,35 +130,20 @@ class Section:
         return {hit.label for hit in hits if hit.label is not None}
 
     @property
-    def protocols(self) -> list[Protocol]:
-        return [each.protocol for each in next(iter(self.metrics.values()), {}).values()]
+    def protocols(self) -> tuple[Protocol, ...]:
+        return tuple(each.protocol for each in next(iter(self.metrics.values()), {}).values())
 
-    def changed(self) -> "list[Changed]":
-        """Returns how each reranking changed the AP of the queries."""
-        changed = []
+    def ap_changes(self) -> Iterator[tuple[str, list[Query], list[Query], int]]:
+        """Yields, for each reranking, the queries whose AP it raised, those whose AP it lowered, and how many it kept.
+
+        The largest changes come first.
+        """
         for stage in dict.fromkeys(stage for query in self.queries for stage in query.changes):
-            compared = [query for query in self.queries if stage in query.changes]
-            compared.sort(key=lambda query, stage=stage: -query.changes[stage])
-            gains = [query for query in compared if query.changes[stage] > 0]
-            losses = [query for query in reversed(compared) if query.changes[stage] < 0]
-            changed.append(Changed(stage, gains, losses, len(compared) - len(gains) - len(losses)))
-        return changed
-
-
-class Table(NamedTuple):
-    """Cells of text; the first row is the heading."""
-
-    caption: str
-    rows: list[list[str]]
-
-
-class Changed(NamedTuple):
-    """The queries whose AP a reranking raised or lowered, largest change first, and the number of unchanged ones."""
-
-    stage: str
-    gains: list[Query]
-    losses: list[Query]
-    left: int
+            changed = [(query.changes[stage], query) for query in self.queries if query.changes.get(stage)]
+            changed.sort(key=lambda pair: -abs(pair[0]))
+            gains, losses = ([query for change, query in changed if change * sign > 0] for sign in (1, -1))
+            count = sum(stage in query.changes for query in self.queries)
+            yield stage, gains, losses, count - len(changed)
 
 
 @dataclass(frozen=True)
@@ -206,27 +161,20 @@ class Page:
     sections: list[Section]
 
     @property
-    def tables(self) -> list[tuple[list[Protocol], list[Section]]]:
+    def tables(self) -> dict[tuple[Protocol, ...], list[Section]]:
         """Returns the sections with metrics, grouped by their protocols."""
-        tables: list[tuple[list[Protocol], list[Section]]] = []
+        tables: dict[tuple[Protocol, ...], list[Section]] = {}
         for section in self.sections:
             if section.metrics:
-                same = next((sections for protocols, sections in tables if protocols == section.protocols), None)
-                if same is None:
-                    tables.append((section.protocols, [section]))
-                else:
-                    same.append(section)
+                tables.setdefault(section.protocols, []).append(section)
         return tables
 
 
-def evaluated_page(
-    head: dict[str, Any], results: Sequence[Evaluated], distractors: Sequence[ImageFile], options: dict[str, Any]
-) -> Page:
+def evaluated_page(head: dict[str, Any], results: Sequence[Evaluated], options: dict[str, Any]) -> Page:
     """Returns the page of a run, with its date, command and options, and a section per dataset.
 
     Args:
         head: the head of the run, see report.log.start_log, with its device.
-        distractors: the images of the distractors, which follow the database, as far as they are known.
         options: the value of each option.
     """
     settings = {name: head[name] for name in ("date", "command", "device")}
@@ -240,33 +188,23 @@ def evaluated_page(
             known = ", ".join(f"{key} {value}" for key, value in (each.facts["made_from"] or {}).items())
             settings[f"descriptors of {each.dataset.name}"] = f"{each.facts['features']}, {known or 'origin unknown'}"
     settings |= {key: str(value) for key, value in options.items()}
-    sections = [evaluated_section(each, distractors) for each in results]
+    sections = [evaluated_section(each) for each in results]
     method = "Saved descriptors" if any("features" in each.facts for each in results) else "SuperGlobal"
     return Page(f"{method} on {', '.join(each.dataset.name for each in results)}", settings, sections)
 
 
-def evaluated_section(evaluated: Evaluated, distractors: Sequence[ImageFile] = ()) -> Section:
-    """Returns the section of a dataset. AP is that of Medium, or of the only protocol of the query.
-
-    Args:
-        distractors: see evaluated_page.
-    """
-    dataset, own = evaluated.dataset, len(evaluated.dataset.database)
+def evaluated_section(evaluated: Evaluated) -> Section:
+    """Returns the section of a dataset. AP is that of Medium, or of the only protocol of the query."""
+    dataset, facts = evaluated.dataset, evaluated.facts
+    stage_aps = {stage: query_aps(metrics) for stage, metrics in evaluated.metrics.items()}
     queries = []
-    all_aps = {stage: query_aps(metrics) for stage, metrics in evaluated.metrics.items()}
     for i, image in enumerate(dataset.queries):
-        ids = {stage: ranking.ids[i].tolist() for stage, ranking in evaluated.rankings.items()}
-        scores = {stage: ranking.scores[i, :SHOWN].tolist() for stage, ranking in evaluated.rankings.items()}
-        gained = moves(ids)
-        rankings = {
-            stage: labelled_hits(dataset, i, own_ids[:SHOWN], scores[stage], distractors, gained[stage])
-            for stage, own_ids in ids.items()
-        }
-        aps = {stage: float(own[i]) for stage, own in all_aps.items()}
-        aps = {stage: ap for stage, ap in aps.items() if not math.isnan(ap)}
-        explained = evaluated.explained
-        why = explained_hit(dataset, explained, distractors) if explained and explained.query == i else None
-        queries.append(Query(dataset.query_name(i), image, rankings, aps, why))
+        name, rankings = dataset.query_name(i), first_hits(dataset, i, evaluated.rankings, i, evaluated.distractors)
+        aps = {stage: float(aps[i]) for stage, aps in stage_aps.items() if not math.isnan(aps[i])}
+        explanation = evaluated.explanations.get(i)
+        ids = evaluated.rankings["retrieval"].ids[i].tolist()
+        candidates = candidates_of(explanation, dataset, i, ids, evaluated.distractors) if explanation else {}
+        queries.append(Query(name, image, rankings, aps, explanation, candidates))
     which = " (Medium)" if dataset.protocols == REVISITED_PROTOCOLS else ""
     if len(evaluated.rankings) > 1:
         queries.sort(key=lambda query: max(map(abs, query.changes.values()), default=-1), reverse=True)
@@ -274,14 +212,86 @@ def evaluated_section(evaluated: Evaluated, distractors: Sequence[ImageFile] = (
     else:
         queries.sort(key=lambda query: query.aps.get("retrieval", math.inf))
         order = f"The queries with the lowest AP{which} come first."
-    note = f"{len(dataset.queries)} queries, {own:,} database images"
-    if "distractors" in evaluated.facts:
-        note += f", {evaluated.facts['distractors']:,} distractors"
-    if "note" in evaluated.facts:
-        note += f". {evaluated.facts['note'].capitalize()}"
+    note = f"{len(dataset.queries)} queries, {len(dataset.database):,} database images"
+    if "distractors" in facts:
+        note += f", {facts['distractors']:,} distractors"
+    if "note" in facts:
+        note += f". {facts['note'].capitalize()}"
     plots = draw_curves(evaluated.metrics)
     caption = "Mean interpolated precision of the queries; ignored images are removed from the rankings."
     return Section(dataset.name, queries, order, evaluated.metrics, f"{note}.", plots=plots, caption=caption)
+
+
+def explain_largest(
+    rankings: Mapping[str, Ranking],
+    metrics: Mapping[str, dict[str, Metrics]],
+    stages: Mapping[str, Stage],
+    searched: Searched | None,
+) -> dict[int, Explanation]:
+    """Returns the explanation of one result, by the number of its query; nothing if SuperGlobal did not rerank.
+
+    The query is the one whose AP changed most; the result is the one of its first ten that gained most places.
+
+    Args:
+        rankings, metrics: those of each stage by title, those of the search first.
+        stages: the stages after the search, by title.
+        searched: the search; None if there are no stages.
+    """
+    rerankers = {title: stage.reranker for title, stage in stages.items() if isinstance(stage, Reranked)}
+    title = next((title for title, each in rerankers.items() if isinstance(each, SuperGlobalReranker)), None)
+    if title is None:
+        return {}
+    changes = np.abs(query_aps(metrics[title]) - query_aps(metrics["retrieval"]))
+    query = int(np.argmax(np.nan_to_num(changes, nan=-1)))
+    ids = rankings["retrieval"].ids[query, : rerankers[title].m]
+    ids = ids[ids >= 0]  # an index may find fewer
+    first = rankings[title].ids[query, : min(SHOWN, len(ids))]
+    places = (first[:, None] == ids).int().argmax(dim=1).numpy()
+    place = int(places[np.argmax(places - np.arange(len(places)))])
+    rows = searched.database.rows(ids).cpu()
+    return {query: explain(searched.queries[query].cpu(), rows, place, rerankers[title])}
+
+
+def candidates_of(
+    explanation: Explanation,
+    dataset: Dataset,
+    query: int | None,
+    ids: Sequence[int],
+    distractors: Sequence[ImageFile] = (),
+) -> dict[int, Hit]:
+    """Returns the results that an explanation mentions, by their places in the search; see labelled_hits."""
+    places = sorted({*(neighbour.place for neighbour in explanation.neighbours), *explanation.expansion})
+    hits = labelled_hits(dataset, query, [ids[place] for place in places], distractors=distractors)
+    return dict(zip(places, hits, strict=True))
+
+
+def first_hits(
+    dataset: Dataset,
+    query: int | None,
+    rankings: Mapping[str, Ranking],
+    row: int,
+    distractors: Sequence[ImageFile] = (),
+) -> dict[str, list[Hit]]:
+    """Returns the first results of each stage, for one row of the rankings, with the places that each gained.
+
+    A result gains places from the first stage to its own; in the first of two stages, to the second. For the other
+    arguments, see labelled_hits.
+    """
+    ids = {stage: ranking.ids[row].tolist() for stage, ranking in rankings.items()}
+    places = {stage: {number: place for place, number in enumerate(numbers)} for stage, numbers in ids.items()}
+    first, *later = ids
+
+    def gain(number: int, stage: str) -> int | None:
+        before, after = places[first].get(number), places[stage].get(number)
+        return None if before is None or after is None else before - after
+
+    hits = {}
+    for stage, ranking in rankings.items():
+        shown, scores = ids[stage][:SHOWN], ranking.scores[row, :SHOWN].tolist()
+        other = stage if stage in later else later[0] if len(later) == 1 else None
+        moved = [gain(number, other) for number in shown] if other else None
+        hits[stage] = labelled_hits(dataset, query, shown, scores, distractors, moved)
+    return hits
 
 
 def labelled_hits(
@@ -301,67 +311,21 @@ def labelled_hits(
         distractors: the images of the distractors, as far as they are known.
         moved: the number of places that each gained; None if unknown.
     """
-    own, kinds = len(dataset.database), {} if query is None else dataset.ground_truth[query].kinds
-    labels = {number: label_of(kind) for kind, numbers in kinds.items() for number in numbers.tolist()}
-    other = None if query is None else "wrong"
-    found = []
+    size, kinds = len(dataset.database), {} if query is None else dataset.ground_truth[query].kinds
+    labels = {number: _LABELS.get(kind, "right") for kind, numbers in kinds.items() for number in numbers.tolist()}
+    unlisted = None if query is None else "wrong"
     unknown = [None] * len(ids)
+    hits = []
     for number, score, places in zip(ids, scores or unknown, moved or unknown, strict=True):
         if number < 0:  # a saved ranking may be shorter
             continue
-        if number < own:
+        if number < size:
             image, name = dataset.database[number], dataset.database_name(number)
         else:
-            image = distractors[number - own] if number - own < len(distractors) else None
-            name = f"distractor {number - own}"
-        found.append(Hit(name, image, score, labels.get(number, other), places))
-    return found
-
-
-def explained_hit(dataset: Dataset, explained: Explained, distractors: Sequence[ImageFile] = ()) -> Why:
-    """Returns the explanation with its images, labelled by the ground truth."""
-
-    def hits(places: Sequence[int]) -> list[Hit]:
-        return labelled_hits(dataset, explained.query, explained.ids[list(places)].tolist(), None, distractors)
-
-    reason = explained.explanation
-    near = hits([each.place for each in reason.neighbours])
-    return Why(
-        hit=near[0],
-        **{name: getattr(reason, name) for name in ("before", "after", "cosine", "s1", "s2", "score")},
-        neighbours=[Term(hit, *term[1:]) for hit, term in zip(near, reason.neighbours, strict=True)],
-        chosen=hits(reason.chosen),
-        original=explained.original,
-    )
-
-
-def moves(ids: dict[str, list[int]]) -> dict[str, list[int | None]]:
-    """Returns by how many places the first results of each stage moved up from the first stage (negative: down).
-
-    For the first stage, these are the places that a result gains in the second, if there are just two stages.
-    None if a result is not in both rankings.
-
-    Args:
-        ids: the complete rankings of the stages, as database numbers.
-    """
-    first, *later = ids
-    before = {number: place for place, number in enumerate(ids[first])}
-    gained: dict[str, list[int | None]] = {first: [None] * SHOWN}
-    for stage in later:
-        after = {number: place for place, number in enumerate(ids[stage])}
-        change = {number: before[number] - after[number] for number in before.keys() & after.keys()}
-        gained[stage] = [change.get(number) for number in ids[stage][:SHOWN]]
-        if len(later) == 1:
-            gained[first] = [change.get(number) for number in ids[first][:SHOWN]]
-    gained[first] = gained[first][: len(ids[first])]
-    return gained
-
-
-def label_of(kind: str) -> str:
-    """Returns the label of images of this kind of the ground truth."""
-    if kind in ("easy", "hard"):
-        return kind
-    return "ignored" if kind in ("junk", "itself") else "right"
+            image = distractors[number - size] if number - size < len(distractors) else None
+            name = f"distractor {number - size}"
+        hits.append(Hit(name, image, score, labels.get(number, unlisted), places))
+    return hits
 
 
 def write_report(page: Page, folder: Path) -> Path:
@@ -374,15 +338,9 @@ def write_report(page: Page, folder: Path) -> Path:
         InputError: if it cannot be written.
     """
     page = replace(page, sections=_first_queries(page.sections))
-    template = environment().get_template("page.html")
     originals = _read_images(page.sections)
     for side, quality in _SIZES:
-        thumbnails = {
-            (image, scale): jpeg_uri(original, scale * side, quality) for (image, scale), original in originals.items()
-        }
-        uri = partial(_uri, thumbnails)
-        html = template.render(page=page, uri=uri, query_scale=_QUERY_SCALE).encode("utf-8", errors="replace")
-        # a file name need not be valid UTF-8
+        html = _render(page, originals, side, quality)
         if len(html) < PAGE_BYTES:
             break
     path, new = folder / "index.html", folder / "index.html.new"
@@ -397,41 +355,50 @@ def write_report(page: Page, folder: Path) -> Path:
     return path
 
 
-def _uri(thumbnails: dict[tuple[ImageFile, int], str], image: ImageFile, scale: int) -> str | None:
-    return thumbnails.get((image, scale))
+def _render(page: Page, originals: Mapping[tuple[ImageFile, int], Image.Image], side: int, quality: int) -> bytes:
+    """Returns the page with thumbnails of this size."""
+    thumbnails = {
+        (image, scale): jpeg_uri(original, scale * side, quality) for (image, scale), original in originals.items()
+    }
+
+    def uri(image: ImageFile, scale: int) -> str | None:
+        return thumbnails.get((image, scale))
+
+    html = environment().get_template("page.html").render(page=page, uri=uri, query_scale=_QUERY_SCALE)
+    return html.encode("utf-8", errors="replace")  # a file name need not be valid UTF-8
 
 
 def environment() -> jinja2.Environment:
     """Returns the environment that renders the templates of this folder, with all values escaped."""
-    made = jinja2.Environment(
+    templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters["signed"] = lambda value: f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")
-    return made
+    templates.filters["signed"] = lambda value: f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")
+    return templates
 
 
 def _first_queries(sections: Sequence[Section]) -> list[Section]:
     """Returns the sections, without the queries that do not fit on one page."""
-    left, cut = _MAX_IMAGES, []
+    left, shown = _MAX_IMAGES, []
     for section in sections:
-        used = list(accumulate(1 + len(query.images) for query in section.queries))
-        count = sum(number <= left for number in used)
-        left -= used[count - 1] if count else 0
-        cut.append(replace(section, queries=section.queries[:count], omitted=len(section.queries) - count))
-    return cut
+        images = list(accumulate(1 + len(query.images) for query in section.queries))
+        count = sum(number <= left for number in images)
+        left -= images[count - 1] if count else 0
+        shown.append(replace(section, queries=section.queries[:count], omitted=len(section.queries) - count))
+    return shown
 
 
 def _read_images(sections: Sequence[Section]) -> dict[tuple[ImageFile, int], Image.Image]:
     """Returns the readable images by file and scale (1 for a result), each once, at the largest thumbnail size."""
     queries = [query for section in sections for query in section.queries]
-    wanted = [(query.image, _QUERY_SCALE) for query in queries]
-    wanted += [(image, 1) for query in queries for image in query.images]
+    sizes = [(query.image, _QUERY_SCALE) for query in queries]
+    sizes += [(image, 1) for query in queries for image in query.images]
     originals, missing = {}, []
-    for image, scale in tqdm(dict.fromkeys(wanted), desc="images of the report", unit="img", dynamic_ncols=True):
+    for image, scale in tqdm(dict.fromkeys(sizes), desc="images of the report", unit="img", dynamic_ncols=True):
         try:
             originals[image, scale] = read_thumbnail(image, scale * _SIZES[0][0])
         except ImageError as error:

@@ -1,16 +1,17 @@
 """The results of a run: its lines in the log, results.json, saved rankings, and the summary."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from extraction.images import ImageFile
 from extraction.store import write_json
+from modules.explanation import Explanation
 from revisitop.dataset import Dataset
 from revisitop.evaluate import Metrics
-from revisitop.explained import Explained
 from revisitop.layout_csv import write_predictions
 from revisitop.measures import CHALLENGE
 from revisitop.retrieve import SAVED_RANKS, Ranking
@@ -22,18 +23,16 @@ class Evaluated:
 
     Attributes:
         facts: further facts about the run on this dataset, for results.json.
-        explained: the explanation of one result for the page, or None.
+        explanations: explanations of results for the page, by the number of their query.
+        distractors: the images of the distractors, which follow the database, as far as they are known.
     """
 
     dataset: Dataset
     rankings: dict[str, Ranking]
     metrics: dict[str, dict[str, Metrics]]
     facts: dict[str, Any] = field(default_factory=dict)
-    explained: Explained | None = None
-
-    @property
-    def title(self) -> str:
-        return f"{self.dataset.name}{' + distractors' if 'distractors' in self.facts else ''}"
+    explanations: Mapping[int, Explanation] = field(default_factory=dict)
+    distractors: Sequence[ImageFile] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the results for results.json, with the AP of each query in percent by its name."""
@@ -59,7 +58,7 @@ class Evaluated:
     def lines(self) -> Iterator[str]:
         """Yields the lines for the log: mAP, values at k, and the time of each stage."""
         for stage, ranking in self.rankings.items():
-            for line in in_words(self.metrics[stage]):
+            for line in metric_lines(self.metrics[stage]):
                 yield f"{stage.capitalize()} results: {line}"
             yield f"{stage} took {ranking.seconds:.2f} s for {len(self.dataset.queries)} queries"
 
@@ -81,7 +80,7 @@ def at_k(metrics: Metrics) -> dict[str, float]:
     return {f"{measure.at}@{k}": 100 * value for k, value in zip(measure.kappas, metrics.at_k.tolist(), strict=True)}
 
 
-def in_words(metrics: Mapping[str, Metrics]) -> list[str]:
+def metric_lines(metrics: Mapping[str, Metrics]) -> list[str]:
     """Returns the metrics of all protocols in percent as lines: mAP, values at k, ranks of the first positive."""
     measure = next(iter(metrics.values())).protocol.measure
     maps = ", ".join(f"{name}: {100 * each.map:.2f}" for name, each in metrics.items())
@@ -119,6 +118,12 @@ def summary(results: list[Evaluated]) -> Iterator[str]:
             before = each.dataset.protocols
             titles = "".join(f"{protocol.title:>8}" for protocol in before)
             yield f"{f'{before[0].measure.title} in percent':<36}{titles}"
+        title = f"{each.dataset.name}{' + distractors' if 'distractors' in each.facts else ''}"
         for stage, metrics in each.metrics.items():
             values = "".join(f"{100 * metrics[protocol.name].map:8.2f}" for protocol in before)
-            yield f"{f'{each.title}, {stage}':<36}{values}"
+            yield f"{f'{title}, {stage}':<36}{values}"
+
+
+def markdown(cells: Sequence[str]) -> str:
+    """Returns a row of a table in Markdown."""
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

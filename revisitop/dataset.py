@@ -1,11 +1,11 @@
 """A labelled dataset: its images, and the ground truth of its queries."""
 
-import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -79,14 +79,6 @@ class Dataset:
         """Iterates over the queries, then the database."""
         return chain(self.queries, self.database)
 
-    @property
-    def fingerprint(self) -> str:
-        """The SHA-256 of the names and boxes of queries and database images, in order."""
-        digest, cut = hashlib.sha256(str(len(self.queries)).encode()), len(f"{self.folder}/")
-        for image in self.images():
-            digest.update(f"{str(image.path)[cut:]} {image.box}\n".encode(errors="surrogateescape"))
-        return digest.hexdigest()
-
     def check_files(self) -> None:
         """Raises InputError if images are missing; the message names the first few and their number."""
         missing, count = self.missing_files()
@@ -100,3 +92,17 @@ class Dataset:
         """Returns the missing files, and the number of files that should exist."""
         paths = dict.fromkeys(str(image.path) for image in self.images())  # text, because there may be a million
         return [Path(path) for path in paths if not os.path.isfile(path)], len(paths)
+
+
+class Layout(NamedTuple):
+    """A way in which a dataset lies in its folder.
+
+    Attributes:
+        form: what the folder of the dataset NAME contains, in words.
+        fits: returns whether a folder looks like this, from the name of the dataset and the folder.
+        read: returns the dataset, from its name and its folder.
+    """
+
+    form: str
+    fits: Callable[[str, Path], bool]
+    read: Callable[[str, Path], Dataset]

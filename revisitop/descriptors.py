@@ -1,10 +1,8 @@
-"""Load saved descriptors: the project's own, revisitop's .mat files, and those of the distractors."""
+"""Load saved descriptors and rankings: the project's own, revisitop's .mat files, and those of the distractors."""
 
 import logging
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from extraction.store import provenance_differences, provenance_path, read_provenance
-from model.checkpoint import is_plain, load_tensors
+from extraction.files import read_array, read_arrays, read_mat, read_pickle
+from extraction.store import FILE_FACTS, differences, provenance_differences, read_provenance, sidecars
+from model.checkpoint import is_plain, is_tensor_file, load_tensors
 from model.errors import InputError, short_list
-from modules.compact import Int8Rows
-from modules.search import Database
 from revisitop.dataset import Dataset
-from revisitop.measures import NOT_FOUND
+from revisitop.evaluate import positions_in
+from revisitop.layout_csv import read_predictions
 from revisitop.retrieve import Ranking
-from revisitop.safe_pickle import ArrayLike, load_pickle
 
 log = logging.getLogger(__name__)
 
+RANKINGS = (".pkl", ".csv")  # suffixes of files with a ranking instead of descriptors
 # Lengths in float16 files are off by up to 5e-4; a larger deviation is not rounding.
 _UNIT_TOLERANCE = 1e-3
 
@@ -46,94 +44,122 @@ def load_descriptors(path: Path, dataset: Dataset) -> tuple[Tensor, Tensor]:
     if path.is_dir() or suffix == ".npy":
         folder = path if path.is_dir() else path.parent
         files = [folder / f"{dataset.name}_{kind}.npy" for kind in ("query", "db")]
-        if path.suffix and not path.is_dir() and path not in files:
+        if not path.is_dir() and path not in files:
             raise InputError(f"{path}: for {dataset.name} it must be {files[0].name} or {files[1].name}")
-        arrays = [_load_npy(file) for file in files]
+        arrays = [read_array(file) for file in files]
+        for file, images in zip(files, (dataset.queries, dataset.database), strict=True):
+            check_labels(file, [image.label(dataset.folder) for image in images])
         _check_pair(*files)
-    elif suffix in (".mat", ".npz", ".pth"):
-        content = {".mat": load_mat, ".npz": _load_npy, ".pth": load_tensors}[suffix](path)
-        try:
-            arrays = [_array(content[name]) for name in ("Q", "X")]
-        except (KeyError, TypeError, IndexError):
-            raise InputError(f"{path} has no Q and X (query and database descriptors)") from None
-        except Exception as error:  # .npz files are decompressed here
-            raise InputError(f"{path}: Q or X is damaged or not a plain array ({_first_line(error)})") from None
+    elif suffix == ".npz":
+        arrays = read_arrays(path, ("Q", "X"))
+    elif suffix in (".mat", ".pth", ".pt"):
+        content: Any = read_mat(path) if suffix == ".mat" else load_tensors(path)
+        if not isinstance(content, dict) or not {"Q", "X"} <= content.keys():
+            raise InputError(f"{path} has no Q and X (query and database descriptors)")
+        arrays = [_array(content[name], f"{name} of {path}") for name in ("Q", "X")]
     else:
         raise InputError(f"{path} must be a .mat, .npz, .pth or .npy file or a folder")
-    counts = (len(dataset.queries), len(dataset.database))
-    columns_first = suffix == ".mat"
     queries, database = (
-        _rows(array, count, columns_first, f"{kind} descriptors of {path}", dataset.name)
-        for array, count, kind in zip(arrays, counts, ("query", "database"), strict=True)
+        _rows(array, count, suffix == ".mat", f"{kind} descriptors of {path}", dataset.name)
+        for array, count, kind in zip(
+            arrays, (len(dataset.queries), len(dataset.database)), ("query", "database"), strict=True
+        )
     )
     if queries.shape[1] != database.shape[1]:
         raise InputError(f"{path}: queries have {queries.shape[1]} dimensions, the database {database.shape[1]}")
     return queries, database
 
 
-def load_ranking(path: Path, dataset: Dataset) -> Ranking:
-    """Loads a saved ranking: similarities and database numbers, as in AMES' nn_*.pkl.
+def check_labels(path: Path, expected: Sequence[bytes]) -> None:
+    """Compares the images of saved descriptors with those of a dataset, if there is a file of their labels beside them.
 
     Args:
-        path: a .pkl file with a tensor or an array (2, Q, R): for each query, the similarities of its first R
-            results, best first, and their numbers; -1 where there are no more. R may be below N: images that
-            are not among the results count as never found.
+        path: the descriptors, NAME.npy; their labels are the array `labels` of NAME.npy.images.npz.
+        expected: the labels of the dataset's images, see ImageFile.label.
+
+    Raises:
+        InputError: if they differ; the message names the first difference.
+    """
+    file = Path(f"{path}.images.npz")
+    if not file.exists():
+        return
+    (labels,) = read_arrays(file, ["labels"], kinds="S")
+    for number, (label, other) in enumerate(zip_longest(labels.tolist(), expected)):
+        if label != other:
+            found, wanted = ("none" if each is None else repr(each.decode(errors="replace")) for each in (label, other))
+            raise InputError(f"{path} belongs to other images: image {number} (from 0) is {found}, not {wanted}")
+
+
+def load_ranking(path: Path, dataset: Dataset) -> Ranking:
+    """Loads a saved ranking: predictions in the challenge's format, or similarities and numbers as in AMES' nn_*.pkl.
+
+    Images that are not among the results count as never found.
+
+    Args:
+        path: a .csv file `id,images`, for a dataset in GLDv2's layout (see layout_csv.read_predictions); or a .pkl file
+            with a tensor or an array (2, Q, R): for each query, the similarities of its first R results, best first,
+            and their database numbers; -1 where there are no more.
 
     Raises:
         InputError: if the file is damaged, is not safe to load, or does not fit the dataset.
     """
-    try:
-        content = load_tensors(path)
-    except InputError:
-        content = load_pickle(path)
-    saved = _array(content) if isinstance(content, Tensor | np.ndarray | ArrayLike) else np.empty(0)
-    if saved.ndim != 3 or len(saved) != 2 or not np.issubdtype(saved.dtype, np.number):
-        raise InputError(
-            f"{path} is not a ranking: a tensor (2, Q, R) of similarities and database numbers is expected"
-        )
-    q, n, r = len(dataset.queries), len(dataset.database), saved.shape[2]
-    if saved.shape[1] != q:
-        raise InputError(f"{path} has {saved.shape[1]} queries, but {dataset.name} has {q}")
-    scores, numbers = saved[0].astype(np.float32), saved[1]
-    ids = np.where(np.isfinite(numbers), numbers, -2).astype(np.int64)
-    if (ids != numbers).any() or (ids < -1).any() or (ids >= n).any():
-        raise InputError(f"{path}: the numbers of results must be whole numbers from 0 to {n - 1}, or -1 for none")
-    for query, row in enumerate(ids):
-        there = row[row >= 0]
-        if len(np.unique(there)) < len(there):
-            raise InputError(f"{path}: query {query} (from 0) has the same image twice among its results")
-    if r < n:
-        log.warning("%s has %d results of %d images: images that are not among them count as never found", path, r, n)
-    positions = []
-    for row, listed in zip(ids, dataset.listed, strict=True):
-        place = np.full(n, NOT_FOUND, dtype=np.int64)
-        there = np.flatnonzero(row >= 0)
-        place[row[there]] = there
-        positions.append(torch.from_numpy(place[listed.numpy()]))
+    if path.suffix.lower() == ".csv":
+        predictions = read_predictions(path, dataset)
+        ids = np.full((len(predictions), max(map(len, predictions))), -1)
+        for row, numbers in zip(ids, predictions, strict=True):
+            row[: len(numbers)] = numbers
+        if empty := sum(not len(numbers) for numbers in predictions):
+            log.warning("%d of %d queries have no predictions and count 0", empty, len(predictions))
+        if unknown := sum(int((numbers < 0).sum()) for numbers in predictions):
+            log.warning("%d predictions repeat an earlier one or are not in the index; they never score", unknown)
+        scores = np.full(ids.shape, np.nan, dtype=np.float32)
+    else:
+        ids, scores = _neighbours(path, dataset)
+    positions = [torch.from_numpy(places) for places in positions_in(ids, dataset.ground_truth)]
     return Ranking(torch.from_numpy(ids), torch.from_numpy(scores), positions, 0.0)
 
 
-def descriptors_made_from(path: Path, dataset: Dataset) -> dict[str, Any]:
-    """Returns the provenance of saved descriptors; empty if they have no provenance file.
+def _neighbours(path: Path, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    if not path.is_file():
+        raise InputError(f"no file {path}")
+    saved = _array(load_tensors(path) if is_tensor_file(path) else read_pickle(path), str(path))
+    if saved.ndim != 3 or len(saved) != 2:
+        raise InputError(f"{path}: expected similarities and database numbers (2, Q, R), got the shape {saved.shape}")
+    if saved.shape[1] != len(dataset.queries):
+        raise InputError(f"{path} has {saved.shape[1]} queries, but {dataset.name} has {len(dataset.queries)}")
+    if saved.shape[2] < len(dataset.database):
+        log.warning("%s has the first %d of %d images", path, saved.shape[2], len(dataset.database))
+    return check_ids(saved[1], len(dataset.database), path), saved[0].astype(np.float32)
 
-    Args:
-        path: as in load_descriptors.
+
+def check_ids(ids: np.ndarray, n: int, path: Path) -> np.ndarray:
+    """Returns the row numbers of results, (Q, R), as int64.
+
+    Raises:
+        InputError: if they are not whole numbers from 0 to n - 1, or -1 for none, or one is twice in a row.
     """
-    file = database_file(path, dataset)
-    return {key: value for key, value in (read_provenance(file) or {}).items() if key != "stamps"}
+    numbers = np.where(np.isfinite(ids), ids, -2).astype(np.int64)
+    if (numbers != ids).any() or (numbers < -1).any() or (numbers >= n).any():
+        raise InputError(f"{path}: the numbers of results must be whole numbers from 0 to {n - 1}, or -1 for none")
+    for query, row in enumerate(numbers):
+        found = np.sort(row[row >= 0])
+        if (found[1:] == found[:-1]).any():
+            raise InputError(f"{path}: query {query} (from 0) has the same image twice among its results")
+    return numbers
+
+
+def descriptors_provenance(path: Path, dataset: Dataset) -> dict[str, Any]:
+    """Returns the provenance of saved descriptors, see load_descriptors; empty if they have no provenance file."""
+    return read_provenance(database_file(path, dataset)) or {}
 
 
 def database_file(path: Path, dataset: Dataset) -> Path:
-    """Returns the file with the database descriptors of a dataset.
-
-    Args:
-        path: as in load_descriptors.
-    """
+    """Returns the file with the database descriptors of a dataset, see load_descriptors."""
     folder = path if path.is_dir() else path.parent
     return folder / f"{dataset.name}_db.npy" if path.is_dir() or path.suffix.lower() == ".npy" else path
 
 
-def load_distractors(path: Path) -> Tensor | Int8Rows:
+def load_distractors(path: Path) -> Tensor:
     """Loads the descriptors of the distractors, (N, D), memory-mapped.
 
     Raises:
@@ -149,49 +175,32 @@ def load_distractors(path: Path) -> Tensor | Int8Rows:
     return rows
 
 
-def load_rows(path: Path) -> Tensor | Int8Rows:
-    """Loads vectors (N, D) in float16, float32 or float64, or int8 with a file of scales; memory-mapped.
+def load_rows(path: Path) -> Tensor:
+    """Loads vectors (N, D) in float16, float32 or float64, memory-mapped.
 
     Raises:
         InputError: if the file is damaged, or contains something else.
     """
-    if path.suffix == ".npy":
-        array = _load_npy(path, mmap_mode="c")
-        if array.dtype == np.int8 and array.ndim == 2 and array.size:
-            return _int8_rows(array, path)
-        rows = torch.from_numpy(array) if array.dtype in (np.float16, np.float32, np.float64) else None
-    else:
-        rows = load_tensors(path)
-    if isinstance(rows, Tensor):
-        rows = rows.detach()
+    rows = torch.from_numpy(read_array(path, mapped=True)) if path.suffix == ".npy" else load_tensors(path)
     if not isinstance(rows, Tensor) or rows.ndim != 2 or not rows.is_floating_point() or not is_plain(rows):
         raise InputError(f"{path} is not a floating-point array (N, D) with one descriptor per row")
     if not rows.numel():
         raise InputError(f"{path} contains no descriptors: its shape is {tuple(rows.shape)}")
-    return rows
+    return rows.detach()
 
 
-def scales_path(path: Path) -> Path:
-    """Returns the file with the scales of int8 rows: NAME.scale.npy for NAME.npy."""
-    return path.with_suffix(".scale.npy")
-
-
-def _int8_rows(array: np.ndarray, path: Path) -> Int8Rows:
-    scales = _load_npy(scales_path(path))
-    if not isinstance(scales, np.ndarray) or scales.dtype != np.float32 or scales.shape != (len(array),):
-        raise InputError(f"{scales_path(path)} must hold a float32 scale for each of the {len(array)} rows of {path}")
-    return Int8Rows(torch.from_numpy(array), torch.from_numpy(scales))
-
-
-def check_distractors(path: Path, provenance: dict) -> None:
+def check_distractors(path: Path, provenance: dict[str, Any], probe: np.ndarray, tolerance: float) -> None:
     """Compares the provenance of the distractors with that of the database; warns if a file has none.
+
+    Args:
+        probe, tolerance: as in extraction.store.Store.
 
     Raises:
         InputError: if they differ; the message names the differences.
     """
-    differing = provenance_differences(path, provenance)
+    differing = provenance_differences(path, provenance, probe, tolerance)
     if differing is None:
-        log.warning("%s has no provenance file %s; it is not compared with this run", path, provenance_path(path).name)
+        log.warning("%s has no provenance file %s; it is not compared with this run", path, sidecars(path)[0].name)
     elif differing:
         raise InputError(
             f"{path} was extracted with other settings ({short_list(differing)}); "
@@ -201,69 +210,21 @@ def check_distractors(path: Path, provenance: dict) -> None:
 
 def _check_pair(queries: Path, database: Path) -> None:
     """Raises InputError if query and database descriptors have different settings, as after an interrupted run."""
-    made_from = read_provenance(queries) or {}
-    provenance = {key: value for key, value in made_from.items() if key != "stamps"}
-    if differing := provenance_differences(database, provenance):
-        what = short_list(differing).replace("before", "in the database").replace("now", "in the queries")
-        raise InputError(f"{queries} and {database} have different settings ({what}); extract them again")
+    made, other = ({**(read_provenance(file) or {})} for file in (queries, database))
+    settings = {key: value for key, value in made.items() if key not in FILE_FACTS}
+    if made and other and (differing := differences(other, settings)):
+        raise InputError(
+            f"{database} (before) and {queries} (now) have different settings ({short_list(differing)}); "
+            "extract them again"
+        )
 
 
-def _array(values: Any) -> np.ndarray:
-    if isinstance(values, Tensor):
-        if not is_plain(values):
-            raise ValueError("not a plain tensor")
+def _array(values: Any, what: str) -> np.ndarray:
+    if isinstance(values, Tensor) and is_plain(values):
         return values.detach().float().numpy() if values.is_floating_point() else values.numpy()
-    return np.asarray(values)
-
-
-def add_distractors(rows: Tensor, distractors: Sequence[Tensor | Int8Rows]) -> Database:
-    """Returns the database followed by the distractors. Raises InputError if dimensions differ."""
-    if rows.shape[1] != distractors[0].shape[1]:
-        raise InputError(f"the distractors have {distractors[0].shape[1]} dimensions, the database {rows.shape[1]}")
-    return Database([rows, *distractors])
-
-
-def _load_npy(path: Path, mmap_mode: str | None = None) -> Any:
-    try:
-        return np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from None
-    except Exception as error:  # exceptions of zipfile, zlib and NumPy
-        raise InputError(f"{path} is damaged or not a NumPy file ({_first_line(error)})") from None
-
-
-# A damaged file can crash SciPy's reader, so that it runs in a process of its own.
-_READ_MAT = """
-import sys
-import numpy, scipy.io
-try:
-    content = scipy.io.loadmat(sys.argv[1], variable_names=["X", "Q"])
-except NotImplementedError:
-    sys.exit("it is in MATLAB 7.3 format (HDF5); save it with -v7")
-except Exception as error:
-    sys.exit((str(error) or type(error).__name__).splitlines()[0])
-numpy.savez(sys.argv[2], **{name: content[name] for name in ("X", "Q") if name in content})
-"""
-
-
-def load_mat(path: Path) -> dict[str, np.ndarray]:
-    """Returns the arrays Q and X of a MATLAB file, without those that are missing.
-
-    Raises:
-        InputError: if it is damaged or not a MATLAB file.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        converted = Path(folder) / "descriptors.npz"
-        command = [sys.executable, "-c", _READ_MAT, str(path.absolute()), str(converted)]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-        if done.returncode:
-            reason = done.stderr.strip().splitlines()[-1:] if done.returncode > 0 else [f"signal {-done.returncode}"]
-            raise InputError(f"{path} is damaged or not a MATLAB file ({''.join(reason)})")
-        try:
-            with np.load(converted, allow_pickle=False) as content:
-                return dict(content)
-        except ValueError:  # arrays of objects
-            raise InputError(f"{path}: Q or X is not an array of numbers") from None
+    if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiu":
+        raise InputError(f"{what} must be an array of numbers, but it is a {type(values).__name__}")
+    return values
 
 
 def _rows(array: np.ndarray, count: int, columns_first: bool, what: str, dataset: str) -> Tensor:
@@ -290,7 +251,3 @@ def _rows(array: np.ndarray, count: int, columns_first: bool, what: str, dataset
         log.warning("%s: %d of %d are not of unit length; they are normalised", what, off, count)
         rows = rows / norms[:, None]
     return rows
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -152,18 +152,17 @@ def remove_ignored(positive: np.ndarray, ignored: np.ndarray) -> np.ndarray:
     return positive - np.searchsorted(np.sort(ignored), positive)
 
 
-def evaluate_predictions(
-    predictions: Sequence[np.ndarray], ground_truth: Sequence[GroundTruth], protocols: Sequence[Protocol]
-) -> dict[str, Metrics]:
-    """Returns the metrics from lists of results that may be cut off or empty, or contain -1.
+def positions_in(results: Sequence[np.ndarray], ground_truth: Sequence[GroundTruth]) -> list[np.ndarray]:
+    """Returns the positions of the listed images in results that may be cut off or empty, see evaluate_positions.
 
     Args:
-        predictions: per query, database numbers, best first, each at most once; -1 takes a rank but never scores.
+        results: per query, database numbers, best first, each at most once; -1 takes a rank but never scores.
         ground_truth: the ground truth of each query.
-        protocols: the protocols of the dataset.
     """
     positions = []
-    for row, truth in zip(predictions, ground_truth, strict=True):
-        place = {int(number): rank for rank, number in enumerate(row) if number >= 0}
-        positions.append(np.array([place.get(int(number), NOT_FOUND) for number in truth.listed], dtype=np.int64))
-    return evaluate_positions(positions, ground_truth, protocols)
+    for row, truth in zip(results, ground_truth, strict=True):
+        numbers = np.append(row, -1)  # an array without numbers has no place to look at
+        order = numbers.argsort(kind="stable")
+        places = order[np.searchsorted(numbers, truth.listed, sorter=order).clip(max=len(row))]
+        positions.append(np.where(numbers[places] == truth.listed, places, NOT_FOUND))
+    return positions

@@ -10,7 +10,6 @@ Shapes: Q queries, N database rows, D dimensions, M candidates per query, L list
 """
 
 import logging
-import os
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -20,12 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from extraction.cache import plain_name
 from torch import Tensor
 from tqdm import tqdm
 
+from extraction.files import jsonable, write_atomically, write_json
 from extraction.owner import owned
-from extraction.store import jsonable, provenance_path, read_provenance, write_json
+from extraction.store import plain_name, read_provenance, sidecars
 from model.errors import InputError
 from modules.search import Database, SearchResult
 from revisitop.measures import NOT_FOUND
@@ -234,12 +233,10 @@ def _check_finite(rows: np.ndarray, numbers: Sequence[int]) -> None:
 
 def _keep(index: Any, file: Path, provenance: dict[str, Any]) -> None:
     """Writes the index atomically, and then its provenance."""
-    part = Path(f"{file}.part")
+    sidecars(file)[0].unlink(missing_ok=True)
     with _faiss_errors(f"{file} cannot be written"):
-        _faiss().write_index(index, str(part))
-    provenance_path(file).unlink(missing_ok=True)
-    os.replace(part, file)
-    write_json(provenance_path(file), {**provenance, "bytes": file.stat().st_size})
+        write_atomically(file, lambda out: _faiss().write_index(index, _faiss().PyCallbackIOWriter(out.write)))
+    write_json(sidecars(file)[0], {**provenance, "bytes": file.stat().st_size})
 
 
 def _faiss() -> Any:

@@ -9,18 +9,21 @@ import numpy as np
 
 from extraction.images import ImageFile, image_suffixes
 from model.errors import InputError
-from revisitop.dataset import Dataset, GroundTruth
+from revisitop.dataset import Dataset, GroundTruth, Layout
 from revisitop.protocols import CLASS_PROTOCOLS
+
+# Names of folders that are parts of a dataset, or of another layout.
+_NO_CLASSES = ("train", "val", "test", "gallery", "query", "queries", "images", "index", "database", "jpg", "__macosx")
 
 
 def class_folders(folder: Path) -> list[Path]:
-    """Returns the class folders, sorted by name, without hidden ones; empty if none contains an image.
+    """Returns the class folders, sorted by name, without hidden ones; empty if the folder is not one of classes.
 
-    A folder jpg/ belongs to another layout whose ground truth is still missing.
+    That is, if none contains an image, if there is only one, or if one has a name that means something else.
     """
-    if not folder.is_dir() or (folder / "jpg").is_dir():
+    folders = sorted(path for path in folder.glob("*/") if not path.name.startswith("."))
+    if len(folders) < 2 or any(path.name.lower() in _NO_CLASSES for path in folders):
         return []
-    folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     return folders if any(next(_images(path), None) for path in folders) else []
 
 
@@ -67,6 +70,13 @@ def read_classes(name: str, folder: Path) -> Dataset:
         names,
         np.array(in_database, dtype=np.int64),
     )
+
+
+CLASSES = Layout(
+    f"a folder of images for each of two or more classes, none of them named {', '.join(_NO_CLASSES)}",
+    lambda name, folder: bool(class_folders(folder)),
+    read_classes,
+)
 
 
 def _images(folder: Path) -> Iterator[Path]:

@@ -18,17 +18,12 @@ import numpy as np
 
 from extraction.images import Box, ImageFile, image_suffixes
 from model.errors import InputError, short_list
-from revisitop.dataset import Dataset, GroundTruth
+from revisitop.dataset import Dataset, GroundTruth, Layout
 from revisitop.protocols import challenge_protocols
 
-SOLUTIONS = ("solution.csv", "retrieval_solution_v2.1.csv")
+_SOLUTIONS = ("solution.csv", "retrieval_solution_v2.1.csv")
 _PLACES = ("", "metadata", "ground_truth")
 _CORNERS = ("x0", "y0", "x1", "y1")
-
-
-def solution_file(folder: Path) -> Path | None:
-    """Returns the solution file, which identifies a dataset of this layout, or None."""
-    return _find(folder, SOLUTIONS)
 
 
 def read_csv_dataset(name: str, folder: Path) -> Dataset:
@@ -38,12 +33,12 @@ def read_csv_dataset(name: str, folder: Path) -> Dataset:
         InputError: if a file is missing or has no header, an id of the solution is in no list, a query is not in
             the solution, an id is listed twice, or a box is empty.
     """
-    solution, index, queries = solution_file(folder), _find(folder, ("index.csv",)), _find(folder, ("queries.csv",))
-    tests = _find(folder, ("test.csv",))
-    if index is None or (queries is None and tests is None):
-        missing = "index.csv" if index is None else "queries.csv (or test.csv)"
-        raise InputError(f"{folder} has {solution.name} but no {missing}")
+    solution, index = _find(folder, *_SOLUTIONS), _find(folder, "index.csv")
+    queries, tests = _find(folder, "queries.csv"), _find(folder, "test.csv")
     listed = queries or tests
+    for file_name, file in (("solution.csv", solution), ("index.csv", index), ("queries.csv (or test.csv)", listed)):
+        if file is None:
+            raise InputError(f"{folder} has no {file_name}, which belongs to {CSV.form}")
     places = _numbered(index, _column(index))
     boxes = dict(_boxes(listed))
     truth: dict[str, GroundTruth] = {}
@@ -54,10 +49,10 @@ def read_csv_dataset(name: str, folder: Path) -> Dataset:
             raise InputError(f"{solution}: query {query} has two lines")
         if query not in boxes:
             strangers.append(query)
-        images = row["images"].split()
-        if usage.lower() == "ignored" or images == ["None"]:
+        if _is_ignored(row):
             ignored.add(query)
             continue
+        images = row["images"].split()
         unknown += [image for image in images if image not in places]
         numbers = list(dict.fromkeys(places[image] for image in images if image in places))
         truth[query] = GroundTruth({"relevant": np.array(numbers, dtype=np.int64)}, usage)
@@ -128,9 +123,12 @@ def read_predictions(path: Path, dataset: Dataset) -> list[np.ndarray]:
     Raises:
         InputError: if the file has no header `id,images`, a query twice, or an unknown query.
     """
+    solution = _find(dataset.folder, *_SOLUTIONS)
+    if solution is None:
+        raise InputError(f"{path}: {dataset.name} has no solution.csv, so that it has no predictions of this format")
     places = {name: number for number, name in enumerate(dataset.names)}
     known, found = set(dataset.query_names), {}
-    ignored = _ignored(dataset.folder)
+    ignored = {query for query, row in _rows(solution, ("id", "images"), "id") if _is_ignored(row)}
     for query, row in _rows(path, ("id", "images"), "id"):
         if query in found:
             raise InputError(f"{path}: query {query} has two lines")
@@ -146,23 +144,27 @@ def read_predictions(path: Path, dataset: Dataset) -> list[np.ndarray]:
 
 
 def write_predictions(path: Path, dataset: Dataset, ids: np.ndarray) -> None:
-    """Writes the first 100 results of each query in the format of the challenge. ids (Q, R)."""
+    """Writes the first 100 results of each query in the format of the challenge. ids (Q, R), in which -1 becomes -."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["id", "images"])
-        for query, row in zip(dataset.query_names, ids, strict=True):
-            writer.writerow([query, " ".join(dataset.names[number] for number in row[:100].tolist() if number >= 0)])
+        for query, row in zip(dataset.query_names, ids[:, :100], strict=True):
+            found = np.trim_zeros(row + 1, "b") - 1  # without -1 at the end
+            writer.writerow([query, " ".join(dataset.names[number] if number >= 0 else "-" for number in found)])
 
 
-def _ignored(folder: Path) -> set[str]:
-    rows = _rows(solution_file(folder), ("id", "images"), "id")
-    return {
-        query for query, row in rows
-        if (row.get("Usage") or "").strip().lower() == "ignored" or row["images"].split() == ["None"]
-    }  # fmt: skip
+def _is_ignored(row: dict[str, str]) -> bool:
+    return (row.get("Usage") or "").strip().lower() == "ignored" or row["images"].split() == ["None"]
 
 
-def _find(folder: Path, names: Sequence[str]) -> Path | None:
+CSV = Layout(
+    "index.csv, queries.csv and solution.csv, and images in index/ and queries/ (GLDv2's)",
+    lambda name, folder: _find(folder, *_SOLUTIONS, "index.csv", "queries.csv", "test.csv") is not None,
+    read_csv_dataset,
+)
+
+
+def _find(folder: Path, *names: str) -> Path | None:
     files = [folder / place / name for place in _PLACES for name in names]
     return next((file for file in files if file.is_file()), None)
 

@@ -1,18 +1,17 @@
 """revisitop's layout: jpg/, and gnd_NAME.pkl with easy, hard and junk images, or ok and junk as in older datasets."""
 
 import hashlib
-import math
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from extraction.files import read_pickle
 from extraction.images import ImageFile, ImageList
 from model.errors import InputError
-from revisitop.dataset import Dataset, GroundTruth
+from revisitop.dataset import Dataset, GroundTruth, Layout
 from revisitop.protocols import OK_PROTOCOLS, REVISITED_PROTOCOLS
-from revisitop.safe_pickle import ArrayLike, load_pickle
 
 _REVISITED, _OK = ("easy", "hard", "junk"), ("ok", "junk")
 
@@ -20,33 +19,52 @@ _REVISITED, _OK = ("easy", "hard", "junk"), ("ok", "junk")
 def read_ground_truth(name: str, path: Path) -> Dataset:
     """Reads the dataset of a ground-truth file; its images belong in the folder jpg/ beside the file.
 
+    In the original lists of Oxford and Paris, `good` images are as positive as `ok` ones.
+
     Raises:
         InputError: if the file is unsafe, damaged or inconsistent.
     """
-    content = load_pickle(path)
-    try:
-        names, query_names, entries = (list(content[key]) for key in ("imlist", "qimlist", "gnd"))
-    except (TypeError, KeyError, IndexError):
-        raise InputError(f"{path} is not a ground truth: a dict with imlist, qimlist and gnd is expected") from None
-    if len(query_names) != len(entries):
-        raise InputError(f"{path}: {len(query_names)} queries but {len(entries)} entries of ground truth")
+    content = read_pickle(path)
+    if not isinstance(content, dict) or not all(
+        isinstance(content.get(key), list) for key in ("imlist", "qimlist", "gnd")
+    ):
+        raise InputError(f"{path} is not a ground truth: a dict with the lists imlist, qimlist and gnd is expected")
+    names, query_names, entries = _names(content, "imlist", path), _names(content, "qimlist", path), content["gnd"]
+    if len(query_names) != len(entries) or not all(isinstance(entry, dict) for entry in entries):
+        raise InputError(f"{path}: gnd must have a dict for each of the {len(query_names)} queries")
     if not names or not query_names:
         raise InputError(f"{path}: {len(query_names)} queries and {len(names)} database images; it must have both")
-    jpg, names, query_names = path.parent / "jpg", _names(names, path, "imlist"), _names(query_names, path, "qimlist")
-    kinds = _OK if all(_has(entry, "ok") and not _has(entry, "easy") for entry in entries) else _REVISITED
-    boxes = [
-        None if kinds == _OK and not _has(entry, "bbx") else _box(entry, path, query)
-        for entry, query in zip(entries, query_names, strict=True)
-    ]
+    kinds = _OK if all("ok" in entry and "easy" not in entry for entry in entries) else _REVISITED
+    jpg, queries, truth = path.parent / "jpg", [], []
+    for query, entry in zip(query_names, entries, strict=True):
+        if kinds == _OK and "good" in entry:
+            entry["ok"] = [*_numbers(entry, "ok", path, query), *_numbers(entry, "good", path, query)]
+        box = None
+        if kinds == _REVISITED or "bbx" in entry:
+            box = tuple(_numbers(entry, "bbx", path, query).tolist())
+            if len(box) != 4 or not np.isfinite(box).all():
+                raise InputError(f"{path}: query {query} has no box bbx of four numbers x0, y0, x1, y1")
+        queries.append(ImageFile(_image(jpg, query), box))
+        truth.append(_ground_truth(entry, kinds, len(names), path, query))
+    database = [ImageFile(_image(jpg, image)) for image in names]
+    if len(repeated := set(database)) < len(database):
+        raise InputError(f"{path}: imlist has {len(database) - len(repeated)} images twice")
     return Dataset(
         name,
         path.parent,
-        [ImageFile(_image(jpg, query), box) for query, box in zip(query_names, boxes, strict=True)],
-        [ImageFile(_image(jpg, name)) for name in names],
-        [_ground_truth(entry, kinds, len(names), path, q) for entry, q in zip(entries, query_names, strict=True)],
+        queries,
+        database,
+        truth,
         OK_PROTOCOLS if kinds == _OK else REVISITED_PROTOCOLS,
         f"revisitop, {path.name} with {', '.join(kinds)}",
     )
+
+
+REVISITOP = Layout(
+    "a file gnd_NAME.pkl and images in jpg/ (revisitop's)",
+    lambda name, folder: (folder / f"gnd_{name}.pkl").is_file(),
+    lambda name, folder: read_ground_truth(name, folder / f"gnd_{name}.pkl"),
+)
 
 
 def load_distractor_list(folder: Path) -> tuple[str, ImageList]:
@@ -65,67 +83,51 @@ def load_distractor_list(folder: Path) -> tuple[str, ImageList]:
     names = [line.strip() for line in content.splitlines() if line.strip()]
     if not names:
         raise InputError(f"{path} lists no image")
+    if outside := [name for name in names if name.startswith(b"/") or b".." in name.split(b"/")]:
+        raise InputError(f"{path}: {os.fsdecode(outside[0])!r} is outside the folder of the images")
     roots = (folder, folder / "jpg")
     root = next((root for name in names[:100] for root in roots if (root / os.fsdecode(name)).is_file()), roots[1])
     return hashlib.sha256(content).hexdigest(), ImageList(root, names)
 
 
-def _names(values: Any, path: Path, key: str) -> list[str]:
-    names = [value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value for value in values]
-    wrong = [name for name in names if not isinstance(name, str) or not name or "\0" in name or len(name) > 1000]
-    if wrong:
-        raise InputError(f"{path}: {key} must contain names of images, but has {_shown(wrong[0])}")
-    return [str(name) for name in names]
+def _names(content: dict[str, Any], key: str, path: Path) -> list[str]:
+    for name in content[key]:
+        if not isinstance(name, str) or not name or "\0" in name or len(name) > 1000:
+            raise InputError(f"{path}: {key} must contain names of images, but has {_shown(name)}")
+        if name.startswith("/") or ".." in Path(name).parts:
+            raise InputError(f"{path}: {key} has {_shown(name)}, which is outside the folder of the images")
+    return content[key]
 
 
 def _image(jpg: Path, name: str) -> Path:
     return jpg / (name if name.lower().endswith(".jpg") else f"{name}.jpg")
 
 
-def _box(entry: Any, path: Path, query: str) -> tuple[float, float, float, float]:
-    try:
-        numbers = list(entry["bbx"])
-        if len(numbers) == 4 and all(_is_number(number) for number in numbers):
-            x0, y0, x1, y1 = (float(number) for number in numbers)
-            if all(map(math.isfinite, (x0, y0, x1, y1))):
-                return x0, y0, x1, y1
-    except (TypeError, ValueError, KeyError, IndexError, OverflowError):
-        pass
-    raise InputError(f"{path}: query {query} has no box bbx of four numbers x0, y0, x1, y1")
-
-
-def _has(entry: Any, key: str) -> bool:
-    return isinstance(entry, dict) and key in entry
-
-
-def _ground_truth(entry: Any, kinds: tuple[str, ...], n: int, path: Path, query: str) -> GroundTruth:
-    lists = []
+def _ground_truth(entry: dict[str, Any], kinds: tuple[str, ...], n: int, path: Path, query: str) -> GroundTruth:
+    lists = {}
     for kind in kinds:
-        try:
-            values = list(np.asarray(entry[kind]).reshape(-1)) if _is_array(entry[kind]) else list(entry[kind])
-            if not all(_is_number(value) and value == int(value) for value in values):
-                raise ValueError
-            numbers = np.array([int(value) for value in values], dtype=np.int64)
-        except (TypeError, ValueError, KeyError, IndexError, OverflowError):
-            raise InputError(f"{path}: query {query} has no list of image numbers '{kind}'") from None
-        outside = numbers[(numbers < 0) | (numbers >= n)]
-        if len(outside):
+        values = _numbers(entry, kind, path, query)
+        with np.errstate(invalid="ignore"):
+            lists[kind] = values.astype(np.int64)
+        if len(outside := values[(lists[kind] != values) | (values < 0) | (values >= n)]):
             raise InputError(
                 f"{path}: query {query} lists image {outside[0]} as {kind}, but imlist has {n} (0 to {n - 1})"
             )
-        lists.append(numbers)
-    together, counts = np.unique(np.concatenate(lists), return_counts=True)
+    together, counts = np.unique(np.concatenate([*lists.values()]), return_counts=True)
     if (counts > 1).any():
         raise InputError(f"{path}: query {query} lists image {together[counts > 1][0]} more than once")
-    return GroundTruth(dict(zip(kinds, lists, strict=True)))
+    return GroundTruth(lists)
 
 
-def _is_array(values: Any) -> bool:
-    return isinstance(values, ArrayLike | np.ndarray)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool | np.bool_)
+def _numbers(entry: dict[str, Any], key: str, path: Path, query: str) -> np.ndarray:
+    """Returns a list of numbers in the ground truth of a query as an array (L,)."""
+    try:
+        numbers = np.asarray(entry[key]).reshape(-1)
+    except (KeyError, ValueError):  # missing, or lists of different lengths
+        numbers = np.array(None)
+    if numbers.dtype.kind not in "fiu":
+        raise InputError(f"{path}: query {query} has no list of numbers '{key}'")
+    return numbers
 
 
 def _shown(value: Any) -> str:

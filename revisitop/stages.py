@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from extraction.files import scratch_rows
 from extraction.processes import Processes
-from extraction.store import scratch_rows
 from model.errors import InputError
 from modules.expansion import DBA_K, QueryExpansion, augmented_rows
 from modules.reranking import Reranker

@@ -23,11 +23,11 @@ from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor, nn
 
 from cvnet_rerank.network import CVNetLayers
+from extraction.files import read_pickle, write_atomically
 from model.checkpoint import reranker_state
 from model.cvnet import ResNet
 from model.errors import InputError
 from revisitop.layouts import dataset_folder
-from revisitop.safe_pickle import load_pickle
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def ensure_dataset(data_dir: Path, progress: Callable[[Iterable], Iterable] = it
     """
     folder = dataset_folder(data_dir, "toy")
     if folder is not None:
-        content = load_pickle(folder / "gnd_toy.pkl")
+        content = read_pickle(folder / "gnd_toy.pkl")
         if isinstance(content, dict) and content.get("version") == _VERSION:
             return
     folder = data_dir / "toy"
@@ -87,7 +87,7 @@ def ensure_landmarks(data_dir: Path, progress: Callable[[Iterable], Iterable] = 
     marker = f"toy {_VERSION}\n"
     if (folder / "made_from.txt").exists() and (folder / "made_from.txt").read_text() == marker:
         return
-    content = load_pickle(source / "gnd_toy.pkl")
+    content = read_pickle(source / "gnd_toy.pkl")
     names, queries, truth = content["imlist"], content["qimlist"], content["gnd"]
     try:
         for kind, members in (("index", names), ("queries", queries)):
@@ -128,14 +128,9 @@ def ensure_weights(folder: Path, depth: int) -> Path:
     path = folder / f"toy_R{depth}.pyth"
     if not _holds_reranker(path):
         log.info("drawing the random weights %s", path)
-        new = Path(f"{path}.{os.getpid()}.new")
-        try:
-            with new.open("wb") as file:  # given a path, torch.save would store its name in the file
-                torch.save(seeded_checkpoint(depth), file)
-            os.replace(new, path)
-        except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError if the disk is full
-            new.unlink(missing_ok=True)
-            raise InputError(f"cannot write {path} ({str(error).splitlines()[0]})") from None
+        write_atomically(
+            path, lambda file: torch.save(seeded_checkpoint(depth), file)
+        )  # a path would stand in the file
     return path
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import kept
+from model.network_recipe import NetworkRecipe
 
 from extraction.extract import extract_batch
-from model.network_recipe import NetworkRecipe
 from revisitop.layouts import load_dataset
 
 NETWORK = ("MODEL.NAME", "torchvision:resnet18", "TEST.WEIGHTS", "untrained", "TEST.SCALE_LIST", 1)

@@ -1,4 +1,3 @@
-import re
 import runpy
 from pathlib import Path
 
@@ -7,9 +6,10 @@ import torch
 from conftest import ROOT
 
 from assembly import STAGES, Subject, make_recipe, make_stages
-from config import OPTIONS, RERANKER_NAMES, make_config, pair_options, parse_config
+from config import OPTIONS, RERANKER_NAMES, SCALE_SETS, CommandLine, make_config
 from model.errors import InputError
 from model.recipe import Recipe
+from modules import descriptor
 from modules.diffusion import DiffusionReranker
 from modules.expansion import QueryExpansion
 from modules.reciprocal import KReciprocalReranker
@@ -17,113 +17,180 @@ from modules.reranking import SuperGlobalReranker
 from revisitop.stages import Augmented
 
 
+def parse(*words):
+    return CommandLine("").parse([str(word) for word in words]).cfg
+
+
+@pytest.fixture
+def yaml_file(tmp_path):
+    def write(content: str) -> tuple[str, Path]:
+        (tmp_path / "run.yaml").write_text(content)
+        return "--config-file", tmp_path / "run.yaml"
+
+    return write
+
+
 def test_the_documented_commands_parse():
     line = "MODEL.DEPTH 50 TEST.WEIGHTS ./weights TEST.DATA_DIR ./revisitop SupG.gemp SupG.rgem SupG.sgem SupG.relup"
-    cfg = parse_config([*line.split(), "SupG.rerank", "SupG.onemeval", "False"], "")
+    cfg = parse(*line.split(), "SupG.rerank", "SupG.onemeval", "False")
     assert (cfg.SupG.rerank, cfg.SupG.onemeval) == (True, False)
-    cfg = parse_config([*line.split(), "SupG.rerank", "SupG.onemeval"], "")
-    assert cfg.SupG.onemeval is True
+    assert parse(*line.split(), "SupG.rerank", "SupG.onemeval").SupG.onemeval is True
 
 
 def test_a_boolean_option_without_a_value_is_true():
-    words = ["SupG.gemp", "false", "SupG.rgem", "SupG.sgem", "0", "SupG.rerank"]
-    assert pair_options(words) == [
-        ("SupG.gemp", "false"),
-        ("SupG.rgem", True),
-        ("SupG.sgem", "0"),
-        ("SupG.rerank", True),
-    ]
-
-
-def test_values_get_the_type_of_their_default():
-    cfg = make_config([("SupG.sgem_p", "10"), ("TEST.DATASET_LIST", "['toy']"), ("SupG.rerank_beta", 1)])
-    assert (cfg.SupG.sgem_p, cfg.TEST.DATASET_LIST, cfg.SupG.rerank_beta) == (10.0, ["toy"], 1.0)
-    assert (
-        make_config([("SupG.sgem_p", "inf"), ("TEST.DATASET_LIST", "toy,rparis6k")]).TEST.DATASET_LIST[1] == "rparis6k"
-    )
+    method = parse("SupG.gemp", "false", "SupG.rgem", "SupG.sgem", "0", "SupG.onemeval").SupG
+    assert (method.gemp, method.rgem, method.sgem, method.onemeval) == (False, True, False, True)
 
 
 @pytest.mark.parametrize(
-    ("given", "scales"),
+    ("key", "text", "value"),
     [
-        ("5", (0.5, 0.7071, 1.0, 1.4142, 2.0)),
-        ("(0.5, 1, 2.5)", (0.5, 1.0, 2.5)),
-        ("[1.2]", (1.2,)),
-        ([0.5, 1], (0.5, 1.0)),
+        ("SupG.sgem_p", "10", 10.0),
+        ("SupG.sgem_p", "inf", float("inf")),
+        ("SupG.rerank_beta", 1, 1.0),
+        ("TEST.DATASET_LIST", "['toy']", ["toy"]),
+        ("TEST.DATASET_LIST", "toy,rparis6k", ["toy", "rparis6k"]),
+        ("TEST.TOPK_LIST", "[5, 400]", [5, 400]),
+        ("TEST.TOPK_LIST", "7", [7]),
+        ("SupG.relup_ends", "[]", []),
+        ("TEST.RERANKER", "aqe,cvnet", ["aqe", "cvnet"]),
+        ("TEST.SCALE_LIST", 1, [1.0]),
+        ("TEST.SCALE_LIST", "5", [0.5, 0.7071, 1.0, 1.4142, 2.0]),
+        ("TEST.SCALE_LIST", "(0.5, 1, 2.5)", [0.5, 1.0, 2.5]),
+        ("TEST.SCALE_LIST", "[1.2]", [1.2]),
+        ("TEST.SCALE_LIST", [0.5, 1], [0.5, 1.0]),
+        *(("TEST.OUT_DIR", text, text) for text in ("2024", "5", "[1]", "True", "'x'", "None", "1e3")),
     ],
 )
-def test_scales_are_a_number_or_factors(given, scales):
-    assert make_recipe(make_config([("TEST.SCALE_LIST", given)]), Path("x")).scales == scales
+def test_every_value_has_the_form_that_the_parser_gives_it(key, text, value):
+    section, leaf = key.split(".")
+    parsed = make_config([(key, text)])[section][leaf]
+    assert parsed == value
+    assert type(parsed) is type(value)
+    assert make_config([(key, parsed)])[section][leaf] == value
 
 
-def test_a_yaml_file_is_merged_before_the_command_line(tmp_path):
-    path = tmp_path / "run.yaml"
-    path.write_text("MODEL: {DEPTH: 101}\nSupG: {gemp: false, rerank_k: 5}\n")
-    cfg = parse_config(["--config-file", str(path), "SupG.rerank_k", "7"], "")
+@pytest.mark.parametrize(
+    ("words", "noun"),
+    [
+        (["SupG.gem"], "SupG.gemp"),
+        (["SupG.gemp", "SupG.gem"], "SupG.gemp"),
+        (["test.weights", "x"], "TEST.WEIGHTS"),
+        (["toy"], "toy"),
+        (["TEST.DATASET_LIST=toy"], "space"),
+        (["MODEL.DEPTH", "52"], "MODEL.DEPTH"),
+        (["MODEL.DEPTH", "deep"], "MODEL.DEPTH"),
+        (["MODEL.DEPTH"], "MODEL.DEPTH"),
+        (["SupG.rerank_k", "TEST.SCALE_LIST", "1"], "SupG.rerank_k"),
+        (["TEST.SCALE_LIST", "4"], "TEST.SCALE_LIST"),
+        (["TEST.SCALE_LIST", "(0.5, 0)"], "TEST.SCALE_LIST"),
+        (["TEST.SCALE_LIST", "(1, 1)"], "different"),
+        (["TEST.SCALE_LIST", "large"], "TEST.SCALE_LIST"),
+        (["TEST.DEVICE", "cuda:01"], "cuda:N"),
+        (["TEST.DEVICE", "cuda:٣"], "cuda:N"),
+        (["SupG.rgem_window", "1" + 20 * "0" + "1"], "odd"),
+        (["SupG.rerank_beta", "1e300"], "SupG.rerank_beta"),
+        (["MODEL.HEADS.REDUCTION_DIM", "9" * 6000], "MODEL.HEADS.REDUCTION_DIM"),
+        (["TEST.OUT_DIR", "a\0b"], "TEST.OUT_DIR"),
+        (["TEST.OUT_DIR", ""], "TEST.OUT_DIR"),
+        (["SupG.gemp", "maybe"], "True or False"),
+        (["SupG.gemp_p", "nan"], "SupG.gemp_p"),
+        (["SupG.rerank_k", "30", "SupG.rerank_m", "20"], "SupG.rerank_m"),
+        (["TEST.DATASET_LIST", "['../oxford']"], "folders"),
+        (["TEST.DATASET_LIST", "[]"], "TEST.DATASET_LIST"),
+        (["TEST.RERANKER", "superglobl"], "did you mean superglobal"),
+        (["TEST.RERANKER", "colbert"], "diffusion"),
+        (["TEST.RERANKER", "superglobal,none"], "none"),
+        (["TEST.RERANKER", "[]"], "TEST.RERANKER"),
+        (["TEST.RERANKER", "aqe,aqe"], "twice"),
+        (["TEST.RERANKER", "cvnet", "TEST.TOPK_LIST", "[0]"], "TEST.TOPK_LIST"),
+        (["--weights", "x"], "--weights"),
+    ],
+)
+def test_bad_options_are_refused_in_one_short_line(words, noun):
+    with pytest.raises(InputError, match=noun) as error:
+        parse(*words)
+    assert len(str(error.value)) < 250
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("words", "condition"),
+    [
+        (["SupG.gemp", "False", "SupG.gemp_p", "3"], "SupG.gemp"),
+        (["SupG.relup_ends", "layer2"], "MODEL.NAME cvnet"),
+        (["MODEL.NAME", "timm:resnet50", "MODEL.DEPTH", "101"], "MODEL.NAME cvnet"),
+        (["TEST.FEATURES", "x.mat", "MODEL.DEPTH", "101"], "TEST.FEATURES"),
+        (["TEST.FEATURES", "x.mat", "DATA_LOADER.NUM_WORKERS", "0"], "TEST.FEATURES"),
+        (["TEST.DISTRACTORS", "x.npy"], "SupG.onemeval"),
+        (["TEST.INDEX_ROWS", "decoded"], "TEST.INDEX"),
+        (["TEST.RERANKER", "diffusion", "RERANK.QE_N", "5"], "aqe or alpha-qe"),
+        (["TEST.RERANKER", "none", "SupG.rerank_m", "30"], "superglobal"),
+        (["SupG.rerank", "False", "SupG.rerank_k", "5"], "SupG.rerank"),
+    ],
+)
+def test_an_option_that_has_no_effect_is_refused(words, condition, yaml_file):
+    with pytest.raises(InputError, match=f"no effect with(out)? .*{condition}"):
+        parse(*words)
+    key, value = words[-2:]
+    with pytest.raises(InputError, match="no effect"):
+        parse(*yaml_file(f"{key}: {value}"), *words[:-2])
+
+
+def test_an_option_that_has_an_effect_or_its_default_is_accepted():
+    assert parse("TEST.RERANKER", "aqe,diffusion", "RERANK.DIFFUSION_K", "30").RERANK.DIFFUSION_K == 30
+    assert parse("SupG.gemp", "False", "SupG.gemp_p", "4.6").SupG.gemp is False
+    assert parse("TEST.FEATURES", "x.mat", "SupG.onemeval", "MODEL.DEPTH", "101").MODEL.DEPTH == 101  # of distractors
+
+
+# ---- YAML files ----
+
+
+def test_a_yaml_file_is_merged_before_the_command_line(yaml_file):
+    words = yaml_file("MODEL: {DEPTH: 101}\nSupG: {gemp: no, rerank_k: 5}\nTEST: {DATASET_LIST: [no, on], OUT_DIR: 7}")
+    cfg = parse(*words, "SupG.rerank_k", "7")
     assert (cfg.MODEL.DEPTH, cfg.SupG.gemp, cfg.SupG.rerank_k) == (101, False, 7)
+    assert (cfg.TEST.DATASET_LIST, cfg.TEST.OUT_DIR) == (["no", "on"], "7")
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    "content",
     [
-        (["SupG.gem"], "unknown option SupG.gem; did you mean SupG.gemp?"),
-        (["SupG.gemp", "SupG.gem"], "did you mean SupG.gemp?"),
-        (["test.weights", "x"], "did you mean TEST.WEIGHTS?"),
-        (["MODEL.DEPTH", "52"], "52 is not one of 50, 101"),
-        (["MODEL.DEPTH", "deep"], "'deep' has an invalid type"),
-        (["MODEL.DEPTH"], "MODEL.DEPTH needs a value"),
-        (["TEST.SCALE_LIST", "4"], "4 is not one of 1, 3, 5"),
-        (["TEST.SCALE_LIST", "(0.5, 0)"], "is not a list of 1 to 20 factors"),
-        (["TEST.SCALE_LIST", "(1, 1)"], "has 1 twice"),
-        (["TEST.SCALE_LIST", "large"], "'large' has an invalid type"),
-        (["TEST.DEVICE", "cuda:01"], "is not one of auto, cpu, cuda, cuda:N"),
-        (["TEST.DEVICE", "cuda:٣"], "is not one of auto, cpu, cuda, cuda:N"),
-        (["SupG.rgem_window", "1" + 20 * "0" + "1"], "is not odd and between 1 and 999"),
-        (["SupG.rerank_beta", "1e300"], "is not between 0 and 1e+06"),
-        (["MODEL.HEADS.REDUCTION_DIM", "99999999999"], "is not between 1 and"),
-        (["TEST.OUT_DIR", "a\0b"], "contains a zero byte"),
-        (["SupG.gemp", "maybe"], "'maybe' has an invalid type"),
-        (["SupG.gemp_p", "nan"], "is not above 0"),
-        (["SupG.rerank_k", "30", "SupG.rerank_m", "20"], "SupG.rerank_k 30 is above SupG.rerank_m 20"),
-        (["TEST.DATASET_LIST", "['../oxford']"], "'../oxford', which is not the name of a folder"),
-        (["TEST.DATASET_LIST", "[]"], "is empty"),
-        (["SupG.rerank_k", "TEST.SCALE_LIST", "1"], "SupG.rerank_k needs a value"),
-        (["toy"], "unknown option toy; --help lists all"),
-        (["TEST.OUT_DIR", ""], "is empty"),
-        (["TEST.DEVICE", "gpu"], "is not one of auto, cpu"),
-        (["--weights", "x"], "unrecognized arguments: --weights"),
-    ],
-)
-def test_bad_options_are_rejected(words, message):
-    with pytest.raises(InputError, match=re.escape(message)):
-        parse_config(words, "")
-
-
-@pytest.mark.parametrize("value", ["2024", "5", "[1]", "True", "'x'", "None", "1e3"])
-def test_options_of_type_text_stay_text(value):
-    assert value == make_config([("TEST.OUT_DIR", value)]).TEST.OUT_DIR
-
-
-def test_a_config_file_is_never_run_and_never_grows(tmp_path):
-    evil = tmp_path / "evil.py"
-    evil.write_text("open('ran', 'w')\ncfg = {}\n")
-    bomb = tmp_path / "bomb.yaml"
-    bomb.write_text(
+        "- a\n- b\n",
+        "MODEL: [",
+        "word",
+        "",
+        "TEST: {BATCH_SIZE: 3}\nTEST: {MAX_SIDE: 5}\n",
+        "TEST: {BATCH_SIZE: 3, BATCH_SIZE: 3}\n",
+        "TEST: {DATASET_LIST: [toy, null]}",
+        "TEST: {DATASET_LIST: [toy, [toy]]}",
+        "TEST: {OUT_DIR: }",
+        "TEST: {SCALE_LIST: {a: 1}}",
+        "? [a]\n: 1",
+        f"TEST: {{BATCH_SIZE: {'9' * 6000}}}",
+        f"TEST: {{BATCH_SIZE: 0x{'f' * 6000}}}",
+        "[" * 5000,
         "a: &a [x, x]\n"
-        + "".join(f"b{i}: &b{i} [{', '.join(9 * ['*a' if i == 0 else f'*b{i - 1}'])}]\n" for i in range(30))
-    )
-    for path in (evil, bomb):
-        with pytest.raises(InputError, match=rf"{path.name} contains no YAML options"):
-            parse_config(["--config-file", str(path)], "")
+        + "".join(f"b{i}: &b{i} [{'*a, ' * 9 if i == 0 else f'*b{i - 1}, ' * 9}]\n" for i in range(30)),
+        "open('ran', 'w')\ncfg = {}\n",
+    ],
+    ids=range(16),
+)
+def test_a_file_that_is_not_a_list_of_options_is_refused_in_one_line(yaml_file, content, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as error:
+        parse(*yaml_file(content))
+    assert len(str(error.value)) < 400
+    assert str(error.value).isprintable()
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("content", ["- a\n- b\n", "MODEL: [", "word"])
-def test_a_config_file_without_options_is_rejected(tmp_path, content):
-    path = tmp_path / "run.yaml"
-    path.write_text(content)
-    with pytest.raises(InputError, match=r"run.yaml"):
-        parse_config(["--config-file", str(path)], "")
+def test_two_config_files_are_refused(yaml_file):
+    with pytest.raises(InputError, match="--config-file"):
+        parse(*yaml_file("TEST: {BATCH_SIZE: 3}"), *yaml_file("TEST: {BATCH_SIZE: 3}"))
+
+
+# ---- the same defaults, and the same sets, everywhere ----
 
 
 def test_modules_that_are_off_are_left_out_of_the_model():
@@ -132,7 +199,8 @@ def test_modules_that_are_off_are_left_out_of_the_model():
 
 
 def test_the_default_options_are_the_defaults_of_the_library():
-    assert make_recipe(make_config([]), Path("x.pyth")) == Recipe(Path("x.pyth"))
+    assert {number: tuple(scales) for number, scales in SCALE_SETS.items()} == descriptor.SCALE_SETS
+    assert make_recipe(make_config(), Path("x.pyth")) == Recipe(Path("x.pyth"))
     assert tuple(STAGES) == RERANKER_NAMES
     defaults = {
         "superglobal": SuperGlobalReranker(), "alpha-qe": QueryExpansion(), "aqe": QueryExpansion(alpha=0),
@@ -144,26 +212,6 @@ def test_the_default_options_are_the_defaults_of_the_library():
         assert repr(getattr(stage, "reranker", None) or stage.expansion) == repr(module)
     (stage,) = make_stages(make_config([("TEST.RERANKER", "dba")]), subject, torch.device("cpu")).values()
     assert stage == Augmented()
-
-
-@pytest.mark.parametrize(
-    ("value", "problem"),
-    [
-        ("colbert", "which is not one of superglobal"),
-        ("superglobal,none", "has none together with others"),
-        ("[]", "for no reranker use none"),
-        ("aqe,aqe", "has one twice"),
-    ],
-)
-def test_rerankers_are_a_list_of_known_names(value, problem):
-    with pytest.raises(InputError, match=problem):
-        make_config([("TEST.RERANKER", value)])
-
-
-def test_an_option_of_a_reranker_needs_it():
-    assert parse_config(["TEST.RERANKER", "aqe,diffusion", "RERANK.DIFFUSION_K", "30"], "").RERANK.DIFFUSION_K == 30
-    with pytest.raises(InputError, match=r"RERANK\.QE_N 5 has no effect without TEST.RERANKER aqe or alpha-qe"):
-        parse_config(["TEST.RERANKER", "diffusion", "RERANK.QE_N", "5"], "")
 
 
 def test_the_documentation_has_every_option():

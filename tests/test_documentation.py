@@ -102,8 +102,8 @@ def run_line(line: str, work: Path, command) -> None:
     for name, stand_in in STAND_INS.items():
         line = line.replace(name, stand_in)
     output = work / "output"
-    if "--predictions FILE" in line:
-        line = line.replace("--predictions FILE", f"--predictions {predictions(output)}")
+    if "predictions.csv" in line:
+        line = line.replace("predictions.csv", str(predictions(output)))
     if "RUN_" in line:
         line = line.replace("output/runs/RUN_A", str(latest(output))).replace("output/runs/RUN_B", str(latest(output)))
     if "output/runs/latest" in line or "RUN" in line or str(output) in line:

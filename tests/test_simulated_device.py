@@ -25,9 +25,9 @@ from extraction.hub import ImageDescriptor
 from extraction.images import ImageFile
 from extraction.loading import Loading
 from extraction.store import DescriptorStore
+from model.backbone import Backbone
 from model.extractor import NetworkExtractor
 from model.folding import FoldedConv
-from model.libraries import Backbone
 from model.recipe import Recipe
 from modules import attach
 from modules.checks import values_unseen
@@ -444,8 +444,8 @@ def test_the_batch_of_keys_fits_the_device_even_if_maps_are_on_the_cpu(device):
 def test_the_benchmark_of_reranking_runs_on_a_device(device, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     benchmark = runpy.run_path(str(ROOT / "benchmarks" / "rerank.py"))
-    sizes = (3, 120, 16, 30, 4)
+    on_cpu, on_device = (benchmark["problem"](3, 120, 16, 30, each) for each in (torch.device("cpu"), DEVICE))
     for name in benchmark["RERANKERS"]:
-        on_cpu, on_device = (benchmark["ours"](*sizes, on, name)() for on in (torch.device("cpu"), DEVICE))
-        np.testing.assert_array_equal(on_device, on_cpu)
-        assert benchmark["baseline"](*sizes, DEVICE, name)().shape == on_cpu.shape
+        expected = benchmark["ours"](name, *on_cpu, 4)()
+        assert torch.equal(benchmark["ours"](name, *on_device, 4)(), expected)
+        assert benchmark["baseline"](name, *on_device, 4).shape == expected.shape

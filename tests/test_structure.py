@@ -19,6 +19,7 @@ ALLOWED = {
         "PIL",
         "pillow_heif",
         "filelock",
+        "scipy",
         "simplejpeg",
         "tqdm",
         "triton",

@@ -7,7 +7,6 @@ A dataset is a folder in TEST.DATA_DIR in one of three layouts: revisitop's (gnd
 (index.csv, queries.csv, solution.csv, index/, queries/), or a folder of images per class.
 """
 
-import sys
 from collections import Counter
 from collections.abc import Iterator
 
@@ -15,13 +14,14 @@ import numpy as np
 from tqdm import tqdm
 
 from assembly import find_dataset
-from config import ADVICE, CommandLine
-from model.errors import InputError, printable, run_command, short_list
+from config import CommandLine
+from model.errors import InputError, printable, short_list
+from report.command import run_command
 from revisitop.dataset import Dataset
 
 
 def main(argv: list[str]) -> None:
-    line = CommandLine(__doc__, ("TEST.DATA_DIR",), "python -m tools.check")
+    line = CommandLine(__doc__, ("TEST.DATA_DIR",))
     line.add("name", metavar="NAME", help="name of the dataset's folder")
     line.add("--decode", action="store_true", help="also decode every image, which may take long")
     args, cfg, _ = line.parse(argv)
@@ -60,5 +60,4 @@ def in_words(dataset: Dataset) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")
-    run_command(main, ADVICE)
+    run_command(main)

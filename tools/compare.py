@@ -8,30 +8,30 @@ Differences are B - A in percentage points, with the 95 % interval of a paired b
 contains 0, other queries of the same kind might show the opposite. A page shows the first results of both runs.
 """
 
-import json
 import logging
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from assembly import find_dataset, make_output
-from config import ADVICE, CommandLine, make_config, option_values, plain
-from model.errors import InputError, run_command, short_list
-from report.log import start_log
+from assembly import find_dataset, start_session
+from config import CommandLine, make_config, option_values, varied
+from extraction.files import read_array, read_json
+from model.errors import InputError, short_list
+from report.command import run_command
 from report.page import SHOWN, Page, Query, Section, labelled_hits, write_report
-from report.results import unique_names
-from revisitop.bootstrap import CONFIDENCE, paired_difference
+from report.results import markdown, unique_names
+from revisitop.bootstrap import CONFIDENCE, Difference, paired_difference
 from revisitop.dataset import Dataset
-from tools.tables import markdown
 
 log = logging.getLogger(__name__)
 
 _NAMED = 5  # number of queries listed with the largest gains and losses
+_HEADING = ["dataset", "protocol", "A", "B", "B - A", f"{CONFIDENCE:.0%} interval", "better", "worse", "same", ""]
 
 
 @dataclass(frozen=True)
@@ -50,37 +50,37 @@ class Run:
     content: dict[str, Any]
     wanted: str
 
+    @property
+    def datasets(self) -> dict[str, Any]:
+        return self.content["datasets"]
+
     def stage(self, dataset: str) -> str:
         """Returns the name of the stage.
 
         Raises:
             InputError: if the run has no such stage.
         """
-        stages = [key for key, value in self.content["datasets"][dataset].items() if is_stage(value)]
+        stages = [key for key, value in self.datasets[dataset].items() if is_stage(value)]
         if self.wanted and self.wanted not in stages:
             raise InputError(f"{self.folder}: {dataset} has no stage {self.wanted}; it has {', '.join(stages)}")
         return self.wanted or stages[-1]
 
     def aps(self, dataset: str) -> dict[str, dict[str, float]]:
         """Returns the AP of each query, in percent, by protocol and name."""
-        values = self.content["datasets"][dataset][self.stage(dataset)]
+        values = self.datasets[dataset][self.stage(dataset)]
         return {name: each["AP"] for name, each in values.items() if isinstance(each, dict) and "AP" in each}
 
-    def title(self, dataset: str) -> str:
-        return f"{self.letter}: {self.stage(dataset)} of {self.folder.name}"
-
-    def ids(self, dataset: str) -> np.ndarray | None:
-        """Returns the first results, (Q, R); None if they are not saved."""
+    def ids(self, dataset: str) -> np.ndarray:
+        """Returns the first results, (Q, R). Raises InputError if they are not saved."""
         path = self.folder / f"{dataset}_{self.stage(dataset).replace(' ', '_')}_ranks.npy"
-        try:
-            ids = np.load(path, allow_pickle=False)
-        except (OSError, ValueError):
-            return None
-        return ids if ids.ndim == 2 and ids.dtype.kind in "iu" else None
+        ids = read_array(path, "iu")
+        if ids.ndim != 2:
+            raise InputError(f"{path} has no rankings (Q, R), but the shape {ids.shape}")
+        return ids
 
 
 @dataclass(frozen=True)
-class Compared:
+class QueryPairs:
     """The AP of the same queries in two runs, by one protocol.
 
     Attributes:
@@ -95,72 +95,66 @@ class Compared:
     a: np.ndarray
     b: np.ndarray
 
+    @cached_property
+    def difference(self) -> Difference:
+        return paired_difference(self.a, self.b)
+
     def cells(self) -> list[str]:
-        difference, changes = paired_difference(self.a, self.b), self.b - self.a
-        known = changes[~np.isnan(changes)]
-        counts = [int((known > 0).sum()), int((known < 0).sum()), int((known == 0).sum())]
-        low, high = (f"{100 * each:+.2f}" for each in (difference.low, difference.high))
-        words = "may be chance" if difference.is_within_chance else ""
+        mean, low, high = (f"{100 * each:+.2f}" for each in self.difference[:3])
+        changes = self.b - self.a
+        counts = [(changes > 0).sum(), (changes < 0).sum(), (changes == 0).sum()]
         means = [f"{100 * np.nanmean(each):.2f}" for each in (self.a, self.b)]
-        return [
-            self.dataset, self.protocol, *means, f"{100 * difference.mean:+.2f}", f"{low} to {high}", *map(str, counts),
-            words,
-        ]  # fmt: skip
+        words = "may be chance" if self.difference.is_within_chance else ""
+        return [self.dataset, self.protocol, *means, mean, f"{low} to {high}", *map(str, counts), words]
 
     def largest(self) -> Iterator[str]:
         """Yields a line with the largest gains, and one with the largest losses."""
-        changes = self.b - self.a
-        order = [int(i) for i in np.argsort(-np.nan_to_num(changes), kind="stable")]
-        gains = [i for i in order if changes[i] > 0][:_NAMED]
-        losses = [i for i in reversed(order) if changes[i] < 0][:_NAMED]
-        for word, chosen in (("better", gains), ("worse", losses)):
-            if chosen:
-                listed = ", ".join(f"{self.names[i]} {100 * changes[i]:+.1f}" for i in chosen)
+        changes = np.nan_to_num(self.b - self.a)
+        order = np.argsort(-changes, kind="stable")
+        for word, numbers in (("better", order[changes[order] > 0]), ("worse", order[::-1][changes[order[::-1]] < 0])):
+            if listed := ", ".join(f"{self.names[i]} {100 * changes[i]:+.1f}" for i in numbers[:_NAMED]):
                 yield f"{self.dataset}, {self.protocol}, {word} most: {listed}"
 
 
 def main(argv: list[str]) -> None:
-    line = CommandLine(__doc__, ("TEST.DATA_DIR", "TEST.OUT_DIR"), "python -m tools.compare")
+    line = CommandLine(__doc__, ("TEST.DATA_DIR", "TEST.OUT_DIR"))
     line.add("run_a", metavar="RUN_A", help="folder of a run, or FOLDER:STAGE")
     line.add("run_b", metavar="RUN_B", help="the run to compare it with")
     args, cfg, given = line.parse(argv)
     a, b = read_run("A", args.run_a), read_run("B", args.run_b)
-    names = [name for name in a.content["datasets"] if name in b.content["datasets"]]
+    names = [name for name in a.datasets if name in b.datasets]
     if not names:
-        raise InputError(f"{a.folder} has {known(a)}, {b.folder} has {known(b)}: no dataset is in both")
-    start_log(Path("log.txt"), plain(cfg))
-    for run in (a, b):
-        log.info("%s: %s, of %s", run.letter, run.folder, run.content.get("date", "unknown date"))
-    for text in differing_options(a, b):
-        log.info("%s", text)
+        only_a, only_b = (", ".join(run.datasets) for run in (a, b))
+        raise InputError(f"{a.folder} has {only_a}, {b.folder} has {only_b}: no dataset is in both")
+    session = start_session(cfg)
     for run, other in ((a, b), (b, a)):
-        for name in run.content["datasets"]:
-            if name not in other.content["datasets"]:
-                log.warning("%s is only in %s", name, run.folder)
-    interval = f"{CONFIDENCE:.0%} interval"
-    head = ["dataset", "protocol", "A", "B", "B - A", interval, "better", "worse", "same", ""]
-    for text in (markdown(head), markdown(["---"] * len(head))):
-        print(text)
-    sections, results = [], [compared for name in names for compared in compare(a, b, name)]
-    for each in results:
-        print(markdown(each.cells()), flush=True)
-    for each in results:
-        for text in each.largest():
-            log.info("%s", text)
-    own = a.content.get("config", {}).get("TEST", {}).get("DATA_DIR")
-    if own and "TEST.DATA_DIR" not in given:
-        cfg = make_config([("TEST.DATA_DIR", own), ("TEST.OUT_DIR", cfg.TEST.OUT_DIR)])
+        log.info("%s: %s, of %s", run.letter, run.folder, run.content.get("date", "unknown date"))
+        for name in (name for name in run.datasets if name not in other.datasets):
+            log.warning("%s is only in %s", name, run.folder)
+    options = differing_options(a, b)
+    for key, values in options.items():
+        log.info("%s: %s", key, values)
+
+    results = {name: compare(a, b, name) for name in names}
+    for cells in (_HEADING, ["---"] * len(_HEADING), *(pairs.cells() for name in names for pairs in results[name])):
+        print(markdown(cells), flush=True)
+    for text in (text for name in names for pairs in results[name] for text in pairs.largest()):
+        log.info("%s", text)
+
+    data_dir = a.content.get("config", {}).get("TEST", {}).get("DATA_DIR")
+    if data_dir and "TEST.DATA_DIR" not in given:
+        cfg = varied(cfg, {"TEST.DATA_DIR": data_dir})
+    sections = []
     for name in names:
         try:
-            dataset = find_dataset(cfg, name)
-            sections.append(section(a, b, dataset, [each for each in results if each.dataset == name]))
+            sections.append(section(a, b, find_dataset(cfg, name), results[name]))
         except InputError as error:
-            log.warning("%s is not on the page: %s", name, error.in_options(ADVICE))
+            log.warning("%s is not on the page: %s", name, error)
     if sections:
         settings = {run.letter: f"{run.folder}, {run.content.get('command', '')}" for run in (a, b)}
-        settings |= dict(text.split(": ", 1) for text in differing_options(a, b))
-        folder = make_output(cfg).new_run(f"compare-{'+'.join(names)}")
-        log.info("the page is %s", write_report(Page("Two runs compared", settings, sections), folder / "report"))
+        page = Page("Two runs compared", settings | options, sections)
+        folder = session.output.new_run(f"compare-{'+'.join(names)}")
+        log.info("the page is %s", write_report(page, folder / "report"))
 
 
 def read_run(letter: str, text: str) -> Run:
@@ -172,15 +166,13 @@ def read_run(letter: str, text: str) -> Run:
     folder, _, stage = (text, "", "") if Path(text).exists() else text.rpartition(":")
     path = Path(folder or text)
     path = path.parent if path.name == "results.json" else path
+    if not (path / "results.json").exists():
+        raise InputError(f"{path} is not a run, which has a results.json; runs are folders in output/runs")
+    content = read_json(path / "results.json")
     try:
-        content = json.loads((path / "results.json").read_text(encoding="utf-8"))
         stages = [value for dataset in content["datasets"].values() for value in dataset.values() if is_stage(value)]
-    except FileNotFoundError:
-        raise InputError(
-            f"{path} is not a run: it has no results.json; runs are folders in TEST.OUT_DIR/runs"
-        ) from None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"{path}/results.json is damaged, or not from a run of test.py ({error})") from None
+    except (KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{path}/results.json is not from a run of test.py ({error})") from None
     if not stages:
         raise InputError(f"{path}/results.json has no results of a dataset")
     return Run(letter, path.resolve() if path.is_symlink() else path, content, stage)
@@ -190,11 +182,7 @@ def is_stage(value: Any) -> bool:
     return isinstance(value, dict) and "seconds" in value
 
 
-def known(run: Run) -> str:
-    return ", ".join(run.content["datasets"])
-
-
-def compare(a: Run, b: Run, name: str) -> list[Compared]:
+def compare(a: Run, b: Run, name: str) -> list[QueryPairs]:
     """Compares the protocols that both runs have.
 
     Raises:
@@ -204,67 +192,54 @@ def compare(a: Run, b: Run, name: str) -> list[Compared]:
     compared = []
     for protocol in (each for each in aps_a if each in aps_b):
         names = list(aps_a[protocol])
-        if set(names) != set(aps_b[protocol]):
-            odd = sorted(set(names) ^ set(aps_b[protocol]))
+        if odd := sorted({*names} ^ aps_b[protocol].keys()):
             raise InputError(f"the queries of {name} differ between the runs: {short_list(odd)} only in one")
-        values = ([_ratio(of[protocol][each]) for each in names] for of in (aps_a, aps_b))
-        compared.append(Compared(name, protocol, names, *map(np.array, values)))
+        values = (np.array([of[protocol][each] for each in names], dtype=float) / 100 for of in (aps_a, aps_b))
+        compared.append(QueryPairs(name, protocol, names, *values))
     if not compared:
         raise InputError(f"{name} was evaluated by different protocols: {', '.join(aps_a)} and {', '.join(aps_b)}")
     return compared
 
 
-def _ratio(percent: float | None) -> float:
-    return math.nan if percent is None else percent / 100
+def differing_options(a: Run, b: Run) -> dict[str, str]:
+    """Returns the values of each option that differs, as text."""
+
+    def value(run: Run, key: str) -> Any:
+        node = run.content.get("config", {})
+        for name in key.split("."):
+            node = node.get(name) if isinstance(node, dict) else None
+        return node
+
+    keys = [key for key in option_values(make_config()) if value(a, key) != value(b, key)]
+    return {key: f"A {value(a, key)}, B {value(b, key)}" for key in keys}
 
 
-def differing_options(a: Run, b: Run) -> Iterator[str]:
-    """Yields a line for each option whose value differs."""
-    options_a, options_b = (dict(_flat(run.content.get("config", {}))) for run in (a, b))
-    for key in option_values(make_config([])):
-        if options_a.get(key) != options_b.get(key):
-            yield f"{key}: A {options_a.get(key)}, B {options_b.get(key)}"
-
-
-def _flat(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def section(a: Run, b: Run, dataset: Dataset, results: Sequence[Compared]) -> Section:
+def section(a: Run, b: Run, dataset: Dataset, results: Sequence[QueryPairs]) -> Section:
     """Returns the section of a dataset: its queries with the results of both runs, largest changes first.
 
     Raises:
         InputError: if the rankings are not saved, or are not of this dataset.
     """
-    name = dataset.name
+    name, names = dataset.name, unique_names(dataset)
     ids = {run.letter: run.ids(name) for run in (a, b)}
-    missing = [run.folder for run in (a, b) if ids[run.letter] is None]
-    if missing:
-        raise InputError(f"{missing[0]} has no saved rankings of it")
-    names = unique_names(dataset)
-    if any(len(each) != len(names) for each in ids.values()) or set(names) != set(results[0].names):
+    if any(len(each) != len(names) for each in ids.values()) or {*names} != {*results[0].names}:
         raise InputError(f"the queries of the runs differ from those that {dataset.folder} has now")
     shown = next((each for each in results if each.protocol == "M"), results[0])
-    own = dict(zip(shown.names, zip(shown.a, shown.b, strict=True), strict=True))
+    pairs = dict(zip(shown.names, zip(shown.a, shown.b, strict=True), strict=True))
     queries = []
     for number, (image, query) in enumerate(zip(dataset.queries, names, strict=True)):
         rankings = {
             letter: labelled_hits(dataset, number, each[number, :SHOWN].tolist()) for letter, each in ids.items()
         }
-        aps = {letter: float(ap) for letter, ap in zip("AB", own[query], strict=True) if not math.isnan(ap)}
+        aps = {letter: float(ap) for letter, ap in zip("AB", pairs[query], strict=True) if not math.isnan(ap)}
         queries.append(Query(query, image, rankings, aps))
     queries.sort(key=lambda query: max(map(abs, query.changes.values()), default=-1), reverse=True)
-    lines = [f"{each.protocol}: {paired_difference(each.a, each.b)}" for each in results]
+    lines = [f"{each.protocol}: {each.difference}" for each in results]
     note = f"B - A in percentage points, with the {CONFIDENCE:.0%} interval: {'; '.join(lines)}."
     order = f"The queries whose AP ({shown.protocol}) differs most come first."
-    headings = {run.letter: run.title(name) for run in (a, b)}
+    headings = {run.letter: f"{run.letter}: {run.stage(name)} of {run.folder.name}" for run in (a, b)}
     return Section(name, queries, order, note=note, headings=headings)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")
-    run_command(main, ADVICE)
+    run_command(main)

@@ -8,66 +8,46 @@ are resumed, and an archive is deleted once its images are unpacked.
 """
 
 import argparse
+import gzip
 import os
-import re
+import shutil
 import sys
-import webbrowser
-from dataclasses import dataclass
+import tarfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from urllib.parse import urlsplit
+from pathlib import Path, PurePosixPath
 
 import torch
+from tqdm import tqdm
 
+from extraction.files import read_mat
+from extraction.images import ImageFile
 from model.checkpoint import PUBLISHED, find_checkpoint, load_encoder
-from model.errors import InputError, as_typed, run_command, short_list
 from model.cvnet import ResNet
-from revisitop.descriptors import load_mat
+from model.errors import InputError, short_list
+from report.command import run_command
+from revisitop.layout_csv import read_csv_dataset
 from revisitop.layout_revisitop import load_distractor_list, read_ground_truth
 from revisitop.layouts import dataset_folder
-from tools.archives import find_bad, unpack, unpack_all
-from tools.gldv2 import get_gldv2
-from tools.transfer import Fetcher, Source
-
-
-@dataclass(frozen=True)
-class Images:
-    """A set of images: the file that lists them, their archives, and whether these are unpacked without folders."""
-
-    listing: Source
-    archives: tuple[Source, ...]
-    flat: bool
-
+from tools.transfer import Fetcher, File
 
 VGG = ("https://www.robots.ox.ac.uk", "http://www.robots.ox.ac.uk")
 CMP, PTAK = "http://cmp.felk.cvut.cz", "http://ptak.felk.cvut.cz"
-NETWORKS = "personal/sumapave/public/ames/networks"
+S3 = ("https://s3.amazonaws.com",)
 IMAGES = {
-    "roxford5k": Images(
-        Source((CMP, PTAK), "revisitop/data/datasets/roxford5k/gnd_roxford5k.pkl"),
-        (Source(VGG, "~vgg/data/oxbuildings/oxbuild_images-v1.tgz"),),
-        flat=True,
-    ),
-    "rparis6k": Images(
-        Source((CMP, PTAK), "revisitop/data/datasets/rparis6k/gnd_rparis6k.pkl"),
-        tuple(Source(VGG, f"~vgg/data/parisbuildings/paris_{n}-v1.tgz") for n in (1, 2)),
-        flat=True,
-    ),
-    "revisitop1m": Images(
-        Source((PTAK, CMP), "revisitop/revisitop1m/revisitop1m.txt"),
-        tuple(Source((PTAK, CMP), f"revisitop/revisitop1m/jpg/revisitop1m.{n}.tar.gz") for n in range(1, 101)),
-        flat=False,
-    ),
+    "roxford5k": ["~vgg/data/oxbuildings/oxbuild_images-v1.tgz"],
+    "rparis6k": [f"~vgg/data/parisbuildings/paris_{n}-v1.tgz" for n in (1, 2)],
 }
-FEATURES = tuple(
-    Source((CMP, PTAK), f"revisitop/data/features/{name}_resnet_rsfm120k_gem.mat") for name in ("roxford5k", "rparis6k")
-)
-WEIGHTS = {
-    50: Source((PTAK,), f"{NETWORKS}/{PUBLISHED[50]}"),
-    101: Source((), f"{NETWORKS}/{PUBLISHED[101]}"),  # no known host has it, but a --mirror may
-}
-DRIVE = "https://github.com/sungonce/CVNet"  # its README links to a web drive with both
-ITEMS = (*IMAGES, "gldv2", "features", "weights")
+LANDMARK_LISTS = ("metadata/index.csv", "metadata/test.csv", "ground_truth/retrieval_solution_v2.1.csv")
+LANDMARK_ARCHIVES = {"index": 100, "test": 20}
+FEATURES = [f"revisitop/data/features/{name}_resnet_rsfm120k_gem.mat" for name in IMAGES]
+WEIGHTS = {50: PUBLISHED[50], 101: "CVPR2022_CVNet_R101.pt"}
+UNPACKED = "unpacked.txt"  # lists the archives in its folder that are unpacked
+ITEMS = (*IMAGES, "revisitop1m", "gldv2", "features", "weights")
 
 HELP = f"""items:
   roxford5k    ground truth and images of ROxford5k: DATA_DIR/roxford5k/
@@ -76,60 +56,135 @@ HELP = f"""items:
   gldv2        Google Landmarks v2: lists, solution, 100 archives of index images (about 85 GB) and 20 of test images
                (10 GB), of which only the 1,129 queries are kept: DATA_DIR/gldv2/
   features     revisitop's example descriptors, for TEST.FEATURES: DATA_DIR/*.mat
-  weights      WEIGHTS_DIR/{PUBLISHED[50]}; for {PUBLISHED[101]}, instructions
+  weights      WEIGHTS_DIR/{PUBLISHED[50]} and {PUBLISHED[101]}
 
 --mirror URL: each file is requested from URL first, with the same path as on its own host, which is the fallback:
-{CMP}/{FEATURES[0].path}
-is requested as URL/{FEATURES[0].path}
+{CMP}/{FEATURES[0]}
+is requested as URL/{FEATURES[0]}
 
 Files and archives from other sources are used, too, if they are in the folder of the item.
 Exit codes: 0 if everything is complete; 2 if something is missing, with a line that says what to do."""
 
 
+@dataclass
+class Item:
+    """What the command downloads under one name.
+
+    Attributes:
+        files: files that are kept: lists, descriptors, weights.
+        archives: archives of images, which are deleted once they are unpacked.
+        bad_images: returns a line for each image that is missing or damaged; needs all files.
+        advice: what else the user can do if a download fails.
+        missing, packed: the files and the archives that are needed, see survey.
+        size: the number of bytes to download, as far as the hosts tell it.
+        problems: why the item is not complete, a line each.
+    """
+
+    name: str
+    files: list[File]
+    archives: list[File] = field(default_factory=list)
+    bad_images: Callable[[], list[str]] = list
+    advice: str = ""
+    missing: list[File] = field(default_factory=list)
+    packed: list[File] = field(default_factory=list)
+    size: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def collecting_problems(self) -> Iterator[None]:
+        """Adds an error of the user, the network or the disk to the problems, so that the other items continue."""
+        try:
+            yield
+        except (InputError, OSError) as error:
+            self.problems.append(str(error))
+
+    def survey(self, fetcher: Fetcher) -> None:
+        """Verifies what exists, finds what is missing, and prints its size. Raises InputError if it can't be mended."""
+        self.missing = [file for file in self.files if not file.target.exists()]
+        for file in self.files:
+            if file not in self.missing:
+                fetcher.fetch(file)
+        bad = [] if self.missing else self.bad_images()
+        if self.missing or bad:
+            self.packed = [file for file in self.archives if file.target.name not in unpacked_names(file.folder)]
+        if not self.packed:
+            self.refuse(bad)
+        files = [file for file in self.missing + self.packed if not file.target.exists()]
+        sizes = [fetcher.size(file) for file in tqdm(files, f"sizes of {self.name}", leave=False, dynamic_ncols=True)]
+        self.size = sum(filter(None, sizes))
+        unknown = f", {sizes.count(None)} of unknown size" if None in sizes else ""
+        print(f"{self.name}: {len(files)} files, {self.size / 1e9:,.3f} GB{unknown}")
+
+    def get(self, fetcher: Fetcher) -> None:
+        """Downloads and unpacks what is missing. Raises InputError if images are still missing or damaged."""
+        self.fetch(fetcher, self.missing)
+        if self.problems or not self.missing + self.packed:
+            return
+        if not self.missing or self.bad_images():  # images may exist already, from another source
+            self.fetch(fetcher, self.packed)
+        if not self.problems:
+            self.refuse(self.bad_images())
+
+    def fetch(self, fetcher: Fetcher, files: list[File]) -> None:
+        """Fetches files one after the other; an archive, which its check unpacks, is deleted before the next."""
+        for file in files:
+            try:
+                fetcher.fetch(file)
+            except InputError as error:
+                self.problems.append(f"{error}{self.advice}")
+                continue
+            if file in self.archives:
+                with (file.folder / UNPACKED).open("a") as names:
+                    names.write(f"{file.target.name}\n")
+                file.target.unlink()
+
+    def refuse(self, bad: list[str]) -> None:
+        """Raises InputError if there are bad images."""
+        if bad:
+            lists = " and ".join(dict.fromkeys(str(file.folder / UNPACKED) for file in self.archives))
+            raise InputError(
+                f"{len(bad)} images are missing or damaged ({short_list(bad)}), and all archives are unpacked; "
+                f"replace these images, or delete {lists} to have the archives downloaded again"
+            )
+
+
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    fetcher = Fetcher(args.mirror)
-    missing = {}
-    for item in dict.fromkeys(args.items):
-        folder = args.weights_dir if item == "weights" else args.data_dir
-        try:
-            if item in IMAGES:
-                missing[item] = get_images(fetcher, item, folder)
-            elif item == "gldv2":
-                missing[item] = get_gldv2(fetcher, folder / "gldv2", args.all_test_images)
-            else:
-                missing[item] = {"features": get_features, "weights": get_weights}[item](fetcher, folder)
-        except OSError as error:  # of the disk; those of the network are InputErrors
-            missing[item] = [f"{error.filename or folder}: {error.strerror}"]
-        if not missing[item]:
-            print(f"{item} is complete")
-    for item, problems in missing.items():
-        for problem in problems:
-            print(f"{item}: {problem}", file=sys.stderr)
-    if incomplete := [item for item, problems in missing.items() if problems]:
-        raise InputError(
-            f"not complete: {', '.join(incomplete)}; see above, and start the same command again to resume"
-        )
-    if not fetcher.fetched:
+    if not hasattr(tarfile, "data_filter"):
+        raise InputError("this Python cannot unpack archives safely; update it to 3.10.12, 3.11.4, 3.12 or later")
+    fetcher, items = Fetcher(args.mirror), [make_item(name, args) for name in dict.fromkeys(args.items)]
+    for item in items:
+        with item.collecting_problems():
+            item.survey(fetcher)
+    if fetcher.unreachable and not fetcher.answered:
+        host, reason = next(iter(fetcher.unreachable.items()))
+        raise InputError(f"you seem to be offline: no connection to {host} ({reason}); check the network or the proxy")
+    print(f"to download: {sum(item.size for item in items) / 1e9:,.3f} GB")
+    for item in items:
+        if not item.problems:
+            with item.collecting_problems():
+                item.get(fetcher)
+        for problem in item.problems:
+            print(f"{item.name}: {problem}", file=sys.stderr)
+        if not item.problems:
+            print(f"{item.name} is complete")
+    if incomplete := ", ".join(item.name for item in items if item.problems):
+        raise InputError(f"not complete: {incomplete}; see above, and start the same command again to resume")
+    if not any(item.missing + item.packed for item in items):
         print("everything is complete already, nothing was downloaded")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = _Parser(
-        prog=as_typed("python -m tools.download"), description=as_typed(__doc__), epilog=HELP,
+        prog="python -m tools.download", description=__doc__, epilog=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("items", nargs="+", choices=ITEMS, metavar="ITEM", help=", ".join(ITEMS))
-    parser.add_argument(
-        "--data-dir", type=Path, default=Path("revisitop"), metavar="DIR", help="folder of the datasets [./revisitop]"
-    )
-    parser.add_argument(
-        "--weights-dir", type=Path, default=Path("weights"), metavar="DIR", help="folder of the checkpoints [./weights]"
-    )
-    parser.add_argument(
-        "--all-test-images", action="store_true", help="of gldv2, keep all 117,577 test images, not only the queries"
-    )
-    parser.add_argument("--mirror", type=_http_address, metavar="URL", help="a mirror to try first; see below")
+    add = parser.add_argument
+    add("items", nargs="+", choices=ITEMS, metavar="ITEM", help=", ".join(ITEMS))
+    add("--data-dir", type=Path, default="revisitop", metavar="DIR", help="folder of the datasets [./revisitop]")
+    add("--weights-dir", type=Path, default="weights", metavar="DIR", help="folder of the checkpoints [./weights]")
+    add("--all-test-images", action="store_true", help="of gldv2, keep all 117,577 test images, not only the queries")
+    add("--mirror", type=http_address, metavar="URL", help="a mirror to try first; see below")
     return parser.parse_args(argv)
 
 
@@ -138,93 +193,138 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see --help")
 
 
-def _http_address(text: str) -> str:
-    if not re.match(r"https?://[^/]", text) or not urlsplit(text).hostname:
+def http_address(text: str) -> str:
+    if not text.startswith(("http://", "https://")):
         raise argparse.ArgumentTypeError(f"{text!r} is not an http:// or https:// address")
     return text.rstrip("/")
 
 
-def get_images(fetcher: Fetcher, name: str, data_dir: Path) -> list[str]:
-    """Downloads the list and the archives that are not unpacked yet, and checks all images. Returns what is missing."""
-    wanted, folder = IMAGES[name], dataset_folder(data_dir, name) or data_dir / name
-    has_ground_truth = wanted.listing.name.endswith(".pkl")
-    problems = []
-    try:
-        fetcher.fetch(wanted.listing, folder, partial(read_ground_truth, name) if has_ground_truth else check_list)
-    except InputError as error:
-        problems.append(str(error))
-
-    def bad_images() -> list[str]:
-        if not has_ground_truth:
-            return find_bad(load_distractor_list(folder)[1], name, decode=False)
-        dataset = read_ground_truth(name, folder / wanted.listing.name)
-        return find_bad([*dataset.images()], name, decode=True)
-
-    marker = folder / "unpacked.txt"
-    begun = marker.exists() and bool(marker.read_text().split())
-    if not begun and not problems and not bad_images():  # they came from another source
-        return []
-    problems += unpack_all(
-        fetcher, wanted.archives, folder, folder / "jpg",
-        lambda source, new: lambda archive: unpack(archive, new, wanted.flat),
-    )  # fmt: skip
-    if not problems and (bad := bad_images()):
-        problems.append(
-            f"{len(bad)} images are missing or damaged ({short_list(bad)}), and all archives are unpacked; "
-            f"replace these images, or delete {marker} to have the archives fetched again"
+def make_item(name: str, args: argparse.Namespace) -> Item:
+    """Returns an item: the addresses of its files, their folders, and how they are checked."""
+    if name == "weights":
+        return weights(args.weights_dir)
+    if name == "features":
+        return Item(name, [File((CMP, PTAK), path, args.data_dir, read_mat) for path in FEATURES])
+    folder = dataset_folder(args.data_dir, name) or args.data_dir / name
+    if name == "gldv2":
+        return landmarks(folder, args.all_test_images)
+    if name == "revisitop1m":
+        paths, check = [f"jpg/{name}.{n}.tar.gz" for n in range(1, 101)], partial(unpack, folder / "jpg")
+        return Item(
+            name,
+            [File((PTAK, CMP), f"revisitop/{name}/{name}.txt", folder, check_list)],
+            [File((PTAK, CMP), f"revisitop/{name}/{path}", folder, check) for path in paths],
+            lambda: absent(load_distractor_list(folder)[1]),
         )
-    return problems
+    path, check = f"revisitop/data/datasets/{name}/gnd_{name}.pkl", partial(unpack, folder / "jpg", flat=True)
+    truth = File((CMP, PTAK), path, folder, partial(read_ground_truth, name))
+    return Item(
+        name,
+        [truth],
+        [File(VGG, path, folder, check) for path in IMAGES[name]],
+        lambda: undecodable([*read_ground_truth(name, truth.target).images()]),
+    )
 
 
-def get_features(fetcher: Fetcher, data_dir: Path) -> list[str]:
-    """Downloads revisitop's example descriptors. Returns what is missing."""
-    problems = []
-    for source in FEATURES:
+def landmarks(folder: Path, all_tests: bool) -> Item:
+    """Returns Google Landmarks v2; of its test images, only the queries are kept unless `all_tests`."""
+    archives = []
+    for kind, count in LANDMARK_ARCHIVES.items():
+        lists = folder if kind == "test" and not all_tests else None
+        check = partial(unpack, folder / kind, mode="r:", queries_of=lists)
+        for name in (f"images_{n:03}" for n in range(count)):
+            md5 = File(S3, f"google-landmark/md5sum/{kind}/md5.{name}.txt", folder / kind)
+            archives.append(File(S3, f"google-landmark/{kind}/{name}.tar", folder / kind, check, md5))
+    files = [File(S3, f"google-landmark/{path}", folder) for path in LANDMARK_LISTS]
+    return Item("gldv2", files, archives, lambda: absent(read_csv_dataset("gldv2", folder).images()))
+
+
+def weights(folder: Path) -> Item:
+    """Returns the checkpoints of which the folder has none, under any name."""
+    files = []
+    for depth, name in WEIGHTS.items():
         try:
-            fetcher.fetch(source, data_dir, check_mat)
-        except InputError as error:
-            problems.append(str(error))
-    return problems
-
-
-def get_weights(fetcher: Fetcher, folder: Path) -> list[str]:
-    """Downloads the checkpoints. Returns what is missing, with instructions if there is no address."""
-    problems = []
-    for depth, source in WEIGHTS.items():
-        try:
-            find_checkpoint(folder, depth)  # under any name
-            continue
+            find_checkpoint(folder, depth)
         except InputError:
-            pass
-        try:
-            fetcher.fetch(source, folder, partial(check_checkpoint, depth))
-        except InputError as error:
-            problems.append(f"{error}; get {source.name} from the web drive linked at {DRIVE} and put it into {folder}")
-    has_display = sys.platform in ("darwin", "win32") or bool({"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys())
-    if problems and has_display and sys.stdout.isatty():
-        webbrowser.open(DRIVE)
-    return problems
+            path, check = f"personal/sumapave/public/ames/networks/{name}", partial(check_checkpoint, depth)
+            files.append(File((PTAK,), path, folder, check, name=PUBLISHED[depth]))
+    advice = f"; get it from the drive folder linked in weights/README.md and put it into {folder}"
+    return Item("weights", files, advice=advice)
+
+
+def unpacked_names(folder: Path) -> list[str]:
+    return (folder / UNPACKED).read_text().split() if (folder / UNPACKED).exists() else []
 
 
 def check_list(path: Path) -> None:
-    """Raises InputError if the file is not a list of image names, or ends within one."""
-    names = [line.strip() for line in path.read_bytes().splitlines() if line.strip()]
-    wrong = [name for name in names if not re.search(rb"\.(jpe?g|png)$", name, re.IGNORECASE)]
-    if wrong or not names:
-        raise InputError(f"{path} is not a list of images: {f'it has {wrong[0][:40]!r}' if wrong else 'it is empty'}")
-
-
-def check_mat(path: Path) -> None:
-    """Raises InputError if the file is not a MATLAB file with the descriptors Q and X."""
-    if not {"Q", "X"} <= load_mat(path).keys():
-        raise InputError(f"{path} has no Q and X (query and database descriptors)")
+    """Raises InputError if the file is not a list of images, or ends within a name."""
+    names = path.read_bytes().split()
+    if not names or not all(name.lower().endswith((b".jpg", b".jpeg", b".png")) for name in names):
+        raise InputError(f"{path} is not a list of images")
 
 
 def check_checkpoint(depth: int, path: Path) -> None:
-    """Raises InputError if the file is not a checkpoint of this depth."""
+    """Raises InputError if the file does not load strictly into the encoder of this depth."""
     with torch.device("meta"):
         encoder = ResNet(depth)
     load_encoder(encoder, path)
+
+
+def undecodable(images: Sequence[ImageFile]) -> list[str]:
+    """Returns a line for each image that is missing or cannot be decoded."""
+    with ThreadPoolExecutor() as pool:
+        problems = pool.map(ImageFile.problem, images)
+        bar = tqdm(problems, "checking images", len(images), unit="img", dynamic_ncols=True)
+        return [problem for problem in bar if problem]
+
+
+def absent(images: Iterable[ImageFile]) -> list[str]:
+    """Returns a line for each image that is missing."""
+    bar = tqdm(images, "checking images", unit="img", dynamic_ncols=True)
+    return [f"{image.path}: no such file" for image in bar if not image.path.is_file()]
+
+
+# What damaged archives raise; the last three if a member is both a file and a folder.
+DAMAGED = (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, ValueError)
+DAMAGED += (FileExistsError, IsADirectoryError, NotADirectoryError)
+
+
+def unpack(into: Path, archive: Path, mode: str = "r:gz", flat: bool = False, queries_of: Path | None = None) -> None:
+    """Unpacks the files of an archive into a folder, without links; nothing at all if the archive is damaged.
+
+    Args:
+        mode: "r:gz" for .tar.gz, "r:" for .tar.
+        flat: whether to leave out the folders in the archive.
+        queries_of: a folder with the lists of gldv2, to unpack only its queries.
+
+    Raises:
+        InputError: if it is damaged, or a file would be outside the folder.
+    """
+    queries = queries_of and {f"{name}.jpg" for name in read_csv_dataset("gldv2", queries_of).query_names}
+
+    def image(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo | None:
+        name = PurePosixPath(member.name).name
+        if not member.isfile() or (queries and name not in queries):
+            return None
+        return tarfile.data_filter(member.replace(name=name if flat else member.name, mtime=None), folder)
+
+    new = into / ".unpacking"  # inside the folder, which may be a link to another disk
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        with tarfile.open(archive, mode) as tar:
+            members = tqdm(tar, f"unpacking {archive.stem}", unit="img", dynamic_ncols=True)
+            tar.extractall(new, members, filter=image)
+            while tar.fileobj.read(1 << 20):  # the checksum of a .gz is at its end
+                pass
+        for path in [path for path in new.rglob("*") if path.is_file()]:
+            target = into / path.relative_to(new)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
+    except DAMAGED as error:
+        raise InputError(f"{archive} is damaged, unsafe or not an archive ({error})") from None
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -12,24 +12,20 @@ them. TEST.INDEX searches with a FAISS index, which is built once, beside the fi
 """
 
 import logging
-import os
-import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from assembly import Subject, check_index, make_stages, query_expansion, start_device, with_index
-from config import ADVICE, INDEX, RERANKER_NAMES, RERANKING, CommandLine, plain
-from extraction.store import scratch_rows
-from model.errors import InputError, run_command
-from modules.compact import Int8Rows
+from assembly import check_index, make_stages, option, query_expansion, start_session, with_index
+from config import INDEX, RERANKER_NAMES, RERANKING, CommandLine
+from extraction.files import read_array, scratch_rows, write_array
+from model.errors import InputError
 from modules.search import Database
-from report.log import start_log
-from revisitop.descriptors import load_rows
+from report.command import run_command
+from revisitop.descriptors import check_ids, load_rows
 from revisitop.retrieve import SAVED_RANKS, Ranking
 from revisitop.stages import Reranked, Searched, SearchedAgain, Stage, search_for
 
@@ -40,7 +36,7 @@ _TOLERANCE = 1e-2  # of the length of a row; float16 rows are off by up to 5e-4
 
 
 def main(argv: list[str]) -> None:
-    line = CommandLine(__doc__, (*INDEX, *RERANKING, "TEST.DEVICE"), "python -m tools.rerank")
+    line = CommandLine(__doc__, (*INDEX, *RERANKING, "TEST.DEVICE"))
     line.add("--queries", type=Path, required=True, metavar="FILE", help="(Q, D), .npy or .pth")
     line.add("--database", type=Path, required=True, metavar="FILE", help="(N, D), .npy or .pth, read from the disk")
     line.add("--ids", type=Path, metavar="FILE", help="(Q, R) row numbers from your index, .npy")
@@ -50,10 +46,13 @@ def main(argv: list[str]) -> None:
     line.add_flag("--reranker", "TEST.RERANKER", metavar="NAME", help=f"{', '.join(names)} or none [superglobal]")
     args, cfg, _ = line.parse(argv)
     if len(cfg.TEST.RERANKER) > 1 or "cvnet" in cfg.TEST.RERANKER:
-        raise InputError(f"--reranker takes one of {', '.join(names)} or none; {ADVICE_CVNET}")
+        raise InputError(f"--reranker takes one of {', '.join(names)} or none; cvnet needs images (test.py has it)")
     if args.out.suffix != ".npy":
         raise InputError(f"--out {args.out} must end in .npy: the order is written in NumPy's format")
-    start_log(Path("log.txt"), plain(cfg))
+    if args.ids is not None and (cfg.TEST.INDEX or args.normalize):
+        other = "TEST.INDEX" if cfg.TEST.INDEX else "--normalize, which reads the whole database,"
+        raise InputError(f"--ids are the results of an index, and their rows have unit length: leave {other} out")
+    device = start_session(cfg).device
     queries, rows = load_rows(args.queries), load_rows(args.database)
     if queries.shape[1] != rows.shape[1]:
         raise InputError(
@@ -61,29 +60,23 @@ def main(argv: list[str]) -> None:
             "both must come from the same network"
         )
     check_index(cfg, rows.shape[1])
-    if args.ids is not None and cfg.TEST.INDEX:
-        raise InputError("--ids are the results of an index: leave TEST.INDEX out")
-    ids = None if args.ids is None else load_ids(args.ids, len(queries), len(rows))
-    device = start_device(cfg, {})
-    queries = unit_rows(queries, args.queries, args.normalize)[:].float()
-    if ids is None:
-        rows = unit_rows(rows, args.database, args.normalize)
-    elif args.normalize:
-        raise InputError("--normalize reads the whole database, which --ids avoids: give rows of unit length")
-    database = Database(rows)
-    if ids is None:
+    queries, ids = unit_rows(queries, args.queries, args.normalize)[:].float(), None
+    if args.ids is None:
+        database = Database(unit_rows(rows, args.database, args.normalize))
         database = with_index(cfg, database, args.database, [args.database], device, normalized=args.normalize)
+    else:
+        database = Database(rows)
+        with option("--ids"):
+            ids = load_ids(args.ids, len(queries), len(rows))
     order = reranked(cfg, queries, database, ids, device)
-    write_array(args.out, order.numpy())
+    with option("--out"):
+        write_array(args.out, order.numpy())
     log.info("%s: %d queries, the first %d of %d rows each", args.out, *order.shape, len(rows))
-
-
-ADVICE_CVNET = "cvnet needs images (test.py has it)"
 
 
 def reranked(cfg: CfgNode, queries: Tensor, database: Database, ids: Tensor | None, device: torch.device) -> Tensor:
     """Returns the row numbers in the new order, (Q, min(400, N)), or (Q, min(400, R)) for ids (Q, R)."""
-    stages = list(make_stages(cfg, Subject(None, (), (), 0, None, None), device).values())
+    stages = list(make_stages(cfg).values())
     if ids is None:
         searched = search_for(stages, queries, database, device=device)
     else:
@@ -113,26 +106,16 @@ def load_ids(path: Path, queries: int, rows: int) -> Tensor:
     Raises:
         InputError: if the file is damaged, or does not contain row numbers.
     """
-    try:
-        ids = np.load(path, allow_pickle=False)
-    except OSError as error:
-        raise InputError(f"--ids {path}: {error.strerror or error}") from None
-    except Exception as error:  # exceptions of NumPy
-        raise InputError(f"--ids {path} is damaged or not a .npy file ({str(error).splitlines()[0]})") from None
-    if not isinstance(ids, np.ndarray) or ids.ndim != 2 or len(ids) != queries or ids.dtype.kind not in "iu":
-        shape = f"{ids.dtype} {ids.shape}" if isinstance(ids, np.ndarray) else "several arrays"
-        raise InputError(f"--ids {path} must contain whole numbers ({queries}, R), a row per query; got {shape}")
-    ids = ids.astype(np.int64)
-    if not ids.size or ids.min() < -1 or ids.max() >= rows:
-        raise InputError(f"--ids {path}: the numbers must be from 0 to {rows - 1}, or -1 for none, and at least one")
-    for query, row in enumerate(ids):
-        there = row[row >= 0]
-        if len(np.unique(there)) < len(there):
-            raise InputError(f"--ids {path}: query {query} (from 0) has the same row twice among its candidates")
+    ids = read_array(path, "iu")
+    if ids.ndim != 2 or len(ids) != queries:
+        raise InputError(f"{path} must contain integers ({queries}, R), a row per query; got {ids.shape}")
+    ids = check_ids(ids, rows, path)
+    if not (ids >= 0).any():
+        raise InputError(f"{path} has no candidate: every number is -1")
     return torch.from_numpy(ids)
 
 
-def unit_rows(rows: Tensor | Int8Rows, path: Path, normalize: bool) -> Tensor | Int8Rows:
+def unit_rows(rows: Tensor, path: Path, normalize: bool) -> Tensor:
     """Returns the rows if all have length 1 or 0, or a normalised copy on disk.
 
     Raises:
@@ -158,18 +141,5 @@ def unit_rows(rows: Tensor | Int8Rows, path: Path, normalize: bool) -> Tensor | 
     return unit
 
 
-def write_array(path: Path, array: np.ndarray) -> None:
-    """Writes the .npy file atomically."""
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
-    try:
-        with new.open("wb") as file:
-            np.save(file, array)
-        new.replace(path)
-    except OSError as error:
-        new.unlink(missing_ok=True)
-        raise InputError(f"--out {path} cannot be written ({error.strerror})") from None
-
-
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")
-    run_command(main, ADVICE)
+    run_command(main)

@@ -19,38 +19,34 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
-from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 from yacs.config import CfgNode
 
 from assembly import (
-    STAGES,
+    TITLES,
     Experiment,
-    Output,
-    Subject,
+    Session,
     find_dataset,
-    make_output,
     make_recipe,
     make_stages,
     network_title,
     prepare,
-    start_device,
+    start_session,
 )
-from config import ADVICE, RERANKER_NAMES, CommandLine, Parsed, idle_options, make_config, plain, varied
+from config import RERANKER_NAMES, CommandLine, Parsed, active_rerankers, make_config, varied
 from cvnet_rerank.pair_scores import map_bytes
-from extraction.processes import Processes
-from model.device import PeakMemory
-from model.errors import InputError, run_command
 from model.cvnet import STAGE_DEPTHS
-from modules.reranking import RERANK_BETA, RERANK_K, RERANK_M, SuperGlobalReranker
+from model.device import PeakMemory
+from model.errors import InputError
+from modules.reranking import SuperGlobalReranker
 from modules.search import Database
-from report.log import start_log
+from report.command import run_command
+from report.results import markdown
 from revisitop import toy
 from revisitop.evaluate import Metrics, evaluate
 from revisitop.index import FaissDatabase
@@ -63,7 +59,7 @@ log = logging.getLogger(__name__)
 MODULES = {"gemp": "GeM+", "rgem": "Regional-GeM", "sgem": "Scale-GeM", "relup": "ReLU+"}
 COSTS = ("ms per query", "peak memory, MB", "bytes per image")
 PUBLISHED = ("M", "H")  # the protocols for which the paper has results
-GLOBAL = tuple(name for name in RERANKER_NAMES if name != "cvnet")  # the default rerankers of the table rerankers
+GLOBAL = [name for name in RERANKER_NAMES if name != "cvnet"]  # the default rerankers of the table rerankers
 SWEEP = {
     "m": (50, 100, 200, 400, 800, 1600),
     "k": (1, 3, 5, 9, 15, 25),
@@ -106,18 +102,16 @@ class Variant(NamedTuple):
         title: the title of its stage.
         words: what distinguishes it from the other rows of the table.
         stage: the stage that reranks.
-        method: M, K, beta and S2 of SuperGlobal's reranking; None for another reranker.
         bytes_kept: bytes per image beside its descriptor.
     """
 
     title: str
     words: str
     stage: Stage
-    method: tuple[int, int, float, str] | None = None
     bytes_kept: int = 0
 
 
-class Part(NamedTuple):
+class RowGroup(NamedTuple):
     """Rows with the same network and descriptors.
 
     Attributes:
@@ -133,37 +127,27 @@ class Part(NamedTuple):
 
 def main(argv: list[str]) -> None:
     args, cfg, _ = parse(argv)
-    table, output, processes = TABLES[args.task], make_output(cfg), Processes()
-    first = processes.rank == 0
-    head = start_log(Path("log.txt"), plain(cfg), screen=sys.stderr) if first else {}
-    for line in idle_options(cfg) if first else ():
-        log.warning("%s", line)
-    device = start_device(cfg, head, processes.local)
-    lines: list[str] = []
-    missing, run = 0, None
+    kind, session = TABLES[args.task], start_session(cfg, sys.stderr)
+    output, lines, missing, run = session.output, [], 0, None
 
-    def say(line: str) -> None:
-        if not first:
-            return
-        lines.append(line)
-        print(line, flush=True)
+    def say(*new: str) -> None:
+        if session.first:
+            lines.extend(new)
+            print("\n".join(new), flush=True)
 
     for protocols, names in by_protocols(cfg).items():  # a table per kind of dataset
-        say("\n".join([""] * bool(lines) + heading(protocols, table.costs)))
-        for part in table.parts(cfg, args.depth or list(STAGE_DEPTHS)):
-            for row in chain.from_iterable(rows(part, name, protocols, output, device, processes) for name in names):
+        say(*[""] * bool(lines), *heading(protocols, kind.costs))
+        for group in kind.groups(cfg, args.depth or list(STAGE_DEPTHS)):
+            for row in (row for name in names for row in rows(group, name, protocols, session)):
                 missing += row.metrics is None
-                say(markdown(row.cells(table.costs)))
+                say(markdown(row.cells(kind.costs)))
                 run = run or output.new_run(f"{args.task}-{'+'.join(cfg.TEST.DATASET_LIST)}")
                 (run / f"{args.task}.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
                 output.publish(run)
-    processes.end()
-    if not first:
+    session.processes.end()
+    if not session.first:
         return
-    if table.costs:
-        print(f"\n{costs_explained(cfg, device)}")
-    else:
-        print(f"\nPublished: {published()['source']}.")
+    print(f"\n{costs_explained(cfg) if kind.costs else 'Published: ' + published()['source'] + '.'}")
     if "toy" in cfg.TEST.DATASET_LIST:
         log.info("%s", toy.DISCLAIMER)
     if missing:
@@ -171,98 +155,79 @@ def main(argv: list[str]) -> None:
 
 
 def parse(argv: list[str]) -> Parsed:
-    line = CommandLine(__doc__, prog="python -m tools.tables")
-    line.refuse({"TEST.FEATURES": "the tables extract the images themselves", "TEST.REPORT": "use test.py"})
+    instead = {"TEST.FEATURES": "the tables extract the images themselves", "TEST.REPORT": "use test.py"}
+    line = CommandLine(__doc__, instead=instead)
     line.add("task", choices=TABLES, help="the table, see above")
     line.add("--depth", type=int, action="append", choices=STAGE_DEPTHS, help="only this part of main [both]")
-    args, assumed = line.read(argv), {}
-    line.name += f" {args.task}"
-    if args.task == "main":
-        line.refuse({"MODEL.DEPTH": "main has both networks; use --depth", "SupG.onemeval": "main has both"})
-        assumed["SupG.onemeval"] = True
-    elif args.depth:
+    args, cfg, given = line.parse(argv, lambda args: TABLES[args.task].defaults)
+    for key in ("MODEL.DEPTH", "SupG.onemeval"):
+        if args.task == "main" and key in given:
+            raise InputError(f"{key} is not an option of the table main, which has both; --depth selects a network")
+    if args.depth and args.task != "main":
         raise InputError(f"--depth is for main; {args.task} takes MODEL.DEPTH {args.depth[0]}")
-    if args.task == "rerankers":
-        assumed["TEST.RERANKER"] = list(GLOBAL)
-    parsed = line.config(args, assumed)
-    if assumed.get("TEST.RERANKER") and parsed.cfg.TEST.INDEX:
-        assumed["TEST.RERANKER"].remove("dba")  # dba replaces all rows, so that an index would not fit
-    cfg = parsed.cfg
-    if args.task == "rerank" and (cfg.TEST.RERANKER != ["superglobal"] or not cfg.SupG.rerank):
+    if args.task == "rerank" and active_rerankers(cfg) != ["superglobal"]:
         raise InputError("rerank varies SuperGlobal's reranking: leave TEST.RERANKER and SupG.rerank at their defaults")
-    if args.task == "rerankers" and "TEST.RERANKER" not in parsed.given:
-        parsed = parsed._replace(cfg=varied(cfg, assumed))
-    elif set(cfg.TEST.RERANKER) - {"none", "superglobal"} and "superglobal" not in cfg.TEST.RERANKER:
-        parsed = parsed._replace(cfg=varied(cfg, {"TEST.RERANKER": ["superglobal", *cfg.TEST.RERANKER]}))
-    return parsed
+    names = cfg.TEST.RERANKER
+    if args.task == "rerankers" and "TEST.RERANKER" not in given and cfg.TEST.INDEX:
+        names = [name for name in names if name != "dba"]  # it replaces all rows, so that an index would not fit
+    elif {*names} - {"none", "superglobal"} and "superglobal" not in names:
+        names = ["superglobal", *names]
+    return Parsed(args, varied(cfg, {"TEST.RERANKER": names}), given)
 
 
-def main_table(cfg: CfgNode, depths: Sequence[int]) -> Iterator[Part]:
+def main_table(cfg: CfgNode, depths: Sequence[int]) -> Iterator[RowGroup]:
     fast = [name for name in cfg.TEST.RERANKER if name not in ("cvnet", "dba")]  # the others take days with +1M
     for depth in depths if cfg.MODEL.NAME == "cvnet" else [cfg.MODEL.DEPTH]:
-        yield Part(varied(cfg, {"MODEL.DEPTH": depth}), "", chosen)
-        changes = {"MODEL.DEPTH": depth, "SupG.onemeval": True, "TEST.RERANKER": fast or ["none"]}
-        yield Part(varied(cfg, changes), "", chosen)
+        own = {"MODEL.DEPTH": depth}
+        yield RowGroup(varied(cfg, {**own, "SupG.onemeval": False}), "", active_variants)
+        yield RowGroup(varied(cfg, {**own, "TEST.RERANKER": fast or "none"}), "", active_variants)
 
 
-def ablation_table(cfg: CfgNode, depths: Sequence[int]) -> Iterator[Part]:
-    variants = {"": (), **{f"without {MODULES[name]}": (name,) for name in MODULES}, "without the four": tuple(MODULES)}
-    for words, off in variants.items():
+def ablation_table(cfg: CfgNode, depths: Sequence[int]) -> Iterator[RowGroup]:
+    modules = {"": (), **{f"without {MODULES[name]}": (name,) for name in MODULES}, "without the four": tuple(MODULES)}
+    for words, off in modules.items():
         changed = varied(cfg, {f"SupG.{name}": False for name in off})
-        yield Part(changed, words, chosen if off else both_readings)
+        yield RowGroup(changed, words, active_variants if off else both_readings)
 
 
-def rerank_table(cfg: CfgNode, depths: Sequence[int]) -> Iterator[Part]:
-    own = dict(zip(SWEEP, superglobal_method(cfg), strict=True))
-    methods = []
-    for name, values in SWEEP.items():
-        for value in values if own[name] in values else sorted({*values, own[name]}):
-            method = tuple({**own, name: value}.values())
-            if method[1] <= method[0] and method not in methods:
-                methods.append(method)
-    sweep = [
-        Variant("reranking", in_words(*method), Reranked(SuperGlobalReranker(*method)), method) for method in methods
-    ]
-    yield Part(cfg, "", lambda experiment: sweep)
+def rerank_table(cfg: CfgNode, depths: Sequence[int]) -> Iterator[RowGroup]:
+    usual = {name: cfg.SupG[f"rerank_{name}"] for name in SWEEP}
+    methods = [{**usual, name: value} for name, values in SWEEP.items() for value in sorted({*values, usual[name]})]
+    rerankers = [SuperGlobalReranker(**method) for method in methods if method["k"] <= method["m"]]
+    variants = {in_words(each): Variant("reranking", in_words(each), Reranked(each)) for each in rerankers}
+    yield RowGroup(cfg, "", lambda experiment: list(variants.values()))
 
 
-def rerankers_table(cfg: CfgNode, depths: Sequence[int]) -> Iterator[Part]:
-    yield Part(cfg, "", both_readings)
+def rerankers_table(cfg: CfgNode, depths: Sequence[int]) -> Iterator[RowGroup]:
+    yield RowGroup(cfg, "", both_readings)
 
 
-def superglobal_method(cfg: CfgNode) -> tuple[int, int, float, str]:
-    return cfg.SupG.rerank_m, cfg.SupG.rerank_k, cfg.SupG.rerank_beta, cfg.SupG.rerank_s2
+def in_words(reranker: SuperGlobalReranker) -> str:
+    s2 = ", S2 of the original rows" if reranker.s2 == "original" else ""
+    return f"M = {reranker.m}, K = {reranker.k}, beta = {reranker.beta:g}{s2}"
 
 
-def in_words(m: int, k: int, beta: float, s2: str) -> str:
-    return f"M = {m}, K = {k}, beta = {beta:g}{', S2 of the original rows' if s2 == 'original' else ''}"
-
-
-def chosen(experiment: Experiment) -> list[Variant]:
+def active_variants(experiment: Experiment) -> list[Variant]:
     """Returns the rows of TEST.RERANKER; that of SuperGlobal has the usual title, the others their own."""
     variants = []
-    for name in experiment.cfg.TEST.RERANKER:
-        own = varied(experiment.cfg, {"TEST.RERANKER": [name]})
-        stages = make_stages(own, experiment.subject, experiment.device)
-        if name == "superglobal":
-            variants += [Variant(title, "", stage, superglobal_method(own)) for title, stage in stages.items()]
-        else:
-            kept = map_bytes(experiment.subject.database) if name == "cvnet" else 0
-            words = STAGES[name].title if name in STAGES else ""
-            variants += [Variant(title, words, stage, bytes_kept=kept) for title, stage in stages.items()]
+    for name in active_rerankers(experiment.cfg):
+        stages = replace(experiment, cfg=varied(experiment.cfg, {"TEST.RERANKER": [name]})).stages
+        words = "" if name == "superglobal" else TITLES[name]
+        kept = map_bytes(experiment.database_images) if name == "cvnet" else 0
+        variants += [Variant(title, words, stage, kept) for title, stage in stages.items()]
     return variants
 
 
 def both_readings(experiment: Experiment) -> list[Variant]:
     """Returns these rows, and after SuperGlobal's the one with the other form of S2."""
     variants = []
-    for each in chosen(experiment):
+    for each in active_variants(experiment):
         variants.append(each)
-        if each.method is not None:
-            *method, s2 = each.method
-            other = (*method, "original" if s2 == "refined" else "refined")
-            words = f"S2 of the {other[-1]} rows"
-            variants.append(Variant(each.title, words, Reranked(SuperGlobalReranker(*other)), other))
+        if not each.words:
+            usual = each.stage.reranker
+            other = "original" if usual.s2 == "refined" else "refined"
+            stage = Reranked(SuperGlobalReranker(usual.m, usual.k, usual.beta, other))
+            variants.append(Variant(each.title, f"S2 of the {other} rows", stage))
     return variants
 
 
@@ -289,54 +254,50 @@ def heading(protocols: Sequence[Protocol], costs: bool) -> list[str]:
     return [markdown([*cells, "note"]), markdown(["---"] * (len(cells) + 1))]
 
 
-def rows(
-    part: Part, name: str, protocols: Sequence[Protocol], output: Output, device: torch.device, processes: Processes
-) -> Iterator[Row]:
+def rows(group: RowGroup, name: str, protocols: Sequence[Protocol], session: Session) -> Iterator[Row]:
     """Yields a row for retrieval and one per reranker, from a single search; or a row that says what is missing.
 
     The processes of a `torchrun` share extraction and search; only the first one yields rows.
     """
-    cfg = part.cfg
+    cfg, processes, device = group.cfg, session.processes, session.device
+    network = network_title(cfg)
 
     def setting(stage: str, words: str = "") -> str:
-        return ", ".join(filter(None, [stage, part.words, words, "+1M" if cfg.SupG.onemeval else ""]))
+        return ", ".join(filter(None, [stage, group.words, words, "+1M" if cfg.SupG.onemeval else ""]))
 
     try:
         with processes.agreeing():
-            experiment = prepare(cfg, name, output, device)
+            experiment = prepare(cfg, name, session.output, device)
             if processes.count == 1:
                 queries, database = experiment.descriptors()
     except InputError as error:
-        if processes.rank > 0:
-            return
-        reranks = set(cfg.TEST.RERANKER) - ({"none"} if cfg.SupG.rerank else {"none", "superglobal"})
-        stages = "retrieval, reranking" if reranks else "retrieval"
-        yield Row(network_title(cfg), name, setting(stages), protocols, note=error.in_options(ADVICE))
+        if session.first:
+            stages = "retrieval, reranking" if active_rerankers(cfg) else "retrieval"
+            yield Row(network, name, setting(stages), protocols, note=str(error))
         return
     if processes.count > 1:  # an error in only one of them, such as a damaged image, ends all of them
         queries, database = experiment.descriptors(processes)
-    variants, truth = part.variants(experiment), experiment.dataset.ground_truth
-    stages = [each.stage for each in variants]
+    variants, truth = group.variants(experiment), experiment.dataset.ground_truth
     with PeakMemory(device) as peak:
+        stages = [each.stage for each in variants]
         searched = search_for(stages, queries, database, experiment.dataset.listed, device, processes)
-    if processes.rank > 0:
+    if not session.first:
         return
-    known = find_published(cfg, name, "retrieval")
     whitening = experiment.facts().get("whitening", {})
     note = "whitening learnt on this database itself" if whitening.get("learnt_on_the_test_set") else ""
+    kept = bytes_per_row(database)
     yield Row(
-        network_title(cfg), name, setting("retrieval"), protocols, evaluate(searched.ranking, truth, protocols), known,
-        note, costs_of(searched.ranking, peak, bytes_per_row(database)),
+        network, name, setting("retrieval"), protocols, evaluate(searched.ranking, truth, protocols),
+        find_published(cfg, name), note, costs_of(searched.ranking, peak, kept),
     )  # fmt: skip
-    for title, words, stage, method, bytes_kept in variants:
+    for variant in variants:
         with PeakMemory(device) as peak:
-            ranking = stage(searched)
-        metrics = evaluate(ranking, truth, protocols)
-        known = find_published(cfg, name, "reranking", method)
+            ranking = variant.stage(searched)
         once = f"{ranking.once:.1f} s once for the database" if ranking.once else ""
         yield Row(
-            network_title(cfg), name, setting(title, words), protocols, metrics, known,
-            ", ".join(filter(None, [note, once])), costs_of(ranking, peak, bytes_per_row(database) + bytes_kept),
+            network, name, setting(variant.title, variant.words), protocols, evaluate(ranking, truth, protocols),
+            find_published(cfg, name, variant.stage), ", ".join(filter(None, [note, once])),
+            costs_of(ranking, peak, kept + variant.bytes_kept),
         )  # fmt: skip
 
 
@@ -354,16 +315,15 @@ def costs_of(ranking: Ranking, peak: PeakMemory, bytes_kept: int) -> tuple[str, 
     return f"{1000 * ranking.seconds / len(ranking.ids):.1f}", memory, f"{bytes_kept:,}"
 
 
-def costs_explained(cfg: CfgNode, device: torch.device) -> str:
+def costs_explained(cfg: CfgNode) -> str:
     """Returns a text about what each row reorders, and about the meaning of the costs."""
-    subject = Subject(None, (), (), 0, None, Path())
     lines = []
-    for name in cfg.TEST.RERANKER:
-        if name in STAGES and name != "cvnet":
-            for stage in make_stages(varied(cfg, {"TEST.RERANKER": [name]}), subject, device).values():
-                lines.append(f"{STAGES[name].title}: {stage.shortlist}.")
-        elif name == "cvnet":
-            lines.append(f"{STAGES[name].title}: the first results that a protocol does not ignore, as published.")
+    for name in active_rerankers(cfg):
+        shortlist = "the first results that a protocol does not ignore, as published"
+        if name != "cvnet":  # it needs images
+            (stage,) = make_stages(varied(cfg, {"TEST.RERANKER": [name]})).values()
+            shortlist = stage.shortlist
+        lines.append(f"{TITLES[name]}: {shortlist}.")
     lines.append("Times are those of the stage only, after the search; memory is what it used in addition.")
     lines.append("Bytes include a float32 descriptor and everything else that is kept of an image.")
     return "\n".join(lines)
@@ -375,47 +335,43 @@ def published() -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def find_published(
-    cfg: CfgNode, name: str, stage: str, method: tuple[int, int, float, str] | None = None
-) -> dict[str, float] | None:
+def find_published(cfg: CfgNode, name: str, stage: Stage | None = None) -> dict[str, float] | None:
     """Returns the paper's numbers, which apply only to the paper's settings and exact search (in any precision).
 
     Args:
-        stage: retrieval or reranking.
-        method: M, K, beta and S2 of a reranking; None for another reranker, which has no published numbers.
+        stage: the reranking; None for retrieval.
     """
     usual = make_config([("MODEL.DEPTH", cfg.MODEL.DEPTH), ("TEST.PRECISION", cfg.TEST.PRECISION)])
     anywhere = Path()
     if make_recipe(cfg, anywhere) != make_recipe(usual, anywhere) or cfg.TEST.INDEX:
         return None
-    if stage == "reranking" and method != (RERANK_M, RERANK_K, RERANK_BETA, "refined"):
+    if stage and repr(stage) != repr(Reranked(SuperGlobalReranker())):
         return None
-    wanted = {"depth": cfg.MODEL.DEPTH, "stage": stage, "distractors": cfg.SupG.onemeval}
+    wanted = {"depth": cfg.MODEL.DEPTH, "stage": "reranking" if stage else "retrieval"}
+    wanted["distractors"] = cfg.SupG.onemeval
     return next((entry.get(name) for entry in published()["figures"] if wanted.items() <= entry.items()), None)
 
 
-def markdown(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-class Table(NamedTuple):
+class TableKind(NamedTuple):
     """A kind of table.
 
     Attributes:
-        parts: returns its parts, given the options and the depths of the networks.
+        groups: returns its groups of rows, given the options and the depths of the networks.
+        defaults: defaults of options that differ from those of test.py.
         costs: whether it has columns for time and memory instead of published numbers.
     """
 
-    parts: Callable[[CfgNode, Sequence[int]], Iterator[Part]]
+    groups: Callable[[CfgNode, Sequence[int]], Iterator[RowGroup]]
+    defaults: Mapping[str, Any]
     costs: bool = False
 
 
 TABLES = {
-    "main": Table(main_table),
-    "ablation": Table(ablation_table),
-    "rerank": Table(rerank_table),
-    "rerankers": Table(rerankers_table, costs=True),
+    "main": TableKind(main_table, {"SupG.onemeval": True}),
+    "ablation": TableKind(ablation_table, {}),
+    "rerank": TableKind(rerank_table, {}),
+    "rerankers": TableKind(rerankers_table, {"TEST.RERANKER": GLOBAL}, costs=True),
 }
 
 if __name__ == "__main__":
-    run_command(main, ADVICE)
+    run_command(main)

@@ -15,43 +15,42 @@ with the saved descriptors of both sets instead.
 import argparse
 import itertools
 import logging
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from assembly import Experiment, Output, find_dataset, make_output, prepare, start_device
+from assembly import Experiment, Session, find_dataset, prepare, start_session
 from config import (
-    ADVICE,
     INDEX,
     LOADING,
     NETWORK,
     RERANKING,
     CommandLine,
-    default_config,
+    active_rerankers,
+    as_typed,
     idle_options,
+    make_config,
     option_values,
-    plain,
     varied,
 )
-from model.errors import InputError, run_command
+from model.errors import InputError
+from report.command import run_command
 from report.drawing import draw_heat_map, draw_lines
-from report.log import start_log
-from report.page import Page, Section, Table, evaluated_section, write_report
-from report.results import Evaluated, save_results
+from report.page import Page, Section, evaluated_section, write_report
+from report.results import Evaluated, markdown, save_results
 from revisitop.bootstrap import CONFIDENCE, Difference, paired_difference
 from revisitop.evaluate import evaluate
 from revisitop.layouts import dataset_folder
 from revisitop.protocols import Protocol
 from revisitop.retrieve import Ranking
 from revisitop.stages import search_for
-from tools.tables import markdown
 
 log = logging.getLogger(__name__)
 
@@ -81,15 +80,14 @@ PAPER, CHOSEN = "reranking with the paper's values", "reranking with the chosen 
 Setting = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Part:
+class QuerySet(NamedTuple):
     """A dataset, or its queries of one usage (NAME:USAGE)."""
 
     name: str
     usage: str
 
     @classmethod
-    def of(cls, text: str) -> "Part":
+    def of(cls, text: str) -> "QuerySet":
         name, _, usage = text.partition(":")
         return cls(name, usage)
 
@@ -100,13 +98,13 @@ class Part:
             InputError: if there is no such usage.
         """
         every = experiment.dataset.protocols
-        if self.usage:
-            chosen = [each for each in every if each.usage == self.usage]
-            if not chosen:
-                usages = ", ".join(each.usage for each in every if each.usage) or "no other"
-                raise InputError(f"{self.name} has no queries of usage {self.usage!r}; it has {usages}")
-            return chosen
-        return [each for each in every if each.name in ("M", "H")] or list(every)
+        if not self.usage:
+            return [each for each in every if each.name in ("M", "H")] or list(every)
+        protocols = [each for each in every if each.usage == self.usage]
+        if not protocols:
+            usages = ", ".join(each.usage for each in every if each.usage) or "no other"
+            raise InputError(f"{self.name} has no queries of usage {self.usage!r}; it has {usages}")
+        return protocols
 
     def __str__(self) -> str:
         return f"{self.name}:{self.usage}" if self.usage else self.name
@@ -127,11 +125,14 @@ class Curve:
     def metrics(self, queries: np.ndarray | None = None) -> np.ndarray:
         """Returns the metric of each setting, (S,): the mean mAP over the protocols, for these queries."""
         aps = self.aps if queries is None else self.aps[:, :, queries]
-        known = ~np.isnan(aps)
-        counts = known.sum(axis=2)
-        sums = np.where(known, aps, 0).sum(axis=2)
-        maps = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
+        with np.errstate(invalid="ignore"):  # a protocol without queries has no mAP
+            maps = np.nansum(aps, axis=2) / (~np.isnan(aps)).sum(axis=2)
         return np.nanmean(maps, axis=1)
+
+    @property
+    def order(self) -> list[int]:
+        """The numbers of the settings, best first; equal ones keep their order, so that the paper's is preferred."""
+        return np.argsort(-np.nan_to_num(self.metrics(), nan=-1), kind="stable").tolist()
 
     def best(self, queries: np.ndarray | None = None) -> int:
         """Returns the number of the best setting, the first among equals, so that the paper's is preferred."""
@@ -141,59 +142,52 @@ class Curve:
 def main(argv: list[str]) -> None:
     args, cfg = parse(argv)
     grid = read_grid(args.tried, cfg)
-    test, validation = Part.of(args.test), None if args.folds else Part.of(args.on)
+    test, validation = QuerySet.of(args.test), None if args.folds else QuerySet.of(args.on)
     if validation == test:
         raise InputError(f"--on and --test are both {test}: give another dataset, or --folds")
     settings = combinations(cfg, grid)
-    output = make_output(cfg)
-    head = start_log(Path("log.txt"), plain(cfg))
-    for line in idle_options(cfg):
-        log.warning("%s", line)
-    device = start_device(cfg, head)
-    for name in {test.name, *([validation.name] if validation else [])}:
+    session = start_session(cfg)
+    for name in {test.name, (validation or test).name}:
         if dataset_folder(Path(cfg.TEST.DATA_DIR), name) is None:
             find_dataset(cfg, name)  # draws toy, or reports a missing dataset; nothing is evaluated yet
     log.info("%d settings of %s", len(settings), ", ".join(grid))
 
-    bench = Bench(cfg, output, device)
-    curve = bench.curve(validation or test, settings)
+    curve = curve_of(session, validation or test, settings)
     for line in in_words(curve):
         log.info("%s", line)
-    chosen = settings[curve.best()]
-    by_fold: list[Setting] = []
+    best, by_fold = settings[curve.best()], []
     if validation:
         method = str(validation)
-        log.info("chosen on %s: %s", method, words(chosen))
-        judged = bench.judge(test, settings[0], chosen)  # the test set is evaluated only here
+        log.info("chosen on %s: %s", method, words(best))
+        judgement = judge(session, test, settings[0], [best])  # the test set is evaluated only here
     else:
         method = f"{args.folds} folds of the queries of {test}"
-        judged, by_fold = bench.cross_validate(test, curve, args.folds)
-        log.info("chosen by all queries, for use: %s", words(chosen))
+        by_fold, fold_of_query = cross_validate(curve, test, args.folds)
+        judgement = judge(session, test, settings[0], by_fold, fold_of_query)
+        log.info("chosen by all queries, for use: %s", words(best))
 
     log.info("on %s, mAP in percent:", test)
-    heading, *rows = judged.rows()
+    heading, *rows = judgement.rows()
     for row in (heading, ["---"] * len(heading), *rows):
         log.info("%s", markdown(row))
-    log.info("%s", judged.verdict())
+    log.info("%s", judgement.verdict())
 
-    run = output.new_run(f"tune-{test.name}")
-    tuning = {"validation": method, "test": str(test), "chosen": chosen, "paper": settings[0], "by fold": by_fold}
+    run = session.output.new_run(f"tune-{test.name}")
+    tuning = {"validation": method, "test": str(test), "chosen": best, "paper": settings[0], "by fold": by_fold}
     tuning["settings"] = [
         {**setting, "figure": 100 * float(metric)} for setting, metric in zip(settings, curve.metrics(), strict=True)
     ]
-    save_results(run, {**head, "tuning": tuning}, [judged.evaluated])
-    output.publish(run)
-    sections = [tuning_section(method, test, grid, curve, judged), evaluated_section(judged.evaluated)]
-    page = Page(f"Tuning for {test}", {"command": head["command"], "date": head["date"]}, sections)
+    save_results(run, {**session.head, "tuning": tuning}, [judgement.evaluated])
+    session.output.publish(run)
+    sections = [tuning_section(method, test, grid, curve, judgement), evaluated_section(judgement.evaluated)]
+    page = Page(f"Tuning for {test}", {key: session.head[key] for key in ("command", "date")}, sections)
     log.info("the page is %s", write_report(page, run / "report"))
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, CfgNode]:
-    own = ("TEST.DEVICE", "TEST.OUT_DIR", "TEST.RESUME", "TEST.DATA_DIR", "TEST.FEATURES")
-    uses = (*NETWORK, *LOADING, *INDEX, *RERANKING, *own)
-    line = CommandLine(
-        __doc__, uses, "python -m tools.tune", {"TEST.DATASET_LIST": "--on and --test name the datasets"}
-    )
+    uses = ("TEST.DEVICE", "TEST.OUT_DIR", "TEST.RESUME", "TEST.DATA_DIR", "TEST.FEATURES")
+    instead = {"TEST.DATASET_LIST": "--on and --test name the datasets"}
+    line = CommandLine(__doc__, (*NETWORK, *LOADING, *INDEX, *RERANKING, *uses), instead)
     line.add("--on", metavar="NAME[:USAGE]", help="the validation set")
     line.add("--folds", type=int, metavar="N", help="instead of --on: cross-validation over the queries of --test")
     line.add("--test", required=True, metavar="NAME[:USAGE]", help="the test set")
@@ -217,82 +211,81 @@ def read_grid(tried: Sequence[Sequence[str]] | None, cfg: CfgNode) -> dict[str, 
     Raises:
         InputError: if an option cannot be tried, or a value is invalid.
     """
-    reranker = cfg.TEST.RERANKER[0] if cfg.SupG.rerank or cfg.TEST.RERANKER != ["superglobal"] else "none"
     if not tried:
-        if reranker == "none":
-            raise InputError("without a reranker there is nothing to tune by default: give --try KEY VALUES")
-        return GRIDS[reranker]
+        for reranker in active_rerankers(cfg):
+            return GRIDS[reranker]
+        raise InputError("without a reranker there is nothing to tune by default: give --try KEY VALUES")
     allowed = [key for key in (*NETWORK, *RERANKING) if key not in _FIXED]
     grid: dict[str, tuple] = {}
     for key, text in tried:
         if key not in allowed:
             raise InputError(f"--try {key}: this option cannot be tried; {', '.join(allowed)} can")
-        values = [word.strip() for word in text.split(";" if ";" in text else ",") if word.strip()]
-        if not values:
+        configs = [varied(cfg, {key: word}) for word in text.split(";" if ";" in text else ",") if word.strip()]
+        if not configs:
             raise InputError(f"--try {key} needs at least one value")
-        typed = [option_values(varied(cfg, {key: word}))[key] for word in values]
-        if (paper := option_values(default_config())[key]) not in typed:
-            typed.append(paper)
-        if all(isinstance(value, int | float) for value in typed):
-            typed.sort()
-        grid[key] = tuple(value for place, value in enumerate(typed) if value not in typed[:place])
-        other = next((value for value in grid[key] if value != paper), paper)
-        if idle := [line for line in idle_options(varied(cfg, {key: other})) if line.startswith(f"{key} ")]:
-            raise InputError(f"--try {idle[0]}")
+        for line in (idle_options(each).get(key) for each in configs):
+            if line:
+                raise InputError(f"--try {line}")
+        values = [option_values(each)[key] for each in (*configs, make_config())]
+        values = [value for place, value in enumerate(values) if value not in values[:place]]
+        numbers = all(isinstance(value, int | float) for value in values)
+        grid[key] = tuple(sorted(values) if numbers else values)
     return grid
 
 
 def combinations(cfg: CfgNode, grid: Mapping[str, tuple]) -> list[Setting]:
     """Returns all valid combinations (K <= M), the paper's values first."""
-    defaults = option_values(default_config())
-    paper = {key: defaults[key] for key in grid}
+    paper = {key: value for key, value in option_values(make_config()).items() if key in grid}
+    varied(cfg, paper)  # raises if the paper's values do not fit the options that are not tried
     settings = [paper]
     for values in itertools.product(*grid.values()):
         setting = dict(zip(grid, values, strict=True))
-        if setting == paper:
-            continue
         try:
             varied(cfg, setting)
         except InputError:  # K above M
             continue
-        settings.append(setting)
-    varied(cfg, paper)
+        if setting != paper:
+            settings.append(setting)
     return settings
 
 
 @dataclass(frozen=True)
-class Judged:
+class Judgement:
     """The results on the test set with the paper's values and with the chosen ones.
 
     Attributes:
         evaluated: the rankings and metrics of the test set.
         protocols: its P protocols.
-        paper, chosen: per protocol, (Q,) AP.
     """
 
     evaluated: Evaluated
     protocols: list[Protocol]
-    paper: list[np.ndarray]
-    chosen: list[np.ndarray]
 
+    def aps(self, stage: str) -> list[np.ndarray]:
+        """Returns the AP of each query, (Q,) per protocol."""
+        return [self.evaluated.metrics[stage][each.name].ap for each in self.protocols]
+
+    @cached_property
     def differences(self) -> list[Difference]:
-        return [paired_difference(a, b) for a, b in zip(self.paper, self.chosen, strict=True)]
+        """The differences between the chosen and the paper's values, per protocol."""
+        return [paired_difference(a, b) for a, b in zip(self.aps(PAPER), self.aps(CHOSEN), strict=True)]
 
     def rows(self) -> list[list[str]]:
         """Returns the cells of a table, with its heading first."""
         rows = [["protocol", "paper's", "chosen", "difference", f"{CONFIDENCE:.0%} interval", ""]]
-        for protocol, a, b, by in zip(self.protocols, self.paper, self.chosen, self.differences(), strict=True):
-            means = [f"{100 * np.nanmean(each):.2f}" if by.queries else "" for each in (a, b)]
-            interval = f"{100 * by.low:+.2f} to {100 * by.high:+.2f}"
+        for protocol, *aps, by in zip(self.protocols, self.aps(PAPER), self.aps(CHOSEN), self.differences, strict=True):
+            means = [f"{100 * np.nanmean(each):.2f}" if by.queries else "" for each in aps]
+            mean, low, high = (f"{100 * each:+.2f}" for each in by[:3])
             words = "same" if by.low == by.high == 0 else "may be chance" if by.is_within_chance else ""
-            rows.append([protocol.title, *means, f"{100 * by.mean:+.2f}", interval, words])
+            rows.append([protocol.title, *means, mean, f"{low} to {high}", words])
         return rows
 
     def verdict(self) -> str:
         """Returns a sentence about the differences."""
-        pairs = zip(self.protocols, self.differences(), strict=True)
+        pairs = zip(self.protocols, self.differences, strict=True)
         beyond = [protocol.title for protocol, difference in pairs if not difference.is_within_chance]
-        if all(np.array_equal(a, b, equal_nan=True) for a, b in zip(self.paper, self.chosen, strict=True)):
+        aps = zip(self.aps(PAPER), self.aps(CHOSEN), strict=True)
+        if all(np.array_equal(a, b, equal_nan=True) for a, b in aps):
             return "The chosen values give the same rankings of the test set as the paper's."
         if beyond:
             return f"The {CONFIDENCE:.0%} interval of the difference does not contain 0 for {', '.join(beyond)}."
@@ -302,110 +295,109 @@ class Judged:
         )
 
 
-class Bench:
-    """Evaluates settings; experiments with equal options of the network share their descriptors."""
-
-    def __init__(self, cfg: CfgNode, output: Output, device: torch.device):
-        self.cfg, self.output, self.device = cfg, output, device
-
-    def by_network(self, settings: Sequence[Setting]) -> dict[tuple, list[int]]:
-        """Returns the numbers of the settings, grouped by the options of the network."""
-        groups: dict[tuple, list[int]] = {}
-        for number, setting in enumerate(settings):
-            shared = tuple((key, str(value)) for key, value in setting.items() if key in NETWORK)
-            groups.setdefault(shared, []).append(number)
-        return groups
-
-    def rankings(self, name: str, settings: Sequence[Setting]) -> Iterator[tuple[int, Experiment, Ranking, Ranking]]:
-        """Yields the number, experiment, search and last ranking of each setting, with one search per network."""
-        for numbers in self.by_network(settings).values():
-            first = prepare(varied(self.cfg, settings[numbers[0]]), name, self.output, self.device)
-            experiments = [replace(first, cfg=varied(self.cfg, settings[number])) for number in numbers]
-            stages = [list(each.stages.values()) for each in experiments]
-            every = itertools.chain.from_iterable(stages)
-            searched = search_for(every, *first.descriptors(), first.dataset.listed, self.device)
-            for number, experiment, own in zip(numbers, experiments, stages, strict=True):
-                ranking = searched.ranking
-                for stage in own:
-                    ranking = stage(searched)
-                yield number, experiment, searched.ranking, ranking
-
-    def curve(self, part: Part, settings: list[Setting]) -> Curve:
-        """Returns the AP of all settings on a dataset."""
-        aps: list[np.ndarray | None] = [None] * len(settings)
-        bar = tqdm(total=len(settings), desc=f"settings on {part}", dynamic_ncols=True)
-        with bar:
-            for number, experiment, _, ranking in self.rankings(part.name, settings):
-                metrics = evaluate(ranking, experiment.dataset.ground_truth, part.protocols(experiment))
-                aps[number] = np.stack([each.ap for each in metrics.values()])
-                bar.update()
-        curve = Curve(settings, np.stack(aps))
-        if np.isnan(curve.aps).all():
-            raise InputError(f"{part} has no query with a positive image")
-        return curve
-
-    def judge(self, test: Part, paper: Setting, chosen: Setting) -> Judged:
-        """Returns the results on the test set with the paper's values and with the chosen ones."""
-        done = {number: rest for number, *rest in self.rankings(test.name, [paper, chosen])}
-        experiment, searched, first = done[0]
-        return judged_of(test, experiment, {"retrieval": searched, PAPER: first, CHOSEN: done[1][2]})
-
-    def cross_validate(self, test: Part, curve: Curve, folds: int) -> tuple[Judged, list[Setting]]:
-        """Returns the results with each query at the best setting of the other folds, and these settings."""
-        judged = np.flatnonzero(~np.isnan(curve.aps[0]).all(axis=0))
-        if len(judged) < folds:
-            raise InputError(f"--folds {folds}: {test} has {len(judged)} queries with positive images; give fewer")
-        order, choices = np.random.default_rng(0).permutation(judged), []
-        of_query = np.zeros(curve.aps.shape[2], dtype=np.int64)
-        for fold in range(folds):
-            own = order[fold::folds]
-            choices.append(curve.best(np.setdiff1d(judged, own)))
-            of_query[own] = choices[-1]
-            text = words(curve.settings[choices[-1]])
-            log.info("fold %d, %d queries, chosen by the others: %s", fold + 1, len(own), text)
-        used = sorted({0, *choices})
-        done = {number: rest for number, *rest in self.rankings(test.name, [curve.settings[each] for each in used])}
-        experiment, searched, paper = done[0]
-        mixed = paper
-        for place, number in enumerate(used):
-            mixed = taken(mixed, done[place][2], of_query == number)
-        rankings = {"retrieval": searched, PAPER: paper, CHOSEN: mixed}
-        return judged_of(test, experiment, rankings), [curve.settings[each] for each in choices]
+def rankings_of(
+    session: Session, name: str, settings: Sequence[Setting]
+) -> Iterator[tuple[int, Experiment, Ranking, Ranking]]:
+    """Yields the number, experiment, search and last ranking of each setting; those of a network share one search."""
+    networks: dict[str, list[int]] = {}
+    for number, setting in enumerate(settings):
+        network = words({key: value for key, value in setting.items() if key in NETWORK})
+        networks.setdefault(network, []).append(number)
+    for numbers in networks.values():
+        first = prepare(varied(session.cfg, settings[numbers[0]]), name, session.output, session.device)
+        experiments = [replace(first, cfg=varied(session.cfg, settings[number])) for number in numbers]
+        stages = [stage for each in experiments for stage in each.stages.values()]
+        searched = search_for(stages, *first.descriptors(), first.dataset.listed, session.device)
+        for number, experiment in zip(numbers, experiments, strict=True):
+            ranking = searched.ranking
+            for stage in experiment.stages.values():
+                ranking = stage(searched)
+            yield number, experiment, searched.ranking, ranking
 
 
-def judged_of(test: Part, experiment: Experiment, rankings: dict[str, Ranking]) -> Judged:
-    dataset = experiment.dataset
+def curve_of(session: Session, queries: QuerySet, settings: list[Setting]) -> Curve:
+    """Returns the AP of all settings on a dataset."""
+    aps: list[np.ndarray | None] = [None] * len(settings)
+    with tqdm(total=len(settings), desc=f"settings on {queries}", dynamic_ncols=True) as bar:
+        for number, experiment, _, ranking in rankings_of(session, queries.name, settings):
+            metrics = evaluate(ranking, experiment.dataset.ground_truth, queries.protocols(experiment))
+            aps[number] = np.stack([each.ap for each in metrics.values()])
+            bar.update()
+    curve = Curve(settings, np.stack(aps))
+    if np.isnan(curve.aps).all():
+        raise InputError(f"{queries} has no query with a positive image")
+    return curve
+
+
+def cross_validate(curve: Curve, test: QuerySet, folds: int) -> tuple[list[Setting], np.ndarray]:
+    """Returns the best setting of the other folds for each fold, and the number of the fold of each query, (Q,).
+
+    Raises:
+        InputError: if there are fewer queries with positive images than folds.
+    """
+    positive = np.flatnonzero(~np.isnan(curve.aps[0]).all(axis=0))
+    if len(positive) < folds:
+        raise InputError(f"--folds {folds}: {test} has {len(positive)} queries with positive images; give fewer")
+    order, by_fold = np.random.default_rng(0).permutation(positive), []
+    fold_of_query = np.zeros(curve.aps.shape[2], dtype=np.int64)
+    for fold in range(folds):
+        queries = order[fold::folds]
+        by_fold.append(curve.settings[curve.best(np.setdiff1d(positive, queries))])
+        fold_of_query[queries] = fold
+        log.info("fold %d, %d queries, chosen by the others: %s", fold + 1, len(queries), words(by_fold[-1]))
+    return by_fold, fold_of_query
+
+
+def judge(
+    session: Session,
+    test: QuerySet,
+    paper: Setting,
+    by_fold: Sequence[Setting],
+    fold_of_query: np.ndarray | None = None,
+) -> Judgement:
+    """Returns the results on the test set with the paper's values, and with those chosen for the fold of each query.
+
+    Args:
+        by_fold: the chosen setting for each fold; a single one for all queries without folds.
+        fold_of_query: (Q,), the number of the fold of each query; None without folds.
+    """
+    settings = [paper, *(setting for place, setting in enumerate(by_fold) if setting not in [paper, *by_fold[:place]])]
+    evaluated = {number: rest for number, *rest in rankings_of(session, test.name, settings)}
+    experiment, searched, first = evaluated[0]
+    chosen = first
+    for fold, setting in enumerate(by_fold):
+        ranking = evaluated[settings.index(setting)][-1]
+        chosen = ranking if fold_of_query is None else combined(chosen, ranking, fold_of_query == fold)
+    rankings, dataset = {"retrieval": searched, PAPER: first, CHOSEN: chosen}, experiment.dataset
     metrics = {stage: evaluate(ranking, dataset.ground_truth, dataset.protocols) for stage, ranking in rankings.items()}
     protocols = test.protocols(experiment) if test.usage else list(dataset.protocols)
-    paper, chosen = ([metrics[stage][each.name].ap for each in protocols] for stage in (PAPER, CHOSEN))
-    return Judged(Evaluated(dataset, rankings, metrics, experiment.facts()), protocols, paper, chosen)
+    return Judgement(Evaluated(dataset, rankings, metrics, experiment.facts()), protocols)
 
 
-def taken(first: Ranking, second: Ranking, chosen: np.ndarray) -> Ranking:
-    """Returns the first ranking, with the results of these queries (Q,) taken from the second."""
-    rows = torch.from_numpy(chosen)
-    positions = [b if take else a for a, b, take in zip(first.positions, second.positions, chosen, strict=True)]
-    ids, scores = (
-        torch.where(rows[:, None], b, a) for a, b in ((first.ids, second.ids), (first.scores, second.scores))
-    )
+def combined(first: Ranking, second: Ranking, in_second: np.ndarray) -> Ranking:
+    """Returns the first ranking, with the results of these queries (Q,) bool taken from the second."""
+    rows = torch.from_numpy(in_second)[:, None]
+    positions = [b if take else a for a, b, take in zip(first.positions, second.positions, in_second, strict=True)]
+    ids, scores = torch.where(rows, second.ids, first.ids), torch.where(rows, second.scores, first.scores)
     return Ranking(ids, scores, positions, first.seconds)
 
 
 def words(setting: Setting) -> str:
-    return ", ".join(f"{key} {value}" for key, value in setting.items())
+    return ", ".join(f"{key} {as_typed(value)}" for key, value in setting.items())
 
 
 def in_words(curve: Curve) -> Iterator[str]:
     """Yields lines with the best settings and the paper's, and their metrics in percent."""
     metrics = curve.metrics()
-    order = np.argsort(-np.nan_to_num(metrics, nan=-1), kind="stable")
-    for place, number in enumerate(order, start=1):
+    for place, number in enumerate(curve.order, start=1):
         if place <= _SHOWN or number == 0:
             mark = "  (the paper's)" if number == 0 else ""
             yield f"{place:5d}  {100 * metrics[number]:6.2f}  {words(curve.settings[number])}{mark}"
 
 
-def tuning_section(method: str, test: Part, grid: Mapping[str, tuple], curve: Curve, judged: Judged) -> Section:
+def tuning_section(
+    method: str, test: QuerySet, grid: Mapping[str, tuple], curve: Curve, judgement: Judgement
+) -> Section:
     """Returns the section on the validation set: heat maps of pairs of options, curves of each, the best settings."""
     metrics, best = curve.metrics(), curve.settings[curve.best()]
 
@@ -417,19 +409,20 @@ def tuning_section(method: str, test: Part, grid: Mapping[str, tuple], curve: Cu
     plots = []
     for down, across in itertools.combinations(several, 2):
         values = [[best_with(**{down: d, across: a}) for a in several[across]] for d in several[down]]
-        chosen = best[down], best[across]
-        plots.append(draw_heat_map(values, (down, several[down]), (across, several[across]), chosen))
+        plots.append(
+            draw_heat_map(values, (down, several[down]), (across, several[across]), (best[down], best[across]))
+        )
     for key, values in several.items():
         plots.append(draw_lines(key, values, [best_with(**{key: each}) for each in values], best[key]))
     listed = [
-        [*(str(curve.settings[i][key]) for key in grid), f"{100 * metrics[i]:.2f}", "" if i else "the paper's"]
-        for i in np.argsort(-np.nan_to_num(metrics, nan=-1), kind="stable")[:_ON_PAGE]
+        [*map(as_typed, curve.settings[i].values()), f"{100 * metrics[i]:.2f}", "" if i else "the paper's"]
+        for i in curve.order[:_ON_PAGE]
     ]
-    tables = [
-        Table(f"On {test}, mAP in percent", judged.rows()),
-        Table(f"The best settings on {method}", [[*grid, "mAP", ""], *listed]),
-    ]
-    note = f"Chosen on {method}: {words(best)}. {judged.verdict()}"
+    tables = {
+        f"On {test}, mAP in percent": judgement.rows(),
+        f"The best settings on {method}": [[*grid, "mAP", ""], *listed],
+    }
+    note = f"Chosen on {method}: {words(best)}. {judgement.verdict()}"
     caption = (
         "The metric is the mean mAP of the protocols on the validation set, in percent; if other options were tried, "
         "too, with their best values. Red marks the chosen values."
@@ -438,5 +431,4 @@ def tuning_section(method: str, test: Part, grid: Mapping[str, tuple], curve: Cu
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")
-    run_command(main, ADVICE)
+    run_command(main)

@@ -13,7 +13,6 @@ Jégou and Chum, "Negative Evidences and Co-occurrences in Image Retrieval", ECC
 """
 
 import logging
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,15 +23,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from assembly import extract_together, find_recipe, make_output, option, own_images, prepare, start_device
-from config import ADVICE, LOADING, NETWORK, CommandLine, Parsed, plain
-from extraction.store import jsonable
-from model.errors import InputError, run_command
+from assembly import Session, extract, find_recipe, image_folder_set, option, prepare, start_session
+from config import LOADING, NETWORK, CommandLine, Parsed
+from extraction.files import jsonable
+from extraction.folder import find_images
+from model.errors import InputError
 from model.whitening import save_whitening
 from modules.whitening import Whitening
-from report.log import start_log
+from report.command import run_command
 from revisitop.descriptors import load_distractors
-from tools.search import find_images
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +47,7 @@ def main(argv: list[str]) -> None:
         raise InputError(f"--dim must be at least 1, --shrinkage 0 to 1; got {args.dim} and {args.shrinkage:g}")
     if kind == "PCA" and args.shrinkage:
         raise InputError("--shrinkage has no effect on PCA whitening; give --labels FILE or --discriminative")
-    start_log(Path("log.txt"), plain(cfg), screen=sys.stdout)
-    rows, classes, learnt_from = descriptors(args.source, cfg)
+    rows, classes, learnt_from = descriptors(args.source, start_session(cfg))
     if args.labels:
         with option(f"--labels {args.labels}"):
             classes = read_classes(args.labels, len(rows))
@@ -67,8 +65,7 @@ def main(argv: list[str]) -> None:
 
 def parse(argv: list[str]) -> Parsed:
     uses = (*NETWORK, *LOADING, "TEST.DATA_DIR", "TEST.OUT_DIR", "TEST.DEVICE", "TEST.RESUME")
-    line = CommandLine(__doc__, uses, "python -m tools.whiten")
-    line.refuse({"MODEL.WHITENING": "a whitening is learnt from descriptors without whitening"})
+    line = CommandLine(__doc__, uses, {"MODEL.WHITENING": "a whitening is learnt from descriptors without whitening"})
     line.add("--from", dest="source", required=True, metavar="NAME|FOLDER|FILE", help="source of the descriptors")
     line.add("--dim", type=int, required=True, metavar="N", help="number of dimensions to keep")
     line.add("--out", type=Path, required=True, metavar="FILE", help="file for the whitening")
@@ -79,21 +76,20 @@ def parse(argv: list[str]) -> Parsed:
     return line.parse(argv)
 
 
-def descriptors(source: str, cfg: Any) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+def descriptors(source: str, session: Session) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
     """Returns the descriptors (N, D), their classes (N,) if the source has some, and their provenance."""
     path = Path(source)
     if path.is_file():
         return load_distractors(path), None, {"source": source}
-    device = start_device(cfg, {})
-    output = make_output(cfg)
+    cfg, output, device = session.cfg, session.output, session.device
     if path.is_dir() and "/" in source:
         recipe = find_recipe(cfg)
-        images = own_images(path, find_images(path), recipe, output)
-        (rows,) = extract_together([images], recipe, cfg, device)
+        images = image_folder_set(path, find_images(path), recipe, output)
+        (rows,) = extract([images], recipe, cfg, device)
         return rows, None, {"source": str(path.resolve()), "descriptors": recipe.provenance()}
     experiment = prepare(cfg, source, output, device)
     dataset, recipe = experiment.dataset, experiment.recipe
-    (rows,) = extract_together(experiment.sets[-1:], recipe, cfg, device)
+    (rows,) = extract(experiment.sets[-1:], recipe, cfg, device)
     in_classes = dataset.in_database is not None
     classes = numbered([name.partition("/")[0] for name in dataset.names]) if in_classes else None
     return rows, classes, {"source": dataset.name, "dataset": dataset.name, "descriptors": recipe.provenance()}
@@ -220,4 +216,4 @@ def _descending(axes: np.ndarray) -> Tensor:
 
 
 if __name__ == "__main__":
-    run_command(main, ADVICE)
+    run_command(main)

@@ -24,12 +24,12 @@ from config import OPTIONS, parse_config
 from extraction.images import read_image
 from extraction.store import DescriptorStore
 from model.checkpoint import encoder_state, load_encoder
-from model.errors import InputError
 from model.cvnet import ResNet
+from model.errors import InputError
 from revisitop.descriptors import load_descriptors, load_distractors
 from revisitop.layout_revisitop import read_ground_truth
 from revisitop.layouts import load_dataset
-from tools.archives import unpack
+from tools.download import unpack
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", 0.7))
 SLOW = 5.0  # seconds allowed per input
@@ -183,7 +183,7 @@ def test_archives(tmp_path):
     for data in mutated(samples):
         archive.write_bytes(gzip.compress(data, 1))
         try:
-            unpack(archive, folder, flat=refused % 2 == 0)
+            unpack(folder, archive, flat=refused % 2 == 0)
             unpacked += 1
         except InputError:
             refused += 1
@@ -192,7 +192,7 @@ def test_archives(tmp_path):
         assert {path.name for path in (tmp_path / "inside").iterdir()} == {"folder"}
     assert min(refused, unpacked) > 0
     whole = archive.read_bytes()
-    survives(tmp_path / "y.tar.gz", [whole], lambda path: unpack(path, folder, True))  # damage that gzip detects
+    survives(tmp_path / "y.tar.gz", [whole], lambda path: unpack(folder, path, flat=True))  # damage that gzip detects
 
 
 def test_command_lines(tmp_path):

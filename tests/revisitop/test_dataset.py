@@ -5,7 +5,6 @@ import pytest
 
 from model.errors import InputError
 from revisitop.layouts import load_dataset
-from revisitop.safe_pickle import load_pickle
 
 
 def test_the_layout_of_roxford_is_read(layout):
@@ -35,98 +34,60 @@ def test_ground_truth_may_hold_numpy_arrays_of_any_pickle_protocol(layout, proto
     assert dataset.ground_truth[0].kinds["easy"].tolist() == layout.gnd["gnd"][0]["easy"].tolist()
 
 
-@pytest.mark.parametrize("protocol", range(6))
 @pytest.mark.parametrize("kind", [list, np.array])
-def test_a_query_may_have_no_easy_hard_or_junk_image_in_any_pickle_protocol(layout, protocol, kind):
+def test_a_query_may_have_no_easy_hard_or_junk_image(layout, kind):
     layout.gnd["gnd"][0].update(easy=kind([]), hard=kind([3, 4]), junk=kind([]))
-    layout.ground_truth_file.write_bytes(pickle.dumps(layout.gnd, protocol))
-    truth = load_dataset("roxford5k", layout.data_dir).ground_truth[0]
-    assert (truth.kinds["easy"].tolist(), truth.kinds["hard"].tolist(), truth.kinds["junk"].tolist()) == (
-        [],
-        [3, 4],
-        [],
-    )
-
-
-@pytest.mark.parametrize("core", ["numpy.core", "numpy._core"])
-def test_arrays_of_old_and_new_numpy_are_read(tmp_path, core):
-    path = tmp_path / "array.pkl"
-    content = pickle.dumps(np.arange(3), protocol=0)
-    path.write_bytes(content.replace(b"numpy._core.", b"numpy.core.").replace(b"numpy.core.", f"{core}.".encode()))
-    assert load_pickle(path).tolist() == [0, 1, 2]
-
-
-@pytest.mark.parametrize(
-    "stream",
-    [
-        b"cos\nsystem\n(S'echo'\ntR.",
-        b"cbuiltins\neval\n(S'1'\ntR.",
-        b"c__builtin__\neval\n(S'1'\ntR.",
-        b"cnumpy\nload\n(S'x'\ntR.",
-        b"cnumpy.core.multiarray\nfromfile\n(S'x'\ntR.",
-        b"c_codecs\nencode\n(S'x'\nS'rot13'\ntR.",
-        b"c_codecs\nencode\n(Vx\nVrot13\ntR.",
-        b"c__builtin__\nbytes\n(I1000000000\ntR.",
-    ],
-)
-def test_a_pickle_that_would_run_code_is_refused(tmp_path, stream):
-    path = tmp_path / "bad.pkl"
-    path.write_bytes(stream)
-    with pytest.raises(InputError, match="is refused: it would call"):
-        load_pickle(path)
-
-
-def test_a_dtype_that_is_changed_after_its_creation_is_refused(tmp_path):
-    # An array of integers whose dtype is told to be one of objects: NumPy would take its bytes for addresses.
-    stream = pickle.dumps(np.arange(2), protocol=2)
-    state = pickle.dumps((3, "|", None, None, None, -1, -1, 63), protocol=2)[2:-1]
-    assert b"i8" in stream
-    path = tmp_path / "bad.pkl"
-    for text in (b"O8", b"V8", b"c16", b"M8[ns]", b"i8,O", b"(1000000000,)i8"):
-        header = b"\x80\x02cnumpy\ndtype\n(X" + len(text).to_bytes(4, "little") + text + b"I00\nI01\ntR"
-        path.write_bytes(header + state + b"b.")
-        with pytest.raises(InputError, match="is refused: it would call an array of"):
-            load_pickle(path)
-    plain = b"\x80\x02cnumpy\ndtype\n(X\x02\x00\x00\x00i8I00\nI01\ntR"
-    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR"
-    path.write_bytes(b"\x80\x02" + array + b"(I1\n(I1\nt" + plain[2:] + state + b"bI00\nS'" + 8 * b"a" + b"'\ntb.")
-    assert load_pickle(path).dtype == np.int64
-
-
-@pytest.mark.parametrize("kind", ["names", "numbers"])
-def test_recursive_lists_are_rejected(layout, kind):
-    bomb: list = [1]
-    for _ in range(60):
-        bomb = [bomb, bomb]
-    if kind == "names":
-        layout.gnd["imlist"][3] = bomb
-    else:
-        layout.gnd["gnd"][0]["hard"] = bomb
     layout.write()
-    with pytest.raises(InputError, match=r"but has a list|no list of image numbers 'hard'"):
-        load_dataset("roxford5k", layout.data_dir)
+    kinds = load_dataset("roxford5k", layout.data_dir).ground_truth[0].kinds
+    assert {name: numbers.tolist() for name, numbers in kinds.items()} == {"easy": [], "hard": [3, 4], "junk": []}
+
+
+def test_good_images_of_the_original_lists_count_as_ok(layout):
+    for entry in layout.gnd["gnd"]:
+        entry["ok"], entry["good"] = entry.pop("easy"), entry.pop("hard")
+    del layout.gnd["gnd"][0]["bbx"]
+    layout.write()
+    dataset = load_dataset("roxford5k", layout.data_dir)
+    assert [box is None for box in (image.box for image in dataset.queries)] == [True, False, False]
+    assert [protocol.name for protocol in dataset.protocols] == ["all"]
+    for truth, entry in zip(dataset.ground_truth, layout.gnd["gnd"], strict=True):
+        assert truth.kinds["ok"].tolist() == entry["ok"] + entry["good"]
+        assert truth.kinds["junk"].tolist() == entry["junk"]
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "noun"),
     [
+        (lambda gnd: gnd.pop("imlist"), "imlist"),
+        (lambda gnd: gnd.update(imlist=set(gnd["imlist"])), "a set"),
+        (lambda gnd: gnd.update(imlist=dict.fromkeys(gnd["imlist"])), "imlist"),
+        (lambda gnd: gnd["imlist"].append("a\0b"), "imlist"),
+        (lambda gnd: gnd["imlist"].append(["db_1"]), "imlist"),
+        (lambda gnd: gnd["imlist"].append("db_1.jpg"), "imlist"),
+        (lambda gnd: gnd["imlist"].append("../db_1"), "outside"),
+        (lambda gnd: gnd["imlist"].append("a/../../../db_1"), "outside"),
+        (lambda gnd: gnd["qimlist"].insert(0, "/etc/db_1"), "outside"),
+        (lambda gnd: gnd["gnd"].pop(), "gnd"),
+        (lambda gnd: gnd["gnd"].insert(0, gnd["gnd"].pop()["easy"]), "gnd"),
         (lambda gnd: gnd["gnd"][1].update(easy=[True]), "'easy'"),
-        (lambda gnd: gnd["gnd"][1].update(easy=[1.5]), "'easy'"),
-        (lambda gnd: gnd["gnd"][1].update(bbx=["1", "2", "3", "4"]), "has no box"),
-        (lambda gnd: gnd["imlist"].append("a\0b"), "must contain names of images"),
-        (lambda gnd: gnd.pop("imlist"), "imlist, qimlist and gnd"),
-        (lambda gnd: gnd["gnd"].pop(), "3 queries but 2 entries"),
-        (lambda gnd: gnd["gnd"][1].pop("bbx"), "query query_1 has no box"),
-        (lambda gnd: gnd["gnd"][1].update(bbx=[1, 2, 3]), "query query_1 has no box"),
-        (lambda gnd: gnd["gnd"][1].update(junk=None), "query query_1 has no list of image numbers 'junk'"),
+        (lambda gnd: gnd["gnd"][1].update(easy=[1.5]), "as easy"),
+        (lambda gnd: gnd["gnd"][1].update(easy=[float("nan")]), "as easy"),
         (lambda gnd: gnd["gnd"][1].update(hard=["a"]), "'hard'"),
-        (lambda gnd: gnd["gnd"][1].update(hard=[-1]), "lists image -1 as hard"),
+        (lambda gnd: gnd["gnd"][1].update(hard=[[1], [2, 3]]), "'hard'"),
+        (lambda gnd: gnd["gnd"][1].update(hard=[10**30]), "'hard'"),
+        (lambda gnd: gnd["gnd"][1].update(hard=[-1]), "as hard"),
+        (lambda gnd: gnd["gnd"][1].update(hard=[24]), "as hard"),
+        (lambda gnd: gnd["gnd"][1].update(junk=None), "query_1"),
         (lambda gnd: gnd["gnd"][1].update(junk=gnd["gnd"][1]["easy"][:1]), "more than once"),
-        (lambda gnd: gnd["gnd"][1].update(easy=[5, 5], hard=[], junk=[]), "lists image 5 more than once"),
+        (lambda gnd: gnd["gnd"][1].update(easy=[5, 5], hard=[], junk=[]), "more than once"),
+        (lambda gnd: gnd["gnd"][1].pop("bbx"), "bbx"),
+        (lambda gnd: gnd["gnd"][1].update(bbx=["1", "2", "3", "4"]), "bbx"),
+        (lambda gnd: gnd["gnd"][1].update(bbx=[1, 2, 3]), "bbx"),
+        (lambda gnd: gnd["gnd"][1].update(bbx=[1, 2, 3, float("inf")]), "bbx"),
     ],
 )
-def test_inconsistent_ground_truth_is_rejected(layout, change, message):
+def test_inconsistent_ground_truth_is_rejected(layout, change, noun):
     change(layout.gnd)
     layout.write()
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=noun):
         load_dataset("roxford5k", layout.data_dir)

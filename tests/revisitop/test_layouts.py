@@ -3,6 +3,7 @@
 import csv
 import pickle
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,11 @@ from PIL import Image
 
 from model.errors import InputError
 from revisitop.dataset import GroundTruth
-from revisitop.evaluate import evaluate_predictions, evaluate_ranks
-from revisitop.layout_csv import read_predictions
+from revisitop.descriptors import load_ranking
+from revisitop.evaluate import evaluate, evaluate_positions, evaluate_ranks, positions_in
+from revisitop.layout_csv import write_predictions
 from revisitop.layouts import load_dataset
+from revisitop.measures import NOT_FOUND
 from revisitop.protocols import CLASS_PROTOCOLS, challenge_protocols
 
 
@@ -106,20 +109,20 @@ def test_gldv2s_own_names_and_nested_folders_work(own):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("solution.csv", "id,images\nq0,x y\nq1,00\nq2,None\n", "3 images are not in index.csv (x, y, 00)"),
-        ("solution.csv", "id,images\nq0,\nq1,\nq2,None\nq7,\n", "1 queries are not in queries.csv (q7)"),
-        ("solution.csv", "id,images\nq0,\n", "no line for 2 queries of queries.csv (q1, q2)"),
-        ("solution.csv", "q0,x\n", "the first line must be a header with id, images"),
-        ("solution.csv", "id,images\nq0,\nq0,\n", "query q0 has two lines"),
-        ("solution.csv", "id,images\nq0,None\nq1,None\nq2,None\n", "every query is ignored"),
-        ("solution.csv", "id,images\nq0\n", "line 2: the number of columns differs"),
-        ("index.csv", "id\na\nb\na\n", "a is listed twice"),
-        ("index.csv", "id\n../a\n", "'../a' is not a valid id of an image"),
-        ("index.csv", "id\na b\n", "'a b' contains a space"),
-        ("index.csv", "id\n", "lists no image"),
-        ("queries.csv", "id\nq0\nq0\n", "q0 is listed twice"),
-        ("queries.csv", "id,x0,y0,x1,y1\nq0,9,2,9,30\n", "the box of query q0 is empty: 9, 2, 9, 30"),
-        ("queries.csv", "id,x0,y0,x1,y1\nq0,a,2,9,30\n", "query q0 has no box of four numbers"),
+        ("solution.csv", "id,images\nq0,x y\nq1,00\nq2,None\n", "3 images"),
+        ("solution.csv", "id,images\nq0,\nq1,\nq2,None\nq7,\n", "q7"),
+        ("solution.csv", "id,images\nq0,\n", "q1, q2"),
+        ("solution.csv", "q0,x\n", "header"),
+        ("solution.csv", "id,images\nq0,\nq0,\n", "q0"),
+        ("solution.csv", "id,images\nq0,None\nq1,None\nq2,None\n", "ignored"),
+        ("solution.csv", "id,images\nq0\n", "line 2"),
+        ("index.csv", "id\na\nb\na\n", "twice"),
+        ("index.csv", "id\n../a\n", "../a"),
+        ("index.csv", "id\na b\n", "space"),
+        ("index.csv", "id\n", "index.csv"),
+        ("queries.csv", "id\nq0\nq0\n", "twice"),
+        ("queries.csv", "id,x0,y0,x1,y1\nq0,9,2,9,30\n", "box"),
+        ("queries.csv", "id,x0,y0,x1,y1\nq0,a,2,9,30\n", "box"),
     ],
 )
 def test_contradictory_files_are_rejected(own, name, text, message):
@@ -128,10 +131,10 @@ def test_contradictory_files_are_rejected(own, name, text, message):
         load(own)
 
 
-@pytest.mark.parametrize("name", ["index.csv", "queries.csv"])
+@pytest.mark.parametrize("name", ["index.csv", "queries.csv", "solution.csv"])
 def test_a_missing_list_is_reported(own, name):
     (own / name).unlink()
-    with pytest.raises(InputError, match=f"solution.csv but no {name}"):
+    with pytest.raises(InputError, match=f"no {name}"):
         load(own)
 
 
@@ -166,25 +169,25 @@ def test_empty_classes_images_of_two_classes_and_only_single_images_are_rejected
         load_dataset("lonely", tmp_path / "data")
 
 
-def test_ok_and_junk_have_their_own_protocol(layout):
-    for entry in layout.gnd["gnd"]:
-        entry["ok"] = entry.pop("easy") + entry.pop("hard")
-    del layout.gnd["gnd"][0]["bbx"]
-    layout.write()
-    dataset = load_dataset("roxford5k", layout.data_dir)
-    assert [*dataset.ground_truth[0].kinds] == ["ok", "junk"]
-    assert dataset.queries[0].box is None
-    assert dataset.queries[1].box is not None
-    assert [protocol.name for protocol in dataset.protocols] == ["all"]
+@pytest.mark.parametrize(
+    "names", [("train", "val"), ("Gallery", "query"), ("cat", "images"), ("wrapper",), ("w", "__MACOSX")]
+)
+def test_folders_that_are_no_classes_are_refused(classes, names):
+    target = classes.with_name("other")
+    for name in names:
+        shutil.copytree(classes, target / name)
+    with pytest.raises(InputError, match=f"it has .*{names[0]}/"):
+        load(target)
 
 
-def test_a_folder_with_no_layout_or_with_two_is_rejected(own, tmp_path):
+def test_a_folder_with_no_layout_or_with_two_is_refused(own, classes, tmp_path):
     (tmp_path / "data" / "nothing").mkdir()
-    with pytest.raises(InputError, match=r"has none of the supported layouts: a file gnd_nothing\.pkl"):
+    with pytest.raises(InputError, match=r"gnd_nothing\.pkl"):
         load_dataset("nothing", tmp_path / "data")
-    (own / "gnd_own.pkl").write_bytes(pickle.dumps({}))
-    with pytest.raises(InputError, match=r"has both gnd_own\.pkl and solution\.csv"):
-        load(own)
+    for folder in (own, classes):
+        (folder / f"gnd_{folder.name}.pkl").write_bytes(pickle.dumps({}))
+        with pytest.raises(InputError, match="two layouts"):
+            load(folder)
 
 
 def test_map_at_100_is_the_textbooks():
@@ -200,7 +203,7 @@ def test_map_at_100_is_the_textbooks():
             known.append(np.array([-1 if each >= n or each in seen or seen.add(each) else each for each in row]))
         usages = rng.choice(["Public", "Private"], q).tolist()
         truth = [GroundTruth({"relevant": own}, usage) for own, usage in zip(positives, usages, strict=True)]
-        found = evaluate_predictions(known, truth, challenge_protocols(sorted(set(usages))))
+        found = evaluate_positions(positions_in(known, truth), truth, challenge_protocols(sorted(set(usages))))
         for usage in set(usages):
             mine = [query for query in range(q) if usages[query] == usage]
             predictions = {str(query): [str(each) for each in named[query]] for query in mine}
@@ -227,17 +230,28 @@ def test_recall_and_map_of_classes_equal_the_textbook_formulas():
         assert 100 * metrics.map == pytest.approx(mean_average_precision(rankings, lists, ("good",), ("out",)))
 
 
-def test_predictions_from_a_file_are_evaluated(own, command, tmp_path):
-    words = ("own", "TEST.DATA_DIR", own.parent)
+def test_predictions_of_the_challenge_are_evaluated(own, layout, command, tmp_path):
+    words = ("TEST.DATASET_LIST", "own", "TEST.DATA_DIR", own.parent, "TEST.FEATURES", tmp_path / "p.csv")
     predictions = [INDEX[0], INDEX[0], "unknown", INDEX[2], INDEX[7]]
     write_csv(tmp_path / "p.csv", "id,images", ["q0", " ".join(predictions)], ["q2", INDEX[0]])
-    outcome = command("tools/evaluate.py", *words, "--predictions", tmp_path / "p.csv")
+    outcome = command("test.py", *words, "TEST.REPORT")
     assert outcome.code == 0, outcome.err
-    assert "mAP@100 Public: 50.00, Private: 0.00" in outcome.out.splitlines()  # (1 + 2/4) / 3
+    assert "Retrieval results: mAP@100 Public: 50.00, Private: 0.00" in outcome.out  # (1 + 2/4) / 3
     assert "1 of 2 queries have no predictions" in outcome.out
     write_csv(tmp_path / "p.csv", "id,images", ["q9", INDEX[0]])
-    outcome = command("tools/evaluate.py", *words, "--predictions", tmp_path / "p.csv")
-    assert (outcome.code, "q9 is not a query of own" in outcome.err) == (2, True)
+    with pytest.raises(InputError, match="q9"):
+        load_ranking(tmp_path / "p.csv", load(own))
+    with pytest.raises(InputError, match="solution"):
+        load_ranking(tmp_path / "p.csv", load(layout.folder))
+
+
+def test_predictions_that_are_written_have_the_metrics_of_their_ranking(own, tmp_path):
+    dataset = load(own)
+    ids = np.array([[4, -1, 0, 1, -1], [-1, -1, -1, -1, -1]])
+    write_predictions(tmp_path / "p.csv", dataset, ids)
+    found = load_ranking(tmp_path / "p.csv", dataset)
+    assert found.ids.tolist() == [[4, -1, 0, 1], [-1, -1, -1, -1]]
+    assert [where.tolist() for where in found.positions] == [[2, 3, NOT_FOUND], [NOT_FOUND]]
 
 
 def test_each_layout_goes_from_folder_to_metrics_and_report(own, classes, command, checkpoint_50, tmp_path):
@@ -249,10 +263,10 @@ def test_each_layout_goes_from_folder_to_metrics_and_report(own, classes, comman
     run = latest(tmp_path / "work" / "output")
     # q0 and q1 are their first positive image, or a part of it.
     dataset = load(own)
-    predictions = read_predictions(run / "own_retrieval_predictions.csv", dataset)
-    metrics = evaluate_predictions(predictions, dataset.ground_truth, dataset.protocols)
+    ranking = load_ranking(run / "own_retrieval_predictions.csv", dataset)
+    metrics = evaluate(ranking, dataset.ground_truth, dataset.protocols)
     assert found.groups() == tuple(f"{100 * metrics[usage].map:.2f}" for usage in ("Public", "Private"))
-    assert predictions[0][0] == 0
+    assert ranking.ids[0, 0] == 0
     assert re.search(r"Retrieval results: recall@1,5,10 all: [\d.]+ 100.00 100.00", outcome.out)
     page = (run / "report" / "index.html").read_text()
     assert "mAP@100 in percent" in page
@@ -274,24 +288,42 @@ def test_toy_in_the_layout_of_gldv2_has_the_ground_truth_of_toy(toy_data, comman
     assert [entry.usage for entry in dataset.ground_truth[:3]] == ["Public", "Private", "Public"]
 
 
-@pytest.mark.parametrize("kind", ["tensor", "array"])
+@pytest.mark.parametrize("kind", ["tensor", "array", "pickled tensor"])
 def test_a_saved_ranking_of_another_system_is_evaluated(command, layout, tmp_path, kind):
     rng = np.random.default_rng(0)
     rankings = np.stack([rng.permutation(24) for _ in range(3)])
     saved = np.stack([np.sort(rng.random((3, 24)))[:, ::-1], rankings]).astype(np.float32)
-    path = tmp_path / "nn_roxford5k.pkl"
-    torch.save(torch.from_numpy(saved), path) if kind == "tensor" else path.write_bytes(pickle.dumps(saved))
+    path, tensor = tmp_path / "nn_roxford5k.pkl", torch.from_numpy(saved)
+    torch.save(tensor, path) if kind == "tensor" else path.write_bytes(
+        pickle.dumps(saved if kind == "array" else tensor)
+    )
     words = ("TEST.DATA_DIR", layout.data_dir, "TEST.DATASET_LIST", "roxford5k", "TEST.FEATURES", path)
     outcome = command("test.py", *words)
     assert outcome.code == 0, outcome.err
     expected = all_protocols(rankings, layout.gnd["gnd"])
     line = f"Retrieval results: mAP E: {expected['E']:.2f}, M: {expected['M']:.2f}, H: {expected['H']:.2f}"
     assert line in outcome.out
-    saved[1, 2, 0] = 24
-    torch.save(torch.from_numpy(saved), path)
-    assert "whole numbers from 0 to 23" in command("test.py", *words).err
-    saved[1, 2, 0] = saved[1, 2, 1]
-    torch.save(torch.from_numpy(saved), path)
-    assert "query 2 (from 0) has the same image twice" in command("test.py", *words).err
-    torch.save(torch.from_numpy(saved[:, :2]), path)
-    assert "has 2 queries, but roxford5k has 3" in command("test.py", *words).err
+
+
+def test_a_saved_ranking_that_does_not_fit_is_refused(layout, tmp_path):
+    dataset, path = load(layout.folder), tmp_path / "nn_roxford5k.pkl"
+    rankings = np.stack([np.random.default_rng(query).permutation(24) for query in range(3)]).astype(np.float32)
+    saved = np.stack([np.zeros((3, 24), np.float32), rankings])
+    for place, value in {
+        (1, 2, 0): 24,
+        (1, 2, 1): 0.5,
+        (1, 2, 2): np.nan,
+        (1, 1, 3): rankings[1, 4],
+        (1, 0, 0): -2,
+    }.items():
+        changed = saved.copy()
+        changed[place] = value
+        path.write_bytes(pickle.dumps(changed))
+        with pytest.raises(InputError):
+            load_ranking(path, dataset)
+    for other in (saved[:, :2], saved[:1], saved[1], "text", [saved]):
+        path.write_bytes(pickle.dumps(other))
+        with pytest.raises(InputError):
+            load_ranking(path, dataset)
+    path.write_bytes(pickle.dumps(saved[:, :, :5]))
+    assert load_ranking(path, dataset).ids.shape == (3, 5)

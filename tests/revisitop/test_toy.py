@@ -8,8 +8,8 @@ from PIL import Image
 
 from extraction.extract import extract_batch
 from model.checkpoint import load_encoder
-from model.recipe import Recipe
 from model.cvnet import ResNet
+from model.recipe import Recipe
 from modules.search import Database
 from revisitop import toy
 from revisitop.evaluate import evaluate, ignored_images, positive_and_ignored

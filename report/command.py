@@ -1,0 +1,107 @@
+"""How a command of this project ends: its exit code, its errors in one line, and output that cannot be written.
+
+Exit codes: 0 success, 1 internal error, 2 bad input, 130 Ctrl-C, 141 the reader of the output has gone.
+
+A command imports this file first, so that Ctrl-C ends it without a traceback from the beginning.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, TextIO
+
+
+def _quiet_interrupt(kind: type[BaseException], *rest: Any) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        os._exit(130)
+    sys.__excepthook__(kind, *rest)
+
+
+sys.excepthook = _quiet_interrupt
+
+import errno  # noqa: E402
+import logging  # noqa: E402
+
+from model.errors import InputError, printable  # noqa: E402
+
+# What a user can mend: permissions, names and places of files, full disks.
+_MENDABLE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG),
+    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.EMFILE, errno.EIO),
+)
+
+
+class _Output:
+    """Standard output or error: an error in writing is kept, and what follows is discarded, so that the work goes on.
+
+    Only if the reader of the standard output has closed the pipe is there nobody to work for: BrokenPipeError.
+    """
+
+    def __init__(self, stream: TextIO):
+        self.stream, self.error = stream, None
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a file name may not be valid text
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, step: Callable[[], object]) -> None:
+        try:
+            step()
+        except OSError as error:
+            self.error = self.error or error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            if isinstance(error, BrokenPipeError) and self is sys.stdout:
+                raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def run_command(main: Callable[[list[str]], None]) -> None:
+    """Runs the main function of a command with the words of the command line, and exits unless it succeeds.
+
+    Internal errors pass: Python prints their traceback, and exits with 1.
+    """
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:  # it was closed, and the next file to be opened would take its place
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+            setattr(sys, name, open(descriptor, "w", closefd=False))  # noqa: SIM115
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(_Output, before)
+    try:
+        code = _exit_code(main)
+    finally:
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = before
+    if code:
+        sys.exit(code)
+
+
+def _exit_code(main: Callable[[list[str]], None]) -> int:
+    try:
+        try:
+            main(sys.argv[1:])
+        finally:
+            sys.stdout.flush()
+        if sys.stdout.error:
+            raise InputError(f"the standard output is cut off ({sys.stdout.error.strerror}); all files are complete")
+    except BrokenPipeError:
+        return 141
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except (InputError, OSError) as error:
+        if not isinstance(error, InputError) and error.errno not in _MENDABLE:
+            raise
+        text = str(error) if isinstance(error, InputError) else f"{error.filename or 'a file'}: {error.strerror}"
+        text = f"error: {printable(text)}"
+        print(text, file=sys.stderr)
+        if logging.root.handlers:  # for the log file
+            logging.root.error(text)
+        return 2
+    return 0

@@ -80,14 +80,18 @@ def test_metrics_follow_the_protocol_for_each_number_of_candidates(layout, datas
     )
     searched = search_for(stages.values(), queries, Database(rows), dataset.listed)
     scores, ranking, cosine = all_pairs(network, dataset), full_ranking(queries.numpy(), rows.numpy()), queries @ rows.T
+    files = set()
     for topk, stage in stages.items():
         found = stage(searched)
+        files.add(pairs.path.stat().st_ino)
         metrics = evaluate(found, dataset.ground_truth)
+        assert found.scores.shape == found.ids.shape
         expected = by_the_book(ranking, cosine.numpy(), scores, layout.gnd["gnd"], topk)
-        assert {name: each.map for name, each in metrics.items()} == pytest.approx(expected, abs=1e-6)
+        assert {name: 100 * each.map for name, each in metrics.items()} == pytest.approx(expected, abs=1e-6)
         first = torch.from_numpy(ranking[:, :topk].copy())  # without a protocol
         order = (cosine + 0.5 * torch.from_numpy(scores)).gather(1, first).argsort(dim=1, descending=True)
         assert torch.equal(found.ids[:, :topk], first.gather(1, order))
+    assert len(files) == 1  # the scores were computed once
 
 
 @pytest.mark.parametrize("max_side", [None, 50])
@@ -199,7 +203,7 @@ def test_the_reranker_is_an_option(run, tmp_path, arguments, stages):
     [
         (("TEST.RERANKER", "colbert"), "superglobal"),
         (("TEST.RERANKER", "cvnet", "TEST.TOPK_LIST", "[0]"), "TOPK_LIST"),
-        (("TEST.RERANKER", "cvnet", "TEST.FEATURES", "x.mat"), "images and weights"),
+        (("TEST.RERANKER", "cvnet", "TEST.FEATURES", "x.mat"), "TEST.FEATURES"),
     ],
 )
 def test_invalid_candidates_are_rejected(run, arguments, noun):

@@ -20,11 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.backbone import PRECISIONS
 from model.checkpoint import load_encoder, load_strictly, reranker_state
 from model.cvnet import FEATURE_DIM, ResNet, cvnet_backbone
 from model.device import is_out_of_memory
 from model.errors import InputError
-from model.folding import PRECISIONS, FoldedResNet
+from model.folding import FoldedResNet
 
 MAP_DIM, LOCAL_DIM = 1024, 256
 MAP_SCALES = (0.25, 0.5, 1.0)  # relative to the area of a feature map

@@ -44,10 +44,8 @@ class RerankedByLocalFeatures:
         """Returns the new ranking, see revisitop.stages.Stage; `by_protocol` has the positions of each protocol."""
         start, ranking = time.perf_counter(), searched.ranking
         ids = ranking.ids[:, : self.needed]
-        scores = (
-            ranking.scores[:, : self.needed]
-            + SCORE_WEIGHT * self.pairs.of(ids, torch.device(searched.device))[:, : self.needed]
-        )
+        pair_scores = self.pairs.of(ranking.ids, torch.device(searched.device))  # of all stages that share them
+        scores = ranking.scores[:, : self.needed] + SCORE_WEIGHT * pair_scores[:, : self.needed]
         order = _order(scores[:, : self.m], [np.empty(0)] * len(ids), ids[:, : self.m], self.m)
         new_ids, new_scores = ranking.ids.clone(), ranking.scores.clone()
         new_ids[:, : order.shape[1]] = ids.gather(1, order)

@@ -13,7 +13,7 @@ from modules.descriptor import name_of
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SMALLEST = 32  # shortest side in pixels: smaller images are enlarged, because most networks have a stride of 32
-_HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -90,17 +90,24 @@ class FeatureMap(nn.Module):
     def __init__(self, backbone: Backbone, features: Sequence[str] | Callable[[Tensor], Tensor], precision: str):
         super().__init__()
         self.network, self.features, self.fitted = backbone.network, features, backbone.fitted
-        self.dtype = _HALVES.get(precision)
+        self.dtype = dtype_of(precision)
         self.__name__ = name_of(backbone.network)  # for error messages
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fitted(x)
-        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype is not None):
+        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
             if callable(self.features):
                 return self.features(x)
             for name in self.features:
                 x = attrgetter(name)(self.network)(x)
             return x if self.features else self.network(x)
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """Returns the dtype of a precision: fp32, bf16 or fp16. Raises a ValueError for any other word."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    return PRECISIONS[precision]
 
 
 def per_channel(values: Sequence[float], device: torch.device) -> Tensor:

@@ -20,13 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.backbone import PRECISIONS, dtype_of
 from model.cvnet import Block, ResNet
 from model.device import is_out_of_memory
 from modules.activation import ReLUPlus
 
 log = logging.getLogger(__name__)
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def has_fused_kernels(dtype: torch.dtype) -> bool:
@@ -180,10 +179,8 @@ class FoldedResNet(nn.Module):
 
     def __init__(self, encoder: ResNet, precision: str = "fp32", stop_in: int | None = None):
         super().__init__()
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
         self.depth, self.precision = encoder.depth, precision
-        dtype = PRECISIONS[precision]
+        dtype = dtype_of(precision)
         self.stem = FoldedConv(encoder.stem.conv, encoder.stem.bn, 0.0, dtype=dtype)
         blocks, shift = [], 0.0
         stages = (encoder.s1, encoder.s2, encoder.s3, encoder.s4)[:stop_in]

@@ -173,7 +173,7 @@ def _own(path: str, function: str) -> Backbone:
         try:
             backbone = Backbone(**made)
         except TypeError as error:
-            raise InputError(f"{file}: {function} returns {error}; see model.libraries.Backbone") from None
+            raise InputError(f"{file}: {function} returns {error}; see model.backbone.Backbone") from None
     if backbone is None:
         raise InputError(f"{file}: {function} returns {type(made).__name__}, not a network (nn.Module)")
     backbone.provenance["file_sha256"] = sha256(file)

@@ -26,6 +26,7 @@ from modules.pooling import GEMP_P, RGEM_P, RGEM_WINDOW, SGEM_P, GeM, GeMPlus, R
 from modules.whitening import Whitening
 
 CLASS_TOKEN = "class"
+POOLINGS = ("gem", "average", "max", CLASS_TOKEN)
 _PLAIN_GEM = 3.0  # the power of GeM with which most retrieval networks were trained
 
 # Matrix products with another number of rows may add in another order.
@@ -137,8 +138,7 @@ class Recipe:
 
     def settings(self) -> dict[str, Any]:
         """Returns the settings that apply, except network, weights and whitening, as JSON."""
-        left_out = {"network", "weights", "whitening"}
-        left_out |= {"pooling", "relup_stages", "relup_ends"} if self.is_cvnet else {"depth", "reduction_dim"}
+        left_out = {"network", "weights", "whitening"} | (set() if self.is_cvnet else {"depth", "reduction_dim"})
         settings = {name: value for name, value in asdict(self).items() if name not in left_out}
         if not any(self.relup_places):
             settings["relup_threshold"] = None
@@ -162,12 +162,12 @@ class Recipe:
     @cached_property
     def _descriptor_dim(self) -> int:
         """D before the whitening."""
+        network = self.descriptor
         if self.is_cvnet:
-            _ = self.descriptor
             return self.reduction_dim
         try:
             with torch.inference_mode():
-                return self.descriptor(self.backbone.normalise(torch.full((1, 64, 64, 3), 0.5))).shape[1]
+                return network(self.backbone.normalise(torch.full((1, 64, 64, 3), 0.5))).shape[1]
         except (ValueError, RuntimeError, TypeError) as error:
             raise InputError(f"{self.network}: {' '.join(str(error).split())}") from None
 
@@ -245,6 +245,8 @@ class Recipe:
 
     def _check_modules(self, backbone: Backbone) -> None:
         """Raises InputError if the modules do not fit the feature map, or the scales the network."""
+        if self.pooling not in POOLINGS:
+            raise InputError(f"the pooling must be one of {', '.join(POOLINGS)}, got {self.pooling!r}")
         signs = "needs a positive feature map, and tokens have both signs"
         if self.pooling == CLASS_TOKEN:
             if backbone.class_token is None:

@@ -71,8 +71,8 @@ def replace_rectifiers(
         ValueError: if there is no such submodule, or it has no ReLU; nothing is changed then.
     """
     rectifier = ReLUPlus(threshold)
-    layers = [layer for stage in relup for layer in _rectifiers(model, stage)]
-    blocks = [block for stage in relup_ends for block in _blocks(model, stage)]
+    layers = dict.fromkeys(layer for stage in relup for layer in _rectifiers(model, stage))
+    blocks = dict.fromkeys(block for stage in relup_ends for block in _blocks(model, stage))
     changes = []
     for layer in layers:
         original = model.get_submodule(layer)
@@ -86,7 +86,7 @@ def replace_rectifiers(
 
 def restore_rectifiers(model: Any, changes: Sequence[Change]) -> None:
     """Undoes the changes of :func:`replace_rectifiers`."""
-    for change in changes:
+    for change in reversed(changes):  # a layer that two names share was changed twice
         if change.original is not None:
             _replace(model, change.layer, change.original)
         else:

@@ -158,7 +158,7 @@ class SuperGlobal(nn.Module):
             raise ValueError(f"the pooling returns shape {tuple(pooled.shape)} for a map {tuple(x.shape)}, not (N, C)")
         return pooled
 
-    def _fused(self, x: Tensor, pooling: nn.Module) -> Tensor | None:
+    def _fused(self, x: Tensor, pooling: Any) -> Tensor | None:
         """Returns Regional-GeM and GeM in one kernel on a GPU; None where it does not apply."""
         if not self.fuses or not x.is_cuda or x.dtype != torch.float32 or x.requires_grad:
             return None

@@ -16,6 +16,8 @@ import torch
 from PIL import Image
 from xdist.scheduler import LoadScopeScheduling
 
+from model.backbone import Backbone
+from model.cvnet import MEAN_BGR, STD_BGR
 from revisitop import toy
 from revisitop.toy import seeded_checkpoint
 
@@ -52,6 +54,11 @@ def reference() -> dict[str, np.ndarray]:
     """Inputs and outputs of the paper's released code, see data/README.md."""
     with np.load(DATA / "reference.npz") as arrays:
         return dict(arrays)
+
+
+def network_input(pixels: np.ndarray) -> torch.Tensor:
+    """Returns an image as CVNet's network takes it. (H, W, 3) uint8 RGB -> (1, 3, H, W)."""
+    return Backbone(torch.nn.Identity(), (), MEAN_BGR, STD_BGR, "BGR").normalise(torch.from_numpy(pixels)[None])
 
 
 @pytest.fixture(scope="session")

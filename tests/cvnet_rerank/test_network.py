@@ -5,7 +5,6 @@ from torch import Tensor
 
 from cvnet_rerank import network as cvnet_rerank
 from cvnet_rerank.network import CVNetRerank, load_cvnet_rerank
-from extraction.images import to_network_input
 from model.errors import InputError
 from revisitop.toy import seeded_checkpoint
 
@@ -23,7 +22,7 @@ def maps(network, reference) -> list[Tensor]:
 
 def feature_map(network: CVNetRerank, pixels: np.ndarray) -> Tensor:
     with torch.inference_mode():
-        return network.feature_map(to_network_input(torch.from_numpy(pixels)[None]))
+        return network.feature_map(network.normalise(torch.from_numpy(pixels)[None]))
 
 
 @torch.inference_mode()
@@ -118,38 +117,33 @@ def test_depth_101_loads(checkpoint_101):
     assert len(load_cvnet_rerank(checkpoint_101, 101).encoder.blocks) == 3 + 4 + 23
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda s: s.pop("conv2ds.1.weight"), r"does not fit CVNet-Rerank: keys 1 missing \(conv2ds.1.weight\)$"),
-        (lambda s: s.update({"cv_learner.block5.0.bias": torch.zeros(1)}), r"1 unknown \(cv_learner.block5.0.bias\)"),
-        (
-            lambda s: s.update({"cv_learner.mlp.0.bias": torch.zeros(64)}),
-            r"wrong shape \(cv_learner.mlp.0.bias \(64,\) instead of \(128,\)\)",
-        ),
-        (
-            lambda s: s["cv_learner.mlp.2.bias"].fill_(float("nan")),
-            "cv_learner.mlp.2.bias contains values that are not",
-        ),
-        (lambda s: s.pop("encoder_q.s4.b1.f.b.weight"), r"a ResNet-50: keys 1 missing \(s4.b1.f.b.weight\)"),
-        (
-            lambda s: [s.pop(key) for key in list(s) if not key.startswith("encoder_q.")],
-            r"holds no CVNet-Rerank: no key conv2ds.\* or cv_learner.\*",
-        ),
-    ],
-)
-def test_a_state_that_does_not_fit_is_rejected(tmp_path, seeded_state, change, message):
-    state = {key: value.clone() for key, value in seeded_state.items()}
-    change(state)
-    path = tmp_path / "changed.pyth"
-    torch.save({"model_state": state}, path)
-    with pytest.raises(InputError, match=message):
-        load_cvnet_rerank(path, 50)
-
-
 @pytest.fixture(scope="module")
 def seeded_state() -> dict[str, Tensor]:
     return seeded_checkpoint(50)["model_state"]
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("conv2ds.1.weight", lambda value: None),
+        ("cv_learner.block5.0.bias", lambda value: torch.zeros(1)),
+        ("cv_learner.mlp.0.bias", lambda value: torch.zeros(64)),
+        ("cv_learner.mlp.2.bias", lambda value: value * torch.nan),
+        ("encoder_q.s4.b1.f.b.weight", lambda value: None),
+    ],
+)
+def test_a_state_that_does_not_fit_is_rejected(tmp_path, seeded_state, key, change):
+    changed = {**seeded_state, key: change(seeded_state.get(key))}
+    torch.save({name: value for name, value in changed.items() if value is not None}, tmp_path / "changed.pyth")
+    with pytest.raises(InputError, match=key.removeprefix("encoder_q.")):
+        load_cvnet_rerank(tmp_path / "changed.pyth", 50)
+
+
+def test_a_checkpoint_without_the_reranker_is_rejected(tmp_path, seeded_state):
+    encoder = {key: value for key, value in seeded_state.items() if key.startswith("encoder_q.")}
+    torch.save(encoder, tmp_path / "encoder.pyth")
+    with pytest.raises(InputError, match="CVNet-Rerank"):
+        load_cvnet_rerank(tmp_path / "encoder.pyth", 50)
 
 
 def test_keys_behind_module_are_found(tmp_path, seeded_state, reference, maps):
@@ -160,13 +154,14 @@ def test_keys_behind_module_are_found(tmp_path, seeded_state, reference, maps):
 
 
 def test_shapes_that_do_not_fit_are_rejected(network):
-    with pytest.raises(ValueError, match=r"a query's feature map must have shape \(1, 1024, h, w\), got \(2, 1024"):
-        network.query_inputs(random_maps(2, 3, 3))
     query = network.query_inputs(random_maps(1, 3, 3))
-    with pytest.raises(ValueError, match=r"keys' feature maps must have shape \(K, 1024, h, w\), got \(4, 512, 3"):
-        network.score(query, random_maps(4, 3, 3)[:, :512])
-    with pytest.raises(ValueError, match=r"a query's inputs must have shape \(3, 256, h, w\), got \(1, 1024, 3, 3\)"):
-        network.score(random_maps(1, 3, 3), random_maps(1, 3, 3))
+    for call, shape in (
+        (lambda: network.query_inputs(random_maps(2, 3, 3)), r"\(2, 1024, 3, 3\)"),
+        (lambda: network.score(query, random_maps(4, 3, 3)[:, :512]), r"\(4, 512, 3, 3\)"),
+        (lambda: network.score(random_maps(1, 3, 3), random_maps(1, 3, 3)), r"\(1, 1024, 3, 3\)"),
+    ):
+        with pytest.raises(ValueError, match=shape):
+            call()
 
 
 def test_a_pair_that_does_not_fit_into_memory_is_reported(network, monkeypatch):
@@ -175,5 +170,5 @@ def test_a_pair_that_does_not_fit_into_memory_is_reported(network, monkeypatch):
 
     query = network.query_inputs(random_maps(1, 3, 4))
     monkeypatch.setattr(network.cv_learner, "forward", full)
-    with pytest.raises(InputError, match="too small for CVNet-Rerank with maps of 4 x 3 and 6 x 5 positions"):
+    with pytest.raises(InputError, match="4 x 3 and 6 x 5"):
         network.score(query, random_maps(1, 5, 6))

@@ -1,23 +1,28 @@
 import json
-import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import Layout, kept, latest
+from conftest import latest
 from oracles import all_protocols, full_ranking
+from torch import Tensor
+from torch.nn.functional import normalize
 
 from cvnet_rerank.network import load_cvnet_rerank
-from cvnet_rerank.pair_scores import CVNetReranker, FeatureMaps, PairScores, equal_sizes
-from extraction.images import to_network_input
+from cvnet_rerank.pair_scores import FeatureMaps, PairScores
+from cvnet_rerank.stage import local_feature_stages
+from extraction.images import ImageFile, limit_side
+from model.errors import InputError
 from model.recipe import Recipe
 from modules.search import Database
-from revisitop.evaluate import evaluate as metrics_of
-from revisitop.evaluate import most_ignored
+from revisitop.evaluate import evaluate, ignored_images
 from revisitop.layouts import load_dataset
-from revisitop.retrieve import rerank, retrieve
+from revisitop.protocols import REVISITED_PROTOCOLS
+from revisitop.stages import search_for
 
-QUICK = ("TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0)
+CPU = torch.device("cpu")
+IDS = torch.tensor([[0, 5, 7, 3], [2, 7, -1, -1], [23, 1, 0, 5]])
 
 
 @pytest.fixture(scope="module")
@@ -26,27 +31,28 @@ def network(checkpoint_50):
 
 
 @pytest.fixture
-def evaluate(command, layout, checkpoint_50):
-    def run(*arguments):
-        return command(
-            "test.py", "TEST.WEIGHTS", checkpoint_50, "TEST.DATA_DIR", layout.data_dir,
-            "TEST.DATASET_LIST", "roxford5k", *QUICK, *arguments,
-        )  # fmt: skip
-
-    return run
+def dataset(layout):
+    return load_dataset("roxford5k", layout.data_dir)
 
 
-def pair_scores(network, layout: Layout) -> np.ndarray:
+@pytest.fixture
+def pairs(checkpoint_50, dataset, tmp_path) -> PairScores:
+    return PairScores(
+        Recipe(weights=checkpoint_50), dataset.queries, dataset.database, tmp_path / "scores.npy", IDS.shape[1]
+    )
+
+
+@torch.inference_mode()
+def all_pairs(network, dataset, max_side: int | None = None) -> np.ndarray:
     """Returns the score of each query with each database image, computed pair by pair, (Q, N)."""
-    dataset = load_dataset("roxford5k", layout.data_dir)
 
-    def feature_map(image) -> torch.Tensor:
-        return network.feature_map(to_network_input(torch.from_numpy(image.read())[None]))
+    def feature_map(image: ImageFile) -> Tensor:
+        pixels = limit_side(torch.from_numpy(image.read()), max_side)
+        return network.feature_map(network.normalise(pixels[None]))
 
-    with torch.inference_mode():
-        keys = [feature_map(image) for image in dataset.database]
-        queries = [network.query_inputs(feature_map(image)) for image in dataset.queries]
-        return np.array([[network.score(query, key).item() for key in keys] for query in queries])
+    keys = [feature_map(image) for image in dataset.database]
+    queries = [network.query_inputs(feature_map(image)) for image in dataset.queries]
+    return np.array([[network.score(query, key).item() for key in keys] for query in queries])
 
 
 def by_the_book(ranking, cosine, scores, ground_truth, topk) -> dict[str, float]:
@@ -63,20 +69,117 @@ def by_the_book(ranking, cosine, scores, ground_truth, topk) -> dict[str, float]
     return metrics
 
 
-def test_metrics_follow_the_protocol_for_each_number_of_candidates(evaluate, layout, network, tmp_path):
-    outcome = evaluate("TEST.RERANKER", "cvnet", "TEST.TOPK_LIST", "[6, 400]")
-    assert outcome.code == 0, outcome.err
-    output = tmp_path / "work" / "output"
-    folder = kept(output, "roxford5k")
-    queries, rows = (np.load(folder / f"roxford5k_{kind}.npy") for kind in ("query", "db"))
-    entry = json.loads((latest(output) / "results.json").read_text())["datasets"]["roxford5k"]
-    scores = pair_scores(network, layout)
-    for topk in (6, 400):
-        expected = by_the_book(full_ranking(queries, rows), queries @ rows.T, scores, layout.gnd["gnd"], topk)
-        for name, value in expected.items():
-            assert entry[f"reranking of {topk}"][name]["mAP"] == pytest.approx(value, abs=1e-6)
-    assert "roxford5k, reranking of 6 " in outcome.out
-    assert np.load(latest(output) / "roxford5k_reranking_of_400_ranks.npy").shape == (3, 24)
+def test_metrics_follow_the_protocol_for_each_number_of_candidates(layout, dataset, network, pairs):
+    random = torch.Generator().manual_seed(0)
+    queries, rows = (normalize(torch.randn(n, 8, generator=random)) for n in (3, 24))
+    ignored = {
+        each.name: [ignored_images(truth, each) for truth in dataset.ground_truth] for each in REVISITED_PROTOCOLS
+    }
+    stages = local_feature_stages(
+        (6, 400), ignored, recipe=pairs.recipe, queries=dataset.queries, database=dataset.database, path=pairs.path
+    )
+    searched = search_for(stages.values(), queries, Database(rows), dataset.listed)
+    scores, ranking, cosine = all_pairs(network, dataset), full_ranking(queries.numpy(), rows.numpy()), queries @ rows.T
+    files = set()
+    for topk, stage in stages.items():
+        found = stage(searched)
+        files.add(pairs.path.stat().st_ino)
+        metrics = evaluate(found, dataset.ground_truth)
+        assert found.scores.shape == found.ids.shape
+        expected = by_the_book(ranking, cosine.numpy(), scores, layout.gnd["gnd"], topk)
+        assert {name: 100 * each.map for name, each in metrics.items()} == pytest.approx(expected, abs=1e-6)
+        first = torch.from_numpy(ranking[:, :topk].copy())  # without a protocol
+        order = (cosine + 0.5 * torch.from_numpy(scores)).gather(1, first).argsort(dim=1, descending=True)
+        assert torch.equal(found.ids[:, :topk], first.gather(1, order))
+    assert len(files) == 1  # the scores were computed once
+
+
+@pytest.mark.parametrize("max_side", [None, 50])
+def test_scores_are_those_of_each_pair_as_it_is_read(dataset, network, pairs, max_side):
+    pairs.recipe = replace(pairs.recipe, max_side=max_side)
+    expected = np.take_along_axis(all_pairs(network, dataset, max_side), IDS.clamp(min=0).numpy(), axis=1)
+    expected[IDS.numpy() < 0] = 0
+    np.testing.assert_allclose(pairs.of(IDS, CPU), expected, atol=1e-6, rtol=0)
+
+
+def test_scores_are_reused_until_an_image_or_a_setting_changes(layout, pairs):
+    first = pairs.of(IDS, CPU).clone()
+    written = pairs.path.stat()
+    assert torch.equal(replace(pairs).of(IDS, CPU), first)
+    assert pairs.path.stat().st_ino == written.st_ino
+    layout.image("db_3").write_bytes(layout.image("db_4").read_bytes())
+    changed = (replace(pairs).of(IDS, CPU) != first).nonzero().tolist()
+    assert changed == [[0, 3]]
+    smaller = replace(pairs, recipe=replace(pairs.recipe, max_side=50))
+    assert not torch.equal(smaller.of(IDS, CPU)[1], first[1])
+
+
+class Unreadable(ImageFile):
+    """An image during whose decoding the user interrupts the run."""
+
+    def read_identified(self):
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_resumes_at_the_next_query(dataset, pairs, tmp_path):
+    whole = pairs.of(IDS, CPU)
+    unreadable = [Unreadable(image.path, image.box) for image in dataset.queries]
+    interrupted = replace(pairs, path=tmp_path / "again.npy", queries=[*dataset.queries[:2], unreadable[2]])
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.of(IDS, CPU)
+    resumed = replace(interrupted, queries=[*unreadable[:2], dataset.queries[2]])
+    torch.testing.assert_close(resumed.of(IDS, CPU), whole, atol=1e-6, rtol=0)  # batches may differ
+
+
+def test_a_damaged_candidate_is_named(layout, pairs):
+    layout.image("db_7").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"db_7\.jpg"):
+        pairs.of(IDS, CPU)
+
+
+def test_maps_on_disk_stay_within_their_limit_and_are_reused(dataset, network, tmp_path):
+    provenance, images = {"precision": "fp32"}, dataset.database
+
+    def maps(limit: int = 1 << 30) -> FeatureMaps:
+        return FeatureMaps(network, provenance, None, tmp_path / "maps", limit)
+
+    def files() -> list:
+        return sorted(file for file in (tmp_path / "maps").rglob("*.npy") if file.name != "probe.npy")
+
+    ((_, first),) = maps().of(images[:1])
+    size = files()[0].stat().st_size
+    assert size == first.nbytes + 128
+    probe = next((tmp_path / "maps").rglob("probe.npy")).stat().st_size
+    limit = 5 * size + probe
+    expected = dict(maps(limit).of(images))
+    assert len(files()) == 5
+
+    files()[0].write_bytes(b"damaged")
+    again = list(maps(limit).of(images))
+    assert {number for number, _ in again[:4]} < set(range(5))  # saved maps come first
+    for number, each in again:
+        torch.testing.assert_close(each, expected[number])
+    assert [file.stat().st_size for file in files()] == [size] * 5
+
+
+def test_maps_that_other_code_computed_are_not_reused(dataset, network, tmp_path):
+    def first_map() -> Tensor:
+        maps = FeatureMaps(network, {"precision": "fp32"}, None, tmp_path / "maps", 1 << 30)
+        return next(iter(maps.of(dataset.database[:1])))[1]
+
+    expected = first_map()
+    for file in (tmp_path / "maps").rglob("*.npy"):
+        np.save(file, np.load(file)[::-1])
+    torch.testing.assert_close(first_map(), expected)
+
+
+# ---- the command ----
+
+
+@pytest.fixture
+def run(command, layout, checkpoint_50):
+    words = ("TEST.WEIGHTS", checkpoint_50, "TEST.DATA_DIR", layout.data_dir, "TEST.DATASET_LIST", "roxford5k")
+    return lambda *others: command("test.py", *words, "TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0, *others)
 
 
 @pytest.mark.parametrize(
@@ -85,118 +188,24 @@ def test_metrics_follow_the_protocol_for_each_number_of_candidates(evaluate, lay
         ((), {"retrieval", "reranking"}),
         (("TEST.RERANKER", "none"), {"retrieval"}),
         (("SupG.rerank", "False"), {"retrieval"}),
-        (("TEST.RERANKER", "cvnet"), {"retrieval", "reranking"}),
+        (("TEST.RERANKER", "cvnet", "TEST.TOPK_LIST", "[6, 400]"), {"retrieval", "reranking of 6", "reranking of 400"}),
     ],
 )
-def test_the_reranker_is_chosen(evaluate, tmp_path, arguments, stages):
-    assert evaluate(*arguments).code == 0
+def test_the_reranker_is_an_option(run, tmp_path, arguments, stages):
+    outcome = run(*arguments)
+    assert outcome.code == 0, outcome.err
     entry = json.loads((latest(tmp_path / "work" / "output") / "results.json").read_text())["datasets"]["roxford5k"]
     assert {name for name in entry if name.startswith("re")} == stages
 
 
-def test_scores_are_reused_until_an_image_changes(evaluate, layout):
-    first = evaluate("TEST.RERANKER", "cvnet")
-    again = evaluate("TEST.RERANKER", "cvnet")
-    assert "roxford5k_cvnet.npy: reused" in again.out
-    lines = [[line for line in each.out.splitlines() if line.startswith("Reranking")] for each in (first, again)]
-    assert lines[0] == lines[1]
-    layout.image("db_3").write_bytes(layout.image("db_4").read_bytes())
-    assert "roxford5k_cvnet.npy: reused" not in evaluate("TEST.RERANKER", "cvnet").out
-
-
-def test_an_interrupted_run_resumes_at_the_next_query(layout, checkpoint_50, network, tmp_path):
-    dataset = load_dataset("roxford5k", layout.data_dir)
-    random = torch.Generator().manual_seed(0)
-    queries, rows = (torch.nn.functional.normalize(torch.randn(n, 8, generator=random), dim=1) for n in (3, 24))
-    searched = retrieve(queries, Database(rows), listed=dataset.listed)
-    spare = most_ignored(dataset.ground_truth)
-
-    def score(folder, build):
-        class Prepared(Recipe):
-            def pair_network(self, device):
-                return build()
-
-        folder.mkdir(exist_ok=True)
-        pairs = PairScores(Prepared(checkpoint_50), dataset.queries, dataset.database, folder / "scores.npy", 8 + spare)
-        ranking = rerank(searched, CVNetReranker(pairs, 8, spare), queries, Database(rows))
-        return ranking, np.load(folder / "scores.npy")
-
-    class Interrupted(type(network)):
-        asked = 0
-
-        def query_inputs(self, feature_map):
-            type(self).asked += 1
-            if self.asked == 3:
-                raise KeyboardInterrupt
-            return super().query_inputs(feature_map)
-
-    def interrupted():
-        copy = Interrupted.__new__(Interrupted)
-        copy.__dict__.update(network.__dict__)
-        return copy
-
-    whole, scores = score(tmp_path / "a", lambda: network)
-    with pytest.raises(KeyboardInterrupt):
-        score(tmp_path / "b", interrupted)
-    resumed, resumed_scores = score(tmp_path / "b", interrupted)
-    assert Interrupted.asked == 4  # only those of the last query
-    np.testing.assert_allclose(resumed_scores, scores, atol=1e-6, rtol=0)  # batches may differ
-    assert torch.equal(whole.ids, resumed.ids)
-    whole_metrics, resumed_metrics = (metrics_of(each, dataset.ground_truth) for each in (whole, resumed))
-    assert whole_metrics["M"].map == resumed_metrics["M"].map
-
-
-def test_maps_on_disk_stay_within_their_limit_and_are_reused(layout, network, tmp_path):
-    images = load_dataset("roxford5k", layout.data_dir).database
-    (first,) = FeatureMaps(network, {}, tmp_path / "one", 1 << 30).of(images[:1])
-    limit = 5 * (first[1].nbytes + 128)
-    made = dict(FeatureMaps(network, {}, tmp_path / "maps", limit).of(images))
-    files = list((tmp_path / "maps").iterdir())
-    assert len(files) == 5
-    assert sum(file.stat().st_size for file in files) <= limit
-
-    files[0].write_bytes(b"damaged")
-    again = FeatureMaps(network, {}, tmp_path / "maps", limit)
-    maps = list(again.of(images))
-    assert len([number for number, _ in maps[:4] if number < 5]) == 4  # saved maps come first
-    for number, each in maps:
-        torch.testing.assert_close(each, made[number])
-    assert len(list((tmp_path / "maps").iterdir())) == 5
-    assert all(file.read_bytes() != b"damaged" for file in (tmp_path / "maps").iterdir())
-
-
-def test_batches_are_of_equal_sizes_and_hold_every_map():
-    maps = [torch.full((2, 3 + number % 2, 4), float(number)) for number in range(9)]
-    batches = list(equal_sizes(enumerate(maps), lambda each: 2))
-    assert sorted(number for numbers, _ in batches for number in numbers) == list(range(9))
-    for numbers, batch in batches:
-        assert len(numbers) <= 2
-        assert batch[:, 0, 0, 0].tolist() == numbers
-
-
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "noun"),
     [
-        (("TEST.RERANKER", "colbert"), "has 'colbert', which is not one of superglobal"),
-        (("TEST.RERANKER", "cvnet", "TEST.TOPK_LIST", "[0]"), "has '0', which is not a number from 1"),
-        (
-            ("TEST.RERANKER", "cvnet", "TEST.FEATURES", "x.mat"),
-            "needs images and weights",
-        ),
+        (("TEST.RERANKER", "colbert"), "superglobal"),
+        (("TEST.RERANKER", "cvnet", "TEST.TOPK_LIST", "[0]"), "TOPK_LIST"),
+        (("TEST.RERANKER", "cvnet", "TEST.FEATURES", "x.mat"), "TEST.FEATURES"),
     ],
 )
-def test_invalid_candidates_are_rejected(evaluate, arguments, message):
-    outcome = evaluate(*arguments)
-    assert outcome.code == 2
-    assert message in outcome.err
-
-
-def test_a_damaged_candidate_is_named(evaluate, layout):
-    assert evaluate("TEST.RERANKER", "none").code == 0
-    content = layout.image("db_7").read_bytes()
-    stat = layout.image("db_7").stat()
-    layout.image("db_7").write_bytes(b"x" * len(content))
-    os.utime(layout.image("db_7"), ns=(stat.st_atime_ns, stat.st_mtime_ns))  # so that its descriptor is reused
-    outcome = evaluate("TEST.RERANKER", "cvnet")
-    assert outcome.code == 2
-    assert "db_7.jpg: not an image" in outcome.err
+def test_invalid_candidates_are_rejected(run, arguments, noun):
+    outcome = run(*arguments)
+    assert (outcome.code, noun in outcome.err) == (2, True)

@@ -1,15 +1,17 @@
 import io
 import os
-import re
 import zipfile
 
 import pytest
 import torch
+from torch import Tensor
 
 from model import pickles
-from model.checkpoint import encoder_state, find_checkpoint, load_encoder, load_strictly, load_tensors, sha256
+from model.checkpoint import encoder_state, find_checkpoint, load_encoder, load_tensors, sha256
 from model.cvnet import ResNet
 from model.errors import InputError
+
+SMALL = {"encoder_q.stem.conv.weight": torch.zeros(64, 3, 7, 7)}
 
 
 class RunsCode:
@@ -22,20 +24,29 @@ def encoder(depth: int = 50, reduction_dim: int = 2048) -> ResNet:
         return ResNet(depth, reduction_dim)
 
 
-def small_state() -> dict[str, torch.Tensor]:
-    return {"encoder_q.stem.conv.weight": torch.zeros(64, 3, 7, 7)}
+@pytest.fixture
+def state(checkpoint_50) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in encoder_state(checkpoint_50).items()}
+
+
+@pytest.mark.parametrize("prefix", ["globalmodel.", "module.encoder_q.", "module.globalmodel.", "module.", ""])
+def test_the_encoder_is_found_under_any_prefix(state, tmp_path, prefix):
+    others = {"localmodel.conv.weight": torch.zeros(3), "desc_cls.weight": torch.zeros(3)}
+    torch.save({f"{prefix}{key}": value for key, value in state.items()} | others, tmp_path / "other.pth")
+    loaded = load_encoder(encoder(), tmp_path / "other.pth").state_dict()
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in loaded.items())
 
 
 def test_keys_of_other_parts_are_left_alone(tmp_path):
     path = tmp_path / "full.pyth"
     others = {"conv2ds.0.weight": torch.zeros(2), "encoder_k.stem.conv.weight": torch.zeros(2)}
-    torch.save({"model_state": {**small_state(), **others}, "optimizer_state": {"state": {}}, "epoch": 3}, path)
+    torch.save({"model_state": {**SMALL, **others}, "optimizer_state": {"state": {}}, "epoch": 3}, path)
     assert list(encoder_state(path)) == ["stem.conv.weight"]
 
 
 def test_a_file_that_is_written_again_is_read_again(tmp_path):
-    path = tmp_path / "again.pyth"
-    found = []
+    path, found = tmp_path / "again.pyth", []
     for value in (1.0, 2.0):
         torch.save({"model_state": {"stem.conv.weight": torch.full((2,), value)}}, path)
         found.append((encoder_state(path)["stem.conv.weight"].tolist(), sha256(path)))
@@ -44,52 +55,38 @@ def test_a_file_that_is_written_again_is_read_again(tmp_path):
 
 
 def test_files_from_before_pytorch_1_6_are_read(tmp_path):
-    path = tmp_path / "old.pth"
-    torch.save({"model_state": small_state()}, path, _use_new_zipfile_serialization=False)
-    assert list(encoder_state(path)) == ["stem.conv.weight"]
+    torch.save({"model_state": SMALL}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert list(encoder_state(tmp_path / "old.pth")) == ["stem.conv.weight"]
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("key", "change"),
     [
-        (lambda s: s.pop("s2.b1.f.b.weight"), r"1 missing \(s2.b1.f.b.weight\)"),
-        (lambda s: s.update({"s2.b9.f.b.weight": torch.zeros(1)}), r"1 unknown \(s2.b9.f.b.weight\)"),
-        (
-            lambda s: s.update({"stem.bn.bias": torch.zeros(32)}),
-            r"wrong shape \(stem.bn.bias \(32,\) instead of \(64,\)",
-        ),
-        (lambda s: s["stem.bn.bias"].fill_(float("nan")), "stem.bn.bias contains values that are not finite"),
+        ("s2.b1.f.b.weight", lambda value: None),
+        ("s2.b9.f.b.weight", lambda value: torch.zeros(1)),
+        ("stem.bn.bias", lambda value: torch.zeros(32)),
+        ("stem.bn.bias", lambda value: value.fill_(float("nan"))),
+        ("head.pool.p", lambda value: value.fill_(0.0)),
+        ("s1.b1.f.a_bn.running_var", lambda value: value.fill_(-1.0)),
     ],
 )
-def test_a_state_that_does_not_fit_is_never_loaded_in_part(checkpoint_50, tmp_path, change, message):
-    state = {key: value.clone() for key, value in encoder_state(checkpoint_50).items()}
-    change(state)
-    path = tmp_path / "changed.pth"
-    torch.save(state, path)
+def test_a_state_that_does_not_fit_is_never_loaded_in_part(state, tmp_path, key, change):
+    changed = {**state, key: change(state.get(key))}
+    torch.save({name: value for name, value in changed.items() if value is not None}, tmp_path / "changed.pth")
     network = encoder()
-    with pytest.raises(InputError, match=message):
-        load_encoder(network, path)
+    with pytest.raises(InputError, match=key):
+        load_encoder(network, tmp_path / "changed.pth")
     assert all(parameter.is_meta for parameter in network.parameters())
 
 
-def test_a_file_of_the_other_depth_is_named(checkpoint_50, checkpoint_101):
-    with pytest.raises(InputError, match=r"it is a ResNet-101: name another file; try depth=101"):
-        load_encoder(encoder(50), checkpoint_101)
-    with pytest.raises(InputError, match=r"it is a ResNet-50: name another file; try depth=50"):
-        load_encoder(encoder(101), checkpoint_50)
-
-
-def test_another_descriptor_size_is_named(checkpoint_50):
-    with pytest.raises(InputError, match=r"another size; try dim=2048"):
-        load_encoder(encoder(reduction_dim=512), checkpoint_50)
-
-
-@pytest.mark.parametrize(("key", "value"), [("head.pool.p", 0.0), ("s1.b1.f.a_bn.running_var", -1.0)])
-def test_invalid_numbers_are_rejected(checkpoint_50, key, value):
-    state = encoder_state(checkpoint_50)
-    state[key] = torch.full_like(state[key], value)
-    with pytest.raises(InputError, match=re.escape(key)):
-        load_strictly(encoder(), state, checkpoint_50, "a ResNet-50")
+def test_the_likely_reason_for_a_file_that_does_not_fit_is_named(checkpoint_50, checkpoint_101):
+    for network, path, reason in (
+        (encoder(50), checkpoint_101, "ResNet-101"),
+        (encoder(101), checkpoint_50, "ResNet-50"),
+        (encoder(reduction_dim=512), checkpoint_50, "2048"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            load_encoder(network, path)
 
 
 def test_loaded_weights_do_not_depend_on_the_file(checkpoint_50, tmp_path):
@@ -103,20 +100,13 @@ def test_loaded_weights_do_not_depend_on_the_file(checkpoint_50, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "is empty"),
-        (b"<!DOCTYPE html>", "is not a PyTorch file"),
-        ({"a": torch.zeros(3)}, "holds no CVNet encoder: .* its first keys are a$"),
-        ([1, 2], "it contains a list, not a dict"),
-        ({"model_state": RunsCode()}, "is refused: it contains more than tensors and might run code"),
-    ],
+    "content", [b"", b"<!DOCTYPE html>", {"a": torch.zeros(3)}, [1, 2], {"model_state": RunsCode()}], ids=str
 )
-def test_a_file_that_is_not_a_checkpoint_is_rejected(tmp_path, monkeypatch, content, message):
+def test_a_file_that_is_not_a_checkpoint_is_rejected(tmp_path, monkeypatch, content):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "file.pth"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=r"file\.pth"):
         encoder_state(path)
     assert not (tmp_path / "ran").exists()
 
@@ -125,7 +115,7 @@ def test_a_file_that_is_not_a_checkpoint_is_rejected(tmp_path, monkeypatch, cont
 @pytest.mark.parametrize("kept", [0.02, 0.5, 0.99])
 def test_a_truncated_checkpoint_is_rejected(tmp_path, zipped, kept):
     path = tmp_path / "cut.pth"
-    torch.save(small_state(), path, _use_new_zipfile_serialization=zipped)
+    torch.save(SMALL, path, _use_new_zipfile_serialization=zipped)
     os.truncate(path, int(path.stat().st_size * kept))
     with pytest.raises(InputError, match="damaged"):
         encoder_state(path)
@@ -169,9 +159,11 @@ def test_a_folder_gives_the_file_that_fits_the_depth(checkpoint_50, checkpoint_1
     torch.save(torch.zeros(3), tmp_path / "features.pth")
     assert find_checkpoint(tmp_path, 50).name == "CVPR2022_CVNet_R50.pyth"
     assert find_checkpoint(tmp_path, 101).name == "CVPR2022_CVNet_R101.pyth"
+    (tmp_path / "copy.pyth").symlink_to(checkpoint_50)
+    with pytest.raises(InputError, match=r"copy\.pyth"):
+        find_checkpoint(tmp_path, 50)
 
 
 def test_the_hash_is_sha_256(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"abc")
-    assert sha256(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    (tmp_path / "file").write_bytes(b"abc")
+    assert sha256(tmp_path / "file") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

@@ -1,29 +1,36 @@
 """Other networks instead of CVNet's: their descriptors are those of a direct call of attach."""
 
-import re
-
 import numpy as np
 import pytest
 import timm
 import torch
 import torchvision
-from model.network_recipe import NetworkRecipe
 from PIL import Image
+from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from extraction.extract import extract_batch
-from model.checkpoint import encoder_state
 from model.errors import InputError
 from model.libraries import build_backbone
 from model.recipe import Recipe
-from modules import GeMPlus, RegionalGeM, ScaleGeM, attach
+from modules import attach
 
-MEAN, STD = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1), torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
+RESNET, VIT = "torchvision:resnet18", "timm:vit_tiny_patch16_224"
 MINE = """
-import torch
-from torchvision.models import resnet18
+import torch, torchvision, torchvision_cvnet
+from model.backbone import Backbone
 
 def build():
-    return resnet18()
+    return torchvision.models.resnet18()
+
+def projected():
+    return Backbone(build(), projection="fc")
+
+def cvnet():
+    network = torchvision_cvnet.network(CHECKPOINT)
+    return Backbone(
+        network, mean=(0.406, 0.456, 0.485), std=(0.225, 0.224, 0.229), channels="BGR", projection="fc", smallest=1
+    )
 
 def fails():
     size = 3
@@ -38,67 +45,66 @@ def nothing():
 
 
 @pytest.fixture
-def pixels(reference) -> torch.Tensor:
+def pixels(reference) -> Tensor:
     return torch.from_numpy(reference["image_1"])
 
 
 @pytest.fixture
-def mine(tmp_path):
+def mine(tmp_path, checkpoint_50):
     path = tmp_path / "mine.py"
-    path.write_text(MINE)
+    path.write_text(MINE.replace("CHECKPOINT", repr(str(checkpoint_50))))
     return path
 
 
-def descriptors(recipe: NetworkRecipe, images: list[torch.Tensor]) -> torch.Tensor:
+def descriptors(recipe: Recipe, images: list[Tensor]) -> Tensor:
     return extract_batch(recipe.extractor(), images)
 
 
+def normalised(pixels: Tensor, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)) -> Tensor:
+    return torchvision.transforms.functional.normalize(pixels.permute(2, 0, 1)[None] / 255, mean, std)
+
+
+def save(content, path):
+    torch.save(content, path)
+    return path
+
+
+@torch.inference_mode()
 def test_torchvisions_resnet_is_attached_as_by_hand(pixels, mine):
     torch.manual_seed(0)
-    network = torchvision.models.resnet18().eval()
-    by_hand = attach(network, relup="layer1", relup_ends=("layer2", "layer3"))
-    x = (pixels.permute(2, 0, 1)[None] / 255 - MEAN) / STD
-    with torch.inference_mode():
-        expected = by_hand(x)
-    for name in ("torchvision:resnet18", f"{mine}:build"):
-        found = descriptors(NetworkRecipe(name, "untrained"), [pixels])
-        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    by_hand = attach(torchvision.models.resnet18().eval(), relup="layer1", relup_ends=("layer2", "layer3"))
+    expected = by_hand(normalised(pixels))
+    for name in (RESNET, f"{mine}:build"):
+        torch.testing.assert_close(descriptors(Recipe(name, "untrained"), [pixels]), expected, atol=1e-6, rtol=0)
 
 
+@torch.inference_mode()
 def test_timms_networks_are_attached_as_by_hand(pixels):
     torch.manual_seed(0)
-    network = timm.create_model("convnext_atto", num_classes=0).eval()
-    by_hand = attach(network, scales=(1.0,))
-    x = (pixels.permute(2, 0, 1)[None] / 255 - MEAN) / STD
-    with torch.inference_mode():
-        expected = by_hand(x)
-    found = descriptors(NetworkRecipe("timm:convnext_atto", "untrained", scales=(1.0,)), [pixels])
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    by_hand = attach(timm.create_model("convnext_atto", num_classes=0).eval(), scales=(1.0,))
+    found = descriptors(Recipe("timm:convnext_atto", "untrained", scales=(1.0,)), [pixels])
+    torch.testing.assert_close(found, by_hand(normalised(pixels)), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("pooling", ["average", "max", "class"])
 def test_a_transformers_tokens_are_a_map_at_any_size(pixels, pooling):
-    name = "timm:vit_tiny_patch16_224"
     torch.manual_seed(0)
-    vit = timm.create_model(name[5:], num_classes=0, dynamic_img_size=True, dynamic_img_pad=True).eval()
-    x = (pixels[:160, :96].permute(2, 0, 1)[None] / 255 - 0.5) / 0.5
+    vit = timm.create_model(VIT[5:], num_classes=0, dynamic_img_size=True, dynamic_img_pad=True).eval()
     with torch.inference_mode():
-        tokens = vit.forward_features(x)
+        tokens = vit.forward_features(normalised(pixels[:160, :96], (0.5,) * 3, (0.5,) * 3))
     pooled = {"average": tokens[:, 1:].mean(1), "max": tokens[:, 1:].amax(1), "class": tokens[:, 0]}[pooling]
-    recipe = NetworkRecipe(name, "untrained", (1.0,), pooling=pooling, rgem=None)
-    found = descriptors(recipe, [pixels[:160, :96]])
-    torch.testing.assert_close(found, torch.nn.functional.normalize(pooled, dim=1), atol=1e-6, rtol=0)
+    found = descriptors(Recipe(VIT, "untrained", scales=(1.0,), pooling=pooling, rgem_p=None), [pixels[:160, :96]])
+    torch.testing.assert_close(found, normalize(pooled), atol=1e-6, rtol=0)
 
 
-def test_torchvisions_transformer_is_itself_at_its_own_size(pixels):
+def test_torchvisions_transformer_is_itself_at_its_own_size_and_takes_any_other(pixels):
     torch.manual_seed(0)
     vit = torchvision.models.vit_b_32().eval()
+    vit.heads = nn.Identity()
     pixels = torch.from_numpy(np.array(Image.fromarray(pixels.numpy()).resize((224, 224))))
-    x = (pixels.permute(2, 0, 1)[None] / 255 - MEAN) / STD
-    vit.heads = torch.nn.Identity()
     with torch.inference_mode():
-        expected = torch.nn.functional.normalize(vit(x), dim=1)
-    recipe = NetworkRecipe("torchvision:vit_b_32", "untrained", (1.0,), pooling="class", rgem=None)
+        expected = normalize(vit(normalised(pixels)))
+    recipe = Recipe("torchvision:vit_b_32", "untrained", scales=(1.0,), pooling="class", rgem_p=None)
     torch.testing.assert_close(descriptors(recipe, [pixels]), expected, atol=1e-6, rtol=0)
     assert descriptors(recipe, [pixels[:100, :60]]).shape == (1, 768)
 
@@ -106,134 +112,79 @@ def test_torchvisions_transformer_is_itself_at_its_own_size(pixels):
 @pytest.mark.parametrize(
     "recipe",
     [
-        NetworkRecipe("torchvision:resnet18", "untrained"),
-        NetworkRecipe("timm:vit_tiny_patch16_224", "untrained", pooling="average", rgem=None),
-        NetworkRecipe("timm:swin_tiny_patch4_window7_224", "untrained", (1.0,)),
+        Recipe(RESNET, "untrained"),
+        Recipe(VIT, "untrained", pooling="average", rgem_p=None),
+        Recipe("timm:swin_tiny_patch4_window7_224", "untrained", scales=(1.0,)),
     ],
     ids=lambda recipe: recipe.network,
 )
 def test_descriptors_do_not_depend_on_the_batch_and_small_images_have_one(recipe, pixels):
     images = [pixels[:90, start : start + 70].contiguous() for start in (0, 30, 60)]
-    together = descriptors(recipe, images)
-    for image, row in zip(images, together, strict=True):
-        torch.testing.assert_close(descriptors(recipe, [image])[0], row, atol=2e-6, rtol=0)
+    alone = torch.cat([descriptors(recipe, [image]) for image in images])
+    torch.testing.assert_close(descriptors(recipe, images), alone, atol=2e-6, rtol=0)
     tiny = descriptors(recipe, [pixels[:7, :9].contiguous()])
     torch.testing.assert_close(tiny.norm(dim=1), torch.ones(1))
 
 
-@pytest.mark.parametrize("name", ["cvnet", "torchvision:resnet18"])
-def test_the_longer_side_is_limited_by_reducing_the_image(checkpoint_50, pixels, name):
-    recipes = [
-        Recipe(checkpoint_50, max_side=side) if name == "cvnet" else NetworkRecipe(name, "untrained", max_side=side)
-        for side in (None, 100, 1000)
-    ]
-    smaller = torch.nn.functional.interpolate(
-        pixels.permute(2, 0, 1)[None] / 255, (100, 63), mode="bilinear", antialias=True
-    )
-    with torch.inference_mode():
-        expected = recipes[0].extractor()(smaller.permute(0, 2, 3, 1))
-    torch.testing.assert_close(descriptors(recipes[1], [pixels]), expected, atol=1e-6, rtol=0)
-    assert torch.equal(descriptors(recipes[2], [pixels]), descriptors(recipes[0], [pixels]))
-    assert recipes[1].provenance() != recipes[0].provenance()
-
-
 def test_half_precision_is_close(pixels):
-    full, half = (
-        descriptors(NetworkRecipe("torchvision:resnet18", "untrained", precision=name), [pixels])
-        for name in ("fp32", "bf16")
-    )
+    full, half = (descriptors(Recipe(RESNET, "untrained", precision=name), [pixels]) for name in ("fp32", "bf16"))
     assert 0.999 < float((full * half).sum()) < 0.9999999
 
 
-CVNET = """
-import re, torch, torchvision
-from model.backbone import Backbone
-
-def build():
-    network = torchvision.models.resnet50(num_classes=2048)
-    state = torch.load(PATH)
-    network.load_state_dict({renamed(key): value for key, value in state.items() if renamed(key)}, strict=False)
-    return Backbone(
-        network, mean=(0.406, 0.456, 0.485), std=(0.225, 0.224, 0.229), channels="BGR", projection="fc", smallest=1
-    )
-
-def renamed(key):
-    key = key.replace("head.fc.", "fc.").replace("stem.conv.", "conv1.").replace("stem.bn.", "bn1.")
-    block = re.match(r"s(\\d)\\.b(\\d+)\\.(.*)", key)
-    if block is None:
-        return key if not key.startswith("head.pool") else None
-    stage, number, rest = block.groups()
-    rest = rest.replace("proj.", "downsample.0.").replace("f.", "")
-    rest = re.sub(r"^bn\\.", "downsample.1.", rest)
-    for letter, place in zip("abc", "123"):
-        rest = re.sub(rf"^{letter}\\.", f"conv{place}.", rest)
-        rest = re.sub(rf"^{letter}_bn\\.", f"bn{place}.", rest)
-    return f"layer{stage}.{int(number) - 1}.{rest}"
-"""
-
-
-def test_cvnet_from_a_users_file_gives_the_papers_descriptors(reference, checkpoint_50, tmp_path):
-    torch.save(encoder_state(checkpoint_50), tmp_path / "state.pth")
-    path = tmp_path / "cvnet.py"
-    path.write_text(CVNET.replace("PATH", repr(str(tmp_path / "state.pth"))))
-    recipe = NetworkRecipe(f"{path}:build")
-    for i in (0, 1):
-        (found,) = descriptors(recipe, [torch.from_numpy(reference[f"image_{i}"])]).numpy()
-        np.testing.assert_allclose(found, reference[f"descriptor_all_3_image_{i}"], atol=2e-6, rtol=0)
+def test_cvnet_from_a_users_file_gives_the_papers_descriptors(reference, mine):
+    found = descriptors(Recipe(f"{mine}:cvnet"), [torch.from_numpy(reference["image_1"])])[0].numpy()
+    np.testing.assert_allclose(found, reference["descriptor_all_3_image_1"], atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "noun"),
     [
-        ("timm:resnet5", "timm has no network 'resnet5'; did you mean resnet50?"),
-        ("torchvision:resnet19", "torchvision has no network 'resnet19'; did you mean resnet18?"),
-        ("none.py:build", "no file none.py"),
-        ("MINE:buidl", "has no function buidl; did you mean build?"),
-        ("MINE:fails", "mine.py, line 10: OSError: no room for 3"),
-        ("MINE:logits", "it returns shape (1, 3), not a feature map (N, C, H, W)"),
-        ("MINE:nothing", "nothing returns int, not a network"),
+        ("timm:resnet5", r"did you mean resnet50\?"),
+        ("torchvision:resnet19", r"did you mean resnet18\?"),
+        ("resnet18", "torchvision:NAME"),
+        ("none.py:build", r"none\.py"),
+        ("MINE:buidl", r"did you mean build\?"),
+        ("MINE:fails", r"mine\.py, line 19: OSError: no room for 3"),
+        ("MINE:logits", "feature map"),
+        ("MINE:nothing", "int"),
     ],
 )
-def test_invalid_networks_are_rejected(mine, name, message):
-    with pytest.raises(InputError, match=re.escape(message)):
-        NetworkRecipe(name.replace("MINE", str(mine)), "untrained").check()
+def test_invalid_networks_are_rejected(mine, name, noun):
+    with pytest.raises(InputError, match=noun):
+        Recipe(name.replace("MINE", str(mine)), "untrained").check()
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("network", "settings", "noun"),
     [
-        ({}, "GeM needs a positive feature map, and tokens have both signs; try pooling='average'"),
-        (
-            {"pooling": "average"},
-            "Regional-GeM needs a positive feature map, and tokens have both signs; try rgem=None",
-        ),
-        ({"pooling": "average", "rgem": None, "relup_stages": ("network.blocks",)}, "has no submodule"),
+        (VIT, {}, "pooling average"),
+        (VIT, {"pooling": "average"}, "Regional-GeM"),
+        (VIT, {"pooling": "average", "rgem_p": None, "relup_stages": ("blocks.9.x",)}, "submodule"),
+        (RESNET, {"pooling": "class"}, "class token"),
+        ("timm:convnext_atto", {"relup_stages": ("stages.0",)}, r"'stages\.0' has no ReLU"),
     ],
 )
-def test_modules_that_a_network_cannot_take_are_refused_with_the_reason(options, message):
-    with pytest.raises(InputError, match=re.escape(message)):
-        NetworkRecipe("timm:vit_tiny_patch16_224", "untrained", **options).check()
+def test_modules_that_a_network_cannot_take_are_refused_with_the_reason(network, settings, noun):
+    with pytest.raises(InputError, match=noun):
+        Recipe(network, "untrained", **settings).check()
 
 
-def test_relup_without_a_relu_is_rejected():
-    with pytest.raises(InputError, match=r"'network\.stages\.0' has no ReLU"):
-        NetworkRecipe("timm:convnext_atto", "untrained", relup_stages=("stages.0",)).check()
-
-
-def test_weights_come_from_a_file_that_fits(tmp_path, pixels):
+def test_weights_come_from_a_file_that_fits(tmp_path):
     torch.manual_seed(1)
-    network = torchvision.models.resnet18()
-    path = tmp_path / "trained.pth"
-    torch.save({"state_dict": {f"module.{key}": value for key, value in network.state_dict().items()}}, path)
-    recipe = NetworkRecipe("torchvision:resnet18", str(path))
-    assert torch.equal(build_backbone(recipe.network, path).network.conv1.weight, network.conv1.weight)
-    assert recipe.checkpoint_sha256 != NetworkRecipe("torchvision:resnet18", "untrained").checkpoint_sha256
-    with pytest.raises(InputError, match=r"does not fit torchvision:resnet34: keys \d+ missing \(layer1\.2\.conv1"):
-        NetworkRecipe("torchvision:resnet34", str(path)).check()
+    trained = torchvision.models.resnet18().state_dict()
+    path = save({"state_dict": {f"module.{key}": value for key, value in trained.items()}}, tmp_path / "trained.pth")
+    recipe = Recipe(RESNET, path)
+    assert torch.equal(recipe.backbone.network.conv1.weight, trained["conv1.weight"])
+    assert recipe.weights_sha256 != Recipe(RESNET, "untrained").weights_sha256
+    with pytest.raises(InputError, match=r"layer1\.2\.conv1"):
+        Recipe("torchvision:resnet34", path).check()
 
 
-def test_the_modules_are_the_papers_by_default():
-    attached = NetworkRecipe("torchvision:resnet18", "untrained").attached()
-    kinds = {type(part) for part in (attached.pooling, attached.rgem, attached.sgem)}
-    assert kinds == {GeMPlus, RegionalGeM, ScaleGeM}
-    assert sorted({change.layer.split(".")[0] for change in attached.changes}) == ["layer1", "layer2", "layer3"]
+def test_a_classifier_may_have_another_size_or_be_missing_unless_it_is_the_projection(tmp_path, mine):
+    state = torchvision.models.resnet18(num_classes=7).state_dict()
+    without = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    for number, weights in enumerate((state, without)):
+        path = save(weights, tmp_path / f"{number}.pth")
+        assert torch.equal(build_backbone(RESNET, path).network.conv1.weight, state["conv1.weight"])
+        with pytest.raises(InputError, match=r"fc\.weight"):
+            build_backbone(f"{mine}:projected", path)

@@ -7,16 +7,13 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from model.superglobal import SuperGlobal
 from simulated import OnDevice, simulated_device
-from torch import Tensor
+from torch import Tensor, nn
 
-from model.cvnet import ResNet
-from model.recipe import Recipe
+from modules.descriptor import SuperGlobal
 from modules.pooling import GeMPlus, RegionalGeM
 
 triton = pytest.importorskip("triton", reason="Triton comes with PyTorch for NVIDIA's GPUs")
-
 
 _CASES = """
 import torch
@@ -61,30 +58,35 @@ def test_the_kernel_compiles_for_gpus(capability):
 
 
 @pytest.fixture
-def network(checkpoint_50):
-    return Recipe(checkpoint_50, scales=(1.0,)).network()
+def feature_map() -> Tensor:
+    return torch.rand(2, 8, 4, 5)
 
 
-def pooled_on_device(network, feature_map: Tensor) -> Tensor:
+def pooled_on_device(network: SuperGlobal, feature_map: Tensor) -> Tensor:
     with simulated_device(), torch.inference_mode():
         return network.pool(OnDevice(feature_map)).cpu()
 
 
-def test_if_the_kernel_does_not_compile_pooling_takes_two_passes(network, monkeypatch):
-    def compiler_is_missing(*_):
-        raise RuntimeError("Failed to find C compiler")
+def compiler_is_missing(*_):
+    raise RuntimeError("Failed to find C compiler")
 
-    feature_map = torch.rand(2, 8, 4, 5)
+
+def test_if_the_kernel_does_not_compile_pooling_takes_two_passes(feature_map, monkeypatch):
+    network = SuperGlobal(nn.Identity())
     expected = network.pooling(network.rgem(feature_map))
     assert torch.equal(pooled_on_device(network, feature_map), expected)
-    assert network.fused_pooling
+    assert network.fuses
     monkeypatch.setattr("modules.fused_pooling.regional_gem", compiler_is_missing)
     assert torch.equal(pooled_on_device(network, feature_map), expected)
-    assert not network.fused_pooling
+    assert not network.fuses
 
 
-def test_large_powers_are_computed_by_the_modules():
-    with torch.device("meta"):
-        encoder = ResNet(50)
-    for rgem, gemp, fused in ((RegionalGeM(), 4.6, True), (RegionalGeM(), 12.0, False), (None, 4.6, False)):
-        assert SuperGlobal(encoder, (1.0,), GeMPlus(gemp), rgem, None).fused_pooling == fused
+@pytest.mark.parametrize(
+    ("pooling", "rgem"), [(GeMPlus(12.0), RegionalGeM()), (GeMPlus(), None), (nn.AdaptiveAvgPool2d(1), RegionalGeM())]
+)
+def test_what_the_kernel_does_not_compute_is_left_to_the_modules(feature_map, monkeypatch, pooling, rgem):
+    monkeypatch.setattr("modules.fused_pooling.regional_gem", compiler_is_missing)
+    network = SuperGlobal(nn.Identity(), pooling=pooling, rgem=rgem)
+    expected = pooling(feature_map if rgem is None else rgem(feature_map)).flatten(1)
+    assert torch.equal(pooled_on_device(network, feature_map), expected)
+    assert network.fuses  # it was not tried

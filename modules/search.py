@@ -365,5 +365,5 @@ def _places(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the places of True as `nonzero` does, faster if they are few: eight are looked at at a time. (Q, C)."""
     words = F.pad(mask, (0, -mask.shape[1] % 8))
     row, word = words.view(torch.int64).nonzero(as_tuple=True)
-    hit, bit = words.view(len(mask), -1, 8)[row, word].nonzero(as_tuple=True)
+    hit, bit = words.view(len(mask), words.shape[1] // 8, 8)[row, word].nonzero(as_tuple=True)
     return row[hit], word[hit] * 8 + bit

@@ -35,7 +35,7 @@ def test_each_image_is_in_one_batch_of_its_own_size(monkeypatch, limit, window):
     rng = np.random.default_rng(window)
     given = images([[(4, 6), (6, 4), (5, 5)][i] for i in rng.integers(0, 3, 60)])
     seen = []
-    for numbers, batch in equal_sizes(iter(given), BatchSize(10**9, limit)):
+    for numbers, batch in equal_sizes(iter(given), BatchSize(10**9, limit).of):
         assert len(batch) <= limit
         assert len({pixels.shape for pixels in batch}) == 1
         assert [int(pixels[0, 0, 0]) for pixels in batch] == list(numbers)
@@ -45,7 +45,7 @@ def test_each_image_is_in_one_batch_of_its_own_size(monkeypatch, limit, window):
 
 def test_equal_sizes_are_found_across_others():
     sizes = [(4, 6), (6, 4)] * 6
-    batches = [numbers for numbers, _ in equal_sizes(iter(images(sizes)), BatchSize(10**9, 4))]
+    batches = [numbers for numbers, _ in equal_sizes(iter(images(sizes)), lambda _: 4)]
     assert batches == [(0, 2, 4, 6), (1, 3, 5, 7), (8, 10), (9, 11)]
 
 
@@ -58,13 +58,13 @@ def test_an_image_of_a_rare_size_waits_no_longer_than_the_window(monkeypatch):
             read.append(number)
             yield number, pixels
 
-    next(numbers for numbers, _ in equal_sizes(reading(), BatchSize(10**9, 3)) if 0 in numbers)
+    next(numbers for numbers, _ in equal_sizes(reading(), lambda _: 3) if 0 in numbers)
     assert len(read) == 5
 
 
 def test_the_window_is_bounded_in_bytes(monkeypatch):
     monkeypatch.setattr(batching, "WINDOW_BYTES", 3 * 4 * 6 * 3)
-    first, _ = next(iter(equal_sizes(iter(images([(4, 6)] * 20)), BatchSize(10**9))))
+    first, _ = next(iter(equal_sizes(iter(images([(4, 6)] * 20)), BatchSize(10**9).of)))
     assert first == (0, 1, 2)
 
 
@@ -102,7 +102,7 @@ def test_a_single_image_that_does_not_fit_is_named():
     device = SmallDevice(0, torch.OutOfMemoryError("CUDA out of memory"))
     ((part, error),) = in_fitting_parts(device.extract, [torch.empty(7, 9, 3)], ["b.jpg"], BatchSize(1))
     assert part == slice(0, 1)
-    assert "b.jpg: the memory of the device is too small for 9 x 7 pixels" in str(error)
+    assert "b.jpg" in str(error)
 
 
 NO_ENGINE = RuntimeError("GET was unable to find an engine to execute this computation")
@@ -113,18 +113,15 @@ def test_a_convolution_without_an_engine_is_tried_once_with_half_as_many_images(
     device = SmallDevice(2, NO_ENGINE)
     parts = list(in_fitting_parts(device.extract, batch, range(5), BatchSize(10**9, 5)))
     assert torch.cat([vectors for _, vectors in parts]).flatten().tolist() == list(range(5))
-    for most, tried in ((1, [5, 2]), (0, [5, 2])):
+    for most, count, tried in ((1, 5, [5, 2]), (0, 5, [5, 2]), (0, 1, [1])):
         device = SmallDevice(most, NO_ENGINE)
         with pytest.raises(RuntimeError, match="unable to find an engine"):
-            list(in_fitting_parts(device.extract, batch, range(5), BatchSize(10**9, 5)))
+            list(in_fitting_parts(device.extract, batch[:count], range(count), BatchSize(10**9, 5)))
         assert device.tried == tried
-    device = SmallDevice(0, NO_ENGINE)
-    with pytest.raises(RuntimeError, match="unable to find an engine"):
-        list(in_fitting_parts(device.extract, batch[:1], "a", BatchSize(10**9)))
-    assert device.tried == [1]
 
 
 def test_other_errors_are_not_mistaken_for_a_lack_of_memory():
     device = SmallDevice(0, RuntimeError("shapes differ"))
     with pytest.raises(RuntimeError, match="shapes differ"):
         list(in_fitting_parts(device.extract, [torch.empty(2, 2, 3)] * 4, "abcd", BatchSize(100)))
+    assert device.tried == [4]

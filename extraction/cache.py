@@ -3,8 +3,6 @@
 import hashlib
 import json
 import re
-import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,43 +36,3 @@ def fingerprint(facts: Any) -> str:
 def plain_name(name: str, longest: int = 60) -> str:
     """Returns the name reduced to letters, digits, dots, plus and minus signs, and cut to `longest` characters."""
     return re.sub(r"[^A-Za-z0-9.+-]+", "_", name)[:longest]
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A folder of descriptors.
-
-    Attributes:
-        folder: its path.
-        size: the size of its files in bytes.
-        used: the time of the last write to its files, in seconds since 1970.
-        complete: whether all its files are finished.
-        made_from: the content of made_from.json; empty if it cannot be read.
-    """
-
-    folder: Path
-    size: int
-    used: float
-    complete: bool
-    made_from: dict[str, Any]
-
-
-def kept_descriptors(root: Path) -> list[Kept]:
-    """Returns the folders of descriptors in `root`, sorted by name."""
-    return [_kept(folder) for folder in sorted(root.iterdir()) if folder.is_dir()] if root.is_dir() else []
-
-
-def _kept(folder: Path) -> Kept:
-    files = [file for file in folder.rglob("*") if file.is_file() and not file.name.startswith(".")]
-    stats = [file.stat() for file in files]
-    try:
-        made_from = json.loads((folder / _MADE_FROM).read_text())
-    except (OSError, ValueError):
-        made_from = {}
-    return Kept(
-        folder,
-        sum(stat.st_size for stat in stats),
-        max((stat.st_mtime for stat in stats), default=time.time()),
-        not any(file.suffix == ".part" for file in files),
-        made_from if isinstance(made_from, dict) else {},
-    )

@@ -202,7 +202,8 @@ def extract_images(
     if damaged:
         count = f"{len(damaged)} images" if len(damaged) > 1 else "an image"
         pixels = max(error.pixels for error in damaged)
-        advice = f"raise the limit to {pixels} pixels" if pixels else "replace them, or have such images skipped"
+        advice = "replace them, or skip damaged images" if on_error == "stop" else "replace them"
+        advice = f"raise the limit to {pixels} pixels" if pixels else advice
         raise InputError(f"{title}: {count} cannot be used: {short_list(damaged, _NAMED_AT_MOST)}; {advice}")
 
 

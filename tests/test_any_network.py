@@ -54,11 +54,11 @@ def test_tables_and_search_support_other_networks(command, layout, data):
 
 def test_unsupported_settings_of_a_network_are_refused_and_the_advice_works(command, data):
     words = [*data, "MODEL.NAME", "timm:vit_tiny_patch16_224", "TEST.WEIGHTS", "untrained", "TEST.SCALE_LIST", 1]
-    for advice in (["MODEL.POOLING", "average"], ["SupG.rgem", "False"]):
+    for advice, option in (("average pooling", ["MODEL.POOLING", "average"]), ("Regional-GeM", ["SupG.rgem", "False"])):
         outcome = command("test.py", *words, "DATA_LOADER.NUM_WORKERS", 0)
         assert outcome.code == 2
-        assert outcome.err.splitlines()[-1].endswith(f"try {' '.join(advice)}")
-        words += advice
+        assert advice in outcome.err
+        words += option
     assert command("test.py", *words, "DATA_LOADER.NUM_WORKERS", 0).code == 0
 
 

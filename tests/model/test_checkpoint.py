@@ -70,14 +70,14 @@ def test_a_state_that_does_not_fit_is_never_loaded_in_part(checkpoint_50, tmp_pa
 
 
 def test_a_file_of_the_other_depth_is_named(checkpoint_50, checkpoint_101):
-    with pytest.raises(InputError, match=r"it is a ResNet-101: name another file; try depth=101"):
+    with pytest.raises(InputError, match=r"ResNet-101"):
         load_encoder(encoder(50), checkpoint_101)
-    with pytest.raises(InputError, match=r"it is a ResNet-50: name another file; try depth=50"):
+    with pytest.raises(InputError, match=r"it is a ResNet-50"):
         load_encoder(encoder(101), checkpoint_50)
 
 
 def test_another_descriptor_size_is_named(checkpoint_50):
-    with pytest.raises(InputError, match=r"another size; try dim=2048"):
+    with pytest.raises(InputError, match=r"2048 dimensions"):
         load_encoder(encoder(reduction_dim=512), checkpoint_50)
 
 

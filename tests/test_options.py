@@ -163,6 +163,20 @@ def test_each_option_of_the_network_changes_the_descriptors_provenance(key, chec
     assert recipes[0].provenance() != recipes[1].provenance()
 
 
+def test_each_setting_keeps_its_descriptors_and_each_run_its_results(command, runs):
+    words = runs["test.py"][1]
+    lines = [line for line in command("test.py", *words).out.splitlines() if "mAP" in line]
+    (kept,) = Path("output/descriptors").iterdir()
+    before = {file.name: file.read_bytes() for file in kept.glob("*.npy")}
+    command("test.py", *words, "SupG.rgem_p", 3)
+    assert len([*Path("output/descriptors").iterdir()]) == 2
+    assert {file.name: file.read_bytes() for file in kept.glob("*.npy")} == before
+    assert [line for line in command("test.py", *words).out.splitlines() if "mAP" in line] == lines != []
+    results = sorted(path for path in Path("output/runs").iterdir() if not path.is_symlink())
+    assert [(path / "results.json").exists() for path in results] == [True] * 3
+    assert Path("output/runs/latest").resolve() == results[-1].resolve()
+
+
 # ---- what errors advise works ----
 
 

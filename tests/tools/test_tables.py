@@ -167,7 +167,9 @@ def test_published_numbers_are_shown_with_the_difference():
 
 
 def test_published_numbers_appear_only_for_the_papers_settings():
-    def known(*words, stage=tables.Reranked(SuperGlobalReranker())):
+    paper = tables.Reranked(SuperGlobalReranker())
+
+    def known(*words, stage=paper):
         cfg = CommandLine("").parse([str(word) for word in words]).cfg
         return tables.find_published(cfg, "roxford5k", stage)
 

@@ -2,7 +2,6 @@ import runpy
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ROOT
 
 from assembly import TITLES, make_recipe, make_stages

@@ -300,7 +300,7 @@ def with_index(
     """
     if not cfg.TEST.INDEX:
         return database.fitted(device)
-    provenance["rows"] = [file_fingerprint(file) for file in files]
+    provenance["fingerprints"] = [file_fingerprint(file) for file in files]
     decoded = cfg.TEST.INDEX_ROWS == "decoded"
     with option("TEST.INDEX"):
         return indexed(database, cfg.TEST.INDEX, path, provenance, cfg.TEST.INDEX_SEARCH, decoded)

@@ -336,7 +336,7 @@ def varied(cfg: CfgNode, changes: Mapping[str, Any] | Sequence[tuple[str, Any]])
     for key, value in changes.items() if isinstance(changes, Mapping) else changes:
         *sections, leaf = key.split(".")
         reduce(getattr, sections, copy)[leaf] = _parsed(key, value)
-    if copy.SupG.rerank_k > copy.SupG.rerank_m:
+    if "superglobal" in active_rerankers(copy) and copy.SupG.rerank_k > copy.SupG.rerank_m:
         raise InputError(
             f"SupG.rerank_k {copy.SupG.rerank_k} is above SupG.rerank_m {copy.SupG.rerank_m}: K can be M at most"
         )

@@ -198,6 +198,9 @@ def _known_images(each: ImageSet, store: Store, on_error: str) -> KnownImages:
             identity = each.images[number].identity()
             if identity.key in store:
                 identities[number] = identity
+    for label, identity in zip(labels, identities, strict=True):
+        if identity is None:  # what an image of this name was before does not count
+            store.identities.pop(label, None)
     return KnownImages(labels, identities)
 
 

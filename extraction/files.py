@@ -173,7 +173,7 @@ def read_mat(path: Path) -> dict[str, np.ndarray]:
     Raises:
         InputError: if it is missing, damaged or not a MATLAB file, or takes too much time or memory.
     """
-    return _from_child("mat", path)
+    return _from_child("MATLAB", path)
 
 
 def _load(path: Path) -> Any:

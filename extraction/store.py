@@ -283,7 +283,7 @@ class Store:
         except Exception:  # damaged files raise almost any exception
             log.warning("%s is damaged", provenance)
             before = old_probe = None
-        if before is None:
+        if before is None or old_probe is None:
             if files.exists() and not self.replace and not files.is_dir():
                 raise InputError(f"{files} exists without its provenance; start over, or choose another file")
             return False
@@ -429,7 +429,12 @@ def _rows_file(path: Path) -> Path:
 
 def _load_rows(path: Path) -> np.ndarray:
     """Returns the rows of a finished file, memory-mapped."""
-    return load_tensors(path).numpy() if path.suffix == ".pth" else np.load(path, mmap_mode="r")
+    if path.suffix != ".pth":
+        return np.load(path, mmap_mode="r")
+    rows = load_tensors(path)
+    if not isinstance(rows, torch.Tensor):
+        raise ValueError("it is not one tensor")
+    return rows.numpy()
 
 
 def _save_tensor(path: Path, rows: np.ndarray) -> None:

@@ -171,7 +171,7 @@ def load_tensors(path: Path) -> object:
         raise InputError(f"{path} is not a PyTorch file" if path.stat().st_size else f"{path} is empty")
     zipped = _begins_with(path, _ZIP_MAGIC)
     if zipped and not zipfile.is_zipfile(path):  # the directory of an archive is at its end
-        raise InputError(f"{path} is damaged: the end of the archive is missing; fetch it again")
+        raise InputError(f"{path} is truncated or damaged (the end of the archive is missing); fetch it again")
     _try_pickles(path, _version(path))
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
@@ -181,7 +181,7 @@ def load_tensors(path: Path) -> object:
         ) from None
     except Exception as error:  # damaged archives raise almost any exception
         reason = str(error).splitlines()[0] if str(error) else "unexpected end of file"
-        raise InputError(f"{path} is damaged ({reason}); fetch it again") from None
+        raise InputError(f"{path} is truncated or damaged ({reason}); fetch it again") from None
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -237,7 +237,7 @@ def _version(path: Path) -> tuple[int, ...]:
 def _try_pickles(path: Path, version: tuple[int, ...]) -> None:
     """Raises InputError if the pickles of a file are damaged or take too long: torch.load has no limit of time."""
     try:
-        read_in_child("torch", path)
+        read_in_child("PyTorch", path)
     except ValueError as error:
         raise InputError(f"{path} {error}") from None
 

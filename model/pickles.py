@@ -32,7 +32,7 @@ def read_in_child(kind: str, path: Path) -> bytes:
     """Returns a line of JSON and the bytes of arrays, see Answer.
 
     Args:
-        kind: "pickle"; "mat"; or "torch", whose pickles are only tried, and whose answer is empty.
+        kind: "pickle"; "MATLAB"; or "PyTorch", whose pickles are only tried, and whose answer is empty.
         path: the file.
 
     Raises:
@@ -40,8 +40,10 @@ def read_in_child(kind: str, path: Path) -> bytes:
         OSError: if it is missing.
     """
     size = path.stat().st_size
-    limits = SECONDS + size // 20_000_000, MEMORY + (16 * size if kind != "torch" else 0)
-    packages = [folder for folder in sys.path if folder] if kind == "mat" else []  # for SciPy
+    if not path.is_file():
+        raise ValueError("is not a file")
+    limits = SECONDS + size // 20_000_000, MEMORY + (16 * size if kind != "PyTorch" else 0)
+    packages = [folder for folder in sys.path if folder] if kind == "MATLAB" else []  # for SciPy
     command = [sys.executable, "-I", "-S", __file__, kind, str(path), *map(str, limits), *packages]
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # each takes memory
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False, env=environment)
@@ -70,8 +72,9 @@ class Array:
         self.set(dtype, data, shape, "F" if fortran else "C")
 
     def set(self, dtype: Any, data: Any, shape: Any, order: Any = "C", strides: Any = None) -> "Array":
+        shape = tuple(shape)  # a copy: a pickle can change a list afterwards
         if not isinstance(dtype, Dtype) or not all(type(side) is int and 0 <= side < 1 << 40 for side in shape):
-            raise RefusedError("an array without a plain dtype or shape")
+            raise RefusedError("it has an array without a plain dtype or shape")
         data = data.encode("latin1") if isinstance(data, str) else bytes(data)
         if strides is None and len(data) != math.prod(shape) * dtype.size:
             raise ValueError("the bytes of an array do not fit its shape")
@@ -88,13 +91,13 @@ class Dtype:
 
     def __init__(self, text: Any, *_: Any):
         if not isinstance(text, str) or not _PLAIN.fullmatch(text):
-            raise RefusedError(f"an array of {str(text)[:50]!r}")
+            raise RefusedError(f"it has an array of {str(text)[:50]!r}")
         self.order, self.text = text[0] if text[0] in "<>" else "<", text.lstrip("<>|=")
         self.size = int(self.text[1:]) * (4 if self.text[0] == "U" else 1)
 
     def __setstate__(self, state: Any) -> None:
         if state[1] not in ("<", ">", "|", "="):
-            raise RefusedError("an array without a byte order")
+            raise RefusedError("it has an array without a byte order")
         self.order = state[1] if state[1] in "<>" else self.order
 
 
@@ -118,7 +121,7 @@ class Answer:
         size = value.size if isinstance(value, Array) else len(value) if hasattr(value, "__len__") else 1
         self.room -= size + 1
         if self.room < 0 or depth > DEEPEST:
-            raise RefusedError("lists in lists without end, or content much larger than the file")
+            raise RefusedError("it has lists in lists without end, or content much larger than the file")
         if value is None or isinstance(value, bool | int | float | str):
             return value
         if isinstance(value, bytes | bytearray):
@@ -133,12 +136,14 @@ class Answer:
             return [self._encoded(each, depth + 1) for each in value]
         if isinstance(value, dict) and all(isinstance(key, str) for key in value):
             return {"dict": {key: self._encoded(each, depth + 1) for key, each in value.items()}}
-        raise RefusedError(f"a {type(value).__name__}" + " with keys that are not names" * isinstance(value, dict))
+        raise RefusedError(
+            f"it has a {type(value).__name__}" + " with keys that are not names" * isinstance(value, dict)
+        )
 
 
 def _latin1(text: str, encoding: str) -> bytes:
     if encoding not in ("latin1", "latin-1"):
-        raise RefusedError(f"a call of the codec {encoding[:50]}")
+        raise RefusedError(f"it would call the codec {encoding[:50]}")
     return text.encode("latin1")
 
 
@@ -187,7 +192,7 @@ class Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         core = module.removeprefix("numpy._core.").removeprefix("numpy.core.")
         if (core, name) not in _CALLS:
-            raise RefusedError(f"a call of {module[:50]}.{name[:50]}")
+            raise RefusedError(f"it would call {module[:50]}.{name[:50]}")
         return _CALLS[core, name]
 
 
@@ -204,20 +209,24 @@ class StorageUnpickler(Unpickler):
 class Inert:
     """Anything in a PyTorch file beside containers. It accepts whatever a pickle does to it."""
 
-    def __init__(self, *_: Any, **__: Any):
-        pass
+    def __init__(self, *arguments: Any):
+        repr(arguments)  # which PyTorch may do for an error message
 
-    __setstate__ = __setitem__ = append = extend = add = update = __init__
+    __setstate__ = append = extend = add = update = __init__
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        hash(key)
 
 
 class InertUnpickler(Unpickler):
-    """Builds the containers of a pickle as PyTorch does, so that they are hashed, and nothing else."""
+    """Builds, hashes and shows what PyTorch would build, hash and show, and does nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         return tuple if name == "Size" else {**_BUILTINS, **_COLLECTIONS}.get(name, Inert)
 
     def persistent_load(self, key: Any) -> Inert:
-        return Inert()
+        hash(key)
+        return Inert(key)
 
 
 def _read_pickle(path: Path) -> Any:
@@ -231,7 +240,7 @@ def _read_mat(path: Path) -> Any:
     try:
         content = scipy.io.loadmat(path, variable_names=["X", "Q"])
     except NotImplementedError:
-        raise RefusedError("the format of MATLAB 7.3 (HDF5), not -v7") from None
+        raise RefusedError("it has the format of MATLAB 7.3 (HDF5); save it with -v7") from None
     arrays = {name: content[name] for name in ("Q", "X") if name in content}
     return {name: Array().set(Dtype(each.dtype.str), each.tobytes(), each.shape) for name, each in arrays.items()}
 
@@ -249,10 +258,10 @@ def _try_torch(path: Path) -> None:
                     InertUnpickler(io.BytesIO(archive.read(each))).load()
 
 
+_READERS: dict[str, Any] = {"pickle": _read_pickle, "MATLAB": _read_mat, "PyTorch": _try_torch}
+
+
 def _child(kind: str, name: str, seconds: str, memory: str, *packages: str) -> None:
-    read, what = {"pickle": (_read_pickle, "pickle"), "mat": (_read_mat, "MATLAB"), "torch": (_try_torch, "PyTorch")}[
-        kind
-    ]
     with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no limits, macOS none of memory
         import resource
 
@@ -261,12 +270,12 @@ def _child(kind: str, name: str, seconds: str, memory: str, *packages: str) -> N
             resource.setrlimit(number, (value, resource.getrlimit(number)[1]))
     sys.path += packages
     try:
-        Answer(read(Path(name)), 16 * os.path.getsize(name) + 1_000_000).write(sys.stdout.buffer)
+        Answer(_READERS[kind](Path(name)), 16 * os.path.getsize(name) + 1_000_000).write(sys.stdout.buffer)
     except RefusedError as error:
-        sys.exit(f"is refused: it contains {error}")
+        sys.exit(f"is refused: {error}")
     except Exception as error:  # damaged files raise almost any exception
         reason = str(error).partition("\n")[0][:200] or type(error).__name__
-        sys.exit(f"is damaged or not a {what} file ({reason}); fetch it again")
+        sys.exit(f"is damaged or not a {kind} file ({reason}); fetch it again")
 
 
 if __name__ == "__main__":

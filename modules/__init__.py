@@ -5,7 +5,6 @@ Once installed (``pip install .``), the package is called `superglobal`; in the 
 
 from .activation import ReLUPlus
 from .attach import attach
-from .compact import Int8Rows
 from .descriptor import multi_scale_descriptor
 from .diffusion import DiffusionReranker
 from .expansion import QueryExpansion, augmented_rows, expanded_queries
@@ -22,7 +21,6 @@ __all__ = [
     "Explanation",
     "GeM",
     "GeMPlus",
-    "Int8Rows",
     "KReciprocalReranker",
     "QueryExpansion",
     "ReLUPlus",

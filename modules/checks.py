@@ -2,6 +2,7 @@
 
 import math
 import operator
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -42,13 +43,18 @@ def check_tensor(x: Tensor, taker: str, letters: str) -> None:
 
 
 def as_tensor(x: Array, name: str) -> Tensor:
-    """Returns a NumPy array as a tensor, sharing its memory if possible. Raises a ValueError for anything else."""
+    """Returns a NumPy array as a tensor, sharing its memory if possible. Raises a ValueError for anything else.
+
+    The memory of a read-only array, like a memory map, is shared, too: nothing here writes into its input.
+    """
     if isinstance(x, Tensor):
         return x
     if not hasattr(x, "__array_interface__"):
         raise ValueError(f"{name} must be a tensor or a NumPy array, got {type(x).__name__}")
     try:
-        return torch.from_numpy(x if x.flags.writeable and x.flags.c_contiguous else x.copy())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writ")
+            return torch.from_numpy(x if x.flags.c_contiguous else x.copy())
     except (TypeError, ValueError):
         raise ValueError(f"{name}: an array of {x.dtype}, shape {x.shape}, cannot be converted to a tensor") from None
 

@@ -199,6 +199,6 @@ def _check_out(out: Tensor, database: Database) -> None:
     if not isinstance(out, Tensor) or out.shape != shape or not out.is_floating_point():
         what = f"{out.dtype} of shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
         raise ValueError(f"out must be a floating-point tensor of shape {shape}, got {what}")
-    own = {part.untyped_storage().data_ptr() for part in database.parts if isinstance(part, Tensor)}
+    own = {part.untyped_storage().data_ptr() for part in database.parts}
     if len(database) and out.untyped_storage().data_ptr() in own:
         raise ValueError(f"out of shape {shape} shares memory with the database, whose rows are still to be read")

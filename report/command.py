@@ -5,24 +5,26 @@ Exit codes: 0 success, 1 internal error, 2 bad input, 130 Ctrl-C, 141 the reader
 A command imports this file first, so that Ctrl-C ends it without a traceback from the beginning.
 """
 
+# ruff: noqa: E402
+
 import os
 import sys
+
+
+def _end_quietly(kind: type, error: BaseException, trace: object) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        os._exit(130)
+    sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _end_quietly  # while the imports of the command run
+
+import errno
+import logging
 from collections.abc import Callable
 from typing import Any, TextIO
 
-
-def _quiet_interrupt(kind: type[BaseException], *rest: Any) -> None:
-    if issubclass(kind, KeyboardInterrupt):
-        os._exit(130)
-    sys.__excepthook__(kind, *rest)
-
-
-sys.excepthook = _quiet_interrupt
-
-import errno  # noqa: E402
-import logging  # noqa: E402
-
-from model.errors import InputError, printable  # noqa: E402
+from model.errors import InputError, printable
 
 # What a user can mend: permissions, names and places of files, full disks.
 _MENDABLE = (

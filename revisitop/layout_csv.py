@@ -39,11 +39,10 @@ def read_csv_dataset(name: str, folder: Path) -> Dataset:
     for file_name, file in (("solution.csv", solution), ("index.csv", index), ("queries.csv (or test.csv)", listed)):
         if file is None:
             raise InputError(f"{folder} has no {file_name}, which belongs to {CSV.form}")
-    places = _numbered(index, _column(index))
-    boxes = dict(_boxes(listed))
+    places, boxes = _places(index), _boxes(listed)
     truth: dict[str, GroundTruth] = {}
     ignored, unknown, strangers = set(), [], []
-    for query, row in _rows(solution, ("id", "images"), "id"):
+    for query, row in _rows(solution, "id", "images"):
         usage = (row.get("Usage") or "").strip()
         if query in truth or query in ignored:
             raise InputError(f"{solution}: query {query} has two lines")
@@ -128,8 +127,8 @@ def read_predictions(path: Path, dataset: Dataset) -> list[np.ndarray]:
         raise InputError(f"{path}: {dataset.name} has no solution.csv, so that it has no predictions of this format")
     places = {name: number for number, name in enumerate(dataset.names)}
     known, found = set(dataset.query_names), {}
-    ignored = {query for query, row in _rows(solution, ("id", "images"), "id") if _is_ignored(row)}
-    for query, row in _rows(path, ("id", "images"), "id"):
+    ignored = {query for query, row in _rows(solution, "id", "images") if _is_ignored(row)}
+    for query, row in _rows(path, "id", "images"):
         if query in found:
             raise InputError(f"{path}: query {query} has two lines")
         if query not in known and query not in ignored:
@@ -173,8 +172,8 @@ def _nested(image: str) -> str:
     return f"{image[:1]}/{image[1:2]}/{image[2:3]}/{image}.jpg"
 
 
-def _rows(path: Path, columns: Sequence[str], key: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yields the lines of a CSV file as dicts, with the value of the key column."""
+def _rows(path: Path, *columns: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yields the id of each line of a CSV file, and its values by column."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -194,52 +193,46 @@ def _rows(path: Path, columns: Sequence[str], key: str) -> Iterator[tuple[str, d
         for row in lines:
             if None in row or any(row[name] is None for name in columns):
                 raise InputError(f"{path}, line {lines.line_num}: the number of columns differs from the header")
-            if not row[key].strip():
-                raise InputError(f"{path}, line {lines.line_num}: the {key} is empty")
-            yield row[key].strip(), row
+            if not row["id"].strip():
+                raise InputError(f"{path}, line {lines.line_num}: the id is empty")
+            yield row["id"].strip(), row
     except csv.Error as error:
         raise InputError(f"{path}, line {lines.line_num}: {error}") from None
 
 
-def _column(path: Path) -> list[str]:
-    return [each for each, _ in _rows(path, ("id",), "id")]
-
-
-def _numbered(path: Path, ids: list[str]) -> dict[str, int]:
-    """Returns the place of each id. Raises InputError if one is repeated, outside the folder, or contains a space."""
+def _places(path: Path) -> dict[str, int]:
+    """Returns the place of each id in a list. Raises InputError if one is repeated, or cannot stand in a solution."""
     places: dict[str, int] = {}
-    for number, each in enumerate(ids):
-        if each in places:
-            raise InputError(f"{path}: {each} is listed twice")
-        places[_checked(path, each)] = number
+    for image, _ in _rows(path, "id"):
+        if image in places:
+            raise InputError(f"{path}: {image} is listed twice")
+        if any(letter.isspace() for letter in image):
+            raise InputError(f"{path}: {image!r} contains a space, which separates the images of a solution")
+        places[_checked(path, image)] = len(places)
     if not places:
         raise InputError(f"{path} lists no image")
     return places
 
 
-def _checked(path: Path, image: str, spaced: bool = False) -> str:
+def _checked(path: Path, image: str) -> str:
+    """Returns the id. Raises InputError if it is not that of a file in the folder of the images."""
     if "/" in image or "\\" in image or "\0" in image or image in (".", "..") or len(image) > 200:
         raise InputError(f"{path}: {image[:50]!r} is not a valid id of an image")
-    if not spaced and any(letter.isspace() for letter in image):
-        raise InputError(f"{path}: {image!r} contains a space, which separates the images of a solution")
     return image
 
 
-def _boxes(path: Path) -> Iterator[tuple[str, Box | None]]:
-    """Yields the id and box of each query."""
-    seen = set()
-    for query, row in _rows(path, ("id",), "id"):
-        if query in seen:
+def _boxes(path: Path) -> dict[str, Box | None]:
+    """Returns the box of each query, or None, by its id."""
+    boxes: dict[str, Box | None] = {}
+    for query, row in _rows(path, "id"):
+        if query in boxes:
             raise InputError(f"{path}: {query} is listed twice")
-        seen.add(_checked(path, query, spaced=True))
         cells = [(row.get(corner) or "").strip() for corner in _CORNERS]
-        if not any(cells):
-            yield query, None
-            continue
         try:
-            box = tuple(float(cell) for cell in cells)
+            box = tuple(float(cell) for cell in cells) if any(cells) else None
         except ValueError:
             raise InputError(f"{path}: query {query} has no box of four numbers x0, y0, x1, y1: {cells}") from None
-        if not all(map(math.isfinite, box)) or box[2] <= box[0] or box[3] <= box[1]:
+        if box and not (all(map(math.isfinite, box)) and box[0] < box[2] and box[1] < box[3]):
             raise InputError(f"{path}: the box of query {query} is empty: {', '.join(cells)}")
-        yield query, box
+        boxes[_checked(path, query)] = box
+    return boxes

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from extraction.processes import Processes
 from model.errors import InputError
 from modules.candidates import Reranker, places_after
-from modules.search import Database, NotFiniteError, merged, search
+from modules.search import GRID, Database, NotFiniteError, merged, search
 from revisitop.index import IndexedDatabase
 
 SAVED_RANKS = 400
@@ -52,8 +52,8 @@ def retrieve(
 ) -> Ranking:
     """Returns the ranking by cosine similarity, by exact search (modules.search.search) or the index of the database.
 
-    With `torchrun`, each process searches a part of the rows, and all get the whole ranking, which is identical
-    to the bit to that of a single process.
+    With `torchrun`, each process searches a range of rows on the grid of the search, and all get the whole ranking,
+    which is identical to the bit to that of a single process.
 
     Args:
         queries: (Q, D), unit descriptors.
@@ -71,7 +71,7 @@ def retrieve(
     if isinstance(database, IndexedDatabase):
         return Ranking(*database.search(queries, m, listed), time.perf_counter() - start)
     rank, count = (processes.rank, processes.count) if processes else (0, 1)
-    part = tuple(len(database) * each // count for each in (rank, rank + 1))
+    part = tuple(min(len(database), -(-len(database) * each // (count * GRID)) * GRID) for each in (rank, rank + 1))
     with tqdm(total=part[1] - part[0], desc="search", unit="img", dynamic_ncols=True, disable=rank > 0) as bar:
         try:
             found = search(queries, database, m, listed, device=device, on_chunk=bar.update, rows=part)

@@ -116,12 +116,9 @@ def _write_checkpoint(tmp_path_factory, depth: int) -> Path:
 def built(tmp_path_factory) -> tuple[Path, Path]:
     """The wheel and the sdist that a copy of the checkout makes."""
     copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("built")
-    suffixes = (".py", ".html", ".css", ".json", ".typed", ".toml", ".txt", ".md", "")
-    for path in (path for depth in ("*", "*/*") for path in ROOT.glob(depth)):
-        if path.is_file() and path.suffix in suffixes:
-            target = copy / path.relative_to(ROOT)
-            target.parent.mkdir(exist_ok=True)
-            shutil.copy(path, target)
+    shutil.copytree(ROOT / "modules", copy / "modules", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
     code = f"from setuptools.build_meta import *; print(build_wheel({str(out)!r}), build_sdist({str(out)!r}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=copy, check=True, stdout=subprocess.PIPE, text=True)
     wheel, sdist = done.stdout.split()[-2:]

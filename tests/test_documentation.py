@@ -116,7 +116,8 @@ def run_line(line: str, work: Path, command) -> None:
         words += ["TEST.WEIGHTS", "untrained"]
     if "trained.pth" in words:
         torch.save(torchvision.models.resnet101().state_dict(), work / "trained.pth")
-    quick = ["DATA_LOADER.NUM_WORKERS", "0", "TEST.SCALE_LIST", "1"] if script in NEEDS_IMAGES else []
+    images = script in NEEDS_IMAGES and "TEST.FEATURES" not in words
+    quick = ["DATA_LOADER.NUM_WORKERS", "0", "TEST.SCALE_LIST", "1"] if images else []
     outcome = command(script, *words, *quick)
     assert outcome.code == 0, f"{line}\n{outcome.err}"
 

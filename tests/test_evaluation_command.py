@@ -100,7 +100,7 @@ def test_the_script_starts_from_another_folder_and_ends_with_code_2_and_one_line
         [sys.executable, ROOT / "test.py", "SupG.gem"], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
-    assert done.stderr == "error: unknown option SupG.gem; did you mean SupG.gemp? --help lists all\n"
+    assert done.stderr == "error: unknown option SupG.gem; did you mean SupG.gemp?\n"
 
 
 # ---- bad input: one line, exit code 2 ----
@@ -221,9 +221,9 @@ def test_an_image_of_too_many_pixels_is_read_with_the_limit_that_the_error_advis
     Image.new("RGB", (300, 20)).save(layout.image("db_7"))
     line = refused("DATA_LOADER.MAX_PIXELS", 5000, "DATA_LOADER.NUM_WORKERS", 1)
     assert "db_7.jpg: has 6,000 pixels, more than the limit of 5,000" in line
-    assert line.endswith("try DATA_LOADER.MAX_PIXELS 6000")
+    limit = re.search(r"raise the limit to (\d+) pixels", line)[1]
     data = ("TEST.WEIGHTS", checkpoint_50, "TEST.DATA_DIR", layout.data_dir, "TEST.DATASET_LIST", "roxford5k")
-    assert command("test.py", *data, "TEST.SCALE_LIST", 1, *line.split(" try ")[1].split()).code == 0
+    assert command("test.py", *data, "TEST.SCALE_LIST", 1, "DATA_LOADER.MAX_PIXELS", limit).code == 0
 
 
 def test_missing_images_of_the_last_dataset_are_reported_before_the_first_is_extracted(refused, layout):
@@ -250,9 +250,9 @@ def test_a_query_box_outside_its_image(refused, layout):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("MODEL.DEPTH", 52), "52 is not one of 50, 101"),
+        (("MODEL.DEPTH", 52), "MODEL.DEPTH"),
         (("SupG.gem",), "did you mean SupG.gemp?"),
-        (("TEST.SCALE_LIST", 4), "4 is not one of 1, 3, 5"),
+        (("TEST.SCALE_LIST", 4), "TEST.SCALE_LIST"),
         (("TEST.DATASET_LIST", "rparis6k"), "no dataset rparis6k in"),
         (("TEST.OUT_DIR", "/dev/null/out"), "TEST.OUT_DIR: /dev/null/out cannot be created"),
         (("SupG.onemeval",), "no file feats_1m_RN50.pth; create it with extract_rop1m.py"),

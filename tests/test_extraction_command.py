@@ -149,7 +149,7 @@ def test_a_second_start_after_the_end_changes_nothing(command, arguments, copied
     outcome = command("extract_rop1m.py", *arguments)
     assert outcome.code == 0, outcome.err
     assert "reused" in outcome.out
-    assert copied.stat() == before
+    assert (copied.stat().st_ino, copied.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
 def test_an_image_that_cannot_be_read_stops_the_run_or_is_skipped(command, arguments, distractors, tmp_path):
@@ -160,17 +160,17 @@ def test_an_image_that_cannot_be_read_stops_the_run_or_is_skipped(command, argum
     outcome = command("extract_rop1m.py", *arguments)
     assert outcome.code == 2
     assert "1/004.jpg" in outcome.err.splitlines()[-1]
-    (folder / "jpg" / "0" / "003.jpg").unlink()
+    (folder / "jpg" / "0" / "030.jpg").unlink()
     outcome = command("extract_rop1m.py", *arguments)
     assert outcome.code == 2
-    assert "0/003.jpg" in outcome.err.splitlines()[-1]
+    assert "0/030.jpg" in outcome.err.splitlines()[-1]
 
     outcome = command("extract_rop1m.py", *arguments, "--on-error", "skip")
     assert outcome.code == 0, outcome.err
     rows = torch.load("feats_1m_RN50.pth", weights_only=True)
-    assert rows.norm(dim=1).round().tolist() == [float(row not in (3, 4)) for row in range(COUNT)]
+    assert rows.norm(dim=1).round().tolist() == [float(row not in (4, 30)) for row in range(COUNT)]
     skipped = json.loads((tmp_path / "work" / "feats_1m_RN50.pth.json").read_text())["skipped"]
-    assert [name.rpartition("/")[2] for name in skipped] == ["003.jpg", "004.jpg"]
+    assert [name.rpartition("/")[2] for name in skipped] == ["004.jpg", "030.jpg"]
 
 
 # ---- bad input: one line, exit code 2 ----
@@ -339,8 +339,8 @@ def test_distractors_of_another_depth_are_refused(command, layout, checkpoint_10
         ),
         (far_rows(5)[:0], "contains no descriptors"),
         (far_rows(5) * 3, "not of unit length (3 to 3)"),
-        (far_rows(5).astype(np.float64).astype(np.int64), "is not a floating-point array (N, D)"),
-        (far_rows(5)[0], "is not a floating-point array (N, D)"),
+        (far_rows(5).astype(np.float64).astype(np.int64), "floating-point"),
+        (far_rows(5)[0], "floating-point"),
     ],
 )
 @pytest.mark.parametrize("suffix", [".pth", ".npy"])

@@ -31,7 +31,7 @@ from modules.expansion import QueryExpansion, augmented_rows
 from modules.pooling import GeM, GeMPlus, RegionalGeM, ScaleGeM
 from modules.reciprocal import KReciprocalReranker
 from modules.reranking import SuperGlobalReranker
-from modules.search import Database, search
+from modules.search import GRID, Database, search
 
 # CVNet's ResNet adds biases in another order on a GPU, see model/folding.py.
 OTHER_ROUNDING, MAP_ROUNDING = {"atol": 2e-6, "rtol": 1e-5}, {"atol": 2e-5, "rtol": 1e-5}
@@ -231,11 +231,24 @@ def problem() -> tuple[Tensor, Tensor, list[Tensor]]:
 @pytest.mark.parametrize("rows_on", ["cpu", DEVICE])
 def test_search_finds_what_the_cpu_finds(device, problem, queries_on, rows_on):
     queries, rows, listed = problem
-    expected = search(queries, rows, 50, listed, chunk_size=300)
-    found = search(queries.to(queries_on), rows.to(rows_on), 50, listed, chunk_size=300, device=DEVICE)
+    expected = search(queries, rows, 50, listed)
+    found = search(queries.to(queries_on), rows.to(rows_on), 50, listed, device=DEVICE)
     assert torch.equal(found.ids, expected.ids)
-    assert torch.equal(found.scores, expected.scores)
+    torch.testing.assert_close(found.scores, expected.scores, atol=1e-6, rtol=0)
     assert all(map(torch.equal, found.positions, expected.positions))
+
+
+@pytest.mark.parametrize("rows_on", ["cpu", DEVICE])
+def test_a_chunk_of_search_waits_for_three_decisions(device, rows_on):
+    """Whether all scores are finite, and which may be among the best (twice). Host rows come through pinned memory."""
+    queries, rows = unit_rows(QUERIES, 4).to(DEVICE), unit_rows(4 * GRID, 4, seed=1)
+    listed, counts = [torch.tensor([7, 3 * GRID - 1])] * QUERIES, []
+    for chunks in (3, 4):
+        part = rows[: chunks * GRID].to(rows_on)
+        device.waits()
+        search(queries, part, 50, listed, device=DEVICE)
+        counts.append(len(device.waits()))
+    assert counts[1] == counts[0] + 3
 
 
 RERANKERS = (

@@ -347,6 +347,13 @@ def test_changed_code_and_damaged_rows_extract_again(colours, tmp_path):
     np.testing.assert_array_equal(changed, extracted(Redder(), images, resume=False))
 
 
+def test_the_old_row_of_an_image_that_became_unreadable_is_not_used(colours, tmp_path):
+    images = [write(tmp_path, f"{i}.png") for i in range(3)]
+    extracted(colours, images)
+    images[1].path.write_text("no image")
+    assert extracted(colours, images, on_error="skip").any(axis=1).tolist() == [True, False, True]
+
+
 def test_rows_of_deleted_images_are_kept(colours, tmp_path):
     images = [write(tmp_path, f"{i}.png") for i in range(3)]
     before = extracted(colours, images)

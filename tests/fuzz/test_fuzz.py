@@ -20,7 +20,7 @@ import scipy.io
 import torch
 from PIL import Image
 
-from config import OPTIONS, parse_config
+from config import OPTIONS, CommandLine
 from extraction.images import read_image
 from extraction.store import DescriptorStore
 from model.checkpoint import encoder_state, load_encoder
@@ -234,4 +234,4 @@ def test_command_lines(tmp_path):
             config.write_text(rng.choice(files))
             words = ["--config-file", str(config), *words]
         with contextlib.suppress(InputError):
-            parse_config(words, "")
+            CommandLine("").parse(words)

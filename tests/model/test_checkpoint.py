@@ -121,21 +121,34 @@ def test_a_truncated_checkpoint_is_rejected(tmp_path, zipped, kept):
         encoder_state(path)
 
 
+NESTED = b"K\x01\x85" + b"2\x86" * 60  # a tuple that contains itself twice, 60 times over
+
+
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_checkpoint_that_would_be_hashed_for_ever_is_refused(tmp_path, monkeypatch, zipped):
+@pytest.mark.parametrize(
+    "stream",
+    [
+        b"}" + NESTED + b"K\x01s.",
+        NESTED + b"\x85Q.",  # the name of a storage, which PyTorch would show
+        b"ctorch._utils\n_rebuild_sparse_tensor\n(" + NESTED + b"K\x01tR.",
+        b"ccollections\nOrderedDict\n]" + NESTED + b"K\x01\x86a\x85R.",
+    ],
+    ids=["key", "storage", "layout", "dict"],
+)
+def test_a_checkpoint_that_would_take_for_ever_is_refused(tmp_path, monkeypatch, stream, zipped):
     monkeypatch.setattr(pickles, "SECONDS", 1)
-    path, nested, bomb = tmp_path / "bomb.pth", b"K\x01\x85" + b"2\x86" * 60, io.BytesIO()
+    path, bomb = tmp_path / "bomb.pth", io.BytesIO()
     torch.save({"a": torch.zeros(3)}, path, _use_new_zipfile_serialization=zipped)
     if zipped:
         with zipfile.ZipFile(path) as whole, zipfile.ZipFile(bomb, "w") as archive:
             for name in whole.namelist():
-                content = b"\x80\x02}" + nested + b"K\x01s." if name.endswith("data.pkl") else whole.read(name)
+                content = b"\x80\x02" + stream if name.endswith("data.pkl") else whole.read(name)
                 archive.writestr(name, content)
         path.write_bytes(bomb.getvalue())
     else:
         content = path.read_bytes()
         place = content.index(b"\x80\x02}", 40)  # after the magic number
-        path.write_bytes(content[:place] + b"\x80\x02}" + nested + b"K\x01s." + content[place:])
+        path.write_bytes(content[:place] + b"\x80\x02" + stream + content[place:])
     with pytest.raises(InputError, match="more than 1 s"):
         load_tensors(path)
 

@@ -65,7 +65,7 @@ def saved(dataset, tmp_path) -> Path:
 def test_descriptors_of_the_same_images_and_boxes_are_read(dataset, saved):
     _, database = load_descriptors(saved, dataset)
     np.testing.assert_array_equal(database, unit_rows(N))
-    assert np.load(saved / "roxford5k_query.npy.images.npz")["labels"][1] == b"jpg/query_1.jpg|4.5,3.0,60.2,51.0"
+    assert np.load(saved / "roxford5k_query.npy.images.npz")["labels"][1] == b"jpg/query_1.jpg|4,3,60,51"
 
 
 @pytest.mark.parametrize(

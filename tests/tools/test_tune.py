@@ -121,27 +121,27 @@ def test_queries_of_one_usage_choose_for_those_of_the_other(command, tmp_path):
     assert "| Public | " not in outcome.out
     outcome = command("tools/tune.py", "--on", "lm:Secret", "--test", "lm:Private", *GRID, *where)
     assert outcome.code == 2
-    assert "has no queries of usage 'Secret'; it has Public, Private" in outcome.err
+    assert "Secret" in outcome.err
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "noun"),
     [
-        (("--on", "new", "--test", "new"), "both new"),
-        (("--test", "new"), "give either --on"),
-        (("--folds", 13, "--test", "new"), "has 12 queries with positive images"),
-        (("--on", "val", "--test", "new", "--try", "SupG.onemeval", "True"), "this option cannot be tried"),
-        (("--on", "val", "--test", "new", "--try", "SupG.rerank_k", "2,x"), "SupG.rerank_k takes a whole number"),
-        (("--on", "val", "--test", "new", "--try", "RERANK.K1", "5,9"), "no effect with TEST.RERANKER superglobal"),
-        (("--on", "val", "--test", "new", "--try", "SupG.gemp_p", "2,3"), "no effect with TEST.FEATURES"),
-        (("--on", "val", "--test", "new", "TEST.RERANKER", "cvnet"), "would take days"),
-        (("--on", "val", "--test", "new", "TEST.RERANKER", "none"), "give --try"),
+        (("--on", "new", "--test", "new"), "--folds"),
+        (("--test", "new"), "--on"),
+        (("--folds", 13, "--test", "new"), "--folds 13"),
+        (("--try", "SupG.onemeval", "True"), "SupG.onemeval"),
+        (("--try", "SupG.rerank_k", "2,x"), "SupG.rerank_k"),
+        (("--try", "RERANK.K1", "20,9"), "RERANK.K1 9"),
+        (("--try", "SupG.gemp_p", "4.6,3"), "TEST.FEATURES"),
+        (("TEST.RERANKER", "cvnet"), "cvnet"),
+        (("TEST.RERANKER", "none"), "--try"),
     ],
 )
-def test_invalid_arguments_of_tuning_are_reported(tune, arguments, message):
-    outcome = tune(*arguments)
+def test_what_cannot_be_tuned_is_refused(tune, arguments, noun):
+    outcome = tune(*(() if "--test" in arguments else ("--on", "val", "--test", "new")), *arguments)
     assert outcome.code == 2
-    assert message in outcome.err
+    assert noun in outcome.err
 
 
 def test_another_reranker_and_options_of_the_network_are_tuned(command, layout, checkpoint_50, tmp_path):
@@ -151,7 +151,5 @@ def test_another_reranker_and_options_of_the_network_are_tuned(command, layout, 
         "--try", "RERANK.QE_N", "2,5", *words, "DATA_LOADER.NUM_WORKERS", 0,
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
-    assert outcome.err.count("roxford5k database: 24 images extracted") == 2 or (
-        outcome.out.count("roxford5k database: 24 images extracted") == 2
-    )
+    assert outcome.out.count("roxford5k database: 24 images extracted") == 2
     assert len(results(tmp_path)["tuning"]["settings"]) == 6  # including the one with the paper's 10 results

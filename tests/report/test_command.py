@@ -1,0 +1,65 @@
+"""How commands end: exit codes, one line for what a user can mend, and output that is closed, full or not read."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+COMMAND = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from report.command import run_command\n"
+# Writes a line on both streams between two steps of its work.
+WORK = "def main(argv):\n print('a', flush=True)\n print('b', file=sys.stderr)\n open('done', 'w').write(argv[0])\n"
+
+
+def run(code: str, how: str = "", cwd: object = None) -> subprocess.CompletedProcess:
+    """Runs a command in a shell, with its streams redirected."""
+    words = [f'exec {sys.executable} -c "$CODE" text {how}']
+    environment = {**os.environ, "CODE": f"{COMMAND}{code}\nrun_command(main)"}
+    return subprocess.run(words, shell=True, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "err"),
+    [
+        ("print('done')", 0, ""),
+        ("from model.errors import InputError; raise InputError('no file \\x1b x')", 2, "error: no file \\x1b x\n"),
+        ("open('/nowhere/x')", 2, "error: /nowhere/x: No such file or directory\n"),
+        ("raise KeyboardInterrupt", 130, "\ninterrupted\n"),
+        ("raise BrokenPipeError", 141, ""),
+    ],
+)
+def test_the_exit_code_tells_how_a_command_ended(body, code, err):
+    done = run(f"def main(argv):\n {body}")
+    assert (done.returncode, done.stderr) == (code, err)
+
+
+def test_an_internal_error_has_a_traceback():
+    done = run("def main(argv):\n 1 / 0")
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stderr
+
+
+def test_ctrl_c_during_the_imports_leaves_no_traceback():
+    done = run(f"import os; os.kill(os.getpid(), {signal.SIGINT:d})")
+    assert (done.returncode, done.stderr) == (130, "")
+
+
+@pytest.mark.parametrize("how", [">&-", "2>&-", "<&- >&- 2>&-", "> /dev/full", "2> /dev/full", "> /dev/full 2>&1"])
+def test_output_that_cannot_be_written_loses_no_work(how, tmp_path):
+    done = run(WORK, how, tmp_path)
+    assert (tmp_path / "done").read_text() == "text"
+    assert done.returncode == (2 if how.startswith("> /dev/full") else 0)
+    assert done.stderr.count("\n") <= 2
+    assert "Traceback" not in done.stderr
+
+
+def test_a_pipe_that_its_reader_has_closed_ends_the_command_quietly():
+    code = f"{COMMAND}def main(argv):\n while True: print('a' * 1000)\nrun_command(main)"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], text=True, **pipes) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141

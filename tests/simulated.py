@@ -13,12 +13,10 @@ several streams or devices (there is one of each), or a pinned source that is ov
 """
 
 import sys
-import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -31,26 +29,8 @@ DEVICE = torch.device("cuda:0")
 TOTAL_BYTES = 16 << 30
 
 # How often each operation waits for the device: for the size of its result, or for a value.
-_WAITS = {
-    "aten::_local_scalar_dense": 1,
-    "aten::nonzero": 1,
-    "aten::masked_select": 1,
-    "aten::_unique2": 1,
-    "aten::unique_dim": 1,
-    "aten::unique_consecutive": 1,
-    "aten::repeat_interleave": 1,
-    "aten::equal": 1,
-    "aten::bincount": 2,
-}
-_INDEXED = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
-
-
-class Synchronisation(NamedTuple):
-    """An implicit synchronisation: the operation, and the function, line and file of the project that caused it."""
-
-    what: str
-    function: str
-    line: str
+_ONCE = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive")
+_WAITS = dict.fromkeys((*_ONCE, "repeat_interleave", "equal"), 1) | {"bincount": 2}
 
 
 class OnDevice(Tensor):
@@ -84,24 +64,21 @@ class SimulatedDevice(TorchDispatchMode):
     """Intercepts all operations while it is active.
 
     Attributes:
-        synchronisations: the implicit synchronisations so far, in order.
         reserved, allocated: bytes, as PyTorch's allocator would report them.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.synchronisations: list[Synchronisation] = []
         self.reserved = self.allocated = 0
+        self._waits: list[str] = []
         self._sent: list[tuple[Tensor, Tensor]] = []  # (host, values) that have not arrived yet
         self._arrived = 0  # number of arrived copies
         self._pinned: dict[int, Any] = {}  # storages by address, kept so that addresses are not reused
-        self._lock = threading.Lock()
 
-    def counted(self) -> dict[str, int]:
-        """Returns how often each function of the project waited for the device, and resets the counts."""
-        counts = Counter(each.function for each in self.synchronisations)
-        self.synchronisations.clear()
-        return dict(counts)
+    def waits(self) -> list[str]:
+        """Returns where the host waited for the device since the last call: each operation, and its line."""
+        waits, self._waits = self._waits, []
+        return waits
 
     def arrive(self, upto: int | None = None) -> None:
         """Lets the first `upto` copies to the host arrive, or all."""
@@ -111,17 +88,13 @@ class SimulatedDevice(TorchDispatchMode):
             self._arrived += 1
 
     def sent(self) -> int:
-        """The number of copies to pinned memory so far."""
+        """Returns the number of copies to pinned memory so far."""
         return self._arrived + len(self._sent)
 
     def pin(self, x: Tensor) -> Tensor:
-        with self._lock:
-            storage = x.untyped_storage()
-            self._pinned[storage.data_ptr()] = storage
+        storage = x.untyped_storage()
+        self._pinned[storage.data_ptr()] = storage
         return x
-
-    def is_pinned(self, x: Tensor) -> bool:
-        return not isinstance(x, OnDevice) and x.numel() > 0 and x.untyped_storage().data_ptr() in self._pinned
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -131,40 +104,37 @@ class SimulatedDevice(TorchDispatchMode):
             pinned = kwargs.get("pin_memory")
             out = func(*args, **{**kwargs, "pin_memory": False} if pinned else kwargs)
             return self.pin(out) if pinned else out
-        name = func._schema.name
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
             with self:  # composite operations, in inference mode; in other modes they are intercepted one by one
                 return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
-        if name == "aten::_to_copy":
-            return self._to_copy(*args, **kwargs)
-        if name == "aten::copy_":
-            return self._copy(*args, **kwargs)
-        if name == "aten::record_stream":
+        name = func._schema.name.removeprefix("aten::")
+        if name in ("_to_copy", "copy_"):
+            return getattr(self, f"_{name.strip('_')}")(*args, **kwargs)
+        if name == "record_stream":
             return None
-        if name in _INDEXED:
+        if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
             args = (args[0], self._indices(name, *args[:3]), *args[2:])
             leaves = tree_leaves((args, kwargs))
-        mixed = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, OnDevice) and leaf.ndim]
-        if mixed:
-            shapes = [(str(leaf.device), tuple(leaf.shape)) for leaf in leaves if isinstance(leaf, Tensor)]
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if any(not isinstance(each, OnDevice) and each.ndim for each in tensors):
+            shapes = [(str(each.device), tuple(each.shape)) for each in tensors]
             raise RuntimeError(f"Expected all tensors to be on the same device, {func} got {shapes}")
         for _ in range(_WAITS.get(name, 0)):
-            self._wait(name.removeprefix("aten::"))
+            self._wait(name)
         return self._run(func, args, kwargs)
 
     def _run(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """Runs the operation on the values of the tensors."""
         owners = {id(leaf.held): leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, OnDevice)}
         args, kwargs = tree_map(_held, (args, kwargs))
-        given = kwargs.get("device")
-        if given is not None:
+        device, pinned = kwargs.get("device"), kwargs.pop("pin_memory", None)
+        if device is not None:
             kwargs["device"] = torch.device("cpu")
-        pinned = kwargs.pop("pin_memory", None)
         out = func(*args, **kwargs)
         for owner in owners.values():
             if owner.shape != owner.held.shape:
                 raise NotImplementedError(f"{func} changes a shape in place, which is not simulated")
-        if given is not None and given.type == "cpu":
+        if device is not None and device.type == "cpu":
             return self.pin(out) if pinned else out
 
         def placed(x: Any) -> Any:
@@ -192,7 +162,7 @@ class SimulatedDevice(TorchDispatchMode):
             if not isinstance(x, OnDevice):
                 self._receive(x, non_blocking)
             to.held.copy_(_held(x))
-        elif non_blocking and self.is_pinned(to):
+        elif non_blocking and self._is_pinned(to):
             self._send(to, x.held.to(to.dtype, copy=True).expand(to.shape))
         else:
             self._wait("copy to the CPU")
@@ -201,52 +171,51 @@ class SimulatedDevice(TorchDispatchMode):
 
     def _receive(self, x: Tensor, non_blocking: bool) -> None:
         """Copies to the device; the host waits unless the source is pinned and the copy is non-blocking."""
-        if not (non_blocking and self.is_pinned(x)):
+        if not (non_blocking and self._is_pinned(x)):
             self._wait("copy to the device")
 
     def _send(self, host: Tensor, values: Tensor) -> Tensor:
-        host.fill_(torch.nan if host.is_floating_point() else 0 if host.dtype == torch.bool else _least(host.dtype))
+        if host.is_floating_point():
+            host.fill_(torch.nan)
+        else:
+            host.fill_(0 if host.dtype == torch.bool else torch.iinfo(host.dtype).min)
         self._sent.append((host, values))
         return host
+
+    def _is_pinned(self, x: Tensor) -> bool:
+        return not isinstance(x, OnDevice) and x.numel() > 0 and x.untyped_storage().data_ptr() in self._pinned
 
     def _indices(self, name: str, x: Tensor, indices: list[Tensor | None], values: Tensor | None = None) -> list:
         """Copies indices to the device; masks are counted, unless they only select where to set a value."""
         if isinstance(x, OnDevice):
-            indices = [self._moved(each) for each in indices]
-        masks = [each for each in indices if each is not None and each.dtype in (torch.bool, torch.uint8)]
-        if not (name != "aten::index" and values is not None and values.numel() == 1 and len(indices) == 1):
-            for _ in masks:
-                self._wait("index by a mask")
+            for number, index in enumerate(indices):
+                if index is not None and not isinstance(index, OnDevice):
+                    self._wait("copy to the device")
+                    indices = [*indices[:number], OnDevice(index), *indices[number + 1 :]]
+        if not (name != "index" and values is not None and values.numel() == 1 and len(indices) == 1):
+            for index in indices:
+                if index is not None and index.dtype in (torch.bool, torch.uint8):
+                    self._wait("index by a mask")
         return indices
-
-    def _moved(self, index: Tensor | None) -> Tensor | None:
-        if index is None or isinstance(index, OnDevice):
-            return index
-        self._wait("copy to the device")
-        return OnDevice(index)
 
     def _wait(self, what: str) -> None:
         self.arrive()
-        self.synchronisations.append(Synchronisation(what, *_place()))
+        self._waits.append(f"{what}, {_place()}")
 
 
 def _held(x: Any) -> Any:
     return x.held if isinstance(x, OnDevice) else x
 
 
-def _least(dtype: torch.dtype) -> int:
-    return torch.iinfo(dtype).min
-
-
-def _place() -> tuple[str, str]:
-    """Returns the innermost running function of the project, except tests, and its line."""
+def _place() -> str:
+    """Returns the line of the innermost running function of the project, except tests."""
     frame = sys._getframe(2)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
         if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] != "tests":
-            return frame.f_code.co_name, f"{path.relative_to(ROOT)}:{frame.f_lineno}"
+            return f"{path.relative_to(ROOT)}:{frame.f_lineno}"
         frame = frame.f_back
-    return "a test", ""
+    return "a test"
 
 
 @contextmanager
@@ -258,41 +227,23 @@ def simulated_device() -> Iterator[SimulatedDevice]:
     class Event:
         """An event of the only stream: copies sent before it was recorded have arrived after synchronize()."""
 
-        def __init__(self, **_: Any):
-            self.upto = 0
-
-        def record(self, stream: Any = None) -> None:
+        def __init__(self) -> None:
             self.upto = device.sent()
 
         def synchronize(self) -> None:
             device.arrive(self.upto)
 
-        def query(self) -> bool:
-            return device._arrived >= self.upto
-
-        def wait(self, stream: Any = None) -> None:
-            """A stream; there is only one."""
-
     class Stream:
-        def __init__(self, *_: Any, **__: Any):
+        """The only stream, which is in order."""
+
+        def __init__(self, *_: Any) -> None:
             pass
 
-        def record_event(self, event: Event | None = None) -> Event:
-            event = event or Event()
-            event.record()
-            return event
-
-        def synchronize(self) -> None:
-            device.arrive()
+        def record_event(self) -> Event:
+            return Event()
 
         def wait_event(self, event: Event) -> None:
-            """Does nothing, because the only stream is in order."""
-
-        def wait_stream(self, stream: "Stream") -> None:
-            """Does nothing, because the only stream is in order."""
-
-    def pin_memory(x: Tensor, *_: Any) -> Tensor:
-        return device.pin(x.clone())
+            pass
 
     cuda: dict[str, Callable] = {
         "is_available": lambda: True,
@@ -306,27 +257,24 @@ def simulated_device() -> Iterator[SimulatedDevice]:
         "empty_cache": lambda: None,
         "synchronize": lambda _=None: device.arrive(),
         "is_current_stream_capturing": lambda: False,
-        "current_stream": lambda _=None: Stream(),
+        "current_stream": Stream,
         "stream": lambda _: nullcontext(),
         "Stream": Stream,
-        "Event": Event,
         "_lazy_init": lambda: None,  # called by PyTorch's C++ code before each factory function
     }
+    accelerator: dict[str, Callable] = {  # of which a DataLoader asks before it pins memory
+        "is_available": lambda: True,
+        "current_accelerator": lambda *_, **__: torch.device("cuda"),
+        "current_device_index": lambda: 0,
+        "set_device_index": lambda _: None,
+    }
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in cuda.items():
-            patch.setattr(torch.cuda, name, value)
-        if hasattr(torch, "accelerator"):  # a DataLoader checks this before it pins memory
-            for name, value in {
-                "is_available": lambda: True,
-                "current_accelerator": lambda *_, **__: torch.device("cuda"),
-                "current_device_index": lambda: 0,
-                "set_device_index": lambda _: None,
-            }.items():
-                patch.setattr(torch.accelerator, name, value, raising=False)
+        for module, names in ((torch.cuda, cuda), (getattr(torch, "accelerator", None), accelerator)):
+            for name, value in names.items() if module else ():
+                patch.setattr(module, name, value, raising=False)
         patch.setattr(torch.backends.cudnn, "enabled", False)  # its operators cannot run on a CPU
-        patch.setattr(Tensor, "pin_memory", pin_memory)
+        patch.setattr(Tensor, "pin_memory", lambda x, *_: device.pin(x.clone()))
         patch.setattr(Tensor, "record_stream", lambda x, stream: None)
-        patch.setattr(Tensor, "is_pinned", lambda x, *_: device.is_pinned(x))
         before = torch.__future__.get_overwrite_module_params_on_conversion()
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=) copies visibly

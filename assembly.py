@@ -490,6 +490,9 @@ def make_stages(
     """
     stages: dict[str, Stage] = {}
     names = active_rerankers(cfg)
+    if unknown := [name for name in names if name not in RERANKERS]:
+        hint = nearest(unknown[0], RERANKERS) or f"they are {', '.join(RERANKERS)}, none"
+        raise InputError(f"TEST.RERANKER: there is no reranker {unknown[0]!r}; {hint}")
     for name in names:
         title = f"reranking by {name}" if len(names) > 1 else "reranking"
         if name != "cvnet":
@@ -538,4 +541,4 @@ STAGES = {
     "k-reciprocal": StageKind("k-reciprocal", lambda cfg, folder: Reranked(reciprocal_reranker(cfg))),
     "diffusion": StageKind("diffusion", lambda cfg, folder: Reranked(diffusion_reranker(cfg))),
 }
-TITLES = {**{name: kind.title for name, kind in STAGES.items()}, "cvnet": "CVNet-Rerank"}
+RERANKERS = {**{name: kind.title for name, kind in STAGES.items()}, "cvnet": "CVNet-Rerank"}  # and their titles

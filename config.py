@@ -125,16 +125,9 @@ _SCALES = _checked(
     lambda scales: 0 < len(set(scales)) == len(scales) <= 20 and all(0.01 <= each <= 16 for each in scales),
 )  # fmt: skip
 
-# The rerankers, which assembly.py creates.
-RERANKER_NAMES = ("superglobal", "aqe", "alpha-qe", "dba", "k-reciprocal", "diffusion", "cvnet")
-
 
 def _rerankers(value: Any) -> list[str]:
     names = _checked(_names, "a list of names", bool)(value)
-    for name in names:
-        if name not in (*RERANKER_NAMES, "none"):
-            hint = nearest(name, RERANKER_NAMES) or f"they are {', '.join(RERANKER_NAMES)}, none"
-            raise ValueError(f"is not a list of rerankers; {hint}")
     if len(set(names)) < len(names) or ("none" in names and len(names) > 1):
         raise ValueError("has one twice, or none together with others")
     return names
@@ -178,6 +171,7 @@ _SUPERGLOBAL = (
     _with_option("SupG.rerank"),
 )
 _EXPANSION, _RECIPROCAL = _with_reranker("aqe", "alpha-qe"), _with_reranker("k-reciprocal")
+_M = Need("without a reranker that uses it", lambda cfg: bool({*active_rerankers(cfg)} - {"dba", "cvnet"}))
 _DIFFUSION, _CVNET = _with_reranker("diffusion"), _with_reranker("cvnet")
 
 
@@ -213,8 +207,7 @@ _NETWORK_OPTIONS = _all_need(
     _IMAGES,
     Option("MODEL.HEADS.REDUCTION_DIM", 2048, "dimensions of the descriptor, as in the checkpoint",
            _SIZE, (_CVNET_NETWORK,)),
-    Option("MODEL.POOLING", "gem", "pooling of other networks: gem, average, max or class (a class token)",
-           _one_of("gem", "average", "max", "class"), (_OTHER_NETWORK,)),
+    Option("MODEL.POOLING", "gem", "pooling: gem, average, max or class (a transformer's class token)", _TEXT),
     Option("MODEL.WHITENING", "", "whitening of the descriptors, a file of python -m tools.whiten", _TEXT),
     Option("TEST.WEIGHTS", "auto",
            "checkpoint, or a folder in which exactly one fits the depth; auto: ./weights, for toy random weights; "
@@ -272,11 +265,12 @@ _INDEX_OPTIONS = (
 )  # fmt: skip
 _RERANKING_OPTIONS = (
     Option("TEST.RERANKER", ["superglobal"],
-           f"rerankers, a ranking for each: {', '.join(RERANKER_NAMES)} (local features); none for no reranking",
+           "rerankers, a ranking for each: superglobal, aqe, alpha-qe, dba, k-reciprocal, diffusion, cvnet (local "
+           "features); none for no reranking",
            _rerankers),
     Option("SupG.rerank", True, "SuperGlobal reranking, if it is in TEST.RERANKER", _FLAG, _SUPERGLOBAL[:1]),
     Option("SupG.rerank_m", 400, "M, candidates that superglobal, k-reciprocal and diffusion rerank",
-           _SIZE, (_with_reranker("superglobal", "k-reciprocal", "diffusion", "aqe", "alpha-qe"),)),
+           _SIZE, (_M,)),
     Option("SupG.rerank_k", 9, "K, neighbours of a candidate", _SIZE, _SUPERGLOBAL),
     Option("SupG.rerank_beta", 0.15, "beta, weight of the neighbours", _number(0, 1e6), _SUPERGLOBAL),
     Option("SupG.rerank_s2", "refined",

@@ -1,6 +1,6 @@
 """The recipe of a descriptor: everything that it depends on except its image."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from operator import attrgetter
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from model.backbone import Backbone, FeatureMap
 from model.checkpoint import sha256
 from model.cvnet import ResNet
-from model.errors import InputError
+from model.errors import InputError, nearest
 from model.extractor import NetworkExtractor
 from model.folding import FoldedResNet
 from model.libraries import CVNET, build_backbone, is_user_file, short_name, weights_digest
@@ -25,8 +25,13 @@ from modules.descriptor import SCALES, SuperGlobal
 from modules.pooling import GEMP_P, RGEM_P, RGEM_WINDOW, SGEM_P, GeM, GeMPlus, RegionalGeM, ScaleGeM
 from modules.whitening import Whitening
 
-CLASS_TOKEN = "class"
-POOLINGS = ("gem", "average", "max", CLASS_TOKEN)
+# The poolings by name, each created from the power of GeM+ (None for GeM) and the trained power of GeM.
+POOLINGS: dict[str, Callable[[float | None, float], nn.Module]] = {
+    "gem": lambda gemp_p, gem_p: GeM(gem_p) if gemp_p is None else GeMPlus(gemp_p),
+    "average": lambda gemp_p, gem_p: nn.AdaptiveAvgPool2d(1),
+    "max": lambda gemp_p, gem_p: nn.AdaptiveMaxPool2d(1),
+}
+CLASS_TOKEN = "class"  # a map with one position, whose average it is
 _PLAIN_GEM = 3.0  # the power of GeM with which most retrieval networks were trained
 
 # Matrix products with another number of rows may add in another order.
@@ -208,6 +213,7 @@ class Recipe:
         """The network with the modules, folded and fused where that is possible. (N, 3, H, W) -> (N, D)."""
         backbone = self.backbone
         self._check_modules(backbone)
+        pooling = POOLINGS["average" if self.pooling == CLASS_TOKEN else self.pooling]
         try:
             changes = replace_rectifiers(backbone.network, *self.relup_places, self.relup_threshold or 0.0)
             model: nn.Module
@@ -218,7 +224,7 @@ class Recipe:
             network = SuperGlobal(
                 model,
                 (),
-                self._pooling(backbone),
+                pooling(self.gemp_p, backbone.gem_p or _PLAIN_GEM),
                 None if self.rgem_p is None else RegionalGeM(self.rgem_p, self.rgem_window),
                 None if self.sgem_p is None else ScaleGeM(self.sgem_p),
                 self.scales,
@@ -238,15 +244,11 @@ class Recipe:
             return way_to_map(backbone.network)
         return (features,) if isinstance(features, str) else features
 
-    def _pooling(self, backbone: Backbone) -> nn.Module:
-        if self.pooling == "gem":
-            return GeM(backbone.gem_p or _PLAIN_GEM) if self.gemp_p is None else GeMPlus(self.gemp_p)
-        return nn.AdaptiveMaxPool2d(1) if self.pooling == "max" else nn.AdaptiveAvgPool2d(1)
-
     def _check_modules(self, backbone: Backbone) -> None:
         """Raises InputError if the modules do not fit the feature map, or the scales the network."""
-        if self.pooling not in POOLINGS:
-            raise InputError(f"the pooling must be one of {', '.join(POOLINGS)}, got {self.pooling!r}")
+        if self.pooling not in (*POOLINGS, CLASS_TOKEN):
+            hint = nearest(self.pooling, POOLINGS) or f"there are {', '.join(POOLINGS)}, {CLASS_TOKEN}"
+            raise InputError(f"there is no pooling {self.pooling!r}; {hint}")
         signs = "needs a positive feature map, and tokens have both signs"
         if self.pooling == CLASS_TOKEN:
             if backbone.class_token is None:

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from assembly import TITLES, make_recipe, make_stages
-from config import OPTIONS, RERANKER_NAMES, SCALE_SETS, CommandLine, make_config
+from assembly import make_recipe, make_stages
+from config import OPTIONS, SCALE_SETS, CommandLine, make_config
 from model.errors import InputError
 from model.recipe import Recipe
 from modules import descriptor
@@ -97,8 +97,6 @@ def test_every_value_has_the_form_that_the_parser_gives_it(key, text, value):
         (["SupG.rerank_k", "30", "SupG.rerank_m", "20"], "SupG.rerank_m"),
         (["TEST.DATASET_LIST", "['../oxford']"], "folders"),
         (["TEST.DATASET_LIST", "[]"], "TEST.DATASET_LIST"),
-        (["TEST.RERANKER", "superglobl"], "did you mean superglobal"),
-        (["TEST.RERANKER", "colbert"], "diffusion"),
         (["TEST.RERANKER", "superglobal,none"], "none"),
         (["TEST.RERANKER", "[]"], "TEST.RERANKER"),
         (["TEST.RERANKER", "aqe,aqe"], "twice"),
@@ -124,7 +122,7 @@ def test_bad_options_are_refused_in_one_short_line(words, noun):
         (["TEST.DISTRACTORS", "x.npy"], "SupG.onemeval"),
         (["TEST.INDEX_ROWS", "decoded"], "TEST.INDEX"),
         (["TEST.RERANKER", "diffusion", "RERANK.QE_N", "5"], "aqe or alpha-qe"),
-        (["TEST.RERANKER", "none", "SupG.rerank_m", "30"], "superglobal"),
+        (["TEST.RERANKER", "none", "SupG.rerank_m", "30"], "reranker"),
         (["SupG.rerank", "False", "SupG.rerank_k", "5"], "SupG.rerank"),
     ],
 )
@@ -197,10 +195,15 @@ def test_modules_that_are_off_are_left_out_of_the_model():
     assert (recipe.gemp_p, recipe.relup_threshold, recipe.rgem_p) == (None, None, 2.5)
 
 
+@pytest.mark.parametrize(("name", "noun"), [("superglobl", "did you mean superglobal"), ("colbert", "diffusion")])
+def test_an_unknown_reranker_is_named_with_the_nearest_or_all(name, noun):
+    with pytest.raises(InputError, match=noun):
+        make_stages(make_config([("TEST.RERANKER", name)]))
+
+
 def test_the_default_options_are_the_defaults_of_the_library():
     assert {number: tuple(scales) for number, scales in SCALE_SETS.items()} == descriptor.SCALE_SETS
     assert make_recipe(make_config(), Path("x.pyth")) == Recipe(weights=Path("x.pyth"))
-    assert tuple(TITLES) == RERANKER_NAMES
     defaults = {
         "superglobal": SuperGlobalReranker(), "alpha-qe": QueryExpansion(), "aqe": QueryExpansion(alpha=0),
         "k-reciprocal": KReciprocalReranker(), "diffusion": DiffusionReranker(),

@@ -223,28 +223,56 @@ def test_a_network_is_a_function(work, command):
     assert outcome.code == 0, outcome.err
 
 
-def test_a_reranker_is_a_class_and_two_lines(tmp_path):
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of the project, and a function that inserts a line of code after a mark in one of its files."""
     copy = tmp_path / "checkout"
-    shutil.copytree(
-        ROOT, copy, ignore=shutil.ignore_patterns(".git", "tests", "docs", "__pycache__", "output", "*.pyth")
-    )
-    (copy / "modules" / "by_first.py").write_text(block_of_contributing("# modules/by_first.py"))
-    line = block_of_contributing('"by-first"')
-    assembly = (copy / "assembly.py").read_text()
-    assembly = assembly.replace("STAGES = {\n", f"STAGES = {{\n    {line}").replace(
-        "from modules.diffusion", "from modules.by_first import ByFirst\nfrom modules.diffusion"
-    )
-    (copy / "assembly.py").write_text(assembly)
-    config = (copy / "config.py").read_text()
-    (copy / "config.py").write_text(config.replace('RERANKER_NAMES = ("', 'RERANKER_NAMES = ("by-first", "'))
-    draw_descriptors(tmp_path / "data", tmp_path / "features", "new", 0)
-    words = ["TEST.DATASET_LIST", "new", "TEST.DATA_DIR", tmp_path / "data", "TEST.FEATURES", tmp_path / "features"]
+    ignored = shutil.ignore_patterns(".git", "tests", "docs", "__pycache__", "output", "*.pyth")
+    shutil.copytree(ROOT, copy, ignore=ignored)
+
+    def insert(name: str, mark: str, line: str) -> None:
+        content = (copy / name).read_text()
+        assert mark in content
+        (copy / name).write_text(content.replace(mark, f"{mark}{line}\n", 1))
+
+    copy_and_insert = copy, insert
+    return copy_and_insert
+
+
+def run_copy(copy, folder, *words) -> str:
     done = subprocess.run(
-        [sys.executable, copy / "test.py", *words, "TEST.RERANKER", "by-first"],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
+        [sys.executable, copy / "test.py", *map(str, words)],
+        cwd=folder, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "new, reranking" in done.stdout
+    return done.stdout
+
+
+def test_a_reranker_is_a_class_and_a_line(checkout, tmp_path):
+    copy, insert = checkout
+    (copy / "modules" / "by_first.py").write_text(block_of_contributing("# modules/by_first.py"))
+    insert("assembly.py", "STAGES = {\n", block_of_contributing('"by-first"').rstrip())
+    insert("assembly.py", "from typing import Any, NamedTuple, TextIO\n", "from modules.by_first import ByFirst")
+    draw_descriptors(tmp_path / "data", tmp_path / "features", "new", 0)
+    words = ("TEST.DATASET_LIST", "new", "TEST.DATA_DIR", tmp_path / "data", "TEST.FEATURES", tmp_path / "features")
+    assert "new, reranking" in run_copy(copy, tmp_path, *words, "TEST.RERANKER", "by-first", "SupG.rerank_m", 5)
+
+
+def test_a_pooling_is_a_class_and_a_line_and_a_layout_a_file_and_a_line(checkout, work):
+    copy, insert = checkout
+    (copy / "modules" / "sums.py").write_text(block_of_contributing("# modules/sums.py"))
+    insert("model/recipe.py", "nn.Module]] = {\n", block_of_contributing('"sum": lambda').rstrip())
+    insert("model/recipe.py", "from typing import Any\n", "from modules.sums import Sum")
+    (copy / "revisitop" / "layout_pairs.py").write_text(block_of_contributing("# revisitop/layout_pairs.py"))
+    insert("revisitop/layouts.py", "from pathlib import Path\n", "from revisitop.layout_pairs import PAIRS")
+    insert("revisitop/layouts.py", "LAYOUTS = (", "PAIRS, ")
+    for folder in ("queries", "database"):
+        (work / "revisitop" / "mine" / folder).mkdir(parents=True)
+        shutil.copy(work / "tower.jpg", work / "revisitop" / "mine" / folder)
+    (work / "revisitop" / "mine" / "pairs.txt").touch()
+    (work / "mine.py").write_text(block_of_contributing("# mine.py"))
+    words = ("MODEL.NAME", "mine.py:build", "TEST.DATASET_LIST", "mine", "SupG.rgem", False)
+    assert "mine, retrieval" in run_copy(copy, work, *words, "MODEL.POOLING", "sum")
 
 
 def test_every_ci_runs_the_commands_of_contributing():

@@ -19,8 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from assembly import check_index, make_stages, option, query_expansion, start_session, with_index
-from config import INDEX, RERANKER_NAMES, RERANKING, CommandLine
+from assembly import RERANKERS, check_index, make_stages, option, query_expansion, start_session, with_index
+from config import INDEX, RERANKING, CommandLine
 from extraction.files import read_array, scratch_rows, write_array
 from model.errors import InputError
 from modules.search import Database
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     line.add("--ids", type=Path, metavar="FILE", help="(Q, R) row numbers from your index, .npy")
     line.add("--out", type=Path, required=True, metavar="FILE", help="row numbers in the new order, .npy")
     line.add("--normalize", action="store_true", help="normalise the rows to unit length first")
-    names = [name for name in RERANKER_NAMES if name != "cvnet"]
+    names = [name for name in RERANKERS if name != "cvnet"]
     line.add_flag("--reranker", "TEST.RERANKER", metavar="NAME", help=f"{', '.join(names)} or none [superglobal]")
     args, cfg, _ = line.parse(argv)
     if len(cfg.TEST.RERANKER) > 1 or "cvnet" in cfg.TEST.RERANKER:

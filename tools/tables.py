@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 from yacs.config import CfgNode
 
 from assembly import (
-    TITLES,
+    RERANKERS,
     Experiment,
     Session,
     find_dataset,
@@ -38,7 +38,7 @@ from assembly import (
     prepare,
     start_session,
 )
-from config import RERANKER_NAMES, CommandLine, Parsed, active_rerankers, make_config, varied
+from config import CommandLine, Parsed, active_rerankers, make_config, varied
 from cvnet_rerank.pair_scores import map_bytes
 from model.cvnet import STAGE_DEPTHS
 from model.device import PeakMemory
@@ -59,7 +59,7 @@ log = logging.getLogger(__name__)
 MODULES = {"gemp": "GeM+", "rgem": "Regional-GeM", "sgem": "Scale-GeM", "relup": "ReLU+"}
 COSTS = ("ms per query", "peak memory, MB", "bytes per image")
 PUBLISHED = ("M", "H")  # the protocols for which the paper has results
-GLOBAL = [name for name in RERANKER_NAMES if name != "cvnet"]  # the default rerankers of the table rerankers
+GLOBAL = [name for name in RERANKERS if name != "cvnet"]  # the default rerankers of the table rerankers
 SWEEP = {
     "m": (50, 100, 200, 400, 800, 1600),
     "k": (1, 3, 5, 9, 15, 25),
@@ -212,7 +212,7 @@ def active_variants(experiment: Experiment) -> list[Variant]:
     variants = []
     for name in active_rerankers(experiment.cfg):
         stages = replace(experiment, cfg=varied(experiment.cfg, {"TEST.RERANKER": [name]})).stages
-        words = "" if name == "superglobal" else TITLES[name]
+        words = "" if name == "superglobal" else RERANKERS[name]
         kept = map_bytes(experiment.database_images) if name == "cvnet" else 0
         variants += [Variant(title, words, stage, kept) for title, stage in stages.items()]
     return variants
@@ -323,7 +323,7 @@ def costs_explained(cfg: CfgNode) -> str:
         if name != "cvnet":  # it needs images
             (stage,) = make_stages(varied(cfg, {"TEST.RERANKER": [name]})).values()
             shortlist = stage.shortlist
-        lines.append(f"{TITLES[name]}: {shortlist}.")
+        lines.append(f"{RERANKERS[name]}: {shortlist}.")
     lines.append("Times are those of the stage only, after the search; memory is what it used in addition.")
     lines.append("Bytes include a float32 descriptor and everything else that is kept of an image.")
     return "\n".join(lines)

@@ -192,34 +192,9 @@ def test_archives(tmp_path):
 
 def test_command_lines(tmp_path):
     rng = random.Random(0)
-    values = [
-        "",
-        "1",
-        "-1",
-        "nan",
-        "inf",
-        "1e400",
-        "[",
-        "[1",
-        "(0.5,",
-        "'x'",
-        "True",
-        "\0",
-        "é",
-        "../..",
-        "cuda:1",
-        "9" * 30,
-    ]
-    files = [
-        "{}",
-        "a",
-        "- 1",
-        "TEST: [",
-        "1: 2",
-        "{[1]: 2}",
-        "TEST: {SCALE_LIST: {a: 1}}",
-        "TEST: {SCALE_LIST: [1, a]}",
-    ]
+    values = ["", "1", "-1", "nan", "inf", "1e400", "[", "[1", "(0.5,", "'x'", "True", "\0", "é", "../..", "cuda:1"]
+    files = ["{}", "a", "- 1", "TEST: [", "1: 2", "{[1]: 2}"]
+    files += [f"TEST: {{SCALE_LIST: {value}}}" for value in ("{a: 1}", "[1, a]", "9" * 30)]
     files += [f"TEST: {{OUT_DIR: {value}}}" for value in values]
     config = tmp_path / "run.yaml"
     keys = [option.key for option in OPTIONS]

@@ -1,13 +1,10 @@
 """Create objects from options, for the commands. Library code does not know options; this module knows all."""
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property
-from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -35,6 +32,7 @@ from modules.reciprocal import KReciprocalReranker
 from modules.reranking import SuperGlobalReranker
 from modules.search import Database
 from report.log import start_log
+from report.output import Output, open_output
 from revisitop import toy
 from revisitop.dataset import Dataset
 from revisitop.descriptors import (
@@ -50,7 +48,6 @@ from revisitop.evaluate import ignored_images
 from revisitop.index import indexed, new_index
 from revisitop.layout_revisitop import load_distractor_list
 from revisitop.layouts import dataset_folder, load_dataset
-from revisitop.retrieve import Ranking
 from revisitop.stages import Augmented, Reranked, Searched, SearchedAgain, Stage, search_for
 
 log = logging.getLogger(__name__)
@@ -145,58 +142,6 @@ def find_dataset(cfg: CfgNode, name: str) -> Dataset:
 
 
 @dataclass(frozen=True)
-class Output:
-    """TEST.OUT_DIR: descriptors, which runs share, and a folder of results for each run.
-
-    Attributes:
-        folder: TEST.OUT_DIR.
-    """
-
-    folder: Path
-
-    @property
-    def descriptors(self) -> Path:
-        return self.folder / "descriptors"
-
-    def new_run(self, title: str) -> Path:
-        """Creates and returns the folder for the results of this run, runs/<date>-<title>."""
-        start = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
-        for number in count(1):
-            run = self.folder / "runs" / f"{start}-{plain_name(title)}{f'-{number}' if number > 1 else ''}"
-            try:
-                run.mkdir(parents=True)
-                return run
-            except FileExistsError:  # another process started in the same second
-                continue
-
-    def publish(self, run: Path) -> None:
-        """Links runs/latest to the run, if the file system supports links."""
-        new = run.parent / f".latest.{os.getpid()}"
-        with suppress(OSError):
-            new.unlink(missing_ok=True)
-            new.symlink_to(run.name)
-            new.replace(run.parent / "latest")
-
-
-def make_output(cfg: CfgNode) -> Output:
-    """Creates TEST.OUT_DIR, with its parents.
-
-    Raises:
-        InputError: if it cannot be created or written to.
-    """
-    folder = Path(cfg.TEST.OUT_DIR)
-    with option("TEST.OUT_DIR"):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            attempt = folder / f".writable.{os.getpid()}"
-            attempt.touch()
-            attempt.unlink()
-        except OSError as error:
-            raise InputError(f"{folder} cannot be created or written to ({error.strerror})") from None
-    return Output(folder)
-
-
-@dataclass(frozen=True)
 class Session:
     """A command from its start: its options, its place in a `torchrun`, the head of its log, and its device.
 
@@ -217,10 +162,17 @@ class Session:
         """Whether this process is the one that logs, evaluates and writes results."""
         return self.processes.rank == 0
 
+    @property
+    def run_title(self) -> str:
+        """A short name of the run: its datasets and its network."""
+        network = "features" if self.cfg.TEST.FEATURES else network_title(self.cfg)
+        return f"{'+'.join(self.cfg.TEST.DATASET_LIST)}-{network}"
+
     @cached_property
     def output(self) -> Output:
         """TEST.OUT_DIR, which is created. Raises InputError if it cannot be created or written to."""
-        return make_output(self.cfg)
+        with option("TEST.OUT_DIR"):
+            return open_output(Path(self.cfg.TEST.OUT_DIR))
 
 
 def start_session(cfg: CfgNode, screen: TextIO | None = None) -> Session:
@@ -359,17 +311,6 @@ class Experiment:
             )
         return descriptor_folder(self.output, name, folder, self.recipe)
 
-    def saved_ranking(self) -> Ranking | None:
-        """Returns the ranking in TEST.FEATURES, or None if it contains descriptors."""
-        path = Path(self.cfg.TEST.FEATURES)
-        if self.recipe is not None or path.suffix.lower() not in RANKINGS:
-            return None
-        with option("TEST.FEATURES"):
-            ranking = load_ranking(path, self.dataset)
-        if self.stages or self.cfg.TEST.INDEX:
-            log.warning("%s contains a ranking instead of descriptors: it is not searched or reranked", path)
-        return ranking
-
     @property
     def sets(self) -> list[ImageSet]:
         """Returns the images to extract: the queries, unless they are database images, and the database."""
@@ -407,14 +348,25 @@ class Experiment:
             name += "+distractors"
         return queries, with_index(self.cfg, Database(parts), self.folder / name, files, self.device)
 
+    @property
+    def features_are_a_ranking(self) -> bool:
+        """Whether TEST.FEATURES contains a ranking, which is evaluated as it is."""
+        return self.recipe is None and Path(self.cfg.TEST.FEATURES).suffix.lower() in RANKINGS
+
     def search(self, processes: Processes | None = None) -> Searched:
         """Searches for the results that the stages need; the processes of a `torchrun` share it, see descriptors."""
+        if self.features_are_a_ranking:
+            with option("TEST.FEATURES"):
+                ranking = load_ranking(Path(self.cfg.TEST.FEATURES), self.dataset)
+            return Searched(ranking, torch.empty(0, 1), Database(torch.empty(0, 1)))
         queries, database = self.descriptors(processes)
         return search_for(self.stages.values(), queries, database, self.dataset.listed, self.device, processes)
 
     @cached_property
     def stages(self) -> dict[str, Stage]:
-        """The stages of TEST.RERANKER, by title."""
+        """The stages of TEST.RERANKER, by title; none for a saved ranking."""
+        if self.features_are_a_ranking:
+            return {}
         return make_stages(self.cfg, self.output.folder, self._local_feature_stages)
 
     def _local_feature_stages(self, counts: Sequence[int]) -> dict[int, Stage]:
@@ -512,8 +464,17 @@ def prepare(cfg: CfgNode, name: str, output: Output, device: torch.device) -> Ex
                     probe_tolerance(recipe.precision),
                 )
     experiment = Experiment(cfg, dataset, recipe, distractors, output, device)
+    if experiment.features_are_a_ranking and (active_rerankers(cfg) or cfg.TEST.INDEX):
+        log.warning("%s contains a ranking instead of descriptors: it is not searched or reranked", cfg.TEST.FEATURES)
     _ = experiment.stages  # raises if a stage is impossible
     return experiment
+
+
+def prepare_all(session: Session) -> list[Experiment]:
+    """Creates the experiments on all datasets, see prepare; of several processes the first one alone draws toy."""
+    cfg = session.cfg
+    with session.processes.first_alone():
+        return [prepare(cfg, name, session.output, session.device) for name in cfg.TEST.DATASET_LIST]
 
 
 def make_stages(

@@ -18,32 +18,25 @@ def main(argv: list[str]) -> None:
     cfg = CommandLine(__doc__).parse(argv).cfg
 
     # Imported here, so that --help and errors about options appear at once.
-    from assembly import network_title, prepare, start_session
+    from assembly import prepare_all, start_session
     from report.page import evaluated_page, explain_largest, write_report
     from report.results import Evaluated, save_results, summary
     from revisitop.evaluate import evaluate
 
     session = start_session(cfg)
-    output, processes = session.output, session.processes
-
-    # Everything is checked before the long computations begin; toy is drawn by one process.
-    with processes.first_alone():
-        experiments = [prepare(cfg, name, output, session.device) for name in cfg.TEST.DATASET_LIST]
+    experiments = prepare_all(session)  # everything is checked before the long computations begin
 
     results: list[Evaluated] = []
     run = None
     for experiment in experiments:
-        dataset = experiment.dataset
+        dataset, stages = experiment.dataset, experiment.stages
         log.info("%r", dataset)
 
         # Extract, search, rerank, evaluate. The processes of a torchrun share the first two; the first does the rest.
-        saved = experiment.saved_ranking()
-        searched = experiment.search(processes) if saved is None else None
+        searched = experiment.search(session.processes)
         if not session.first:
             continue
-        stages = experiment.stages if searched else {}
-        rankings = {"retrieval": searched.ranking if searched else saved}
-        rankings |= {title: stage(searched) for title, stage in stages.items()}
+        rankings = {"retrieval": searched.ranking, **{title: stage(searched) for title, stage in stages.items()}}
         metrics = {
             stage: evaluate(ranking, dataset.ground_truth, dataset.protocols) for stage, ranking in rankings.items()
         }
@@ -59,12 +52,11 @@ def main(argv: list[str]) -> None:
             )
         if "note" in results[-1].facts:
             log.info("%s", results[-1].facts["note"])
-        descriptors = "features" if cfg.TEST.FEATURES else network_title(cfg)
-        run = run or output.new_run(f"{'+'.join(cfg.TEST.DATASET_LIST)}-{descriptors}")
+        run = run or session.output.new_run(session.run_title)
         save_results(run, session.head, results)
-        output.publish(run)
+        session.output.publish(run)
 
-    processes.end()
+    session.processes.end()
     if not session.first:
         return
     for line in summary(results):

@@ -2,10 +2,9 @@ import runpy
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ROOT
 
-from assembly import STAGES, Subject, make_recipe, make_stages
+from assembly import TITLES, make_recipe, make_stages
 from config import OPTIONS, RERANKER_NAMES, SCALE_SETS, CommandLine, make_config
 from model.errors import InputError
 from model.recipe import Recipe
@@ -195,22 +194,21 @@ def test_two_config_files_are_refused(yaml_file):
 
 def test_modules_that_are_off_are_left_out_of_the_model():
     recipe = make_recipe(make_config([("SupG.gemp", False), ("SupG.relup", False)]), Path("x.pyth"))
-    assert (recipe.gemp, recipe.relup, recipe.rgem) == (None, None, 2.5)
+    assert (recipe.gemp_p, recipe.relup_threshold, recipe.rgem_p) == (None, None, 2.5)
 
 
 def test_the_default_options_are_the_defaults_of_the_library():
     assert {number: tuple(scales) for number, scales in SCALE_SETS.items()} == descriptor.SCALE_SETS
-    assert make_recipe(make_config(), Path("x.pyth")) == Recipe(Path("x.pyth"))
-    assert tuple(STAGES) == RERANKER_NAMES
+    assert make_recipe(make_config(), Path("x.pyth")) == Recipe(weights=Path("x.pyth"))
+    assert tuple(TITLES) == RERANKER_NAMES
     defaults = {
         "superglobal": SuperGlobalReranker(), "alpha-qe": QueryExpansion(), "aqe": QueryExpansion(alpha=0),
         "k-reciprocal": KReciprocalReranker(), "diffusion": DiffusionReranker(),
     }  # fmt: skip
-    subject = Subject(None, (), (), 0, None, None)
     for name, module in defaults.items():
-        (stage,) = make_stages(make_config([("TEST.RERANKER", name)]), subject, torch.device("cpu")).values()
+        (stage,) = make_stages(make_config([("TEST.RERANKER", name)])).values()
         assert repr(getattr(stage, "reranker", None) or stage.expansion) == repr(module)
-    (stage,) = make_stages(make_config([("TEST.RERANKER", "dba")]), subject, torch.device("cpu")).values()
+    (stage,) = make_stages(make_config([("TEST.RERANKER", "dba")])).values()
     assert stage == Augmented()
 
 

@@ -5,12 +5,14 @@ import pytest
 import torch
 from oracles import all_protocols, dense_reranking, full_ranking, mean_average_precision
 
+from cvnet_rerank.stage import RerankedByLocalFeatures
 from modules.reranking import SuperGlobalReranker
 from modules.search import Database
 from revisitop.dataset import GroundTruth
-from revisitop.evaluate import evaluate, most_ignored
+from revisitop.evaluate import evaluate, ignored_images
 from revisitop.protocols import REVISITED_PROTOCOLS
 from revisitop.retrieve import rerank, retrieve
+from revisitop.stages import search_for
 
 KINDS = ("easy", "hard", "junk")
 
@@ -94,33 +96,35 @@ def test_reranking_of_equal_scores_keeps_the_lower_place_first():
 
 
 class TabledScores:
-    """A reranker with given scores, (Q, N) by image, that scores `spare` more candidates than the m that it sorts."""
+    """Scores of pairs as cvnet_rerank.pair_scores.PairScores gives them, from a table (Q, N)."""
 
-    def __init__(self, table: torch.Tensor, m: int, spare: int):
-        self.table, self.m, self.spare = table, m, spare
+    def __init__(self, table: torch.Tensor):
+        self.table = table
 
-    def scores(self, queries, found, fetch, device=None) -> torch.Tensor:
-        return self.table.gather(1, found.ids[:, : self.m + self.spare])
+    def of(self, ids: torch.Tensor, device: torch.device) -> torch.Tensor:
+        return self.table.gather(1, ids)
 
 
 @pytest.mark.filterwarnings("ignore:Mean of empty slice", "ignore:invalid value encountered")
-def test_ignored_images_are_removed_before_the_first_m_are_sorted_again():
+def test_local_features_sort_the_first_m_images_that_a_protocol_does_not_ignore():
     rng = np.random.default_rng(3)
     for _ in range(100):
         n, q, m = int(rng.integers(1, 60)), int(rng.integers(1, 12)), int(rng.integers(1, 70))
         rows, queries = coarse_rows(rng, n), coarse_rows(rng, q)
         lists = [random_truth(rng, n) for _ in range(q)]
         truth = [GroundTruth({kind: np.array(entry[kind], dtype=np.int64) for kind in KINDS}) for entry in lists]
-        tensors, database = torch.from_numpy(queries), Database(torch.from_numpy(rows))
         table = rng.integers(0, 4, (q, n)).astype(np.float32)
-        found = retrieve(tensors, database, n, [torch.from_numpy(entry.listed) for entry in truth])
-        scorer = TabledScores(torch.from_numpy(table), m, most_ignored(truth))
-        metrics = evaluate(rerank(found, scorer, tensors, database), truth)
+        listed = [torch.from_numpy(entry.listed) for entry in truth]
+        searched = search_for((), torch.from_numpy(queries), Database(torch.from_numpy(rows)), listed)
+        ignored = {each.name: [ignored_images(entry, each) for entry in truth] for each in REVISITED_PROTOCOLS}
+        stage = RerankedByLocalFeatures(TabledScores(torch.from_numpy(table)), m, ignored)
+        metrics = evaluate(stage(searched), truth)
+        totals = queries @ rows.T + 0.5 * table
         for protocol in REVISITED_PROTOCOLS:
             rankings = []
-            for scores, entry, ranking in zip(table, lists, full_ranking(queries, rows), strict=True):
-                ignored = {number for kind in KINDS if kind not in protocol.positive for number in entry[kind]}
-                kept = [number for number in ranking if number not in ignored]
-                rankings.append(sorted(kept[:m], key=lambda number: -scores[number]) + kept[m:])
+            for total, entry, ranking in zip(totals, lists, full_ranking(queries, rows), strict=True):
+                dropped = {number for kind in KINDS if kind not in protocol.positive for number in entry[kind]}
+                kept = [number for number in ranking if number not in dropped]
+                rankings.append(sorted(kept[:m], key=lambda number: -total[number]) + kept[m:])
             expected = mean_average_precision(rankings, lists, protocol.positive, ())
             assert 100 * metrics[protocol.name].map == pytest.approx(expected, abs=1e-9, nan_ok=True)

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from yacs.config import CfgNode
 
-from assembly import Experiment, Output, find_recipe, image_folder_set, prepare
+from assembly import Experiment, find_recipe, image_folder_set, prepare
 from config import varied
 from extraction.extract import extract_batch
 from extraction.folder import find_images
@@ -25,6 +25,7 @@ from modules.explanation import Explanation, explain
 from modules.reranking import SuperGlobalReranker
 from modules.search import Database, search
 from report.drawing import jpeg_uri, read_thumbnail
+from report.output import Output
 from report.page import SHOWN, Hit, candidates_of, first_hits
 from revisitop.dataset import Dataset
 from revisitop.evaluate import evaluate

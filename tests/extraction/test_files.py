@@ -164,7 +164,7 @@ def test_tensors_in_a_pickle_are_read_as_arrays(tmp_path, dtype):
         b"(" * 100_000,
         b"",
     ],
-    ids=lambda stream: None if len(stream) > 60 or b"\x8f" in stream else repr(stream),
+    ids=[str(number) for number in range(19)],
 )
 def test_a_pickle_of_anything_else_is_an_input_error_and_runs_no_code(tmp_path, monkeypatch, stream):
     monkeypatch.chdir(tmp_path)

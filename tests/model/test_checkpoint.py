@@ -100,7 +100,9 @@ def test_loaded_weights_do_not_depend_on_the_file(checkpoint_50, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"<!DOCTYPE html>", {"a": torch.zeros(3)}, [1, 2], {"model_state": RunsCode()}], ids=str
+    "content",
+    [b"", b"<!DOCTYPE html>", {"a": torch.zeros(3)}, [1, 2], {"model_state": RunsCode()}],
+    ids=["empty", "a page", "no encoder", "a list", "code"],
 )
 def test_a_file_that_is_not_a_checkpoint_is_rejected(tmp_path, monkeypatch, content):
     monkeypatch.chdir(tmp_path)

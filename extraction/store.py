@@ -276,6 +276,8 @@ class Store:
         """Returns whether existing files have the settings of this store, and were computed by the same code."""
         try:
             before = json.loads(provenance.read_text())
+            if not isinstance(before, dict):
+                raise ValueError("it has no JSON object")
             with_probe = np.load(probe)
             old_probe = with_probe["probe"] if isinstance(with_probe, np.lib.npyio.NpzFile) else with_probe
         except FileNotFoundError:
@@ -412,10 +414,11 @@ def differences(before: dict, now: dict) -> list[str]:
 
 
 def probe_distance(before: np.ndarray, now: np.ndarray) -> float:
-    """Returns the largest 1 - cosine of two probes of unit rows; infinity if they have other shapes."""
+    """Returns the largest 1 - cosine of two probes of unit rows; infinity if they have other shapes, or NaN."""
     if before.shape != now.shape:
         return np.inf
-    return float(((before.astype(np.float64) - now) ** 2).sum(axis=1).max() / 2)
+    distance = float(((before.astype(np.float64) - now) ** 2).sum(axis=1).max() / 2)
+    return np.inf if np.isnan(distance) else distance
 
 
 def _hash(rows: np.ndarray) -> np.ndarray:

@@ -3,7 +3,6 @@
 import hashlib
 import pickle
 import re
-import zipfile
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
@@ -169,12 +168,9 @@ def load_tensors(path: Path) -> object:
         raise InputError(f"no file {path}")
     if not is_tensor_file(path):
         raise InputError(f"{path} is not a PyTorch file" if path.stat().st_size else f"{path} is empty")
-    zipped = _begins_with(path, _ZIP_MAGIC)
-    if zipped and not zipfile.is_zipfile(path):  # the directory of an archive is at its end
-        raise InputError(f"{path} is truncated or damaged (the end of the archive is missing); fetch it again")
     _try_pickles(path, _version(path))
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=_begins_with(path, _ZIP_MAGIC))
     except pickle.UnpicklingError:
         raise InputError(
             f"{path} is refused: it contains more than tensors and might run code when loaded; save only tensors"

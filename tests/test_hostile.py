@@ -12,8 +12,9 @@ import pytest
 from conftest import ROOT, kept
 from forked import Forked
 
+from extraction.identity import NO_STAT, Identity
 from extraction.images import ImageFile
-from extraction.store import DescriptorStore
+from extraction.store import Store
 
 
 @pytest.fixture
@@ -31,19 +32,17 @@ def limited(work: Path, words: list[str], most_bytes: int) -> Forked:
     return process
 
 
-def told_in_one_line(outcome) -> str:
-    err = outcome.err
-    assert "Traceback" not in err
-    assert "Logging error" not in err
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, err
-    return lines[0]
+def error_line(outcome) -> str:
+    assert outcome.code == 2
+    assert "Traceback" not in outcome.err
+    assert "Logging error" not in outcome.err
+    (line,) = (line for line in outcome.err.splitlines() if line.startswith("error: "))
+    return line
 
 
 def test_a_disk_too_full_for_the_rows_is_reported_and_the_run_resumes(command, words, tmp_path):
     outcome = limited(tmp_path / "work", words, 100_000)  # the queries' rows fit, the database's do not
-    assert outcome.code == 2
-    assert "roxford5k_db.npy.part" in told_in_one_line(outcome)
+    assert "roxford5k_db.npy.blocks" in error_line(outcome)
     again = command("test.py", *words)
     assert again.code == 0, again.err
     rows = np.load(kept(tmp_path / "work" / "output", "roxford5k") / "roxford5k_db.npy")
@@ -56,22 +55,20 @@ def test_a_disk_too_full_for_the_log_is_reported(words, tmp_path):
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "log.txt").write_bytes(b"-" * 500_000)
     outcome = limited(tmp_path / "work", words, 500_100)
-    assert outcome.code == 2
-    assert "log.txt" in told_in_one_line(outcome)
+    assert "log.txt" in error_line(outcome)
 
 
 def test_a_folder_removed_during_a_run_is_reported_and_the_next_run_is_complete(command, words, tmp_path, monkeypatch):
-    output, read = tmp_path / "work" / "output", ImageFile.read
+    output, read = tmp_path / "work" / "output", ImageFile.read_identified
 
-    def remove(image: ImageFile) -> np.ndarray:
+    def remove(image: ImageFile) -> tuple[np.ndarray, Identity]:
         if image.path.stem == "db_10":
             shutil.rmtree(output)
         return read(image)
 
-    monkeypatch.setattr(ImageFile, "read", remove)
+    monkeypatch.setattr(ImageFile, "read_identified", remove)
     outcome = command("test.py", *words, "TEST.BATCH_SIZE", 1)
-    assert outcome.code == 2
-    assert "No such file or directory" in told_in_one_line(outcome)
+    assert "No such file" in error_line(outcome)
     monkeypatch.undo()
     assert command("test.py", *words).code == 0
 
@@ -92,8 +89,8 @@ def test_a_file_system_that_cannot_reserve_space_is_supported(tmp_path, monkeypa
         monkeypatch.delattr(os, "posix_fallocate")
     else:
         monkeypatch.setattr(os, "posix_fallocate", refuse)
-    store = DescriptorStore(tmp_path / "rows.npy", 2, 3, {})
-    for row in range(2):
-        store.write(row, np.full(3, row + 1, np.float32))
-    store.finish()
-    np.testing.assert_array_equal(np.load(tmp_path / "rows.npy"), [[1, 1, 1], [2, 2, 2]])
+    store = Store(tmp_path / "rows.npy", 3, {}, np.eye(2, dtype=np.float32))
+    store.write(b"a.jpg", identity := Identity(b"a" * 16, NO_STAT), np.ones(3, np.float32))
+    store.flush()
+    store.finish([b"a.jpg"], [identity])
+    np.testing.assert_array_equal(np.load(tmp_path / "rows.npy"), [[1, 1, 1]])

@@ -97,6 +97,7 @@ def test_an_image_without_a_row_has_zeros_and_is_missing_the_next_time(path):
     [
         ({**SETTINGS, "checkpoint": "xyz"}, PROBE, "checkpoint"),
         (SETTINGS, np.array([[1, 0, 0, 0], [0, 1, 0.002, 0]], np.float32), "code"),
+        (SETTINGS, PROBE * np.nan, "code"),
     ],
 )
 @pytest.mark.parametrize("complete", [False, True])

@@ -1,6 +1,7 @@
 """Damaged files of every kind that comes from outside give an InputError or a result, and nothing else.
 
-Each kind is tested briefly in a test run; to test longer: FUZZ_SECONDS=600 python -m pytest tests/fuzz
+Each run tries the same 200 files of each kind, or 20 that a child process reads.
+With more: FUZZ_TRIES=100000 python -m pytest tests/fuzz
 """
 
 import contextlib
@@ -10,7 +11,6 @@ import os
 import pickle
 import random
 import tarfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,8 +21,9 @@ import torch
 from PIL import Image
 
 from config import OPTIONS, CommandLine
+from extraction.identity import NO_STAT, Identity
 from extraction.images import read_image
-from extraction.store import DescriptorStore
+from extraction.store import Store
 from model.checkpoint import encoder_state, load_encoder
 from model.cvnet import ResNet
 from model.errors import InputError
@@ -31,14 +32,14 @@ from revisitop.layout_revisitop import read_ground_truth
 from revisitop.layouts import load_dataset
 from tools.download import unpack
 
-SECONDS = float(os.environ.get("FUZZ_SECONDS", 0.7))
-SLOW = 5.0  # seconds allowed per input
+TRIES = int(os.environ.get("FUZZ_TRIES", 200))
+IN_A_CHILD = (".mat", ".pkl", ".pth", ".pyth")
 
 
-def mutated(samples: list[bytes], seed: int = 0) -> Iterator[bytes]:
-    """Yields samples with bytes changed, cut off, repeated or taken from another sample, for SECONDS."""
-    rng, end = random.Random(seed), time.monotonic() + SECONDS
-    while time.monotonic() < end:
+def mutated(samples: list[bytes], tries: int = TRIES) -> Iterator[bytes]:
+    """Yields samples with bytes changed, cut off, repeated or taken from another sample."""
+    rng = random.Random(0)
+    for _ in range(tries):
         data = bytearray(rng.choice(samples))
         for _ in range(rng.choice((1, 1, 2, 5, 20))):
             place = rng.randrange(len(data)) if rng.random() < 0.6 else rng.randrange(min(len(data), 300))
@@ -60,11 +61,10 @@ def mutated(samples: list[bytes], seed: int = 0) -> Iterator[bytes]:
 
 
 def survives(path: Path, samples: list[bytes], read: Callable[[Path], object]) -> None:
-    """Reads mutated samples; some of them must be rejected, and some accepted."""
-    refused = tried = 0
-    for data in mutated(samples):
+    """Reads mutated samples, some of which must be rejected."""
+    refused = 0
+    for data in mutated(samples, TRIES // 10 if path.suffix in IN_A_CHILD else TRIES):
         path.write_bytes(data)
-        start = time.monotonic()
         try:
             read(path)
         except InputError:
@@ -73,10 +73,7 @@ def survives(path: Path, samples: list[bytes], read: Callable[[Path], object]) -
             kept = path.with_name(f"failure{path.suffix}")
             kept.write_bytes(data)
             pytest.fail(f"{type(error).__name__}: {error}; the input is {kept}")
-        assert time.monotonic() - start < SLOW
-        tried += 1
     assert refused > 0
-    print(f"{path.suffix}: {tried} tried, {refused} refused")
 
 
 def test_ground_truth(layout):
@@ -114,7 +111,7 @@ def test_saved_descriptors(layout, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["pth", "npy"])
 def test_distractors(tmp_path, kind):
-    rows = torch.nn.functional.normalize(torch.randn(40, 16), dim=1)
+    rows = torch.nn.functional.normalize(torch.randn(40, 16, generator=torch.Generator().manual_seed(0)), dim=1)
     file = io.BytesIO()
     torch.save(rows, file) if kind == "pth" else np.save(file, rows.numpy())
     survives(tmp_path / f"feats.{kind}", [file.getvalue()], load_distractors)
@@ -131,40 +128,38 @@ def test_checkpoints(tmp_path):
     survives(tmp_path / "x.pyth", samples, lambda path: (encoder_state(path), load_encoder(network, path)))
 
 
-@pytest.mark.parametrize("name", ["rows.npy.part", "rows.npy.journal", "rows.npy", "rows.npy.json"])
-def test_stores(tmp_path, name):
-    provenance, fingerprints = {"checkpoint": "abc"}, [f"image-{row}" for row in range(10)]
+@pytest.mark.parametrize("kind", ["rows.npy", "json", "images.npz", "block", "provenance.json", "probe.npy"])
+def test_stores(tmp_path, kind):
+    """Rows that are found in damaged files are correct, to the bit."""
     rows = np.random.default_rng(0).random((10, 4), dtype=np.float32) + 1
+    identities = [Identity(bytes([row]) * 16, NO_STAT) for row in range(10)]
 
-    def begin() -> DescriptorStore:
-        store = DescriptorStore(tmp_path / "rows.npy", 10, 4, provenance, resume=False, fingerprints=fingerprints)
-        for row in range(6 if name.endswith(("part", "journal")) else 10):
-            store.write(row, rows[row])
-        store.flush()
-        return store
+    def store() -> Store:
+        return Store(tmp_path / "rows.npy", 4, {"checkpoint": "abc"}, np.eye(2, dtype=np.float32))
 
-    store = begin()
-    if not name.endswith(("part", "journal")):
-        store.finish()
-    whole = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    written = store()
+    for number, (identity, row) in enumerate(zip(identities, rows, strict=True)):
+        written.write(str(number).encode(), identity, row)
+    written.flush()
+    if kind in ("rows.npy", "json", "images.npz"):
+        written.finish([str(number).encode() for number in range(10)], identities)
+    whole = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    path = next(each for each in whole if each.name.endswith(".npz" if kind == "block" else kind))
 
-    def read(path: Path) -> None:
-        for other, content in whole.items():
-            if other != path:
-                other.write_bytes(content)
-        for other in set(tmp_path.iterdir()) - whole.keys() - {path}:
-            other.unlink()
-        found = DescriptorStore(tmp_path / "rows.npy", 10, 4, provenance, fingerprints=fingerprints)
-        if name.endswith(("part", "journal")) and found.done.any():  # rows that count as done are correct, to the bit
-            np.testing.assert_array_equal(found.part_rows()[found.done], rows[found.done])
-
-    path = tmp_path / name
+    found = 0
     for data in mutated([whole[path]]):
-        path.write_bytes(data)
-        try:
-            read(path)
-        except InputError:
-            continue
+        for other in {*tmp_path.rglob("*")} - whole.keys():
+            other.unlink(missing_ok=True) if other.is_file() else None
+        for other, content in whole.items():
+            other.parent.mkdir(exist_ok=True)
+            other.write_bytes(data if other == path else content)
+        read = store()
+        read.read()
+        for identity, row in zip(identities, rows, strict=True):
+            if identity.key in read:
+                np.testing.assert_array_equal(read.row(identity.key), row)
+                found += 1
+    assert found < 10 * TRIES
 
 
 def test_archives(tmp_path):
@@ -196,39 +191,14 @@ def test_archives(tmp_path):
 
 
 def test_command_lines(tmp_path):
-    rng, end = random.Random(0), time.monotonic() + SECONDS
-    values = [
-        "",
-        "1",
-        "-1",
-        "nan",
-        "inf",
-        "1e400",
-        "[",
-        "[1",
-        "(0.5,",
-        "'x'",
-        "True",
-        "\0",
-        "é",
-        "../..",
-        "cuda:1",
-        "9" * 30,
-    ]
-    files = [
-        "{}",
-        "a",
-        "- 1",
-        "TEST: [",
-        "1: 2",
-        "{[1]: 2}",
-        "TEST: {SCALE_LIST: {a: 1}}",
-        "TEST: {SCALE_LIST: [1, a]}",
-    ]
+    rng = random.Random(0)
+    values = ["", "1", "-1", "nan", "inf", "1e400", "[", "[1", "(0.5,", "'x'", "True", "\0", "é", "../..", "cuda:1"]
+    files = ["{}", "a", "- 1", "TEST: [", "1: 2", "{[1]: 2}"]
+    files += [f"TEST: {{SCALE_LIST: {value}}}" for value in ("{a: 1}", "[1, a]", "9" * 30)]
     files += [f"TEST: {{OUT_DIR: {value}}}" for value in values]
     config = tmp_path / "run.yaml"
     keys = [option.key for option in OPTIONS]
-    while time.monotonic() < end:
+    for _ in range(TRIES):
         words = [rng.choice(keys + values) for _ in range(rng.randrange(1, 6))]
         if rng.random() < 0.3:
             config.write_text(rng.choice(files))

@@ -119,12 +119,11 @@ def test_every_module_changes_the_metrics(data_dir, checkpoint_50):
     chosen = dataset.ground_truth[0].listed.tolist()
 
     def descriptors(**changes) -> torch.Tensor:
-        modules = {"relup": 0.014, "gemp": 4.6, "rgem": 2.5, "sgem": float("inf"), **changes}
-        extractor = Recipe(checkpoint_50, **modules).extractor()
+        extractor = Recipe(weights=checkpoint_50, **changes).extractor()
         images = [torch.from_numpy(dataset.database[number].read()[::4, ::4].copy()) for number in chosen]
         return torch.cat([extract_batch(extractor, [view]) for view in images])
 
     all_on = descriptors()
-    for name in ("relup", "gemp", "rgem", "sgem"):
+    for name in ("relup_threshold", "gemp_p", "rgem_p", "sgem_p"):
         similarity = all_on @ descriptors(**{name: None}).T
         assert not torch.equal(similarity.argsort(), (all_on @ all_on.T).argsort()), name

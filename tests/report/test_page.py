@@ -181,7 +181,7 @@ def test_the_page_is_self_contained_and_has_no_script(evaluated):
 
 
 def test_without_reranking_there_is_one_ranking_and_the_lowest_ap_comes_first(evaluated):
-    page, out_dir = evaluated("SupG.rerank", False)
+    page, out_dir = evaluated("SupG.rerank", False, "SupG.rerank_k", 9)
     entry = json.loads((out_dir / "results.json").read_text())["datasets"]["roxford5k"]
     order = np.argsort(aps(entry, "retrieval"))
     assert page.text("h3") == ["Queries", *(f"query_{i}" for i in order)]

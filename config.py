@@ -40,18 +40,6 @@ def _checked(convert: Parser, words: str, accepts: Callable[[Any], bool] = lambd
     return parse
 
 
-def _int(value: Any) -> int:
-    if isinstance(value, bool | float):
-        raise TypeError
-    return int(value)
-
-
-def _float(value: Any) -> float:
-    if isinstance(value, bool):
-        raise TypeError
-    return float(value)
-
-
 def _text(value: Any) -> str:
     if not isinstance(value, str) or "\0" in value:
         raise TypeError
@@ -72,16 +60,12 @@ def _list(value: Any) -> list:
     return [item for item in value if item != ""]
 
 
-def _names(value: Any) -> list[str]:
-    return [_text(item) for item in _list(value)]
-
-
 def _whole(low: int, high: int) -> Parser:
-    return _checked(_int, f"a whole number from {low} to {high}", lambda number: low <= number <= high)
+    return _checked(int, f"a whole number from {low} to {high}", lambda number: low <= number <= high)
 
 
 def _number(low: float, high: float) -> Parser:
-    return _checked(_float, f"a number from {low:g} to {high:g}", lambda number: low <= number <= high)
+    return _checked(float, f"a number from {low:g} to {high:g}", lambda number: low <= number <= high)
 
 
 def _one_of(*choices: str) -> Parser:
@@ -91,8 +75,8 @@ def _one_of(*choices: str) -> Parser:
 _FLAG = _checked(_bool, "True or False")
 _TEXT, _PATH = _checked(_text, "text"), _checked(_text, "a path", bool)
 _SIZE, _COUNT = _whole(1, 1 << 20), _whole(0, 1 << 20)
-_POWER = _checked(_float, "a finite number above 0", lambda power: 0 < power < math.inf)
-_MODULES = _checked(_names, "a list of names of submodules")
+_POWER = _checked(float, "a finite number above 0", lambda power: 0 < power < math.inf)
+_MODULES = _checked(_list, "a list of names of submodules")
 _NETWORK = _checked(
     _text, "cvnet, timm:NAME, torchvision:NAME or FILE.py:FUNCTION",
     lambda name: name == "cvnet" or re.fullmatch(r"(timm|torchvision):.*|.+\.py:\w+", name) is not None,
@@ -102,11 +86,11 @@ _DEVICE = _checked(
     lambda name: re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]{0,2}))?", name) is not None,
 )  # fmt: skip
 _DATASETS = _checked(
-    _names, "a list of names of folders",
-    lambda names: names and not any(re.search(r"[/\\]|^\.\.?$", name) or len(name.encode()) > 200 for name in names),
+    _list, "a list of names of folders",
+    lambda names: names and all(re.fullmatch(r"(?!\.\.?$)[^/\\\0]{1,200}", name) for name in names),
 )  # fmt: skip
 _NUMBERS = _checked(
-    lambda value: [_int(item) for item in ([value] if isinstance(value, int) else _list(value))],
+    lambda value: [int(item) for item in _list(value)],
     "a list of whole numbers from 1 to 999999999", lambda numbers: numbers and 0 < min(numbers) <= max(numbers) < 1e9,
 )  # fmt: skip
 
@@ -117,7 +101,7 @@ SCALE_SETS = {1: [1.0], 3: [0.7071, 1.0, 1.4142], 5: [0.5, 0.7071, 1.0, 1.4142, 
 def _factors(value: Any) -> list[float]:
     if isinstance(value, int) or (isinstance(value, str) and value.strip().isdecimal()):
         return [*SCALE_SETS.get(int(value), [])]
-    return [_float(each) for each in _list(value)]
+    return [float(each) for each in _list(value)]
 
 
 _SCALES = _checked(
@@ -127,7 +111,7 @@ _SCALES = _checked(
 
 
 def _rerankers(value: Any) -> list[str]:
-    names = _checked(_names, "a list of names", bool)(value)
+    names = _checked(_list, "a list of names", bool)(value)
     if len(set(names)) < len(names) or ("none" in names and len(names) > 1):
         raise ValueError("has one twice, or none together with others")
     return names
@@ -201,7 +185,7 @@ _NETWORK_NAME = _all_need(
     _NAME_OF_DISTRACTORS,
     Option("MODEL.NAME", "cvnet", "network: cvnet, timm:NAME, torchvision:NAME or your own FILE.py:FUNCTION", _NETWORK),
     Option("MODEL.DEPTH", 50, "layers of the ResNet encoder: 50 or 101",
-           _checked(_int, "50 or 101", (50, 101).__contains__), (_CVNET_NETWORK,)),
+           _checked(int, "50 or 101", (50, 101).__contains__), (_CVNET_NETWORK,)),
 )  # fmt: skip
 _NETWORK_OPTIONS = _all_need(
     _IMAGES,
@@ -221,10 +205,10 @@ _NETWORK_OPTIONS = _all_need(
     Option("SupG.rgem", True, "Regional-GeM", _FLAG),
     Option("SupG.rgem_p", 2.5, "power of Regional-GeM", _POWER, (_with_option("SupG.rgem"),)),
     Option("SupG.rgem_window", 5, "side of Regional-GeM's window, in map positions",
-           _checked(_int, "an odd number from 1 to 999", range(1, 1000, 2).__contains__), (_with_option("SupG.rgem"),)),
+           _checked(int, "an odd number from 1 to 999", range(1, 1000, 2).__contains__), (_with_option("SupG.rgem"),)),
     Option("SupG.sgem", True, "Scale-GeM; False: mean over the scales", _FLAG),
     Option("SupG.sgem_p", math.inf, "power of Scale-GeM; inf is the maximum",
-           _checked(_float, "a number above 0", lambda power: power > 0), (_with_option("SupG.sgem"),)),
+           _checked(float, "a number above 0", lambda power: power > 0), (_with_option("SupG.sgem"),)),
     Option("SupG.relup", True, "ReLU+; False: plain ReLU everywhere", _FLAG),
     Option("SupG.relup_threshold", 0.014, "threshold of ReLU+", _number(0, 1e30), (_RELUP,)),
     Option("SupG.relup_stages", ["auto"], "parts of other networks whose ReLUs become ReLU+; auto: a ResNet's layer1",
@@ -479,22 +463,24 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; options are given as KEY VALUE, such as MODEL.DEPTH 50; see --help")
 
 
-def _read_yaml(path: Path) -> list[tuple[str, Any]]:
-    """Returns the options in a YAML file, with their values as text or lists of text.
+def _read_yaml(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yields the options in a YAML file, with their values as text or lists of text.
 
     References are refused, a few lines of which can expand beyond any memory.
     """
     try:
         content = path.read_bytes()
-        references = [event.start_mark.line for event in yaml.parse(content) if isinstance(event, yaml.AliasEvent)]
-        root = None if references else yaml.compose(content, yaml.SafeLoader)
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(content)):
+            raise ValueError("it has references")
+        root = yaml.compose(content, yaml.SafeLoader)
+        if not isinstance(root, yaml.MappingNode):
+            raise ValueError("it has no keys")
     except OSError as error:
         raise InputError(f"--config-file {path}: {error.strerror}") from None
     except Exception as error:  # exceptions of the YAML reader
-        raise _no_options(path, f" ({' '.join(str(error).split())})") from None
-    if not isinstance(root, yaml.MappingNode):
-        raise _no_options(path, f" (line {references[0] + 1} has a reference)" if references else "")
-    return list(_flatten(path, root, ""))
+        reason = " ".join(str(error).split())
+        raise InputError(f"--config-file {path} is not YAML such as 'MODEL: {{DEPTH: 50}}' ({reason})") from None
+    yield from _flatten(path, root, "")
 
 
 def _flatten(path: Path, node: yaml.MappingNode, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -509,10 +495,6 @@ def _flatten(path: Path, node: yaml.MappingNode, prefix: str) -> Iterator[tuple[
             raise InputError(f"--config-file {path}: {key} has a value that no option takes")
         else:
             yield key, [item.value for item in items] if isinstance(value, yaml.SequenceNode) else value.value
-
-
-def _no_options(path: Path, reason: str) -> InputError:
-    return InputError(f"--config-file {path} contains no YAML options such as 'MODEL: {{DEPTH: 50}}'{reason}")
 
 
 def _options_help(uses: Collection[str]) -> str:

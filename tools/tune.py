@@ -220,7 +220,7 @@ def read_grid(tried: Sequence[Sequence[str]] | None, cfg: CfgNode) -> dict[str, 
     for key, text in tried:
         if key not in allowed:
             raise InputError(f"--try {key}: this option cannot be tried; {', '.join(allowed)} can")
-        configs = [varied(cfg, {key: word}) for word in text.split(";" if ";" in text else ",") if word.strip()]
+        configs = [varied(cfg, {key: word.strip()}) for word in text.split(";" if ";" in text else ",") if word.strip()]
         if not configs:
             raise InputError(f"--try {key} needs at least one value")
         for line in (idle_options(each).get(key) for each in configs):

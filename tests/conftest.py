@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from xdist.scheduler import LoadScopeScheduling
 
 from model.backbone import Backbone
 from model.cvnet import MEAN_BGR, STD_BGR
@@ -25,6 +24,17 @@ ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parent / "data"
 
 
+# Tests that share what takes long to prepare run in a single process each.
+_TOGETHER = ("toy", "test_package", "test_demo", "test_page", "test_export", "test_extraction_command")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Uses a process per core where pytest-xdist is installed, unless -n says something else."""
+    if config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
+        config.option.numprocesses = "auto"
+
+
 def pytest_configure() -> None:
     """Limits each process of pytest-xdist, and the commands that it starts, to one core."""
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -32,21 +42,15 @@ def pytest_configure() -> None:
         torch.set_num_threads(1)
 
 
-# Tests that share what takes long to prepare.
-_TOGETHER = (
-    "toy", "test_package", "test_demo", "test_gpu_benchmark", "test_page", "test_export", "test_extraction_command"
-)  # fmt: skip
-
-
-class _ByFixture(LoadScopeScheduling):
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Distributes tests one by one, but those of _TOGETHER to a single process each."""
+    
+    class ByFixture(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return next((each for each in _TOGETHER if each in nodeid), nodeid)
 
-    def _split_scope(self, nodeid: str) -> str:
-        return next((each for each in _TOGETHER if each in nodeid), nodeid)
-
-
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
-    return _ByFixture(config, log)
+    return ByFixture(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -68,13 +68,24 @@ def test_ties_and_edges_of_chunks_are_the_oracles(queries, n):
         assert torch.equal(positions, places[numbers])
 
 
-@pytest.mark.parametrize("dim", [3, 100, 2048])
+@pytest.fixture
+def threads():
+    """Sets the number of threads until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dim", [3, 777, 2048])
 @pytest.mark.parametrize("queries", [1, 5, 16, 70])
-def test_equal_rows_tie_wherever_they_are(queries, dim):
-    n, listed = 2100, torch.tensor([2099, 0, 255, 256, 1000])
-    found = search(unit(queries, dim), unit(1, dim, seed=1).repeat(n, 1), n, [listed] * queries)
-    assert torch.equal(found.ids, torch.arange(n).repeat(queries, 1))
-    assert all(torch.equal(positions, listed) for positions in found.positions)
+def test_equal_rows_tie_wherever_they_are_for_any_number_of_threads(queries, dim, threads):
+    n, listed, found = 2100, torch.tensor([2099, 0, 255, 256, 1000]), []
+    for count in (1, 3):
+        threads(count)
+        found.append(search(unit(queries, dim), unit(1, dim, seed=1).repeat(n, 1), n, [listed] * queries))
+    assert torch.equal(found[0].ids, torch.arange(n).repeat(queries, 1))
+    assert all(torch.equal(positions, listed) for positions in found[0].positions)
+    assert_equal(*found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

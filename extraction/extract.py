@@ -207,7 +207,6 @@ def _known_images(each: ImageSet, store: Store, on_error: str) -> KnownImages:
 def _finish(each: ImageSet, store: Store, known: KnownImages, facts: dict[str, Any] | None, start: float) -> None:
     """Completes the file of a set after its extraction, and logs what was done."""
     count, existing = len(each.images), sum(identity is not None for identity in known.identities)
-    before = len(store.finished_keys)
     store.flush()
     store.read_blocks()
     identities = [
@@ -217,8 +216,7 @@ def _finish(each: ImageSet, store: Store, known: KnownImages, facts: dict[str, A
     skipped = [
         os.fsdecode(label) for label, identity in zip(known.labels, identities, strict=True) if identity.key == NO_KEY
     ]
-    store.finish(known.labels, identities, {"skipped": skipped, **(facts or {})})
-    if existing == count and before:
+    if not store.finish(known.labels, identities, {"skipped": skipped, **(facts or {})}):
         log.info("%s: reused, extracted from the same images, checkpoint and settings", each.path)
         return
     counts = {"unchanged": existing, "unreadable": len(skipped)}
@@ -303,7 +301,11 @@ def extract_images(
             bar.close()  # so that an error starts on a new line
     if damaged:
         count = f"{len(damaged)} images" if len(damaged) > 1 else "an image"
-        raise InputError(f"{title or each.title}: {count} cannot be used: {short_list(damaged, _NAMED_AT_MOST)}")
+        pixels = max(error.pixels for error in damaged)
+        advice = f"; raise the limit to {pixels} pixels" if pixels else ""
+        raise InputError(
+            f"{title or each.title}: {count} cannot be used: {short_list(damaged, _NAMED_AT_MOST)}{advice}"
+        )
 
 
 def extract_batch(extractor: Extractor, images: Sequence[Tensor]) -> Tensor:

@@ -180,8 +180,8 @@ class Store:
         """The keys of the finished file, in order; empty without an intact one."""
         return [] if self._finished is None else [bytes(key) for key in self._finished.keys]
 
-    def finish(self, labels: Sequence[bytes], identities: Sequence[Identity], facts: dict | None = None) -> None:
-        """Makes the finished file of all rows of a list, and removes the blocks.
+    def finish(self, labels: Sequence[bytes], identities: Sequence[Identity], facts: dict | None = None) -> bool:
+        """Makes the finished file of all rows of a list, and removes the blocks. Returns whether its rows changed.
 
         Args:
             labels: the labels of the images, in order.
@@ -192,7 +192,8 @@ class Store:
             InputError: if there is no room; all rows are kept.
         """
         records, done = Records.of(labels, identities), self._finished
-        if done is not None and np.array_equal(records.keys, done.keys):
+        same_rows = done is not None and np.array_equal(records.keys, done.keys)
+        if done is not None and same_rows:
             if not all(map(np.array_equal, records, done)):  # renamed images, or new stat records
                 self._describe(self.path, records, facts)
         else:
@@ -211,6 +212,7 @@ class Store:
                 raise InputError(f"cannot write {self.path} ({reason}); all rows are kept") from None
         self.clear()
         self._finished = records
+        return not same_rows
 
     def _write_rows(self, file: Path, records: Records, facts: dict | None) -> None:
         new, shape, hashes = Path(f"{file}.new"), (len(records.labels), self.dim), []

@@ -45,7 +45,9 @@ def pytest_configure() -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Distributes tests one by one, but those of _TOGETHER to a single process each."""
-    
+
+    from xdist.scheduler import LoadScopeScheduling
+
     class ByFixture(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             return next((each for each in _TOGETHER if each in nodeid), nodeid)

@@ -67,11 +67,10 @@ def test_reranking_can_be_set_and_switched_off_and_descriptors_are_reused(comman
     assert logged(work, "Reranking") == pytest.approx(evaluate_saved(work, layout, (10, 3, 0.5)), abs=0.0051)
 
     before = np.load(kept(work / "output", "roxford5k") / "roxford5k_db.npy")
-    shutil.copy(layout.image("db_3"), layout.image("db_4"))  # only the changed image is extracted again
+    shutil.copy(layout.image("query_0"), layout.image("db_4"))  # only the changed image is extracted again
     assert "roxford5k database: 1 images extracted" in command("test.py", *base, *quick).out
     after = np.load(kept(work / "output", "roxford5k") / "roxford5k_db.npy")
     assert np.flatnonzero((before != after).any(axis=1)).tolist() == [4]
-    np.testing.assert_array_equal(after[4], after[3])
 
 
 def test_descriptors_of_another_precision_are_extracted_again(command, layout, checkpoint_50, tmp_path):
@@ -155,8 +154,8 @@ def test_a_file_that_is_not_a_checkpoint(refused, tmp_path):
 def test_a_truncated_checkpoint(refused, checkpoint_50, tmp_path):
     path = tmp_path / "cut.pyth"
     path.write_bytes(checkpoint_50.read_bytes()[:1_000_000])
-    assert "is truncated or damaged" in refused(weights=path)
-    assert "cut.pyth is truncated or damaged" in refused(weights=tmp_path)
+    assert "damaged" in refused(weights=path)
+    assert "cut.pyth is damaged" in refused(weights=tmp_path)
 
 
 class RunsCode:
@@ -204,15 +203,15 @@ def test_damaged_images_are_all_named(refused, layout):
     assert re.search(r"2 images cannot be used: .*db_3.jpg: .*truncated.*, .*db_9.jpg: not an image", line)
 
 
-def test_after_a_damaged_image_is_replaced_the_run_resumes(refused, layout, tmp_path):
+def test_after_a_damaged_image_is_replaced_the_run_resumes(refused, command, layout, checkpoint_50):
     image = layout.image("db_20")
     whole = image.read_bytes()
     image.write_text("not an image")
     refused()
     image.write_bytes(whole)
-    layout.image("db_22").write_text("not an image")
-    refused()
-    assert "20 of 24 rows exist from an earlier run" in (tmp_path / "work" / "log.txt").read_text()
+    data = ("TEST.WEIGHTS", checkpoint_50, "TEST.DATA_DIR", layout.data_dir, "TEST.DATASET_LIST", "roxford5k")
+    outcome = command("test.py", *data, "TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0)
+    assert "roxford5k database: 4 images extracted, 20 unchanged" in outcome.out
 
 
 def test_an_image_of_too_many_pixels_is_read_with_the_limit_that_the_error_advises(
@@ -344,7 +343,7 @@ def test_saved_descriptors_that_do_not_fit_are_rejected(evaluate_features, tmp_p
 def test_queries_and_database_of_different_settings_are_not_compared(evaluate_features, tmp_path, features):
     folder = save_features(tmp_path / "saved", "folder", *features)
     for kind, scales in (("query", 3), ("db", 5)):
-        (folder / f"roxford5k_{kind}.json").write_text(json.dumps({"scales": scales, "stamps": [kind]}))
+        (folder / f"roxford5k_{kind}.npy.json").write_text(json.dumps({"scales": scales, "fingerprint": kind}))
     outcome = evaluate_features(folder)
     assert outcome.code == 2
     assert "scales: 5 before, 3 now" in outcome.err
@@ -385,14 +384,14 @@ def test_with_as_many_dimensions_as_images_descriptors_are_recognised_by_unit_le
 KILLED = f"""
 import os, runpy, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from extraction.store import DescriptorStore
-write = DescriptorStore.write
-def write_or_die(store, row, vector):
-    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and row >= 20:
+from extraction.store import Store
+write = Store.write
+def write_or_die(store, label, identity, row):
+    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and b"db_20" in label:
         open("killed", "w").close()
         os.kill(os.getpid(), signal.SIGKILL)
-    write(store, row, vector)
-DescriptorStore.write = write_or_die
+    write(store, label, identity, row)
+Store.write = write_or_die
 if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
     time.sleep(2)  # the other process must not take the address of the killed one for this one's
 runpy.run_path({str(ROOT / "test.py")!r}, run_name="__main__")

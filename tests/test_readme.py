@@ -19,6 +19,6 @@ def test_the_library_functions_in_a_users_program(monkeypatch, capsys, tmp_path,
     monkeypatch.chdir(tmp_path)
     exec(program("from revisitop.retrieve import"), {})
     out = capsys.readouterr().out
-    assert "'gemp': 4.6" in out
-    assert "'sgem': None" in out
+    assert "'gemp_p': 4.6" in out
+    assert "'sgem_p': None" in out
     assert re.search(r"tensor\(\[\[ *0, .*\n +\[ *1, ", out)  # each image finds itself first

@@ -86,9 +86,10 @@ def evaluated(command, layout, tmp_path):
     np.savez(tmp_path / "features.npz", Q=rows[:3], X=rows[3:])
 
     def run(*options) -> Run:
+        k = () if {"SupG.rerank", "TEST.RERANKER"} & {*options} else ("SupG.rerank_k", 3)
         outcome = command(
             "test.py", "TEST.FEATURES", tmp_path / "features.npz", "TEST.DATA_DIR", layout.data_dir,
-            "TEST.DATASET_LIST", "roxford5k", "SupG.rerank_k", 3, "TEST.REPORT", True, *options,
+            "TEST.DATASET_LIST", "roxford5k", "TEST.REPORT", True, *k, *options,
         )  # fmt: skip
         assert outcome.code == 0, outcome.err
         assert "/report/index.html (" in outcome.out
@@ -163,7 +164,7 @@ def test_one_result_of_the_first_query_is_explained(evaluated):
 
 
 def test_without_superglobal_nothing_is_explained(evaluated):
-    assert evaluated("TEST.RERANKER", "alpha-qe", "SupG.rerank_k", 9).page.text("summary") == ["Settings of this run"]
+    assert evaluated("TEST.RERANKER", "alpha-qe").page.text("summary") == ["Settings of this run"]
 
 
 def test_the_largest_change_of_ap_comes_first(evaluated):

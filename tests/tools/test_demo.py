@@ -190,7 +190,7 @@ def test_a_folder_is_extracted_without_unreadable_images(layout, options, tmp_pa
         (SimpleNamespace(__version__="6.0"), ("TEST.RERANKER", "aqe"), "TEST.RERANKER"),
         (SimpleNamespace(__version__="6.0"), ("--database", "nowhere"), "nowhere"),
         (SimpleNamespace(__version__="6.0"), ("--database", ".", "TEST.DATASET_LIST", "toy"), "TEST.DATASET_LIST"),
-        (SimpleNamespace(__version__="6.0"), ("TEST.DATASET_LIST", "none"), "none"),
+        (SimpleNamespace(__version__="6.0"), ("TEST.DATASET_LIST", "none", "TEST.DATA_DIR", "."), "none"),
     ],
 )
 def test_what_prevents_the_page_is_reported_in_one_line(command, monkeypatch, gradio, words, noun):

@@ -126,8 +126,8 @@ def test_read_only_memory_maps_are_searched_in_place_and_arrays_give_arrays(tmp_
     listed = [np.array([150, 7])] * 3
     found, expected = search(queries.numpy(), database, 9, listed), search(queries, torch.cat([rows, rows]), 9, listed)
     assert isinstance(found.ids, np.ndarray)
-    for ours, theirs in zip([*found[:2], *found[2]], [*expected[:2], *expected[2]], strict=True):
-        np.testing.assert_array_equal(ours, theirs.numpy())
+    for ours, other in zip([*found[:2], *found[2]], [*expected[:2], *expected[2]], strict=True):
+        np.testing.assert_array_equal(ours, other.numpy())
 
 
 @pytest.mark.parametrize(("queries", "n", "m", "shape"), [(2, 5, 400, (2, 5)), (0, 5, 3, (0, 3)), (2, 0, 3, (2, 0))])

@@ -31,7 +31,8 @@ _TOGETHER = ("toy", "test_package", "test_demo", "test_page", "test_export", "te
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """Uses a process per core where pytest-xdist is installed, unless -n says something else."""
-    if config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
+    in_worker = hasattr(config, "workerinput") or "PYTEST_XDIST_WORKER" in os.environ
+    if config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None and not in_worker:
         config.option.numprocesses = "auto"
 
 

@@ -113,10 +113,10 @@ def gradio(monkeypatch) -> MagicMock:
 
     def visit() -> None:
         opened, name = page.load.call_args.args[0], gradio.Dropdown.call_args.kwargs["value"]
-        *_, message = opened(name, list(MODULES), "", None, 400, 9, 0.15)
+        *_, message = opened(None, name, list(MODULES), "", 400, 9, 0.15)
         assert message == ""
 
-    page.block_thread.side_effect = visit
+    page.share_url, page.block_thread.side_effect = None, visit
     monkeypatch.setitem(sys.modules, "gradio", gradio)
     return gradio
 

@@ -28,6 +28,22 @@ DATA = Path(__file__).parent / "data"
 _TOGETHER = ("toy", "test_package", "test_demo", "test_page", "test_export", "test_extraction_command")
 
 
+# Files of tests that start commands, programs or browsers, or compute for long.
+_SLOW = (
+    *("gpu_benchmark", "benchmarks", "photographs", "documentation", "notebook", "examples", "options", "package"),
+    *("evaluation_command", "extraction_command", "second_run", "together", "any_network", "hub", "toy", "page"),
+    *("tune", "tables", "demo", "search", "whiten", "download", "index", "layouts", "fuzz", "simulated_device"),
+    *("fused_pooling", "export", "pair_scores", "recipe", "libraries"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests of _SLOW as slow."""
+    for item in items:
+        if item.path.stem.removeprefix("test_") in _SLOW:
+            item.add_marker("slow")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """Uses a process per core where pytest-xdist is installed, unless -n says something else."""

@@ -22,7 +22,7 @@ from extraction.images import ImageError, ImageFile
 from extraction.loading import PLAIN_LOADING, WORKER_ERRORS, Loading, ReadAhead
 from extraction.owner import owned
 from extraction.processes import Processes
-from extraction.store import NO_KEY, Store
+from extraction.store import NO_KEY, Store, load_rows
 from model.errors import InputError, short_list
 from model.extractor import Extractor
 from modules.checks import values_unseen
@@ -150,13 +150,6 @@ def extract_sets(
                 _finish(each, store, known, facts, start)
             processes.wait()
     return [load_rows(each.path) for each in sets] if finish else []
-
-
-def load_rows(path: Path) -> Tensor:
-    """Returns the rows of a finished file, memory-mapped."""
-    if path.suffix == ".npy":
-        return torch.from_numpy(np.load(path, mmap_mode="c"))
-    return torch.load(path, mmap=True, weights_only=True)
 
 
 class KnownImages(NamedTuple):

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from extraction.files import jsonable, reserve, write_array, write_atomically, write_json
 from extraction.identity import KEY_BYTES, Identity, file_identity, rows_fingerprint, stat_record
@@ -203,7 +204,7 @@ class Store:
                 if file != self.path:
                     self._finished = None
                     self.clear()
-                    _save_tensor(self.path, np.load(file, mmap_mode="c"))
+                    _save_tensor(self.path, load_rows(file))
                     self._describe(self.path, records, facts)
                     for each in (file, *sidecars(file)):
                         each.unlink(missing_ok=True)
@@ -236,15 +237,12 @@ class Store:
         _trust(file)
 
     def _describe(self, file: Path, records: Records, facts: dict | None) -> None:
-        """Writes what the file was made from, and then the stat record with which it is trusted."""
+        """Writes what the file was made from, and the stat record with which it is trusted."""
         provenance, images = sidecars(file)
         content = {**records._asdict(), "hashes": self._hashes, "probe": self.probe}
         write_atomically(images, lambda out: np.savez(out, **content))
-        fingerprint = rows_fingerprint(self._hashes)
-        write_json(
-            provenance, {**self.provenance, "rows": len(records.labels), "fingerprint": fingerprint, **(facts or {})}
-        )
-        _trust(file)
+        own = {"rows": len(records.labels), "fingerprint": rows_fingerprint(self._hashes)}
+        write_json(provenance, {**self.provenance, **own, **(facts or {}), "file": stat_record(file.stat())})
 
     def _read_finished(self, file: Path) -> None:
         """Adds the rows of a finished file, without those that are damaged."""
@@ -254,7 +252,7 @@ class Store:
         try:
             with np.load(images) as content:
                 records, hashes = Records(*(content[name] for name in Records._fields)), content["hashes"]
-            rows = _load_rows(file)
+            rows = load_rows(file).numpy()
             if rows.shape != (len(records.labels), self.dim) or rows.dtype != np.float32:
                 raise ValueError("its shape does not fit")
         except Exception as error:  # NumPy's and PyTorch's readers raise almost any exception
@@ -291,9 +289,7 @@ class Store:
             if files.exists() and not self.replace and not files.is_dir():
                 raise InputError(f"{files} exists without its provenance; start over, or choose another file")
             return False
-        differing = differences(before, self.provenance)
-        if not differing and (distance := probe_distance(old_probe, self.probe)) > self.tolerance:
-            differing = [f"the code: the same settings give other descriptors now, cosine {1 - distance:.6f}"]
+        differing = differences(before, self.provenance) or _code_differs(old_probe, self.probe, self.tolerance)
         if not differing:
             return True
         if not self.replace:
@@ -394,10 +390,10 @@ def provenance_differences(path: Path, provenance: dict, probe: np.ndarray, tole
     differing = differences(before, jsonable(provenance))
     try:
         with np.load(sidecars(path)[1]) as content:
-            distance = probe_distance(content["probe"], probe)
+            old_probe = content["probe"]
     except Exception:  # missing or damaged: only the settings are compared
         return differing
-    return [*differing, "the code, which gives other descriptors now"] if distance > tolerance else differing
+    return differing or _code_differs(old_probe, probe, tolerance)
 
 
 def differences(before: dict, now: dict) -> list[str]:
@@ -413,6 +409,14 @@ def differences(before: dict, now: dict) -> list[str]:
         for key, value in now.items()
         if before.get(key) != value
     ]
+
+
+def _code_differs(before: np.ndarray, now: np.ndarray, tolerance: float) -> list[str]:
+    """Returns in one entry that the code differs, if the probes of equal settings do; else nothing."""
+    distance = probe_distance(before, now)
+    if distance <= tolerance:
+        return []
+    return [f"the code: the same settings give other descriptors now, cosine {1 - distance:.6f}"]
 
 
 def probe_distance(before: np.ndarray, now: np.ndarray) -> float:
@@ -432,22 +436,20 @@ def _rows_file(path: Path) -> Path:
     return path if path.suffix == ".npy" else Path(f"{path}.npy")
 
 
-def _load_rows(path: Path) -> np.ndarray:
+def load_rows(path: Path) -> Tensor:
     """Returns the rows of a finished file, memory-mapped."""
-    if path.suffix != ".pth":
-        return np.load(path, mmap_mode="r")
-    rows = load_tensors(path)
-    if not isinstance(rows, torch.Tensor):
+    rows = load_tensors(path) if path.suffix == ".pth" else torch.from_numpy(np.load(path, mmap_mode="c"))
+    if not isinstance(rows, Tensor):
         raise ValueError("it is not one tensor")
-    return rows.numpy()
+    return rows
 
 
-def _save_tensor(path: Path, rows: np.ndarray) -> None:
+def _save_tensor(path: Path, rows: Tensor) -> None:
     """Writes rows as one tensor, atomically. torch.save writes the file's name into it: a fixed one is used."""
     folder = Path(f"{path}.new")
     folder.mkdir(exist_ok=True)
     try:
-        torch.save(torch.from_numpy(rows), folder / "descriptors.pth")
+        torch.save(rows, folder / "descriptors.pth")
         with (folder / "descriptors.pth").open("rb") as file:
             os.fsync(file.fileno())
         os.replace(folder / "descriptors.pth", path)

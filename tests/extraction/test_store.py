@@ -8,9 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from extraction.extract import load_rows
 from extraction.identity import KEY_BYTES, Identity
-from extraction.store import NO_KEY, Store, file_fingerprint, provenance_differences, read_provenance, sidecars
+from extraction.store import (
+    NO_KEY,
+    Store,
+    file_fingerprint,
+    load_rows,
+    provenance_differences,
+    read_provenance,
+    sidecars,
+)
 from model.errors import InputError
 
 ROWS = np.random.default_rng(0).standard_normal((200, 4)).astype(np.float32)

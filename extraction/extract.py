@@ -94,7 +94,7 @@ def probe_pixels() -> list[np.ndarray]:
 
 def probe_tolerance(precision: str) -> float:
     """Returns the largest difference from 1 of the cosine of two probes of the same code."""
-    return 1e-6 if precision == "fp32" else 1e-4
+    return 1e-8 if precision == "fp32" else 1e-4
 
 
 def extract_sets(

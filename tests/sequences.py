@@ -16,6 +16,7 @@ import random
 import runpy
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -24,7 +25,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from conftest import ROOT, kept, latest
+from conftest import ROOT, latest
 from forked import Forked
 from PIL import Image
 
@@ -99,10 +100,10 @@ class World:
         makers: whether the next run in the old folder starts with the commands that make files for the last one.
     """
 
-    def __init__(self, folder: Path, seed: int):
+    def __init__(self, folder: Path, seed: int, layout: str | None = None, command: str | None = None):
         self.folder, self.rng, self.makers = folder, random.Random(seed), True
-        self.layout = self.rng.choice(("revisitop", "csv", "classes"))
-        self.command = self.rng.choice([*COMMANDS])
+        self.layout = layout or self.rng.choice(("revisitop", "csv", "classes"))
+        self.command = command or self.rng.choice([*COMMANDS])
         # In a batch of other images, a network may round differently.
         self.options: dict[str, str] = {"TEST.SCALE_LIST": "1", "TEST.BATCH_SIZE": "1"}
         self.code: dict[str, Callable] = {}
@@ -193,6 +194,12 @@ class World:
         constants = {"extraction.identity._STEP_NS": self.step_ns, "extraction.store._BLOCK_ROWS": 3,
                      "extraction.store._HASHED_ROWS": 2}  # fmt: skip
         with contextlib.ExitStack() as stack:
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(1)
+            with contextlib.suppress(ImportError):
+                import faiss
+
+                faiss.omp_set_num_threads(1)
             for name, value in {**constants, **self.code}.items():
                 stack.enter_context(patch(name, value))
             stack.enter_context(patch.object(sys, "path", [str(self.folder), *sys.path]))
@@ -255,9 +262,17 @@ def figures(folder: Path, script: str, out: str) -> dict[str, Any]:
     (entry,) = json.loads((latest(output) / "results.json").read_text())["datasets"].values()
     stages = {name: value for name, value in entry.items() if isinstance(value, dict) and "seconds" in value}
     found = {f"{stage} {key}": value for stage, values in stages.items() for key, value in values.items()}
-    files = [*latest(output).glob("*.npy"), *(kept(output, NAME).glob(f"{NAME}_*.npy") if "descriptors" in entry else ())]
-    found |= {path.name: np.load(path) for path in files}
+    found |= {path.name: np.load(path) for path in latest(output).glob("*.npy")}
+    found |= {path.name: np.load(path) for path in descriptors_of(folder).glob(f"{NAME}_*.npy")}
     return {name: value for name, value in found.items() if "seconds" not in name}
+
+
+def descriptors_of(folder: Path) -> Path | None:
+    """Returns the folder of the descriptors that the newest run of test.py used, or None."""
+    for path in sorted(folder.glob("output/runs/2*/results.json"), key=os.path.getmtime, reverse=True):
+        (entry,) = json.loads(path.read_text())["datasets"].values()
+        return folder / entry.get("descriptors", entry.get("features"))
+    return None
 
 
 # ---- commands: each function returns the words of one, to be run in a folder ----
@@ -269,7 +284,7 @@ def test(world: World, place: Path, **more: Any) -> list[str]:
 
 
 def features(world: World, place: Path) -> list[str]:
-    return test(world, place, **{"TEST.FEATURES": kept(place / "output", NAME)})
+    return test(world, place, **{"TEST.FEATURES": descriptors_of(place) or "none"})
 
 
 def extract(world: World, place: Path) -> list[str]:
@@ -400,7 +415,8 @@ def add_or_remove(world: World, folder: Path, name: str) -> str:
 def box(world: World) -> str | None:
     if world.layout != "classes":
         name = world.rng.choice([*world.queries])
-        world.queries[name] = world.rng.choice((None, (2, 2, 20, 20), (3.5, 0, 20, 24), (0, 4, 19, 20)))
+        boxes = None, (2, 2, 20, 20), (3.5, 0, 20, 24), (0, 4, 19, 20)
+        world.queries[name] = other(world, world.queries[name], boxes)
         return f"{name} {world.queries[name]}"
 
 
@@ -413,29 +429,33 @@ def truth(world: World) -> str | None:
 
 def place(world: World) -> str:
     """Moves all data to another folder."""
-    other = world.folder / ("data" if world.data.name != "data" else "moved")
-    world.data.rename(other)
-    world.data = other
-    return other.name
+    moved = world.folder / ("data" if world.data.name != "data" else "moved")
+    world.data.rename(moved)
+    world.data = moved
+    return moved.name
+
+
+def other(world: World, value: Any, values: Sequence) -> Any:
+    return world.rng.choice([each for each in values if each != value])
 
 
 def weights(world: World) -> str:
-    world.weights = world.rng.randrange(4)
+    world.weights = other(world, world.weights, range(4))
     return str(world.weights)
 
 
 def network(world: World) -> str:
-    world.network_seed = world.rng.randrange(4)
+    world.network_seed = other(world, world.network_seed, range(4))
     return str(world.network_seed)
 
 
 def helper(world: World) -> str:
-    world.factor = world.rng.choice(("1", "(x > 0.1)", "x.mean(dim=1, keepdim=True).relu()"))
+    world.factor = other(world, world.factor, ("1", "x.sigmoid() ** 4", "x.mean(dim=1, keepdim=True).relu()"))
     return world.factor
 
 
 def settings(world: World) -> str:
-    world.power = world.rng.choice((1.0, 0.5, 2.0))
+    world.power = other(world, world.power, (1.0, 0.5, 2.0))
     return str(world.power)
 
 
@@ -455,7 +475,7 @@ def option(world: World) -> str:
 
 
 def command(world: World) -> str:
-    world.command = world.rng.choice([*COMMANDS])
+    world.command = other(world, world.command, [*COMMANDS])
     return world.command
 
 
@@ -564,7 +584,6 @@ def play(folder: Path, seed: int, numbers: Sequence[int], steps: list[str] | Non
         steps: the steps in words are added to it.
     """
     world, steps = World(folder, seed), [] if steps is None else steps
-    torch.set_num_threads(1)
     world.outcome("old")
     for number in numbers:
         world.rng, world.makers = random.Random(f"{seed} {number}"), True
@@ -574,8 +593,8 @@ def play(folder: Path, seed: int, numbers: Sequence[int], steps: list[str] | Non
             if done is not None:
                 steps.append(f"{number}: {change.__name__} {done}")
         world.write()
-        if difference := compared(world):
-            return difference
+        if found := compared(world):
+            return found
     return None
 
 
@@ -586,24 +605,24 @@ def compared(world: World) -> str | None:
     old = world.outcome("old", world.makers)
     if old.code == 2 and not world.makers:  # damage is reported, and what made the file mends it
         old = world.outcome("old")
+    return difference(old, new) and f"{world.command}: {difference(old, new)}"
+
+
+def difference(old: Outcome, new: Outcome) -> str | None:
+    """Returns the first difference of two ends of a command, or None. An internal error is one, too."""
     if old.code != new.code or old.code not in (0, 2):
-        return f"{world.command}: exit codes {old.code} and {new.code}: {old.err}{new.err}"
+        return f"exit codes {old.code} and {new.code}: {old.err}{new.err}"
     if old.figures.keys() != new.figures.keys():
-        return f"{world.command}: {sorted(old.figures.keys() ^ new.figures.keys())}"
-    for name, value in old.figures.items():
-        other = new.figures[name]
-        if not (np.array_equal(value, other) if isinstance(value, np.ndarray) else value == other):
-            return f"{world.command}: {name} differs"
-    return None
+        return f"only one has {sorted(old.figures.keys() ^ new.figures.keys())}"
+    return next((name for name, value in old.figures.items() if not np.array_equal(value, new.figures[name])), None)
 
 
-def shrunk(folder: Path, seed: int, numbers: Sequence[int]) -> list[int]:
-    """Returns the numbers of a failing sequence without those steps that are not needed for a failure."""
-    needed = [*numbers]
-    for number in numbers:
-        shorter = [other for other in needed if other != number]
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        if play(folder, seed, shorter):
-            needed = shorter
-    return needed
+def shrunk(folder: Path, seed: int, numbers: Sequence[int]) -> list[str]:
+    """Returns the steps of a failing sequence in words, without those that are not needed for a failure."""
+    needed, words = [*numbers], []
+    for number in [None, *numbers]:
+        shorter = [each for each in needed if each != number]
+        steps: list[str] = []
+        if play(Path(tempfile.mkdtemp(dir=folder)), seed, shorter, steps):
+            needed, words = shorter, steps
+    return words

@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from cvnet_rerank.network import CVNetRerank, load_cvnet_rerank
 from extraction.batching import equal_sizes
-from extraction.extract import probe_pixels, probe_tolerance
+from extraction.extract import probe_tolerance
 from extraction.files import write_array, write_atomically, write_json
 from extraction.identity import KEY_BYTES, NO_STAT, Identity
-from extraction.images import ImageError, ImageFile
+from extraction.images import ImageError, ImageFile, probe_pixels
 from extraction.loading import PLAIN_LOADING, WORKER_ERRORS, Loading, ReadAhead
 from extraction.owner import owned
 from extraction.store import Store, fingerprint, probe_distance

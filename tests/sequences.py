@@ -76,7 +76,7 @@ CODE = {
     "modules.pooling.generalized_mean": lambda x, p, eps: x.amax(dim=(-2, -1)),
     "modules.pooling.GeMPlus.forward": lambda self, x: x.mean(dim=(-2, -1)),
     "model.backbone.per_channel": lambda values, device: torch.full((3, 1, 1), 0.7, device=device),
-    "extraction.images._decoded": lambda file, path: np.array(Image.open(file).convert("RGB"))[:, :, ::-1].copy(),
+    "extraction.images._decoded": lambda image: np.array(image.convert("RGB"))[:, :, ::-1].copy(),
 }
 
 

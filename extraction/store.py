@@ -89,7 +89,7 @@ class Store:
         dim: int,
         provenance: dict[str, Any],
         probe: np.ndarray,
-        tolerance: float = 1e-6,
+        tolerance: float = 1e-8,
         replace: bool = True,
     ):
         self.path, self.dim, self.provenance, self.probe = path, dim, jsonable(provenance), probe

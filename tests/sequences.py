@@ -480,23 +480,24 @@ def command(world: World) -> str:
 
 
 def rows(world: World) -> str | None:
-    """Overwrites, cuts off or removes a file that an earlier run left."""
-    kinds = {".npy", ".npz", ".json", ".pth", ".faiss"}
-    runs = world.folder / "old" / "output" / "runs"
-    files = [path for path in sorted((world.folder / "old").rglob("*")) if path.suffix in kinds and path.is_file()]
-    files = [path for path in files if not path.is_relative_to(runs) and path.name != "whitening.pth"]
+    """Overwrites, cuts off or removes a file that an earlier run left, most often one with rows of the newest run."""
+    kinds, old = {".npy", ".npz", ".json", ".pth", ".faiss"}, world.folder / "old"
+    files = [path for path in sorted(old.rglob("*")) if path.suffix in kinds and path.is_file()]
+    files = [path for path in files if "runs" not in path.parts and path.name != "whitening.pth"]
+    newest = [path for path in files if path.suffix in (".npy", ".pth") and path.parent in (old, descriptors_of(old))]
     if not files:
         return None
-    path, way = world.rng.choice(files), world.rng.choice(("overwritten", "overwritten", "cut off", "removed"))
+    path = world.rng.choice(newest if newest and world.rng.random() < 0.7 else files)
+    way = world.rng.choice(("overwritten", "overwritten", "overwritten", "cut off", "removed"))
     world.makers = world.rng.random() < 0.5
     content, stat = bytearray(path.read_bytes()), path.stat()
     if way == "removed":
         path.unlink()
     elif way == "cut off":
         os.truncate(path, world.rng.randrange(len(content) + 1))
-    else:  # 64 bytes are a row
-        source, target = (64 * world.rng.randrange(1 + len(content) // 64) for _ in range(2))
-        content[target : target + 64] = content[source : source + 64].ljust(64)
+    else:  # 64 bytes are a row, and twice as many the head of an array
+        source, target = (64 * world.rng.randrange(2, max(3, len(content) // 64)) for _ in range(2))
+        content[target : target + 64] = content[source : source + 64]
         path.write_bytes(content)
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     return f"{path.relative_to(world.folder)} {way}"
@@ -568,7 +569,7 @@ def forked(world: World, prepare: Callable = lambda: None) -> Forked:
 # The changes, by how often each is made.
 CHANGES: dict[Callable, float] = {
     content: 3, copy: 1, exchange: 2, rename: 2, order: 1, length: 2, distractor: 2, query: 1, box: 1, truth: 0.5,
-    place: 0.5, weights: 1, network: 1, helper: 1, settings: 1, code: 2, option: 6, command: 2, rows: 4, index: 1,
+    place: 0.5, weights: 1, network: 1, helper: 1, settings: 1, code: 2, option: 6, command: 2, rows: 6, index: 1,
     killed: 2, interrupted: 2, together: 1,
 }  # fmt: skip
 

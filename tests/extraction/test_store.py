@@ -270,6 +270,7 @@ def test_rows_never_get_the_provenance_of_a_file_that_was_not_published(tmp_path
             store.clear()
             for number in range(3):
                 store.write(LABELS[number], IDENTITIES[number], -ROWS[number])
+            store.flush()
             store.finish(LABELS[:3], IDENTITIES[:3])
 
         done = not killed_at(monkeypatch, moment, run)

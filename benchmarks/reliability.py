@@ -3,6 +3,7 @@
     python benchmarks/reliability.py killed --tries 200
     python benchmarks/reliability.py together --tries 20
     python benchmarks/reliability.py restart --folder /tmp/restart
+    python benchmarks/reliability.py mutated --tries 100000
 
 killed     Each try runs one of the commands (test.py, extract_rop1m.py as one and as two processes, search with a
            changing list, tables, on a few drawn images; test.py on toy with distractors as two and three ranks), kills
@@ -14,6 +15,7 @@ together   Each try starts two or four runs of test.py at once in one folder, wi
 restart    test.py on a dataset of GLDv2's size and layout, whose images are links to a few tiny ones, with a network
            that takes no time: the second start reads the lists, finds every file, and finds that nothing is missing.
            The folder is kept for the next time.
+mutated    tests/fuzz with as many mutated files: each must give a value or one line, within limits of time and memory.
 """
 
 import argparse
@@ -46,7 +48,7 @@ OUTPUT = "output.txt"
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("killed", "together", "restart"))
+    parser.add_argument("part", choices=("killed", "together", "restart", "mutated"))
     parser.add_argument("--tries", type=positive, default=200, help="[200]")
     parser.add_argument("--commands", nargs="+", metavar="NAME", help='kill only these, such as "two ranks" [all]')
     parser.add_argument("--seed", type=int, default=0, help="seed of the random moments [0]")
@@ -58,6 +60,8 @@ def main(argv: list[str]) -> None:
             parser.error("restart needs a --folder")
         restart(args.folder.absolute(), args.images)
         return
+    if args.part == "mutated":
+        sys.exit(mutated(args.tries))
     with tempfile.TemporaryDirectory() as folder:
         commands = prepare(work := Path(folder))
         if args.part == "together":
@@ -164,6 +168,12 @@ def together(command: list[str], work: Path, tries: int) -> int:
         shutil.rmtree(folder)
     print(f"together      {tries - failures:4d} of {tries} identical to single runs")
     return failures
+
+
+def mutated(tries: int) -> int:
+    """Runs the tests of damaged files with this many inputs, and returns their exit code."""
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-s", "-v", ROOT / "tests" / "fuzz"]
+    return subprocess.run(command, env={**os.environ, "FUZZ_INPUTS": str(tries)}, cwd=ROOT, check=False).returncode
 
 
 def restart(folder: Path, count: int) -> None:

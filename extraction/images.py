@@ -203,7 +203,8 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     """
     if image.mode == "I" or image.mode.startswith("I;16"):
         values = np.asarray(image)
-        if values.min() < 0 or values.max() > 0xFFFF:
+        is_32_bit = image.mode == "I" and image.format == "TIFF"  # Pillow reads some of 16 bits into 32
+        if is_32_bit or values.min() < 0 or values.max() > 0xFFFF:
             raise ValueError("32-bit image; save it with 8 or 16 bits per channel")
         if values.max() <= 255:
             raise ValueError(_DARK)

@@ -175,5 +175,5 @@ def test_8_bits_that_were_saved_as_16_or_32_are_refused_and_not_black(tmp_path, 
         path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(framed))
     else:
         Image.fromarray(values.astype(np.int32) if name == "32.tiff" else values).save(path)
-    with pytest.raises(ImageError, match="8 (bits|or 16 bits)"):
+    with pytest.raises(ImageError, match=r"8 (bits|or 16 bits)"):
         read_image(path)

@@ -21,8 +21,6 @@ import torch
 def build():
     return torch.nn.Sequential(torch.nn.Conv2d(3, 8, 16, 16), torch.nn.ReLU())
 """
-    "import torch\n\ndef build():\n    return torch.nn.Sequential(torch.nn.Conv2d(3, 8, 16, 16), torch.nn.ReLU())\n"
-)
 
 
 @pytest.fixture(scope="module")

@@ -274,24 +274,25 @@ def extract_images(
             bar.set_description(f"{title}: looking for damaged images, {len(damaged)} found")
 
     try:
-        for numbers, batch in equal_sizes(usable(), size.of):
-            paths = [each.images[rows[number]].path for number in numbers]
-            for part, vectors in in_fitting_parts(partial(extract_batch, extractor), batch, paths, size):
-                images = {int(rows[number]): identities.pop(number) for number in numbers[part]}
-                if not isinstance(vectors, InputError):
-                    results.take(images, vectors)
-                elif on_error == "skip":
-                    log.warning("skipped: %s", vectors)
-                    bar.update()
-                else:
-                    raise vectors
-    except WORKER_ERRORS as error:
+        try:
+            for numbers, batch in equal_sizes(usable(), size.of):
+                paths = [each.images[rows[number]].path for number in numbers]
+                for part, vectors in in_fitting_parts(partial(extract_batch, extractor), batch, paths, size):
+                    images = {int(rows[number]): identities.pop(number) for number in numbers[part]}
+                    if not isinstance(vectors, InputError):
+                        results.take(images, vectors)
+                    elif on_error == "skip":
+                        log.warning("skipped: %s", vectors)
+                        bar.update()
+                    else:
+                        raise vectors
+        finally:
+            results.finish()
+    except WORKER_ERRORS as error:  # the death of a worker is a signal, which may interrupt finishing, too
+        results.finish()
         raise decoded.death_of_a_worker(error) or error from None
     finally:
-        try:
-            results.finish()
-        finally:
-            bar.close()  # so that an error starts on a new line
+        bar.close()  # so that an error starts on a new line
     if damaged:
         count = f"{len(damaged)} images" if len(damaged) > 1 else "an image"
         pixels = max(error.pixels for error in damaged)

@@ -44,7 +44,9 @@ def test_ground_truth(layout):
     survives(layout.ground_truth_file, samples, lambda path: read_ground_truth("roxford5k", path), 2)
 
 
-def test_images(tmp_path):
+def test_images(tmp_path, monkeypatch):
+    """A small file can claim as many pixels as the limit allows, which bounds its memory."""
+    monkeypatch.setattr("extraction.images._pixel_limit", 1_000_000)
     samples = []
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
     for kind in ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM"):

@@ -288,7 +288,7 @@ def test_every_reranker_sorts_as_on_the_cpu(device, problem, ids, reranker, chan
         assert torch.equal(found.scores.cpu(), expected.scores)
 
 
-@pytest.mark.parametrize("reranker", RERANKERS[:4], ids=str)  # diffusion also waits to see whether it has converged
+@pytest.mark.parametrize("reranker", RERANKERS, ids=str)
 def test_a_block_of_reranking_waits_for_its_ids_and_two_checks(device, problem, ids, reranker, monkeypatch):
     queries, rows, numbers = (each.to(DEVICE) for each in (problem[0], problem[1], ids))
     counts = []

@@ -1,6 +1,7 @@
 """Read images: from a file and a box to pixels and the identity of the image."""
 
 import contextlib
+import io
 import os
 import re
 import stat
@@ -8,12 +9,13 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, overload
+from typing import overload
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from PIL import ImageFile as PillowFile
 from torch import Tensor
 
 from extraction.identity import Box, Identity, box_in_words, file_identity, stat_record
@@ -148,7 +150,10 @@ def _read(path: Path, box: Box | None) -> tuple[np.ndarray, Identity]:
             raise ImageError(path, "not a file")
         with path.open("rb") as file:
             before = stat_record(os.fstat(file.fileno()))
-            pixels = _decoded(file, path)
+            with Image.open(file, formats=FORMATS) as image:
+                if image.width * image.height > _pixel_limit:
+                    raise _too_large(path, image.width * image.height)
+                pixels = _decoded(image)
             identity = file_identity(file, box)
             if stat_record(os.fstat(file.fileno())) != before:
                 raise ImageError(path, "changed while it was read")
@@ -170,16 +175,26 @@ def _read(path: Path, box: Box | None) -> tuple[np.ndarray, Identity]:
         raise ImageError(path, f"cannot be decoded ({str(error) or type(error).__name__})") from None
 
 
-def _decoded(file: BinaryIO, path: Path) -> np.ndarray:
-    with Image.open(file, formats=FORMATS) as image:
-        if image.width * image.height > _pixel_limit:
-            raise _too_large(path, image.width * image.height)
-        pixels = decoded_jpeg(image)
-        if pixels is None:
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            pixels = to_rgb(image)
-        return pixels
+def _decoded(image: PillowFile.ImageFile) -> np.ndarray:
+    pixels = decoded_jpeg(image)
+    if pixels is None:
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        pixels = to_rgb(image)
+    return pixels
+
+
+def probe_pixels() -> list[np.ndarray]:
+    """Returns two small drawn images, (H, W, 3) uint8, as they are read from a JPEG and a PNG file."""
+    images = []
+    for height, width, kind in ((72, 96, "JPEG"), (64, 56, "PNG")):
+        y, x, channel = np.ogrid[:height, :width, :3]
+        waves = (x * (3 + channel) + y * (7 - 2 * channel)) % 256 + (x * y * (channel + 1)) // 16 % 128
+        file = io.BytesIO()
+        Image.fromarray((waves % 256).astype(np.uint8)).save(file, kind)
+        with Image.open(file) as image:
+            images.append(_decoded(image))
+    return images
 
 
 def _too_large(path: Path, pixels: int) -> ImageError:

@@ -27,6 +27,7 @@ from extraction.extract import extract_batch
 from extraction.images import ImageFile
 from model.recipe import Recipe
 from modules import descriptor
+from modules.descriptor import SCALES
 from modules.reranking import SuperGlobalReranker
 from modules.search import Database
 from report.command import run_command
@@ -101,7 +102,7 @@ MISTAKES = {
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="folder for the datasets and changed images")
-    parser.add_argument("--sets", nargs="+", default=["toy", "photographs_0"], help="[%(default)s]")
+    parser.add_argument("--sets", nargs="+", default=["toy", "toy, one scale", "photographs_0"], help="[%(default)s]")
     args = parser.parse_args(argv)
     args.folder.mkdir(parents=True, exist_ok=True)
     for name in args.sets:
@@ -119,9 +120,10 @@ def main(argv: list[str]) -> None:
 
 def prepare(name: str, folder: Path) -> tuple[Dataset, Recipe]:
     """Returns a set and the recipe of the correct run."""
-    if name == "toy":
+    if name.startswith("toy"):
         toy.ensure_dataset(folder)
-        return load_dataset("toy", folder), Recipe(weights=toy.ensure_weights(folder / "toy", 50))
+        scales = SCALES if name == "toy" else (1.0,)
+        return load_dataset("toy", folder), Recipe(weights=toy.ensure_weights(folder / "toy", 50), scales=scales)
     photographs.draw_dataset(folder, int(name.rpartition("_")[2]), dict.fromkeys(photographs.GRIDS[2, 2], (2, 2)))
     network = f"{ROOT}/benchmarks/efficientnet_lite.py:build"
     return load_dataset(name, folder), Recipe(network, relup_stages=("_blocks.1", "_blocks.2"), relup_ends=())

@@ -130,9 +130,8 @@ def check_lists(dataset: Dataset, known: dict) -> Iterator[Finding]:
     if junk:
         yield Finding(True, f"{junk:,} junk images are listed, which are ignored", ("junk",))
     else:
-        yield Finding(
-            False, f"no query lists junk images, so that they count as negatives; replace {dataset.folder}/gnd_*"
-        )
+        words = "no query lists junk images, so that they count as negatives"
+        yield Finding(False, f"{words}; replace the ground truth in {dataset.folder}", ("junk",))
 
 
 def check_boxes(queries: Sequence[ImageFile], count: int, headers: dict[Path, Header]) -> Finding:
@@ -145,10 +144,8 @@ def check_boxes(queries: Sequence[ImageFile], count: int, headers: dict[Path, He
             if min(x0, y0) < -1 or x1 > header.width + 1 or y1 > header.height + 1:
                 outside.append(f"{query.path.name}, {header.width} x {header.height}")
     if outside:
-        return Finding(
-            False,
-            f"{len(outside)} query boxes leave their images ({short_list(outside)}): these were resized or rotated",
-        )
+        words = f"{len(outside)} query boxes leave their images ({short_list(outside)})"
+        return Finding(False, f"{words}: these were resized or rotated{AGAIN}", ("EXIF", "resized"))
     if whole == len(queries):
         return Finding(None, f"boxes: all {whole:,} are their whole images, so that no query is cropped", ("no crop",))
     return Finding(True, f"boxes: {len(queries):,} of {count:,} queries have one, within its image", ("no crop",))

@@ -24,7 +24,7 @@ from typing import NamedTuple
 from yacs.config import CfgNode
 
 from assembly import DEFAULT_WEIGHTS, Session, prepare, start_session
-from config import LOADING, NETWORK, RERANKING, CommandLine, Parsed, as_typed, make_config, option_values, varied
+from config import INDEX, LOADING, NETWORK, RERANKING, CommandLine, Parsed, as_typed, make_config, option_values, varied
 from extraction.files import read_json, write_json
 from model.cvnet import STAGE_DEPTHS
 from model.errors import InputError
@@ -233,7 +233,7 @@ def explanation(outcomes: Sequence[Outcome], cfg: CfgNode, findings: Sequence[Fi
         return
     yield f"{len(different)} of {len(results)} parts differ from the paper. Likely causes, the most likely first:"
     usual, used = option_values(make_config()), option_values(cfg)
-    options = {*NETWORK, *RERANKING} - {"TEST.WEIGHTS", "MODEL.DEPTH"}
+    options = {*NETWORK, *RERANKING, *INDEX} - {"TEST.WEIGHTS", "MODEL.DEPTH"}
     changed = [key for key in usual if key in options and used[key] != usual[key]]
     yield from (f"- {key} is {as_typed(used[key])}, in the paper {as_typed(usual[key])}" for key in changed)
     yield from (f"- {finding.text}" for finding in findings if finding.ok is False)

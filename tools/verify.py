@@ -83,7 +83,7 @@ def check_descriptors(cfg: CfgNode) -> Iterator[Finding]:
         forbid_tf32()
     devices = dict.fromkeys((torch.device("cpu"), device) if cfg.TEST.DEVICE == "auto" else (device,))
     with tempfile.TemporaryDirectory() as folder, np.load(REFERENCE / "reference.npz") as reference:
-        torch.save(seeded_checkpoint(50), weights := Path(folder) / "seeded.pyth")
+        torch.save(seeded_checkpoint(50, prefix=""), weights := Path(folder) / "seeded.pyth")
         for place, precision in ((place, precision) for place in devices for precision in PRECISIONS):
             words = f"{device_name(place)}, {precision}"
             try:

@@ -112,7 +112,7 @@ def check_dataset(dataset: Dataset, decode: bool = False) -> Iterator[Finding]:
     if turned := sum(header.turned for header in headers.values()):
         yield Finding(None, f"{turned:,} images are turned by their EXIF orientation, as they are read here")
     if boxed := [query for query in dataset.queries if query.box is not None]:
-        yield check_boxes(boxed, len(dataset.queries), headers)
+        yield check_boxes(boxed, len(dataset.queries), headers, cropped=bool(known))
     if known:
         yield check_sizes(headers.values(), known["longer_side"])
 
@@ -134,8 +134,8 @@ def check_lists(dataset: Dataset, known: dict) -> Iterator[Finding]:
         yield Finding(False, f"{words}; replace the ground truth in {dataset.folder}", ("junk",))
 
 
-def check_boxes(queries: Sequence[ImageFile], count: int, headers: dict[Path, Header]) -> Finding:
-    """Returns whether the boxes of queries lie within their images and crop them."""
+def check_boxes(queries: Sequence[ImageFile], count: int, headers: dict[Path, Header], cropped: bool = True) -> Finding:
+    """Returns whether the boxes of queries lie within their images and, if they should, crop them."""
     outside, whole = [], 0
     for query in queries:
         if (header := headers.get(query.path)) and query.box:
@@ -147,7 +147,8 @@ def check_boxes(queries: Sequence[ImageFile], count: int, headers: dict[Path, He
         words = f"{len(outside)} query boxes leave their images ({short_list(outside)})"
         return Finding(False, f"{words}: these were resized or rotated{AGAIN}", ("EXIF", "resized"))
     if whole == len(queries):
-        return Finding(None, f"boxes: all {whole:,} are their whole images, so that no query is cropped", ("no crop",))
+        words = f"boxes: all {whole:,} are their whole images, so that no query is cropped"
+        return Finding(False if cropped else None, words, ("no crop",))
     return Finding(True, f"boxes: {len(queries):,} of {count:,} queries have one, within its image", ("no crop",))
 
 

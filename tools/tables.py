@@ -44,7 +44,7 @@ from model.errors import InputError
 from modules.reranking import SuperGlobalReranker
 from modules.search import Database
 from report.command import run_command
-from report.results import markdown
+from report.results import at_k_in_words, markdown
 from revisitop import toy
 from revisitop.evaluate import Metrics, evaluate
 from revisitop.index import FaissDatabase
@@ -98,7 +98,8 @@ class Row:
                     cells.append(f"{self.reproduced[protocol.name]:.2f}" if protocol.name in self.reproduced else "")
         if with_costs:
             cells += self.costs or [""] * len(COSTS)
-        return [*cells, self.note]
+        values = [at_k_in_words(self.metrics[each.name]) if self.metrics else "" for each in self.protocols]
+        return [*cells, *values, self.note]
 
 
 class Variant(NamedTuple):
@@ -265,6 +266,8 @@ def heading(protocols: Sequence[Protocol], costs: bool, reproductions: bool = Fa
         if protocol.name in PUBLISHED and not costs:
             cells += ["published", "difference", *["reproduced by others"] * reproductions]
     cells += COSTS if costs else ()
+    for protocol in protocols:
+        cells.append(f"{protocol.title} {protocol.measure.at}@{','.join(map(str, protocol.measure.kappas))}")
     return [markdown([*cells, "note"]), markdown(["---"] * (len(cells) + 1))]
 
 
@@ -292,6 +295,7 @@ def rows(group: RowGroup, name: str, protocols: Sequence[Protocol], session: Ses
     if processes.count > 1:  # an error in only one of them, such as a damaged image, ends all of them
         queries, database = experiment.descriptors(processes)
     variants, truth = group.variants(experiment), experiment.dataset.ground_truth
+    size = len(experiment.dataset.database)
     with PeakMemory(device) as peak:
         stages = [each.stage for each in variants]
         searched = search_for(stages, queries, database, experiment.dataset.listed, device, processes)
@@ -299,7 +303,7 @@ def rows(group: RowGroup, name: str, protocols: Sequence[Protocol], session: Ses
         return
     whitening = experiment.facts().get("whitening", {})
     note = "whitening learnt on this database itself" if whitening.get("learnt_on_the_test_set") else ""
-    kept, metrics = bytes_per_row(database), evaluate(searched.ranking, truth, protocols)
+    kept, metrics = bytes_per_row(database), evaluate(searched.ranking, truth, protocols, size)
     yield Row(
         network, name, setting("retrieval"), protocols, metrics, find_published(cfg, name), note,
         costs_of(searched.ranking, peak, kept), find_reproduced(cfg, name, metrics),
@@ -308,7 +312,7 @@ def rows(group: RowGroup, name: str, protocols: Sequence[Protocol], session: Ses
         with PeakMemory(device) as peak:
             ranking = variant.stage(searched)
         once = f"{ranking.once:.1f} s once for the database" if ranking.once else ""
-        metrics = evaluate(ranking, truth, protocols)
+        metrics = evaluate(ranking, truth, protocols, size)
         yield Row(
             network, name, setting(variant.title, variant.words), protocols, metrics,
             find_published(cfg, name, variant.stage), ", ".join(filter(None, [note, once])),

@@ -1,5 +1,7 @@
 """Every reranker of modules/ equals its textbook formulation, and has the common properties of rerankers."""
 
+import re
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -71,16 +73,24 @@ def problem(kind: str, count: int, queries: int = 3) -> tuple[Tensor, Tensor]:
     return q.double(), x.double()
 
 
+def scores_of(textbook: Callable, query: np.ndarray, rows: np.ndarray, **settings) -> np.ndarray:
+    """Returns the textbook's scores of the rows, with rows of zeros left out and last."""
+    scores, present = np.full(len(rows), -np.inf), rows.any(axis=1)
+    scores[present] = textbook(query, rows[present], **settings)
+    return scores
+
+
 def assert_ranked(order: Tensor, scores: Tensor, expected: np.ndarray, tolerance: float) -> None:
     """Checks scores and order; places whose scores are within the tolerance may be swapped.
 
     The tolerance is relative to the largest score.
     """
-    tolerance *= np.abs(expected).max(initial=0)
+    finite = expected[np.isfinite(expected)]
+    tolerance *= np.abs(finite).max(initial=0)
     assert sorted(order.tolist()) == list(range(len(expected)))
     np.testing.assert_allclose(scores, expected[order], atol=tolerance, rtol=0)
     np.testing.assert_allclose(expected[order], -np.sort(-expected), atol=tolerance, rtol=0)
-    if np.diff(np.sort(expected)).min(initial=np.inf) > 2 * tolerance:
+    if np.diff(np.sort(finite)).min(initial=np.inf) > 2 * tolerance:
         assert order.tolist() == np.argsort(-expected, kind="stable").tolist()
 
 
@@ -95,7 +105,7 @@ def test_every_reranker_is_its_textbook_formulation(name, kind, count):
     for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-5)):
         found = make(m=M, **settings)(q.to(dtype), x.to(dtype))
         for order, scores, query, rows in zip(*found, q.numpy(), x[:, :M].numpy(), strict=True):
-            assert_ranked(order, scores, textbook(query, rows, **settings), tolerance)
+            assert_ranked(order, scores, scores_of(textbook, query, rows, **settings), tolerance)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -177,31 +187,31 @@ def test_scores_have_the_right_gradients(reranker):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (partial(QueryExpansion, n=0), "n must be at least 1, got 0"),
-        (partial(QueryExpansion, n=401), "query expansion needs n <= m, got n = 401, m = 400"),
-        (partial(QueryExpansion, alpha=-1), "alpha must be finite and at least 0, got -1"),
-        (partial(QueryExpansion, m=1.5), "m must be a whole number, got 1.5"),
-        (partial(KReciprocalReranker, k1=0), "k1 must be at least 1, got 0"),
-        (partial(KReciprocalReranker, k2=0), "k2 must be at least 1, got 0"),
-        (partial(KReciprocalReranker, lambda_value=1.1), "lambda_value must be finite and between 0 and 1, got 1.1"),
-        (partial(DiffusionReranker, k=0), "k must be at least 1, got 0"),
-        (partial(DiffusionReranker, kq="x"), "kq must be a whole number, got 'x'"),
-        (partial(DiffusionReranker, alpha=1), "alpha must be below 1, got 1"),
-        (partial(DiffusionReranker, gamma=0), "gamma must be above 0, got 0"),
-        (partial(DiffusionReranker, tolerance=np.nan), "tolerance must be finite and at least 0, got nan"),
-        (partial(augmented_rows, torch.eye(3), k=0), "k must be at least 1, got 0"),
-        (partial(augmented_rows, torch.eye(3), alpha=None, k=None), "k must be a whole number, got None"),
-        (
-            partial(augmented_rows, torch.eye(3), out=torch.eye(2)),
-            "out must be a floating-point tensor of shape (3, 3)",
-        ),
-        (partial(augmented_rows, torch.eye(3) / 0), "query 0 and database row 0 have a score that is not finite"),
+        (partial(QueryExpansion, n=0), "n must"),
+        (partial(QueryExpansion, n=401), "n <= m"),
+        (partial(QueryExpansion, alpha=-1), "alpha"),
+        (partial(QueryExpansion, m=1.5), "m must"),
+        (partial(SuperGlobalReranker, 5, 6), "k <= m"),
+        (partial(SuperGlobalReranker, 5, 3, "x"), "beta"),
+        (partial(SuperGlobalReranker, 5, 3, -0.1), "beta"),
+        (partial(SuperGlobalReranker, s2="released"), "s2"),
+        (partial(KReciprocalReranker, k1=0), "k1"),
+        (partial(KReciprocalReranker, k2=0), "k2"),
+        (partial(KReciprocalReranker, lambda_value=1.1), "lambda_value"),
+        (partial(DiffusionReranker, k=0), "k must"),
+        (partial(DiffusionReranker, kq="x"), "kq"),
+        (partial(DiffusionReranker, alpha=1), "alpha"),
+        (partial(DiffusionReranker, gamma=0), "gamma"),
+        (partial(DiffusionReranker, tolerance=np.nan), "tolerance"),
+        (partial(augmented_rows, torch.eye(3), k=0), "k must"),
+        (partial(augmented_rows, torch.eye(3), alpha=None, k=None), "k must"),
+        (partial(augmented_rows, torch.eye(3), out=torch.eye(2)), "(3, 3)"),
+        (partial(augmented_rows, torch.eye(3) / 0), "query 0 and database row 0"),
     ],
 )
 def test_invalid_settings_are_refused_in_one_line(make, message):
-    with pytest.raises(ValueError) as refused:  # noqa: PT011 - compared below
+    with pytest.raises(ValueError, match=re.escape(message)) as refused:
         make()
-    assert str(refused.value).startswith(message)
     assert "\n" not in str(refused.value)
 
 
@@ -258,3 +268,24 @@ def test_the_memory_of_the_database_is_not_overwritten():
     with pytest.raises(ValueError, match="shares memory with the database"):
         augmented_rows(Database([rows[:2], rows[2:]]), out=rows)
     assert torch.equal(rows, torch.eye(6))
+
+
+@pytest.mark.parametrize("reranker", DEFAULTS, ids=repr)
+def test_an_image_that_was_skipped_is_last_and_has_no_effect(reranker):
+    """Its row is zero. With rows of both signs, it is more similar to a query than half of the others."""
+    q, x = problem("random", 90)
+    x[0, :60] *= -(x[0, :60] @ q[0]).sign()[:, None]  # all but the last are unlike the query
+    with_zeros = x.clone()
+    zeros = torch.tensor([0, 1, 7, 30, 64])
+    with_zeros[:, zeros] = 0
+    others = torch.tensor([place for place in range(90) if place not in zeros])
+    found, expected = reranker(q, with_zeros), reranker(q, x[:, others])
+    assert torch.equal(found.order[:, :85], others[expected.order])
+    assert (found.order[:, 85:].sort().values == zeros).all()
+    torch.testing.assert_close(found.scores[:, :85], expected.scores, atol=1e-12, rtol=0)
+
+
+def test_the_row_of_a_skipped_image_is_not_augmented():
+    rows = problem("random", 40, queries=1)[1][0]
+    rows[[3, 20]] = 0
+    assert augmented_rows(rows, 10).any(dim=1).logical_not().nonzero().flatten().tolist() == [3, 20]

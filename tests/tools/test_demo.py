@@ -201,12 +201,13 @@ def test_what_prevents_the_page_is_reported_in_one_line(command, monkeypatch, gr
 
 
 def test_a_page_for_all_addresses_has_the_names_of_the_machine():
-    assert host_names("127.0.0.1") == {"localhost", "127.0.0.1"}
+    assert host_names("127.0.0.1") == {"localhost", "127.0.0.1", "::1"}
+    assert "*" in host_names("0.0.0.0")
     assert os.uname().nodename.lower() in host_names("0.0.0.0")
 
 
 @pytest.fixture(scope="module")
-def address(checkpoint_50, tmp_path_factory):
+def address(two_layers, tmp_path_factory):
     """The command itself, on a small dataset with some unusual file names."""
     if importlib.util.find_spec("gradio") is None:
         pytest.skip("gradio is not installed")
@@ -219,8 +220,7 @@ def address(checkpoint_50, tmp_path_factory):
     layout.gnd["qimlist"][1] = EVIL + "2"
     layout.write()
     port = free_port()
-    words = ["--port", port, "--weights", checkpoint_50, "TEST.SCALE_LIST", 1]
-    words += ["TEST.DATA_DIR", layout.data_dir, "TEST.DATASET_LIST", "roxford5k", "DATA_LOADER.NUM_WORKERS", 0]
+    words = ["--port", port, *two_layers, "TEST.DATA_DIR", layout.data_dir, "TEST.DATASET_LIST", "roxford5k"]
     with (folder / "errors.txt").open("w") as errors, subprocess.Popen(
         [sys.executable, "-u", "-m", "tools.demo", *map(str, words)], cwd=folder, text=True,
         stdout=subprocess.PIPE, stderr=errors,
@@ -244,7 +244,7 @@ def status(request: str | urllib.request.Request) -> int:
 @pytest.mark.parametrize(
     ("host", "code"),
     [
-        ("localhost:9", 200), ("LOCALHOST", 200), ("192.168.0.7:7860", 200), ("[::1]:7860", 200),
+        ("localhost:9", 200), ("LOCALHOST", 200), ("127.0.0.1", 200), ("[::1]:7860", 200), ("192.168.0.7:7860", 403),
         ("evil.example", 403), ("localhost.evil.example:7860", 403), ("127.0.0.1.evil.example", 403), ("[", 403),
     ],
 )  # fmt: skip

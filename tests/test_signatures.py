@@ -1,0 +1,39 @@
+"""The recorded patterns of classic mistakes are those of the code as it is; benchmarks/signatures.py measures them all."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+from model.recipe import Recipe
+from revisitop import toy
+from revisitop.layouts import load_dataset
+from tools.causes import causes, signatures
+
+pytestmark = pytest.mark.slow  # toy's first run, and some more of its images
+
+
+@pytest.fixture
+def base(monkeypatch, toy_data, toy_run):
+    """The module, toy, its recipe at one scale, and the descriptors of a run."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import signatures as benchmark
+
+    dataset = load_dataset("toy", toy_data)
+    recipe = Recipe(weights=toy.ensure_weights(toy_data / "toy", 50), scales=(1.0,))
+    vectors = [*np.load(toy_run[0] / "toy_query.npy"), *np.load(toy_run[0] / "toy_db.npy")]
+    keys = ((((str(recipe.settings()), False), image)) for image in dataset.images())
+    return benchmark, dataset, recipe, dict(zip(keys, map(torch.from_numpy, vectors), strict=True))
+
+
+@pytest.mark.parametrize("name", ["S2", "junk", "no crop", "EXIF"])
+def test_a_mistake_that_is_made_changes_the_metrics_as_recorded_and_is_named(base, tmp_path, name):
+    benchmark, dataset, recipe, rows = base
+    mistake = benchmark.MISTAKES[name]
+    correct = benchmark.maps(dataset, recipe, benchmark.Mistake(), rows)
+    found = benchmark.maps(mistake.data(dataset, tmp_path), recipe, mistake, rows)
+    pattern = {key: value - correct[key] for key, value in found.items()}
+    assert pattern == pytest.approx(signatures()["toy, one scale"][name], abs=0.02)
+    others = {title: patterns for title, patterns in signatures().items() if title != "toy, one scale"}
+    assert name in causes([("toy", pattern)])[:2]
+    assert name in causes([("toy", pattern)], others)[:3]

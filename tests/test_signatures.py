@@ -1,4 +1,4 @@
-"""The recorded patterns of classic mistakes are those of the code as it is; benchmarks/signatures.py measures them all."""
+"""The recorded patterns of classic mistakes are those of today's code; benchmarks/signatures.py measures them all."""
 
 import numpy as np
 import pytest

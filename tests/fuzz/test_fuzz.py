@@ -27,7 +27,7 @@ from extraction.store import Store
 from model.checkpoint import encoder_state, load_encoder
 from model.cvnet import ResNet
 from model.errors import InputError
-from revisitop.descriptors import load_descriptors, load_distractors
+from revisitop.descriptors import load_distractors, load_features
 from revisitop.layout_revisitop import read_ground_truth
 from revisitop.layouts import load_dataset
 from tools.download import unpack
@@ -106,7 +106,7 @@ def test_saved_descriptors(layout, tmp_path, kind):
     else:
         np.save(file, rows[3:])
         np.save(tmp_path / "roxford5k_query.npy", rows[:3])
-    survives(tmp_path / f"roxford5k_db.{kind}", [file.getvalue()], lambda path: load_descriptors(path, dataset))
+    survives(tmp_path / f"roxford5k_db.{kind}", [file.getvalue()], lambda path: load_features(path, dataset))
 
 
 @pytest.mark.parametrize("kind", ["pth", "npy"])

@@ -54,7 +54,8 @@ def build_backbone(name: str, weights: str | Path, depth: int = 50, reduction_di
         raise InputError(f"unknown network {name!r}: it must be cvnet, timm:NAME, torchvision:NAME or FILE.py:FUNCTION")
     if str(weights) not in (PRETRAINED, "untrained"):
         _load(backbone, Path(weights), name)
-    backbone.network.eval().requires_grad_(False)
+    for parameter in backbone.network.eval().parameters():  # TorchScript has no requires_grad_ of a whole network
+        parameter.requires_grad_(False)
     return backbone
 
 

@@ -12,7 +12,7 @@ from pytorch_metric_learning.losses import MultiSimilarityLoss
 from superglobal import GeM, RegionalGeM, attach
 from torch import Tensor, nn
 
-OBJECTS, VIEWS, SIDE = 24, 8, 64
+OBJECTS, VIEWS, SIDE = 32, 6, 48
 
 
 def draw_images() -> Tensor:
@@ -39,7 +39,7 @@ def train(title: str, steps: int = 40, **modules: nn.Module | None) -> None:
     model = attach(nn.Sequential(*layers), scales=(1.0,), sgem=None, **modules)
     images, loss = draw_images(), MultiSimilarityLoss()
     seen, unseen = images[: OBJECTS // 2], images[OBJECTS // 2 :]
-    before, optimizer = recall_at_1(model, unseen), torch.optim.Adam(model.parameters(), lr=3e-3)
+    before, optimizer = recall_at_1(model, unseen), torch.optim.Adam(model.parameters(), lr=1e-3)
     labels = torch.arange(len(seen)).repeat_interleave(VIEWS)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -52,6 +52,4 @@ def train(title: str, steps: int = 40, **modules: nn.Module | None) -> None:
 if __name__ == "__main__":
     train("average", pooling=nn.AdaptiveAvgPool2d(1), rgem=None)
     train("GeM", pooling=GeM(nn.Parameter(torch.tensor(3.0))), rgem=None)
-    train(
-        "SuperGlobal", pooling=GeM(nn.Parameter(torch.tensor(4.6))), rgem=RegionalGeM(nn.Parameter(torch.tensor(2.5)))
-    )
+    train("SuperGlobal", pooling=GeM(nn.Parameter(torch.tensor(4.6))), rgem=RegionalGeM())

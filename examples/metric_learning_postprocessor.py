@@ -3,8 +3,7 @@
 pip install . open-metric-learning
 python examples/metric_learning_postprocessor.py
 
-Without open-metric-learning, which needs NumPy below 2, a stand-in takes the place of its results. The embeddings are
-drawn.
+Without open-metric-learning, which needs NumPy below 2, a stand-in takes its place. The embeddings are drawn.
 """
 
 from types import SimpleNamespace

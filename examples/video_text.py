@@ -3,7 +3,7 @@
 pip install .
 python examples/video_text.py
 
-With a real model, for example from open_clip (which the project itself does not need), the vectors are:
+With a real model, for example from open_clip, the vectors are:
 
     texts = model.encode_text(tokenizer(["a red bridge", "a church at night"]))
     frames = torch.cat([model.encode_image(batch) for batch in loader])  # a key frame per shot
@@ -39,11 +39,8 @@ def draw_vectors() -> tuple[np.ndarray, np.ndarray]:
     videos = subjects + rng.standard_normal((SUBJECTS, VIDEOS, 1, D))
     frames = videos + rng.standard_normal((SUBJECTS, VIDEOS, FRAMES, D)) + gap
     texts = subjects[:, 0, 0] + 1.5 * rng.standard_normal((SUBJECTS, D)) - gap
-    return unit(texts), unit(frames.reshape(-1, D))
-
-
-def unit(rows: np.ndarray) -> np.ndarray:
-    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    pair = texts, frames.reshape(-1, D)
+    return tuple((rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32) for rows in pair)
 
 
 def best_videos(frames: np.ndarray) -> list[int]:
@@ -53,8 +50,7 @@ def best_videos(frames: np.ndarray) -> list[int]:
 
 def average_precision(ids: np.ndarray) -> float:
     right = ids // RELEVANT == np.arange(SUBJECTS)[:, None]
-    precision = right.cumsum(axis=1) / np.arange(1, ids.shape[1] + 1)
-    return float((precision * right).sum(axis=1).mean() / RELEVANT)
+    return float((right.cumsum(axis=1) / np.arange(1, ids.shape[1] + 1) * right).sum(axis=1).mean() / RELEVANT)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,9 @@ def test_every_example_is_run():
     assert {path.name for path in (ROOT / "examples").glob("*.py")} == {*EXPECTED, "service.py"}
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "fine_tuning.py")) for name in EXPECTED]
+)
 def test_an_example_runs_with_the_installed_package(name, site, monkeypatch, capsys):
     if name == "fine_tuning.py":
         pytest.importorskip("pytorch_metric_learning", reason="optional")

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from extraction.arrays import Arrays, is_text, read_arrays_of
 from extraction.files import read_arrays, scratch_rows
 from extraction.images import ImageFile
-from extraction.store import FILE_FACTS, differences, provenance_differences, read_provenance, sidecars
+from extraction.store import FILE_FACTS, check_rows, differences, provenance_differences, read_provenance, sidecars
 from model.errors import InputError, short_list
 from revisitop.dataset import Dataset
 from revisitop.evaluate import positions_in
@@ -113,6 +113,7 @@ def _pair(path: Path, dataset: Dataset) -> SavedDescriptors:
         if found.only is None:
             raise InputError(f"{found}: a single array is expected")
         rows = found.only
+        check_rows(file, rows)
         if file.suffix != ".npy" and listed.exists():
             named = [line.partition(",")[0].strip() for line in listed.read_text(encoding="utf-8").splitlines()]
             if len(named) != len(rows):
@@ -258,10 +259,11 @@ def load_distractors(path: Path) -> Tensor:
     """Loads the descriptors of the distractors, (N, D), memory-mapped.
 
     Raises:
-        InputError: as load_rows, and if rows are not unit vectors (a thousand of them are checked; zero rows,
-            which belong to skipped images, are valid).
+        InputError: as load_rows, and if rows are damaged, or not unit vectors (a thousand of them are checked; zero
+            rows, which belong to skipped images, are valid).
     """
     rows = load_rows(path)
+    check_rows(path, rows.numpy())
     norms = rows[:: max(1, len(rows) // 1000)].float().norm(dim=1)
     if ((norms > 0) & ((norms - 1).abs() > _UNIT_TOLERANCE)).any():
         raise InputError(

@@ -89,5 +89,4 @@ def test_a_service_keeps_images_over_a_restart(site, monkeypatch, tmp_path):
             found = requests.post(f"{url}/search?rerank={rerank}", data=images[2], timeout=60).json()
             assert sorted(each["id"] for each in found) == [0, 10, 20, 40]
             assert [each["score"] for each in found] == sorted((each["score"] for each in found), reverse=True)
-        assert found[0]["id"] == 20
         assert len(requests.post(f"{url}/search?top=2", data=images[2], timeout=60).json()) == 2

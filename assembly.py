@@ -1,7 +1,7 @@
 """Create objects from options, for the commands. Library code does not know options; this module knows all."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +17,7 @@ from yacs.config import CfgNode
 from config import active_rerankers, plain
 from cvnet_rerank.stage import local_feature_stages
 from extraction.extract import ImageSet, extract_sets, probe, probe_tolerance
-from extraction.images import ImageFile, set_pixel_limit
+from extraction.images import ImageFile, limit_side, set_pixel_limit
 from extraction.loading import Loading
 from extraction.processes import Processes
 from extraction.store import content_folder, file_fingerprint, plain_name
@@ -26,8 +26,11 @@ from model.device import choose_device, device_name, prepare_process
 from model.errors import InputError, nearest
 from model.libraries import is_user_file, short_name
 from model.recipe import Recipe
+from modules.checks import Array
 from modules.diffusion import DiffusionReranker
 from modules.expansion import QueryExpansion
+from modules.explanation import Explanation
+from modules.matching import Match
 from modules.reciprocal import KReciprocalReranker
 from modules.reranking import SuperGlobalReranker
 from modules.search import Database
@@ -48,6 +51,7 @@ from revisitop.evaluate import ignored_images
 from revisitop.index import indexed, new_index
 from revisitop.layout_revisitop import load_distractor_list
 from revisitop.layouts import dataset_folder, load_dataset
+from revisitop.retrieve import Ranking
 from revisitop.stages import Augmented, Reranked, Searched, SearchedAgain, Stage, search_for
 
 log = logging.getLogger(__name__)
@@ -281,6 +285,16 @@ def extract(
     return extract_sets(sets, recipe, device, make_loading(cfg, device), cfg.TEST.RESUME, on_error, processes)
 
 
+def match_images(recipe: Recipe, device: torch.device, *pixels: Array) -> Match:
+    """Returns where two images match, see modules.matching.match_maps. (H, W, 3) uint8 RGB each.
+
+    Raises:
+        InputError: if the parts of this network do not sum to the cosine.
+    """
+    first, second = (limit_side(torch.from_numpy(each.copy()), recipe.max_side) for each in pixels)
+    return recipe.extractor(device).match(first, second)
+
+
 @dataclass(frozen=True)
 class Experiment:
     """One dataset with everything that its evaluation needs, checked before the long computations begin.
@@ -404,6 +418,19 @@ class Experiment:
             return self.dataset.database
         images = self.distractors.images
         return ConcatDataset([self.dataset.database, images]) if len(images) else ()
+
+    def matches(self, ranking: Ranking, explanations: Mapping[int, Explanation]) -> dict[int, Match]:
+        """Returns where explained results match their queries, by the number of the query, as far as it is known."""
+        matches = {}
+        for query, explanation in explanations.items() if self.recipe else ():
+            number = int(ranking.ids[query, explanation.before])
+            if number < len(self.database_images):
+                images = self.dataset.queries[query], self.database_images[number]
+                try:
+                    matches[query] = match_images(self.recipe, self.device, *(image.read() for image in images))
+                except InputError as error:
+                    log.warning("%s", error)
+        return matches
 
     def facts(self) -> dict[str, Any]:
         """Returns the facts about this dataset in results.json beside the metrics."""

@@ -7,6 +7,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from model.errors import InputError
+from modules.matching import Match, match_maps
+
 
 class Extractor(Protocol):
     """The interface that the room extraction/ uses to compute the descriptors of images.
@@ -51,3 +54,16 @@ class NetworkExtractor(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.network(self.normalise(pixels))
+
+    def match(self, first: Tensor, second: Tensor) -> Match:
+        """Returns where two images match, see modules.matching.match_maps. (H, W, 3) RGB each, as in forward.
+
+        Raises:
+            InputError: if the parts of this network do not sum to the cosine.
+        """
+        network, *whitening = self.network if isinstance(self.network, nn.Sequential) else [self.network]
+        images = [self.normalise(pixels[None].to(self.device)) for pixels in (first, second)]
+        try:
+            return match_maps(network, *images, *whitening)
+        except ValueError as error:
+            raise InputError(f"where the images match cannot be shown: {error}") from None

@@ -125,6 +125,13 @@ def find_weights(cfg: CfgNode, dataset: Dataset | None = None) -> Path | str:
         return find_checkpoint(Path(cfg.TEST.WEIGHTS) if given else DEFAULT_WEIGHTS, cfg.MODEL.DEPTH)
 
 
+def has_random_weights(recipe: Recipe, cfg: CfgNode, dataset: Dataset | None = None) -> bool:
+    """Returns whether the network is untrained, as that of toy is by default."""
+    if recipe.is_cvnet:
+        return dataset is not None and dataset.name in toy.NAMES and cfg.TEST.WEIGHTS == "auto"
+    return str(recipe.weights) == "untrained" and not is_user_file(recipe.network)
+
+
 def find_dataset(cfg: CfgNode, name: str) -> Dataset:
     """Returns the dataset; toy is drawn if it is missing."""
     with option("TEST.DATA_DIR"):
@@ -441,6 +448,7 @@ class Experiment:
             facts["features"] = str(path)
             facts["made_from"] = descriptors_provenance(path, self.dataset) or None
         else:
+            facts["network"] = {"title": recipe.title, "modules": recipe.modules_in_words}
             facts["checkpoint"] = {"path": recipe.weights_in_words, "sha256": recipe.weights_sha256}
             facts["descriptors"] = str(self.folder)
             if recipe.whitening is not None:
@@ -455,9 +463,11 @@ class Experiment:
             facts["index"] = {**index, "rows": self.cfg.TEST.INDEX_ROWS}
         if self.distractors is not None:
             facts["distractors"] = len(self.distractors.rows)
+        random = recipe is not None and has_random_weights(recipe, self.cfg, self.dataset)
         if self.dataset.name in toy.NAMES:
-            random = recipe is not None and self.cfg.TEST.WEIGHTS == "auto" and not is_user_file(recipe.network)
             facts["note"] = toy.DISCLAIMER if random else toy.DRAWN_DISCLAIMER
+        elif random:
+            facts["note"] = "random weights: the metrics show that the code works, not how accurate the method is"
         return facts
 
 

@@ -92,6 +92,11 @@ class Recipe:
         as_built = is_user_file(self.network) and str(self.weights) in ("pretrained", "untrained")
         return f"{self.network}, {'weights as the function returns them' if as_built else self.weights}"
 
+    @property
+    def title(self) -> str:
+        """The network in a few words."""
+        return f"CVNet's ResNet-{self.depth}" if self.is_cvnet else short_name(self.network)
+
     @cached_property
     def backbone(self) -> Backbone:
         """The network with its weights, built once.

@@ -53,6 +53,7 @@ class Hit:
         label: easy, hard, right, ignored or wrong; None without ground truth.
         moved: the number of places gained by reranking, the same before and after it, negative for places lost;
             None if unknown.
+        place: its place, from 0, in the search; None if unknown.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Hit:
     score: float | None = None
     label: str | None = None
     moved: int | None = None
+    place: int | None = None
 
 
 @dataclass(frozen=True)
@@ -261,8 +263,8 @@ def candidates_of(
 ) -> dict[int, Hit]:
     """Returns the results that an explanation mentions, by their places in the search; see labelled_hits."""
     places = sorted({*(neighbour.place for neighbour in explanation.neighbours), *explanation.expansion})
-    hits = labelled_hits(dataset, query, [ids[place] for place in places], distractors=distractors)
-    return dict(zip(places, hits, strict=True))
+    hits = labelled_hits(dataset, query, [ids[place] for place in places], distractors)
+    return {place: hits[ids[place]] for place in places}
 
 
 def first_hits(
@@ -271,52 +273,53 @@ def first_hits(
     rankings: Mapping[str, Ranking],
     row: int,
     distractors: Sequence[ImageFile] = (),
+    labelled: bool = True,
 ) -> dict[str, list[Hit]]:
-    """Returns the first results of each stage, for one row of the rankings, with the places that each gained.
+    """Returns the first results of each stage, for one row of the rankings, without the query itself.
 
-    A result gains places from the first stage to its own; in the first of two stages, to the second. For the other
-    arguments, see labelled_hits.
+    A result gains places from the first stage to its own; in the first of two stages, to the second.
+
+    Args:
+        query: the number of the query; None if it is not one of the dataset.
+        labelled: whether the ground truth of the query labels the results.
     """
+    itself = None if query is None or dataset.in_database is None else int(dataset.in_database[query])
     ids = {stage: ranking.ids[row].tolist() for stage, ranking in rankings.items()}
     places = {stage: {number: place for place, number in enumerate(numbers)} for stage, numbers in ids.items()}
     first, *later = ids
 
-    def gain(number: int, stage: str) -> int | None:
-        before, after = places[first].get(number), places[stage].get(number)
+    def gain(number: int, stage: str | None) -> int | None:
+        before, after = places[first].get(number), places.get(stage, {}).get(number)
         return None if before is None or after is None else before - after
 
     hits = {}
     for stage, ranking in rankings.items():
-        shown, scores = ids[stage][:SHOWN], ranking.scores[row, :SHOWN].tolist()
+        scored = zip(ids[stage][: SHOWN + 1], ranking.scores[row].tolist(), strict=False)
+        scores = dict([pair for pair in scored if pair[0] != itself][:SHOWN])
         other = stage if stage in later else later[0] if len(later) == 1 else None
-        moved = [gain(number, other) for number in shown] if other else None
-        hits[stage] = labelled_hits(dataset, query, shown, scores, distractors, moved)
+        found = labelled_hits(dataset, query if labelled else None, list(scores), distractors)
+        hits[stage] = [
+            replace(hit, score=scores[number], moved=gain(number, other), place=places[first].get(number))
+            for number, hit in found.items()
+        ]
     return hits
 
 
 def labelled_hits(
-    dataset: Dataset,
-    query: int | None,
-    ids: Sequence[int],
-    scores: Sequence[float] | None = None,
-    distractors: Sequence[ImageFile] = (),
-    moved: Sequence[int | None] | None = None,
-) -> list[Hit]:
-    """Returns the results of a query, labelled by the ground truth.
+    dataset: Dataset, query: int | None, ids: Sequence[int], distractors: Sequence[ImageFile] = ()
+) -> dict[int, Hit]:
+    """Returns the results of a query by their numbers, labelled by the ground truth.
 
     Args:
         query: its number; None without ground truth.
         ids: database numbers, best first, -1 for none; distractors are numbered after the database.
-        scores: their scores; None if unknown.
         distractors: the images of the distractors, as far as they are known.
-        moved: the number of places that each gained; None if unknown.
     """
     size, kinds = len(dataset.database), {} if query is None else dataset.ground_truth[query].kinds
     labels = {number: _LABELS.get(kind, "right") for kind, numbers in kinds.items() for number in numbers.tolist()}
     unlisted = None if query is None else "wrong"
-    unknown = [None] * len(ids)
-    hits = []
-    for number, score, places in zip(ids, scores or unknown, moved or unknown, strict=True):
+    hits = {}
+    for number in ids:
         if number < 0:  # a saved ranking may be shorter
             continue
         if number < size:
@@ -324,7 +327,7 @@ def labelled_hits(
         else:
             image = distractors[number - size] if number - size < len(distractors) else None
             name = f"distractor {number - size}"
-        hits.append(Hit(name, image, score, labels.get(number, unlisted), places))
+        hits[number] = Hit(name, image, label=labels.get(number, unlisted))
     return hits
 
 

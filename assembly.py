@@ -458,6 +458,7 @@ class Experiment:
                     **{key: learnt.get(key) for key in ("kind", "source")},
                     "learnt_on_the_test_set": learnt.get("dataset") == self.dataset.name,
                 }
+        facts["stages"] = [repr(getattr(stage, "reranker", stage)) for stage in self.stages.values()]
         if self.cfg.TEST.INDEX:
             index = {"factory": self.cfg.TEST.INDEX, "parameters": self.cfg.TEST.INDEX_SEARCH}
             facts["index"] = {**index, "rows": self.cfg.TEST.INDEX_ROWS}

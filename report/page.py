@@ -6,7 +6,6 @@ data (Page, Section, Query, Hit), so that it can also show rankings without grou
 
 import logging
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -18,12 +17,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from extraction.files import write_atomically
 from extraction.images import ImageError, ImageFile
 from model.errors import InputError, short_list
 from modules.explanation import Explanation, explain
 from modules.reranking import SuperGlobalReranker
-from report.drawing import draw_curves, jpeg_uri, read_thumbnail
-from report.results import Evaluated
+from report.drawing import MatchDrawing, draw_curves, draw_match, jpeg_uri, read_thumbnail
+from report.results import Evaluated, at_k
 from revisitop.dataset import Dataset
 from revisitop.evaluate import Metrics, query_aps
 from revisitop.protocols import REVISITED_PROTOCOLS, Protocol
@@ -75,6 +75,7 @@ class Query:
         aps: average precision of each stage, between 0 and 1; empty without ground truth or positives.
         explanation: the explanation of one result, or None.
         candidates: the results that the explanation mentions, by their places in the search.
+        match: where the explained result matches the query, or None.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Query:
     aps: dict[str, float] = field(default_factory=dict)
     explanation: Explanation | None = None
     candidates: Mapping[int, Hit] = field(default_factory=dict)
+    match: MatchDrawing | None = None
 
     @property
     def images(self) -> list[ImageFile]:
@@ -107,7 +109,8 @@ class Section:
         order: a sentence that explains this order, or "".
         metrics: metrics by stage ("retrieval", "reranking") and protocol (E, M, H); empty without ground truth.
         note: a sentence below the heading.
-        omitted: number of queries that are not shown.
+        warning: why the metrics say nothing about accuracy; "" if they do.
+        omitted: queries that are only listed, because their images would make the page too large.
         plots: plots below the note, each with alt, light and dark, see report/drawing.py.
         caption: the caption of the plots.
         tables: tables below the plots, by caption: rows of cells, the first of which is the heading.
@@ -119,7 +122,8 @@ class Section:
     order: str = ""
     metrics: dict[str, dict[str, Metrics]] = field(default_factory=dict)
     note: str = ""
-    omitted: int = 0
+    warning: str = ""
+    omitted: Sequence[Query] = ()
     plots: list[dict[str, str]] = field(default_factory=list)
     caption: str = ""
     tables: dict[str, list[list[str]]] = field(default_factory=dict)
@@ -154,6 +158,7 @@ class Page:
 
     Attributes:
         title: the title of the page.
+        subtitle: the key settings of the run.
         settings: the settings of the run, by name.
         sections: one section per dataset.
     """
@@ -161,6 +166,7 @@ class Page:
     title: str
     settings: dict[str, str]
     sections: list[Section]
+    subtitle: str = ""
 
     @property
     def tables(self) -> dict[tuple[Protocol, ...], list[Section]]:
@@ -191,8 +197,12 @@ def evaluated_page(head: dict[str, Any], results: Sequence[Evaluated], options: 
             settings[f"descriptors of {each.dataset.name}"] = f"{each.facts['features']}, {known or 'origin unknown'}"
     settings |= {key: str(value) for key, value in options.items()}
     sections = [evaluated_section(each) for each in results]
-    method = "Saved descriptors" if any("features" in each.facts for each in results) else "SuperGlobal"
-    return Page(f"{method} on {', '.join(each.dataset.name for each in results)}", settings, sections)
+    networks = dict.fromkeys(tuple(each.facts["network"].values()) for each in results if "network" in each.facts)
+    title = ", ".join(network for network, _ in networks) or "Saved descriptors"
+    title = f"{title} on {', '.join(each.dataset.name for each in results)}"
+    stages = dict.fromkeys(stage for each in results for stage in each.facts.get("stages", ()))
+    subtitle = [*(modules for _, modules in networks), *stages]
+    return Page(title, settings, sections, "; ".join(subtitle))
 
 
 def evaluated_section(evaluated: Evaluated) -> Section:
@@ -206,7 +216,7 @@ def evaluated_section(evaluated: Evaluated) -> Section:
         explanation = evaluated.explanations.get(i)
         ids = evaluated.rankings["retrieval"].ids[i].tolist()
         candidates = candidates_of(explanation, dataset, i, ids, evaluated.distractors) if explanation else {}
-        queries.append(Query(name, image, rankings, aps, explanation, candidates))
+        queries.append(Query(name, image, rankings, aps, explanation, candidates, _match_drawing(evaluated, i)))
     which = " (Medium)" if dataset.protocols == REVISITED_PROTOCOLS else ""
     if len(evaluated.rankings) > 1:
         queries.sort(key=lambda query: max(map(abs, query.changes.values()), default=-1), reverse=True)
@@ -217,11 +227,24 @@ def evaluated_section(evaluated: Evaluated) -> Section:
     note = f"{len(dataset.queries)} queries, {len(dataset.database):,} database images"
     if "distractors" in facts:
         note += f", {facts['distractors']:,} distractors"
-    if "note" in facts:
-        note += f". {facts['note'].capitalize()}"
     plots = draw_curves(evaluated.metrics)
     caption = "Mean interpolated precision of the queries; ignored images are removed from the rankings."
-    return Section(dataset.name, queries, order, evaluated.metrics, f"{note}.", plots=plots, caption=caption)
+    if dataset.in_database is not None:
+        note += "; each query is one of them, and left out of its own results"
+    return Section(
+        dataset.name, queries, order, evaluated.metrics, f"{note}.", facts.get("note", ""), plots=plots, caption=caption
+    )
+
+
+def _match_drawing(evaluated: Evaluated, query: int) -> MatchDrawing | None:
+    """Draws where the explained result matches its query; None if it is unknown, or an image cannot be read."""
+    if query not in evaluated.matches:
+        return None
+    dataset, place = evaluated.dataset, evaluated.explanations[query].before
+    number = int(evaluated.rankings["retrieval"].ids[query, place])
+    size = len(dataset.database)
+    result = dataset.database[number] if number < size else evaluated.distractors[number - size]
+    return draw_match(evaluated.matches[query], [dataset.queries[query].read(), result.read()])
 
 
 def explain_largest(
@@ -346,15 +369,12 @@ def write_report(page: Page, folder: Path) -> Path:
         html = _render(page, originals, side, quality)
         if len(html) < PAGE_BYTES:
             break
-    path, new = folder / "index.html", folder / "index.html.new"
+    path = folder / "index.html"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        new.write_bytes(html)
-        os.replace(new, path)
-    except OSError as error:
-        raise InputError(
-            f"the report {path} cannot be written ({error.strerror}); all other results are kept"
-        ) from None
+        write_atomically(path, lambda file: file.write(html))
+    except (InputError, OSError) as error:
+        raise InputError(f"the report {path} is missing, all other results are kept ({error})") from None
     return path
 
 
@@ -380,6 +400,7 @@ def environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    templates.filters["at_k"] = at_k
     templates.filters["signed"] = lambda value: f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")
     return templates
 
@@ -391,7 +412,7 @@ def _first_queries(sections: Sequence[Section]) -> list[Section]:
         images = list(accumulate(1 + len(query.images) for query in section.queries))
         count = sum(number <= left for number in images)
         left -= images[count - 1] if count else 0
-        shown.append(replace(section, queries=section.queries[:count], omitted=len(section.queries) - count))
+        shown.append(replace(section, queries=section.queries[:count], omitted=section.queries[count:]))
     return shown
 
 

@@ -147,7 +147,7 @@ def find_dataset(cfg: CfgNode, name: str) -> Dataset:
             if not folder.is_dir():
                 raise InputError(f"there is no folder {folder}")
             names = [path.name for path in folder.iterdir() if path.is_dir()]
-            if hint := nearest(name, [*DOWNLOADED, *toy.NAMES, *names]):
+            if name not in names and (hint := nearest(name, [*DOWNLOADED, *toy.NAMES, *names])):
                 raise InputError(f"no dataset {name} in {folder}; {hint}")
         return load_dataset(name, folder)
 

@@ -3,6 +3,7 @@
 import base64
 import importlib.util
 import io
+import json
 import os
 import re
 import subprocess
@@ -241,7 +242,7 @@ def test_a_page_for_all_addresses_has_the_names_of_the_machine():
 
 
 @pytest.fixture(scope="module")
-def address(checkpoint_50, tmp_path_factory):
+def address(two_layers, tmp_path_factory):
     """The command itself, on a small dataset with some unusual file names."""
     if importlib.util.find_spec("gradio") is None:
         pytest.skip("gradio is not installed")
@@ -254,8 +255,7 @@ def address(checkpoint_50, tmp_path_factory):
     layout.gnd["qimlist"][1] = EVIL + "2"
     layout.write()
     port = free_port()
-    words = ["--port", port, "--weights", checkpoint_50, "TEST.SCALE_LIST", 1]
-    words += ["TEST.DATA_DIR", layout.data_dir, "TEST.DATASET_LIST", "roxford5k", "DATA_LOADER.NUM_WORKERS", 0]
+    words = ["--port", port, *two_layers, "TEST.DATA_DIR", layout.data_dir, "TEST.DATASET_LIST", "roxford5k"]
     with (folder / "errors.txt").open("w") as errors, subprocess.Popen(
         [sys.executable, "-u", "-m", "tools.demo", *map(str, words)], cwd=folder, text=True,
         stdout=subprocess.PIPE, stderr=errors,
@@ -346,6 +346,13 @@ def wait_for_other_scores(page, ranking: int, scores: list[str]) -> None:
         arg=[ranking, scores],
         timeout=30000,
     )
+
+
+def test_the_progress_of_an_extraction_is_shown_at_one_place(address):
+    config = json.loads(urllib.request.urlopen(f"{address}/config").read())
+    (status,) = [each["id"] for each in config["components"] if each["props"].get("elem_id") == "status"]
+    places = [each.get("show_progress_on") for each in config["dependencies"] if each["show_progress"] != "hidden"]
+    assert places == [[status]] * 3
 
 
 def pick(page, number: int) -> None:
@@ -505,17 +512,3 @@ def test_scores_are_bars_and_numbers_on_demand_and_a_search_without_match_says_s
     page.locator("button", has_text="Find a query").click()
     page.locator("#find input, #find textarea").first.fill("nothing")
     page.locator("#queries", has_text="No query has “nothing” in its name").wait_for()
-
-
-def test_one_bar_shows_the_extraction_beside_everything_else(opened):
-    page = opened()
-    page.locator("button", has_text="Modules of the descriptor").click()
-    page.locator("#modules label", has_text="GeM+").first.click()
-    page.locator("[role=progressbar]").first.wait_for()
-    assert page.locator("[role=progressbar]").count() == 1
-    bar = page.locator("#status").bounding_box()
-    for name in ("#sliders", "#results", "#queries", "#query", "#modules"):
-        other = page.locator(name).bounding_box()
-        apart = other["y"] + other["height"] <= bar["y"] + 1 or bar["y"] + bar["height"] <= other["y"] + 1
-        assert apart or other["x"] + other["width"] <= bar["x"] + 1
-    page.locator("#status [role=progressbar]").wait_for(state="detached", timeout=60000)

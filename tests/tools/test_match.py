@@ -69,9 +69,8 @@ def paths(tmp_path):
     return tmp_path / "a.png", tmp_path / "b.png"
 
 
-def test_both_images_are_drawn_with_their_maps(command, paths, checkpoint_50, tmp_path):
-    outcome = command("tools/match.py", *paths, "--out", tmp_path / "new" / "pair.png", "--weights", checkpoint_50,
-                      "TEST.SCALE_LIST", 1)  # fmt: skip
+def test_both_images_are_drawn_with_their_maps(command, paths, two_layers, tmp_path):
+    outcome = command("tools/match.py", *paths, "--out", tmp_path / "new" / "pair.png", *two_layers[:4])
     assert outcome.code == 0, outcome.err
     assert "cosine of" in outcome.out
     pixels = np.asarray(Image.open(tmp_path / "new" / "pair.png").convert("RGB")).astype(int)
@@ -79,7 +78,7 @@ def test_both_images_are_drawn_with_their_maps(command, paths, checkpoint_50, tm
     assert (pixels[..., 0] - pixels[..., 2]).max() > 100  # the colours of a match
 
 
-def test_what_cannot_be_matched_is_one_line(command, paths, checkpoint_50, tmp_path):
+def test_what_cannot_be_matched_is_one_line(command, paths, tmp_path):
     out = ("--out", tmp_path / "pair.png")
     for words, noun in (
         ((*paths, "--out", tmp_path / "pair.jpg"), "PNG"),

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,8 @@ class NetworkExtractor(nn.Module):
         Raises:
             InputError: if the parts of this network do not sum to the cosine.
         """
-        network, *whitening = self.network if isinstance(self.network, nn.Sequential) else [self.network]
+        parts: Any = self.network if isinstance(self.network, nn.Sequential) else [self.network]
+        network, *whitening = parts
         images = [self.normalise(pixels[None].to(self.device)) for pixels in (first, second)]
         try:
             return match_maps(network, *images, *whitening)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .checks import check_tensor
 from .descriptor import SuperGlobal, rescale
@@ -64,8 +64,6 @@ def match_maps(network: SuperGlobal, first: Tensor, second: Tensor, whitening: W
     """
     if not isinstance(network, SuperGlobal):
         raise ValueError(f"match_maps takes a network that attach returned, got {type(network).__name__}")
-    if network.sgem is not None and not isinstance(network.sgem, ScaleGeM):
-        raise ValueError(f"match_maps does not know how {network.sgem} combines the scales")
     for image in (first, second):
         check_tensor(image, "match_maps", "1, 3, H, W")
         if len(image) != 1:
@@ -135,10 +133,12 @@ def _unit(x: Tensor) -> Tensor:
     return x / x.detach().norm(dim=-1, keepdim=True).clamp(min=1e-12)
 
 
-def _combined(vectors: Tensor, sgem: ScaleGeM | None) -> Tensor:
+def _combined(vectors: Tensor, sgem: nn.Module | None) -> Tensor:
     """Returns the value of Scale-GeM, or the mean, as a linear function of the vectors. (S, D) -> (D)."""
     if sgem is None:
         return vectors.mean(dim=0)
+    if not isinstance(sgem, ScaleGeM):
+        raise ValueError(f"match_maps does not know how {sgem} combines the scales")
     if math.isinf(sgem.p):
         return _unit(vectors).amax(dim=0)
     # The generalised mean of v - g is the sum of w (v - g) with these weights, its derivatives.

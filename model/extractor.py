@@ -63,8 +63,8 @@ class NetworkExtractor(nn.Module):
         """
         parts: Any = self.network if isinstance(self.network, nn.Sequential) else [self.network]
         network, *whitening = parts
-        images = [self.normalise(pixels[None].to(self.device)) for pixels in (first, second)]
+        a, b = (self.normalise(pixels[None].to(self.device)) for pixels in (first, second))
         try:
-            return match_maps(network, *images, *whitening)
+            return match_maps(network, a, b, *whitening)
         except ValueError as error:
             raise InputError(f"where the images match cannot be shown: {error}") from None

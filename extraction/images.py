@@ -1,6 +1,7 @@
 """Read images: from a file and a box to pixels and the identity of the image."""
 
 import contextlib
+import io
 import os
 import re
 import stat
@@ -8,12 +9,13 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, overload
+from typing import overload
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from PIL import ImageFile as PillowFile
 from torch import Tensor
 
 from extraction.identity import Box, Identity, box_in_words, file_identity, stat_record
@@ -32,6 +34,9 @@ FORMATS = tuple(name for name in _SAFE if name in Image.OPEN)
 # A file of a few kilobytes can claim billions of pixels; the default is Pillow's own limit.
 PIXEL_LIMIT = 2 * (Image.MAX_IMAGE_PIXELS or 89478485)
 _pixel_limit = PIXEL_LIMIT
+# Pillow's names of pixels with 16 bits per channel, of which it keeps the upper 8 unless the image is grey.
+_DEEP = re.compile(r";16[BLN]")
+_DARK = "16 bits per channel, but no value above 255, which would be black; save it with 8 bits per channel"
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # warns at half of the limit
 
 
@@ -148,7 +153,10 @@ def _read(path: Path, box: Box | None) -> tuple[np.ndarray, Identity]:
             raise ImageError(path, "not a file")
         with path.open("rb") as file:
             before = stat_record(os.fstat(file.fileno()))
-            pixels = _decoded(file, path)
+            with Image.open(file, formats=FORMATS) as image:
+                if image.width * image.height > _pixel_limit:
+                    raise _too_large(path, image.width * image.height)
+                pixels = _decoded(image)
             identity = file_identity(file, box)
             if stat_record(os.fstat(file.fileno())) != before:
                 raise ImageError(path, "changed while it was read")
@@ -170,16 +178,30 @@ def _read(path: Path, box: Box | None) -> tuple[np.ndarray, Identity]:
         raise ImageError(path, f"cannot be decoded ({str(error) or type(error).__name__})") from None
 
 
-def _decoded(file: BinaryIO, path: Path) -> np.ndarray:
-    with Image.open(file, formats=FORMATS) as image:
-        if image.width * image.height > _pixel_limit:
-            raise _too_large(path, image.width * image.height)
-        pixels = decoded_jpeg(image)
-        if pixels is None:
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            pixels = to_rgb(image)
-        return pixels
+def _decoded(image: PillowFile.ImageFile) -> np.ndarray:
+    """Returns the pixels of an opened image. Raises ValueError if it is dark only because of its depth."""
+    pixels = decoded_jpeg(image)
+    if pixels is None:
+        deep = _DEEP.search(str(image.tile))
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        pixels = to_rgb(image)
+        if deep and not pixels.any():
+            raise ValueError(_DARK)
+    return pixels
+
+
+def probe_pixels() -> list[np.ndarray]:
+    """Returns two small drawn images, (H, W, 3) uint8, as they are read from a JPEG and a PNG file."""
+    images = []
+    for height, width, kind in ((72, 96, "JPEG"), (64, 56, "PNG")):
+        y, x, channel = np.ogrid[:height, :width, :3]
+        waves = (x * (3 + channel) + y * (7 - 2 * channel)) % 256 + (x * y * (channel + 1)) // 16 % 128
+        file = io.BytesIO()
+        Image.fromarray((waves % 256).astype(np.uint8)).save(file, kind)
+        with Image.open(file) as image:
+            images.append(_decoded(image))
+    return images
 
 
 def _too_large(path: Path, pixels: int) -> ImageError:
@@ -192,12 +214,16 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     Grey, palette and CMYK images are converted, alpha is dropped, and 16 bits are reduced to the upper 8.
 
     Raises:
-        ValueError: if the image has no 8-bit equivalent.
+        ValueError: if the image has no 8-bit equivalent, or has 16 bits or more without a value above 255: it may be
+            an image of 8 bits that was saved with more.
     """
     if image.mode == "I" or image.mode.startswith("I;16"):
         values = np.asarray(image)
-        if values.min() < 0 or values.max() > 0xFFFF:
+        is_32_bit = image.mode == "I" and image.format == "TIFF"  # Pillow reads some of 16 bits into 32
+        if is_32_bit or values.min() < 0 or values.max() > 0xFFFF:
             raise ValueError("32-bit image; save it with 8 or 16 bits per channel")
+        if values.max() <= 255:
+            raise ValueError(_DARK)
         return np.repeat((values >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
     if image.mode == "F":
         raise ValueError("floating-point image; save it with 8 or 16 bits per channel")

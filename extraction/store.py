@@ -24,7 +24,7 @@ import shutil
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,6 +59,16 @@ class Records(NamedTuple):
         stats = np.array([each.stat for each in identities], np.int64).reshape(-1, 4)
         return cls(np.array(labels, np.bytes_), keys, stats)
 
+    @classmethod
+    def read(cls, content: Mapping[str, Any]) -> "Records":
+        """Returns the records in the arrays of a file. Raises ValueError if they are not records."""
+        labels, keys, stats = arrays = [np.asarray(content[name]) for name in cls._fields]
+        shapes = [(labels.size,), (labels.size, KEY_BYTES), (labels.size, 4)]
+        kinds = [labels.dtype.kind, keys.dtype, stats.dtype]
+        if [each.shape for each in arrays] != shapes or kinds != ["S", np.uint8, np.int64]:
+            raise ValueError("it has other arrays than records of images")
+        return cls(labels, keys, stats)
+
     def items(self) -> Iterator[tuple[bytes, Identity]]:
         """Iterates over the labels and identities."""
         stats = map(tuple, self.stats.tolist())
@@ -89,7 +99,7 @@ class Store:
         dim: int,
         provenance: dict[str, Any],
         probe: np.ndarray,
-        tolerance: float = 1e-6,
+        tolerance: float = 1e-8,
         replace: bool = True,
     ):
         self.path, self.dim, self.provenance, self.probe = path, dim, jsonable(provenance), probe
@@ -117,7 +127,7 @@ class Store:
     def clear(self) -> None:
         """Removes the blocks; a finished file is kept until the new one is finished."""
         if self.folder.exists():
-            shutil.rmtree(self.folder)
+            _remove_blocks(self.folder)
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._places
@@ -167,8 +177,8 @@ class Store:
         for file in sorted(set(self.folder.glob("*.npz")) - self._known_blocks):
             try:
                 with np.load(file) as content:  # verifies a checksum of each array
-                    rows, records = content["rows"], Records(*(content[name] for name in Records._fields))
-                if rows.shape != (len(records.labels), self.dim):
+                    rows, records = content["rows"], Records.read(content)
+                if rows.shape != (len(records.labels), self.dim) or rows.dtype != np.float32:
                     raise ValueError("its shape does not fit")
             except Exception as error:  # damaged archives raise almost any exception
                 log.warning("%s is damaged (%s); its rows are extracted again", file, error)
@@ -217,6 +227,7 @@ class Store:
 
     def _write_rows(self, file: Path, records: Records, facts: dict | None) -> None:
         new, shape, hashes = Path(f"{file}.new"), (len(records.labels), self.dim), []
+        sidecars(new)[0].unlink(missing_ok=True)  # that of a file which an interrupted run did not publish
         with new.open("wb") as out:
             header = {"descr": "<f4", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(out, header)
@@ -251,22 +262,18 @@ class Store:
             return
         try:
             with np.load(images) as content:
-                records, hashes = Records(*(content[name] for name in Records._fields)), content["hashes"]
+                records, hashes = Records.read(content), np.asarray(content["hashes"])
             rows = load_rows(file).numpy()
             if rows.shape != (len(records.labels), self.dim) or rows.dtype != np.float32:
                 raise ValueError("its shape does not fit")
         except Exception as error:  # NumPy's and PyTorch's readers raise almost any exception
             log.warning("%s is damaged (%s); its rows are extracted again", file, str(error).splitlines()[0])
             return
-        facts, intact = read_provenance(file) or {}, np.ones(len(rows), dtype=bool)
-        if facts.get("file") != list(stat_record(file.stat())):
-            for number, start in enumerate(range(0, len(rows), _HASHED_ROWS)):
-                if not np.array_equal(_hash(rows[start : start + _HASHED_ROWS]), hashes[number]):
-                    intact[start : start + _HASHED_ROWS] = False
-            if intact.all():
-                _trust(file)
-            else:
-                log.warning("%s: %d rows are damaged; they are extracted again", file, (~intact).sum())
+        intact = ~damaged_rows(file, rows, hashes)
+        if intact.all():
+            _trust(file)
+        else:
+            log.warning("%s: %d rows are damaged; they are extracted again", file, (~intact).sum())
         self._cache[file] = rows
         self._add(file, records, intact & records.keys.any(axis=1))
         if intact.all() and file == self.path:
@@ -288,6 +295,8 @@ class Store:
         if before is None or old_probe is None:
             if files.exists() and not self.replace and not files.is_dir():
                 raise InputError(f"{files} exists without its provenance; start over, or choose another file")
+            if provenance.exists() and files.is_dir():  # rows of unknown settings
+                _remove_blocks(files)
             return False
         differing = differences(before, self.provenance) or _code_differs(old_probe, self.probe, self.tolerance)
         if not differing:
@@ -298,7 +307,7 @@ class Store:
             )
         log.warning("%s was made with other settings (%s); it is replaced", files, short_list(differing))
         if files.is_dir():
-            shutil.rmtree(files)
+            _remove_blocks(files)
         return False
 
     def _add(self, file: Path, records: Records, usable: np.ndarray | None = None) -> None:
@@ -317,6 +326,13 @@ class Store:
         return self._cache[file]
 
 
+def _remove_blocks(folder: Path) -> None:
+    """Removes a folder of blocks; it may be interrupted: the provenance stays as long as there is a block."""
+    for block in folder.glob("*.npz"):
+        block.unlink()
+    shutil.rmtree(folder)
+
+
 def _publish(file: Path) -> None:
     """Replaces a file by the one that was written beside it, if that is complete; it may be interrupted.
 
@@ -332,7 +348,9 @@ def _publish(file: Path) -> None:
 
 def _trust(file: Path) -> None:
     """Records the stat record with which the file is trusted."""
-    write_json(sidecars(file)[0], {**(read_provenance(file) or {}), "file": stat_record(file.stat())})
+    provenance, stat = read_provenance(file) or {}, list(stat_record(file.stat()))
+    if provenance.get("file") != stat:
+        write_json(sidecars(file)[0], {**provenance, "file": stat})
 
 
 def sidecars(path: Path) -> tuple[Path, Path]:
@@ -371,6 +389,34 @@ def read_provenance(path: Path) -> dict | None:
     except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def damaged_rows(path: Path, rows: np.ndarray, hashes: np.ndarray) -> np.ndarray:
+    """Returns which rows of a finished file differ from the hashes of their blocks, (N,) bool.
+
+    None do as long as the file has the stat record with which it is trusted.
+    """
+    damaged = np.zeros(len(rows), dtype=bool)
+    if (read_provenance(path) or {}).get("file") != list(stat_record(path.stat())):
+        for number, start in enumerate(range(0, len(rows), _HASHED_ROWS)):
+            block = rows[start : start + _HASHED_ROWS]
+            damaged[start : start + len(block)] = not np.array_equal([_hash(block)], hashes[number : number + 1])
+    return damaged
+
+
+def check_rows(path: Path, rows: np.ndarray) -> None:
+    """Compares the rows of a file with the hashes beside it, if there are any.
+
+    Raises:
+        InputError: if rows are damaged.
+    """
+    try:
+        with np.load(sidecars(path)[1]) as content:
+            hashes = content["hashes"]
+    except Exception:  # missing or damaged, for which NumPy raises many exceptions
+        return
+    if count := damaged_rows(path, rows, hashes).sum():
+        raise InputError(f"{path}: {count} of {len(rows)} rows are damaged or were replaced; extract them again")
 
 
 def file_fingerprint(path: Path) -> str:
@@ -421,7 +467,7 @@ def _code_differs(before: np.ndarray, now: np.ndarray, tolerance: float) -> list
 
 def probe_distance(before: np.ndarray, now: np.ndarray) -> float:
     """Returns the largest 1 - cosine of two probes of unit rows; infinity if they have other shapes, or NaN."""
-    if before.shape != now.shape:
+    if not isinstance(before, np.ndarray) or before.shape != now.shape or before.dtype.kind != "f":
         return np.inf
     distance = float(((before.astype(np.float64) - now) ** 2).sum(axis=1).max() / 2)
     return np.inf if np.isnan(distance) else distance

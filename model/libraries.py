@@ -6,6 +6,8 @@ import importlib.util
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ from model.backbone import Backbone
 from model.checkpoint import load_encoder, load_strictly, load_tensors, sha256
 from model.cvnet import ResNet, cvnet_backbone
 from model.errors import InputError
+from modules.attach import way_to_map
 
-PRETRAINED = "pretrained"
+PRETRAINED, UNTRAINED = "pretrained", "untrained"
 CVNET = "cvnet"
 
 # Classifiers, which descriptors do not use.
@@ -52,8 +55,10 @@ def build_backbone(name: str, weights: str | Path, depth: int = 50, reduction_di
         backbone = _own(file, function)
     else:
         raise InputError(f"unknown network {name!r}: it must be cvnet, timm:NAME, torchvision:NAME or FILE.py:FUNCTION")
-    if str(weights) not in (PRETRAINED, "untrained"):
-        _load(backbone, Path(weights), name)
+    if str(weights) not in (PRETRAINED, UNTRAINED):
+        backbone = replace(backbone, unfilled=_load(backbone, Path(weights), name))
+    elif str(weights) == UNTRAINED and not is_user_file(name):
+        backbone = replace(backbone, unfilled=["all, which are random"])
     backbone.network.eval().requires_grad_(False)
     return backbone
 
@@ -241,20 +246,30 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _load(backbone: Backbone, path: Path, name: str) -> None:
-    """Loads a file's weights. A classifier that no descriptor uses may be missing or of another size."""
+def _load(backbone: Backbone, path: Path, name: str) -> list[str]:
+    """Loads a file's weights, and returns the names of the classifier's, which may be missing or of another size.
+
+    There is one only beside submodules that lead to the feature map: a network that is called as a whole, or by a
+    user's own function or method, may use all its weights.
+    """
     content = load_tensors(path)
     for key in ("state_dict", "model_state", "model"):
         content = content.get(key, content) if isinstance(content, dict) else content
     if not isinstance(content, dict):
         raise InputError(f"{path} is not a checkpoint: it contains a {type(content).__name__}, not a dict of tensors")
-    expected = backbone.network.state_dict()
-    projection = f"{backbone.projection}."
+    network, features = backbone.network, backbone.features
+    way: Sequence[str] = ()
+    if not callable(features):
+        way = (features,) if isinstance(features, str) else features or ()
+    submodules = bool(way) and all(isinstance(attrgetter(each)(network), nn.Module) for each in way)
+    has_classifier = submodules or (features is None and way_to_map(network)) or not is_user_file(name)
+    used = tuple(f"{each}." for each in (*way, backbone.projection))
 
     def unused(key: str) -> bool:
-        return key.startswith(_CLASSIFIERS) and not key.startswith(projection)
+        return bool(has_classifier) and key.startswith(_CLASSIFIERS) and not key.startswith(used)
 
     state = {key.removeprefix("module."): value for key, value in content.items() if isinstance(value, Tensor)}
     state = {key: value for key, value in state.items() if not unused(key)}
-    state |= {key: value for key, value in expected.items() if unused(key)}
-    load_strictly(backbone.network, state, path, name)
+    classifier = {key: value for key, value in network.state_dict().items() if unused(key)}
+    load_strictly(network, state | classifier, path, name)
+    return list(classifier)

@@ -21,7 +21,7 @@ def main(argv: list[str]) -> None:
     args, cfg, _ = parse(argv)
 
     # Imported here, so that --help and errors about options appear at once.
-    from assembly import find_recipe, match_images, start_session
+    from assembly import find_recipe, log_recipe, match_images, start_session
     from extraction.files import write_atomically
     from extraction.images import ImageFile
     from report.drawing import save_match
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
     session = start_session(cfg)
     recipe = find_recipe(cfg)
     match = match_images(recipe, session.device, *images)
-    log.info("network: %s, %s", recipe.weights_in_words, recipe.modules_in_words)
+    log_recipe(recipe)
     log.info("cosine of %s and %s: %.4f", args.first, args.second, match.cosine)
     for path, positions, constant in zip((args.first, args.second), match.maps, match.constants, strict=True):
         log.info("%s: places %.4f, constants %.4f", path, positions.sum(), constant)

@@ -17,7 +17,7 @@ from yacs.config import CfgNode
 from config import active_rerankers, plain
 from cvnet_rerank.stage import local_feature_stages
 from extraction.extract import ImageSet, extract_sets, probe, probe_tolerance
-from extraction.images import ImageFile, set_pixel_limit
+from extraction.images import ImageFile, limit_side, set_pixel_limit
 from extraction.loading import Loading
 from extraction.processes import Processes
 from extraction.store import content_folder, file_fingerprint, plain_name, read_provenance
@@ -27,8 +27,11 @@ from model.errors import InputError, nearest
 from model.libraries import is_user_file, short_name
 from model.recipe import Recipe
 from modules.activation import RELUP_THRESHOLD
+from modules.checks import Array
 from modules.diffusion import DiffusionReranker
 from modules.expansion import QueryExpansion
+from modules.explanation import Explanation
+from modules.matching import Match
 from modules.reciprocal import KReciprocalReranker
 from modules.reranking import SuperGlobalReranker
 from modules.search import Database
@@ -126,6 +129,13 @@ def find_weights(cfg: CfgNode, dataset: Dataset | None = None) -> Path | str:
             return toy.ensure_weights(dataset.folder.parent / "toy", cfg.MODEL.DEPTH)
     with option("TEST.WEIGHTS"):
         return find_checkpoint(Path(cfg.TEST.WEIGHTS) if given else DEFAULT_WEIGHTS, cfg.MODEL.DEPTH)
+
+
+def has_random_weights(recipe: Recipe, cfg: CfgNode, dataset: Dataset | None = None) -> bool:
+    """Returns whether the network is untrained, as that of toy is by default."""
+    if recipe.is_cvnet:
+        return dataset is not None and dataset.name in toy.NAMES and cfg.TEST.WEIGHTS == "auto"
+    return str(recipe.weights) == "untrained" and not is_user_file(recipe.network)
 
 
 def find_dataset(cfg: CfgNode, name: str) -> Dataset:
@@ -289,6 +299,16 @@ def extract(
     return extract_sets(sets, recipe, device, make_loading(cfg, device), cfg.TEST.RESUME, on_error, processes)
 
 
+def match_images(recipe: Recipe, device: torch.device, *pixels: Array) -> Match:
+    """Returns where two images match, see modules.matching.match_maps. (H, W, 3) uint8 RGB each.
+
+    Raises:
+        InputError: if the parts of this network do not sum to the cosine.
+    """
+    first, second = (limit_side(torch.from_numpy(each.copy()), recipe.max_side) for each in pixels)
+    return recipe.extractor(device).match(first, second)
+
+
 @dataclass(frozen=True)
 class Experiment:
     """One dataset with everything that its evaluation needs, checked before the long computations begin.
@@ -425,6 +445,19 @@ class Experiment:
         images = self.distractors.images
         return ConcatDataset([self.dataset.database, images]) if len(images) else ()
 
+    def matches(self, ranking: Ranking, explanations: Mapping[int, Explanation]) -> dict[int, Match]:
+        """Returns where explained results match their queries, by the number of the query, as far as it is known."""
+        matches = {}
+        for query, explanation in explanations.items() if self.recipe else ():
+            number = int(ranking.ids[query, explanation.before])
+            if number < len(self.database_images):
+                images = self.dataset.queries[query], self.database_images[number]
+                try:
+                    matches[query] = match_images(self.recipe, self.device, *(image.read() for image in images))
+                except InputError as error:
+                    log.warning("%s", error)
+        return matches
+
     def facts(self) -> dict[str, Any]:
         """Returns the facts about this dataset in results.json beside the metrics."""
         facts: dict[str, Any] = {}
@@ -433,6 +466,7 @@ class Experiment:
             facts["features"] = self.cfg.TEST.FEATURES
             facts["made_from"] = read_provenance(getattr(self.features, "file", Path(self.cfg.TEST.FEATURES)))
         else:
+            facts["network"] = {"title": recipe.title, "modules": recipe.modules_in_words}
             facts["checkpoint"] = {"path": recipe.weights_in_words, "sha256": recipe.weights_sha256}
             facts["descriptors"] = str(self.folder)
             if recipe.whitening is not None:
@@ -442,14 +476,17 @@ class Experiment:
                     **{key: learnt.get(key) for key in ("kind", "source")},
                     "learnt_on_the_test_set": learnt.get("dataset") == self.dataset.name,
                 }
+        facts["stages"] = [repr(getattr(stage, "reranker", stage)) for stage in self.stages.values()]
         if self.cfg.TEST.INDEX:
             index = {"factory": self.cfg.TEST.INDEX, "parameters": self.cfg.TEST.INDEX_SEARCH}
             facts["index"] = {**index, "rows": self.cfg.TEST.INDEX_ROWS}
         if self.distractors is not None:
             facts["distractors"] = len(self.distractors.rows)
+        random = recipe is not None and has_random_weights(recipe, self.cfg, self.dataset)
         if self.dataset.name in toy.NAMES:
-            random = recipe is not None and self.cfg.TEST.WEIGHTS == "auto" and not is_user_file(recipe.network)
             facts["note"] = toy.DISCLAIMER if random else toy.DRAWN_DISCLAIMER
+        elif random:
+            facts["note"] = "random weights: the metrics show that the code works, not how accurate the method is"
         return facts
 
 

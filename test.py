@@ -44,7 +44,8 @@ def main(argv: list[str]) -> None:
 
         explanations = explain_largest(rankings, metrics, stages, searched) if cfg.TEST.REPORT else {}
         distractors = experiment.distractors.images if experiment.distractors else ()
-        results.append(Evaluated(dataset, rankings, metrics, experiment.facts(), explanations, distractors))
+        matches = experiment.matches(searched.ranking, explanations)
+        results.append(Evaluated(dataset, rankings, metrics, experiment.facts(), explanations, matches, distractors))
         for line in results[-1].lines():
             log.info("%s", line)
         if results[-1].facts.get("whitening", {}).get("learnt_on_the_test_set"):

@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from model.errors import InputError
+from modules.matching import Match, match_maps
 
 
 class Extractor(Protocol):
@@ -51,3 +54,17 @@ class NetworkExtractor(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.network(self.normalise(pixels))
+
+    def match(self, first: Tensor, second: Tensor) -> Match:
+        """Returns where two images match, see modules.matching.match_maps. (H, W, 3) RGB each, as in forward.
+
+        Raises:
+            InputError: if the parts of this network do not sum to the cosine.
+        """
+        parts: Any = self.network if isinstance(self.network, nn.Sequential) else [self.network]
+        network, *whitening = parts
+        a, b = (self.normalise(pixels[None].to(self.device)) for pixels in (first, second))
+        try:
+            return match_maps(network, a, b, *whitening)
+        except ValueError as error:
+            raise InputError(f"where the images match cannot be shown: {error}") from None

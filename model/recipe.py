@@ -92,6 +92,11 @@ class Recipe:
         as_built = is_user_file(self.network) and str(self.weights) in ("pretrained", "untrained")
         return f"{self.network}, {'weights as the function returns them' if as_built else self.weights}"
 
+    @property
+    def title(self) -> str:
+        """The network in a few words."""
+        return f"CVNet's ResNet-{self.depth}" if self.is_cvnet else short_name(self.network)
+
     @cached_property
     def backbone(self) -> Backbone:
         """The network with its weights, built once.
@@ -132,15 +137,20 @@ class Recipe:
         }
         return [name for name, is_idle in idle.items() if is_idle]
 
+    @property
+    def modules_in_words(self) -> str:
+        """The modules after the feature map, and the scales, as text."""
+        modules, scales = self.descriptor, ", ".join(f"{factor:g}" for factor in self.scales)
+        parts = [modules.rgem, modules.pooling, modules.sgem or "mean over the scales"]
+        return f"{', '.join(str(each) for each in parts if each is not None)}, scales {scales}"
+
     def in_words(self) -> Iterator[str]:
         """Yields what applies, line by line: the weights, the modules, the layers that ReLU+ changed, normalisation."""
         backbone, modules = self.backbone, self.descriptor
         yield f"weights: {self.weights_in_words}, SHA-256 {self.weights_sha256}"
         if backbone.unfilled:
             yield f"parameters that came from no file: {short_list(backbone.unfilled)}"
-        scales = ", ".join(f"{factor:g}" for factor in self.scales)
-        parts = [modules.rgem, modules.pooling, modules.sgem or "mean over the scales"]
-        yield f"modules: {', '.join(str(each) for each in parts if each is not None)}, scales {scales}"
+        yield f"modules: {self.modules_in_words}"
         if self.idle_modules:
             yield f"without effect on this network: {', '.join(self.idle_modules)}"
         if modules.changes:

@@ -9,6 +9,7 @@ from .descriptor import multi_scale_descriptor
 from .diffusion import DiffusionReranker
 from .expansion import QueryExpansion, augmented_rows, expanded_queries
 from .explanation import Explanation, explain
+from .matching import Match, match_maps
 from .pooling import GeM, GeMPlus, RegionalGeM, ScaleGeM
 from .reciprocal import KReciprocalReranker
 from .reranking import SuperGlobalReranker
@@ -22,6 +23,7 @@ __all__ = [
     "GeM",
     "GeMPlus",
     "KReciprocalReranker",
+    "Match",
     "QueryExpansion",
     "ReLUPlus",
     "RegionalGeM",
@@ -32,6 +34,7 @@ __all__ = [
     "augmented_rows",
     "expanded_queries",
     "explain",
+    "match_maps",
     "multi_scale_descriptor",
     "search",
 ]

@@ -120,13 +120,13 @@ class SuperGlobal(nn.Module):
         self.training = getattr(model, "training", False)  # not train(): parts of the network may be frozen
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.detached:
-            raise RuntimeError("the network was detached; attach it again")
         project = None if self.projection is None else self.project
         return multi_scale_descriptor(x, self.feature_map, self.pool, None, project, self.sgem, self.scales)
 
     def feature_map(self, x: Tensor) -> Tensor:
         """Returns the network's feature map at one scale. (N, 3, H, W) -> (N, C, h, w), float32 or float64."""
+        if self.detached:
+            raise RuntimeError("the network was detached; attach it again")
         for name in self.path:
             x = attrgetter(name)(self.model)(x)
         if not self.path:
@@ -149,18 +149,25 @@ class SuperGlobal(nn.Module):
 
     def pool(self, x: Tensor) -> Tensor:
         """Returns the vector of one scale before the projection: Regional-GeM and pooling. (N, C, h, w) -> (N, C)."""
-        pooling = self._part(self.pooling)
-        pooled = self._fused(x, pooling)
-        if pooled is None:
-            pooled = pooling(x if self.rgem is None else self.rgem(x))
+        fused = self._fused(x)
+        return self.pool_refined(x if self.rgem is None else self.rgem(x)) if fused is None else fused
+
+    def pool_refined(self, x: Tensor) -> Tensor:
+        """Returns the vector of a map that Regional-GeM has refined already. (N, C, h, w) -> (N, C)."""
+        pooled = self.pooling_module(x)
         if pooled.ndim == 4 and pooled.shape[2:] == (1, 1):
             pooled = pooled.flatten(1)
         if pooled.ndim != 2:
             raise ValueError(f"the pooling returns shape {tuple(pooled.shape)} for a map {tuple(x.shape)}, not (N, C)")
         return pooled
 
-    def _fused(self, x: Tensor, pooling: Any) -> Tensor | None:
+    @property
+    def pooling_module(self) -> Any:
+        return self._part(self.pooling)
+
+    def _fused(self, x: Tensor) -> Tensor | None:
         """Returns Regional-GeM and GeM in one kernel on a GPU; None where it does not apply."""
+        pooling = self.pooling_module
         if not self.fuses or not x.is_cuda or x.dtype != torch.float32 or x.requires_grad:
             return None
         if type(self.rgem) is not RegionalGeM or type(pooling) not in (GeM, GeMPlus) or torch.compiler.is_compiling():

@@ -1,11 +1,11 @@
-"""The drawings of the report, curves and thumbnails, as data URIs that are embedded in the page."""
+"""The drawings of the pages: curves, thumbnails and match maps, mostly as data URIs that are embedded in a page."""
 
 import base64
 import io
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from matplotlib import cycler, rc_context
@@ -15,6 +15,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw
 
 from extraction.images import Box, ImageFile, read_image
+from modules.matching import Match
 from revisitop.evaluate import Metrics
 from revisitop.measures import RECALL_LEVELS
 
@@ -36,6 +37,9 @@ _STYLES = {
     "dark": _style("#d5d9de", "#3a4149", "#5aa7f7", "#f0a35e", "#6cc7a1"),
 }
 _RED = "#e5484d"
+_MAP_SIDE = 192  # pixels of a match map on a page, whose positions are some tens
+# The colours of match maps, with their opacity: from what speaks most against the match to what speaks most for it.
+_MAP_COLOURS = {-1.0: (0, 70, 255, 0.85), 0.0: (255, 225, 60, 0.0), 0.5: (255, 150, 0, 0.65), 1.0: (215, 0, 30, 0.85)}
 
 
 def draw_curves(metrics: dict[str, dict[str, Metrics]]) -> list[dict[str, str]]:
@@ -127,6 +131,76 @@ def _plot(alt: str, title: str, draw: Callable[[Axes], None]) -> dict[str, str]:
     return plot
 
 
+class MatchDrawing(NamedTuple):
+    """Two images and the maps of where they match, in the colours of one scale, as data URIs.
+
+    Attributes:
+        cosine: the cosine of the two.
+        images, overlays: both images, and what is laid over them.
+        legend: the colours of the scale from `low` to `high`, each what a hundredth of an image adds to the cosine.
+    """
+
+    cosine: float
+    images: list[str]
+    overlays: list[str]
+    legend: str
+    low: float
+    high: float
+
+
+def draw_match(match: Match, images: Sequence[np.ndarray], side: int = 400) -> MatchDrawing:
+    """Draws where two images match, for a page.
+
+    Args:
+        images: their pixels, (H, W, 3) uint8 RGB.
+        side: the longest side of the drawn images.
+    """
+    densities, low, high = _densities(match)
+    drawn, overlays = [], []
+    for pixels, density in zip(images, densities, strict=True):
+        drawn.append(jpeg_uri(Image.fromarray(pixels), side, 80))
+        height, width = pixels.shape[:2]
+        factor = _MAP_SIDE / max(height, width)
+        overlays.append(_png_uri(_overlay(density, (round(width * factor), round(height * factor)), low, high)))
+    legend = _png_uri(_overlay(np.linspace(low, high, 128)[None], (128, 1), low, high))
+    return MatchDrawing(match.cosine, drawn, overlays, legend, low, high)
+
+
+def save_match(match: Match, images: Sequence[np.ndarray], file: BinaryIO) -> None:
+    """Draws two images side by side with the maps of where they match, and their scale, into a PNG file."""
+    densities, low, high = _densities(match)
+    widths = [pixels.shape[1] / pixels.shape[0] for pixels in images]
+    with rc_context({**_STYLES["light"], "figure.figsize": (4.2 * sum(widths), 4.8), "savefig.transparent": False}):
+        figure = Figure(layout="constrained")
+        grid = figure.add_gridspec(2, 2, width_ratios=widths, height_ratios=(1, 0.04))
+        for place, (pixels, density) in enumerate(zip(images, densities, strict=True)):
+            axes = figure.add_subplot(grid[0, place])
+            axes.imshow(pixels)
+            axes.imshow(_overlay(density, pixels.shape[1::-1], low, high))
+            axes.set_axis_off()
+        scale = figure.add_subplot(grid[1, :])
+        legend = _overlay(np.linspace(low, high, 256)[None], (256, 1), low, high)
+        scale.imshow(legend, extent=(low, high, 0, 1), aspect="auto")
+        scale.set(yticks=[], xlabel=f"added to the cosine, {match.cosine:.4f}, by a hundredth of an image")
+        scale.spines[:].set_visible(False)
+        figure.savefig(file, format="png", dpi=150)
+
+
+def _densities(match: Match) -> tuple[list[np.ndarray], float, float]:
+    """Returns what a hundredth of each image adds at each position, and the lowest (at most 0) and highest value."""
+    densities = [positions.cpu().numpy() * positions.numel() / 100 for positions in match.maps]
+    return densities, min(0.0, *(float(each.min()) for each in densities)), max(float(each.max()) for each in densities)
+
+
+def _overlay(density: np.ndarray, size: tuple[int, int], low: float, high: float) -> Image.Image:
+    """Returns values as transparent colours, in an image of this (width, height)."""
+    values = np.asarray(Image.fromarray(density.astype(np.float32)).resize(size, Image.Resampling.BICUBIC))
+    strength = values / max(high, -low, 1e-12)
+    channels = zip(*_MAP_COLOURS.values(), strict=True)
+    red, green, blue, opacity = (np.interp(strength, [*_MAP_COLOURS], channel) for channel in channels)
+    return Image.fromarray(np.stack([red, green, blue, 255 * opacity], axis=-1).round().astype(np.uint8), "RGBA")
+
+
 def read_thumbnail(image: ImageFile, side: int) -> Image.Image:
     """Returns the whole image, with no side longer than `side`, and its box drawn on it if there is one.
 
@@ -147,6 +221,11 @@ def jpeg_uri(thumbnail: Image.Image, side: int, quality: int) -> str:
     small.thumbnail((side, side))
     small.save(content, "JPEG", quality=quality, optimize=True)
     return _data_uri("image/jpeg", content.getvalue())
+
+
+def _png_uri(image: Image.Image) -> str:
+    image.save(content := io.BytesIO(), "PNG")
+    return _data_uri("image/png", content.getvalue())
 
 
 def _draw_box(thumbnail: Image.Image, box: Box, x_scale: float, y_scale: float) -> None:

@@ -6,7 +6,6 @@ data (Page, Section, Query, Hit), so that it can also show rankings without grou
 
 import logging
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -18,11 +17,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from extraction.files import write_atomically
 from extraction.images import ImageError, ImageFile
 from model.errors import InputError, short_list
 from modules.explanation import Explanation, explain
 from modules.reranking import SuperGlobalReranker
-from report.drawing import draw_curves, jpeg_uri, read_thumbnail
+from report.drawing import MatchDrawing, draw_curves, draw_match, jpeg_uri, read_thumbnail
 from report.results import Evaluated, at_k_in_words
 from revisitop.dataset import Dataset
 from revisitop.evaluate import Metrics, query_aps
@@ -53,6 +53,7 @@ class Hit:
         label: easy, hard, right, ignored or wrong; None without ground truth.
         moved: the number of places gained by reranking, the same before and after it, negative for places lost;
             None if unknown.
+        place: its place, from 0, in the search; None if unknown.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Hit:
     score: float | None = None
     label: str | None = None
     moved: int | None = None
+    place: int | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Query:
         aps: average precision of each stage, between 0 and 1; empty without ground truth or positives.
         explanation: the explanation of one result, or None.
         candidates: the results that the explanation mentions, by their places in the search.
+        match: where the explained result matches the query, or None.
     """
 
     name: str
@@ -81,6 +84,7 @@ class Query:
     aps: dict[str, float] = field(default_factory=dict)
     explanation: Explanation | None = None
     candidates: Mapping[int, Hit] = field(default_factory=dict)
+    match: MatchDrawing | None = None
 
     @property
     def images(self) -> list[ImageFile]:
@@ -105,7 +109,8 @@ class Section:
         order: a sentence that explains this order, or "".
         metrics: metrics by stage ("retrieval", "reranking") and protocol (E, M, H); empty without ground truth.
         note: a sentence below the heading.
-        omitted: number of queries that are not shown.
+        warning: why the metrics say nothing about accuracy; "" if they do.
+        omitted: queries that are only listed, because their images would make the page too large.
         plots: plots below the note, each with alt, light and dark, see report/drawing.py.
         caption: the caption of the plots.
         tables: tables below the plots, by caption: rows of cells, the first of which is the heading.
@@ -117,7 +122,8 @@ class Section:
     order: str = ""
     metrics: dict[str, dict[str, Metrics]] = field(default_factory=dict)
     note: str = ""
-    omitted: int = 0
+    warning: str = ""
+    omitted: Sequence[Query] = ()
     plots: list[dict[str, str]] = field(default_factory=list)
     caption: str = ""
     tables: dict[str, list[list[str]]] = field(default_factory=dict)
@@ -152,6 +158,7 @@ class Page:
 
     Attributes:
         title: the title of the page.
+        subtitle: the key settings of the run.
         settings: the settings of the run, by name.
         sections: one section per dataset.
     """
@@ -159,6 +166,7 @@ class Page:
     title: str
     settings: dict[str, str]
     sections: list[Section]
+    subtitle: str = ""
 
     @property
     def tables(self) -> dict[tuple[Protocol, ...], list[Section]]:
@@ -189,8 +197,12 @@ def evaluated_page(head: dict[str, Any], results: Sequence[Evaluated], options: 
             settings[f"descriptors of {each.dataset.name}"] = f"{each.facts['features']}, {known or 'origin unknown'}"
     settings |= {key: str(value) for key, value in options.items()}
     sections = [evaluated_section(each) for each in results]
-    method = "Saved descriptors" if any("features" in each.facts for each in results) else "SuperGlobal"
-    return Page(f"{method} on {', '.join(each.dataset.name for each in results)}", settings, sections)
+    networks = dict.fromkeys(tuple(each.facts["network"].values()) for each in results if "network" in each.facts)
+    title = ", ".join(network for network, _ in networks) or "Saved descriptors"
+    title = f"{title} on {', '.join(each.dataset.name for each in results)}"
+    stages = dict.fromkeys(stage for each in results for stage in each.facts.get("stages", ()))
+    subtitle = [*(modules for _, modules in networks), *stages]
+    return Page(title, settings, sections, "; ".join(subtitle))
 
 
 def evaluated_section(evaluated: Evaluated) -> Section:
@@ -204,7 +216,7 @@ def evaluated_section(evaluated: Evaluated) -> Section:
         explanation = evaluated.explanations.get(i)
         ids = evaluated.rankings["retrieval"].ids[i].tolist()
         candidates = candidates_of(explanation, dataset, i, ids, evaluated.distractors) if explanation else {}
-        queries.append(Query(name, image, rankings, aps, explanation, candidates))
+        queries.append(Query(name, image, rankings, aps, explanation, candidates, _match_drawing(evaluated, i)))
     which = " (Medium)" if dataset.protocols == REVISITED_PROTOCOLS else ""
     if len(evaluated.rankings) > 1:
         queries.sort(key=lambda query: max(map(abs, query.changes.values()), default=-1), reverse=True)
@@ -215,11 +227,24 @@ def evaluated_section(evaluated: Evaluated) -> Section:
     note = f"{len(dataset.queries)} queries, {len(dataset.database):,} database images"
     if "distractors" in facts:
         note += f", {facts['distractors']:,} distractors"
-    if "note" in facts:
-        note += f". {facts['note'].capitalize()}"
     plots = draw_curves(evaluated.metrics)
     caption = "Mean interpolated precision of the queries; ignored images are removed from the rankings."
-    return Section(dataset.name, queries, order, evaluated.metrics, f"{note}.", plots=plots, caption=caption)
+    if dataset.in_database is not None:
+        note += "; each query is one of them, and left out of its own results"
+    return Section(
+        dataset.name, queries, order, evaluated.metrics, f"{note}.", facts.get("note", ""), plots=plots, caption=caption
+    )
+
+
+def _match_drawing(evaluated: Evaluated, query: int) -> MatchDrawing | None:
+    """Draws where the explained result matches its query; None if it is unknown, or an image cannot be read."""
+    if query not in evaluated.matches:
+        return None
+    dataset, place = evaluated.dataset, evaluated.explanations[query].before
+    number = int(evaluated.rankings["retrieval"].ids[query, place])
+    size = len(dataset.database)
+    result = dataset.database[number] if number < size else evaluated.distractors[number - size]
+    return draw_match(evaluated.matches[query], [dataset.queries[query].read(), result.read()])
 
 
 def explain_largest(
@@ -261,8 +286,8 @@ def candidates_of(
 ) -> dict[int, Hit]:
     """Returns the results that an explanation mentions, by their places in the search; see labelled_hits."""
     places = sorted({*(neighbour.place for neighbour in explanation.neighbours), *explanation.expansion})
-    hits = labelled_hits(dataset, query, [ids[place] for place in places], distractors=distractors)
-    return dict(zip(places, hits, strict=True))
+    hits = labelled_hits(dataset, query, [ids[place] for place in places], distractors)
+    return {place: hits[ids[place]] for place in places}
 
 
 def first_hits(
@@ -271,52 +296,53 @@ def first_hits(
     rankings: Mapping[str, Ranking],
     row: int,
     distractors: Sequence[ImageFile] = (),
+    labelled: bool = True,
 ) -> dict[str, list[Hit]]:
-    """Returns the first results of each stage, for one row of the rankings, with the places that each gained.
+    """Returns the first results of each stage, for one row of the rankings, without the query itself.
 
-    A result gains places from the first stage to its own; in the first of two stages, to the second. For the other
-    arguments, see labelled_hits.
+    A result gains places from the first stage to its own; in the first of two stages, to the second.
+
+    Args:
+        query: the number of the query; None if it is not one of the dataset.
+        labelled: whether the ground truth of the query labels the results.
     """
+    itself = None if query is None or dataset.in_database is None else int(dataset.in_database[query])
     ids = {stage: ranking.ids[row].tolist() for stage, ranking in rankings.items()}
     places = {stage: {number: place for place, number in enumerate(numbers)} for stage, numbers in ids.items()}
     first, *later = ids
 
-    def gain(number: int, stage: str) -> int | None:
-        before, after = places[first].get(number), places[stage].get(number)
+    def gain(number: int, stage: str | None) -> int | None:
+        before, after = places[first].get(number), places.get(stage, {}).get(number)
         return None if before is None or after is None else before - after
 
     hits = {}
     for stage, ranking in rankings.items():
-        shown, scores = ids[stage][:SHOWN], ranking.scores[row, :SHOWN].tolist()
+        scored = zip(ids[stage][: SHOWN + 1], ranking.scores[row].tolist(), strict=False)
+        scores = dict([pair for pair in scored if pair[0] != itself][:SHOWN])
         other = stage if stage in later else later[0] if len(later) == 1 else None
-        moved = [gain(number, other) for number in shown] if other else None
-        hits[stage] = labelled_hits(dataset, query, shown, scores, distractors, moved)
+        found = labelled_hits(dataset, query if labelled else None, list(scores), distractors)
+        hits[stage] = [
+            replace(hit, score=scores[number], moved=gain(number, other), place=places[first].get(number))
+            for number, hit in found.items()
+        ]
     return hits
 
 
 def labelled_hits(
-    dataset: Dataset,
-    query: int | None,
-    ids: Sequence[int],
-    scores: Sequence[float] | None = None,
-    distractors: Sequence[ImageFile] = (),
-    moved: Sequence[int | None] | None = None,
-) -> list[Hit]:
-    """Returns the results of a query, labelled by the ground truth.
+    dataset: Dataset, query: int | None, ids: Sequence[int], distractors: Sequence[ImageFile] = ()
+) -> dict[int, Hit]:
+    """Returns the results of a query by their numbers, labelled by the ground truth.
 
     Args:
         query: its number; None without ground truth.
         ids: database numbers, best first, -1 for none; distractors are numbered after the database.
-        scores: their scores; None if unknown.
         distractors: the images of the distractors, as far as they are known.
-        moved: the number of places that each gained; None if unknown.
     """
     size, kinds = len(dataset.database), {} if query is None else dataset.ground_truth[query].kinds
     labels = {number: _LABELS.get(kind, "right") for kind, numbers in kinds.items() for number in numbers.tolist()}
     unlisted = None if query is None else "wrong"
-    unknown = [None] * len(ids)
-    hits = []
-    for number, score, places in zip(ids, scores or unknown, moved or unknown, strict=True):
+    hits = {}
+    for number in ids:
         if number < 0:  # a saved ranking may be shorter
             continue
         if number < size:
@@ -324,7 +350,7 @@ def labelled_hits(
         else:
             image = distractors[number - size] if number - size < len(distractors) else None
             name = f"distractor {number - size}"
-        hits.append(Hit(name, image, score, labels.get(number, unlisted), places))
+        hits[number] = Hit(name, image, label=labels.get(number, unlisted))
     return hits
 
 
@@ -343,15 +369,12 @@ def write_report(page: Page, folder: Path) -> Path:
         html = _render(page, originals, side, quality)
         if len(html) < PAGE_BYTES:
             break
-    path, new = folder / "index.html", folder / "index.html.new"
+    path = folder / "index.html"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        new.write_bytes(html)
-        os.replace(new, path)
-    except OSError as error:
-        raise InputError(
-            f"the report {path} cannot be written ({error.strerror}); all other results are kept"
-        ) from None
+        write_atomically(path, lambda file: file.write(html))
+    except (InputError, OSError) as error:
+        raise InputError(f"the report {path} is missing, all other results are kept ({error})") from None
     return path
 
 
@@ -389,7 +412,7 @@ def _first_queries(sections: Sequence[Section]) -> list[Section]:
         images = list(accumulate(1 + len(query.images) for query in section.queries))
         count = sum(number <= left for number in images)
         left -= images[count - 1] if count else 0
-        shown.append(replace(section, queries=section.queries[:count], omitted=len(section.queries) - count))
+        shown.append(replace(section, queries=section.queries[:count], omitted=section.queries[count:]))
     return shown
 
 

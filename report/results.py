@@ -11,6 +11,7 @@ import numpy as np
 from extraction.images import ImageFile
 from extraction.store import write_json
 from modules.explanation import Explanation
+from modules.matching import Match
 from revisitop.dataset import Dataset
 from revisitop.evaluate import Metrics
 from revisitop.layout_csv import write_predictions
@@ -25,6 +26,7 @@ class Evaluated:
     Attributes:
         facts: further facts about the run on this dataset, for results.json.
         explanations: explanations of results for the page, by the number of their query.
+        matches: where these results match the query, by its number, as far as it is known.
         distractors: the images of the distractors, which follow the database, as far as they are known.
     """
 
@@ -33,6 +35,7 @@ class Evaluated:
     metrics: dict[str, dict[str, Metrics]]
     facts: dict[str, Any] = field(default_factory=dict)
     explanations: Mapping[int, Explanation] = field(default_factory=dict)
+    matches: Mapping[int, Match] = field(default_factory=dict)
     distractors: Sequence[ImageFile] = ()
 
     def as_dict(self) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def test_the_tour_runs_on_toy_with_the_committed_outputs(nbformat, toy_data, tmp
     place = {"metadata": {"path": str(tmp_path / "notebooks")}}
     nbclient.NotebookClient(fresh, timeout=300, kernel_name="python3", resources=place).execute()
     assert shown(fresh) == shown(committed)
-    assert sum(figures for _, figures in shown(fresh)) == 6
+    assert sum(figures for _, figures in shown(fresh)) == 7
 
 
 def test_the_committed_notebook_is_small_and_from_one_run(nbformat):

@@ -240,7 +240,8 @@ def section(a: Run, b: Run, dataset: Dataset, results: Sequence[QueryPairs]) -> 
     queries = []
     for number, (image, query) in enumerate(zip(dataset.queries, names, strict=True)):
         rankings = {
-            letter: labelled_hits(dataset, number, each[number, :SHOWN].tolist()) for letter, each in ids.items()
+            letter: [*labelled_hits(dataset, number, each[number, :SHOWN].tolist()).values()]
+            for letter, each in ids.items()
         }
         aps = {letter: float(ap) for letter, ap in zip("AB", pairs[query], strict=True) if not math.isnan(ap)}
         queries.append(Query(query, image, rankings, aps))

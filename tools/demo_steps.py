@@ -3,11 +3,11 @@
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,25 +15,27 @@ from PIL import Image
 from torch import Tensor
 from yacs.config import CfgNode
 
-from assembly import Experiment, find_recipe, image_folder_set, prepare
+from assembly import Experiment, find_recipe, has_random_weights, image_folder_set, match_images, prepare
 from config import varied
 from extraction.extract import extract_batch
 from extraction.folder import find_images
 from extraction.images import FORMATS, Box, ImageError, ImageFile, crop, limit_side, read_image
 from model.errors import InputError
+from model.recipe import Recipe
 from modules.explanation import Explanation, explain
 from modules.reranking import SuperGlobalReranker
 from modules.search import Database, search
-from report.drawing import jpeg_uri, read_thumbnail
+from report.drawing import MatchDrawing, draw_match, jpeg_uri, read_thumbnail
 from report.output import Output
 from report.page import SHOWN, Hit, candidates_of, first_hits
 from revisitop.dataset import Dataset
-from revisitop.evaluate import evaluate
-from revisitop.retrieve import Ranking, rerank
+from revisitop.evaluate import evaluate, query_aps
+from revisitop.retrieve import Ranking, rerank, retrieve
 from tools.search import extract_folders
 
 MODULES = {"GeM+": "SupG.gemp", "Regional-GeM": "SupG.rgem", "Scale-GeM": "SupG.sgem", "ReLU+": "SupG.relup"}
 MOST_CANDIDATES = 1000  # largest M
+QUERIES_SHOWN = 48
 UPLOAD_SIDE = 1024  # uploads are reduced to this longer side, that of ROxford's images, to limit the memory
 UPLOAD_PIXELS = 60_000_000
 _SMALLEST_BOX = 8  # pixels; a smaller box is treated as a click
@@ -95,21 +97,17 @@ class Gallery:
         dataset: the images; a folder has no ground truth.
         queries: (Q, D), the descriptors of the queries.
         database: (N, D), the descriptors of the database.
+        key: its name and the modules of its descriptors.
     """
 
     dataset: Dataset
     queries: Tensor
     database: Database
+    key: tuple[str, frozenset[str]] = ("", frozenset())
 
     @property
     def largest_m(self) -> int:
         return min(MOST_CANDIDATES, len(self.database))
-
-    def matches(self, text: str, count: int) -> tuple[list[int], int]:
-        """Returns the numbers of the first queries whose name contains this text, and the number of all matches."""
-        names = (self.dataset.query_name(number) for number in range(len(self.dataset.queries)))
-        numbers = [number for number, name in enumerate(names) if text.lower() in name.lower()]
-        return numbers[:count], len(numbers)
 
     def query(self, number: int) -> QueryImage:
         """Returns a known query, with its box.
@@ -121,6 +119,23 @@ class Gallery:
             raise InputError(f"there is no query {number}")
         image = self.dataset.queries[number]
         return QueryImage(self.dataset.query_name(number), image.box, ImageFile(image.path), number=number)
+
+    def opening_query(self, reranker: SuperGlobalReranker) -> QueryImage:
+        """Returns the query, among the first ones, whose AP rises most; without ground truth, the first."""
+        queries, truth = self.queries[:QUERIES_SHOWN], self.dataset.ground_truth[:QUERIES_SHOWN]
+        if not truth:
+            return self.query(0)
+        before = retrieve(queries, self.database, self.largest_m, self.dataset.listed[:QUERIES_SHOWN])
+        after = rerank(before, reranker, queries, self.database)
+        lost, gained = (query_aps(evaluate(each, truth, self.dataset.protocols)) for each in (before, after))
+        return self.query(int(np.argmax(np.nan_to_num(gained - lost, nan=-1))))
+
+
+def find_queries(dataset: Dataset, text: str, count: int) -> tuple[list[int], int]:
+    """Returns the numbers of the first queries whose name contains this text, and the number of all matches."""
+    names = (dataset.query_name(number) for number in range(len(dataset.queries)))
+    numbers = [number for number, name in enumerate(names) if text.lower() in name.lower()]
+    return numbers[:count], len(numbers)
 
 
 class Effect(NamedTuple):
@@ -164,7 +179,8 @@ class QuerySearch:
             before_after = [evaluate(each, truth, dataset.protocols) for each in rankings.values()]
             aps = {each.title: tuple(metrics[each.name].map for metrics in before_after) for each in dataset.protocols}
             aps = {title: pair for title, pair in aps.items() if not math.isnan(pair[0])}
-        return Effect(**first_hits(dataset, query, rankings, 0), aps=aps, seconds=after.seconds)
+        hits = first_hits(dataset, self.image.number, rankings, 0, labelled=query is not None)
+        return Effect(**hits, aps=aps, seconds=after.seconds)
 
     def explain(self, reranker: SuperGlobalReranker, place: int) -> tuple[Explanation, dict[int, Hit]]:
         """Explains the new place of the result at this place (from 0) in the search; see report.page.candidates_of.
@@ -219,28 +235,36 @@ class Galleries:
         folder: a folder of images to use instead of the datasets of the options.
 
     Attributes:
-        names: the names of the galleries.
+        datasets: the datasets by name, or the folder; before its extraction, it contains unreadable images.
         modules: the modules that can be switched on or off.
         default_modules: those that the options switch on.
+        network: the network in words.
     """
 
     def __init__(self, cfg: CfgNode, output: Output, device: torch.device, folder: Path | None = None):
         self.cfg, self.output, self.device, self.folder = cfg, output, device, folder
         self._galleries: dict[tuple, Gallery] = {}
-        self._networks: dict[tuple, Any] = {}
+        self._recipes: dict[tuple, Recipe] = {}
         self._lock = threading.Lock()  # one extraction at a time
         self._experiments: dict[str, Experiment] = {}
         if folder is None:  # reports missing data before the page starts
             self._experiments = {name: prepare(cfg, name, output, device) for name in cfg.TEST.DATASET_LIST}
-            self.names = list(self._experiments)
+            self.datasets = {name: experiment.dataset for name, experiment in self._experiments.items()}
         else:
-            self.names, self._images = [folder.resolve().name or str(folder)], find_images(folder)
-            find_recipe(cfg)
+            dataset = folder_dataset(folder, find_images(folder))
+            self.datasets = {dataset.name: dataset}
         one_scale = len(cfg.TEST.SCALE_LIST) == 1  # then Scale-GeM has no effect
         self.modules = [title for title in MODULES if not (one_scale and title == "Scale-GeM")]
         self.default_modules = [title for title in self.modules if cfg.SupG[MODULES[title].split(".")[1]]]
+        random = False
+        for name, dataset in self.datasets.items():
+            recipe = find_recipe(cfg) if folder else self._experiments[name].recipe
+            self._recipes[name, frozenset(self.default_modules)] = recipe
+            random |= has_random_weights(recipe, cfg, None if folder else dataset)
+        weights = " with random weights: this shows how the method works, not how accurate it is" if random else ""
+        self.network = f"{recipe.title}{weights}"
 
-    def _cfg(self, modules: Sequence[str]) -> CfgNode:
+    def _cfg(self, modules: Collection[str]) -> CfgNode:
         """Returns the options with only these modules."""
         return varied(self.cfg, {MODULES[title]: title in modules for title in self.modules})
 
@@ -253,25 +277,32 @@ class Galleries:
         key = name, frozenset(modules)
         with self._lock:
             if key not in self._galleries:
-                cfg = self._cfg(modules)
-                self._galleries[key] = self._folder_gallery(cfg) if self.folder else self._dataset_gallery(cfg, name)
+                rows = self._folder_rows(key) if self.folder else self._dataset_rows(key)
+                self._galleries[key] = Gallery(self.datasets[name], *rows, key)
             return self._galleries[key]
 
-    def _dataset_gallery(self, cfg: CfgNode, name: str) -> Gallery:
-        experiment = self._experiments[name]
-        dataset = experiment.dataset
-        return Gallery(dataset, *replace(experiment, cfg=cfg, recipe=find_recipe(cfg, dataset)).descriptors())
+    def _dataset_rows(self, key: tuple) -> tuple[Tensor, Database]:
+        name, modules = key
+        experiment = replace(self._experiments[name], cfg=self._cfg(modules), recipe=self._recipe(key))
+        return experiment.descriptors()
 
-    def _folder_gallery(self, cfg: CfgNode) -> Gallery:
-        recipe = find_recipe(cfg)
-        images = image_folder_set(self.folder, self._images, recipe, self.output)
-        (readable,) = extract_folders([images], recipe, self.device, cfg)
-        names = [readable.name(number) for number in range(len(readable.images))]
-        dataset = Dataset(
-            self.names[0], self.folder, readable.images, readable.images, [], (), "folder", names, names,
-            np.arange(len(names)),
-        )  # fmt: skip
-        return Gallery(dataset, readable.descriptors, Database(readable.descriptors))
+    def _folder_rows(self, key: tuple) -> tuple[Tensor, Database]:
+        """Returns the descriptors of the folder, whose dataset then contains the readable images only."""
+        name, modules = key
+        recipe = self._recipe(key)
+        images = image_folder_set(self.folder, self.datasets[name].database, recipe, self.output)
+        (readable,) = extract_folders([images], recipe, self.device, self._cfg(modules))
+        self.datasets[name] = folder_dataset(self.folder, readable.images)
+        return readable.descriptors, Database(readable.descriptors)
+
+    def _recipe(self, key: tuple) -> Recipe:
+        """Returns the recipe for a gallery; only few keep their network in memory."""
+        if key not in self._recipes:
+            while len(self._recipes) >= _NETWORKS:
+                del self._recipes[next(iter(self._recipes))]
+            name, modules = key
+            self._recipes[key] = find_recipe(self._cfg(modules), None if self.folder else self.datasets[name])
+        return self._recipes[key]
 
     def search(self, name: str, modules: Sequence[str], image: QueryImage) -> QuerySearch:
         """Searches with a query, and extracts its descriptor if it is not saved.
@@ -283,20 +314,35 @@ class Galleries:
         if number is not None and image == gallery.query(number):
             descriptor = gallery.queries[number : number + 1].clone()
         else:
-            descriptor = self._extract(name, modules, image)
+            descriptor = self._extract(gallery, image)
         return search_gallery(gallery, image, descriptor, time.perf_counter() - start)
 
-    def _extract(self, name: str, modules: Sequence[str], image: QueryImage) -> Tensor:
+    def _extract(self, gallery: Gallery, image: QueryImage) -> Tensor:
         pixels = torch.from_numpy(np.ascontiguousarray(image.read_box()))
         pixels = limit_side(pixels, self.cfg.TEST.MAX_SIDE or None)
         with self._lock:
-            key = name, frozenset(modules)
-            if key not in self._networks:
-                while len(self._networks) >= _NETWORKS:
-                    del self._networks[next(iter(self._networks))]
-                dataset = None if self.folder else self._experiments[name].dataset
-                self._networks[key] = find_recipe(self._cfg(modules), dataset).extractor(self.device)
-            return extract_batch(self._networks[key], [pixels]).cpu().clone()
+            return extract_batch(self._recipe(gallery.key).extractor(self.device), [pixels]).cpu().clone()
+
+    def match(self, search: QuerySearch, place: int) -> MatchDrawing:
+        """Draws where the query matches the result at this place (from 0) in the search.
+
+        Raises:
+            InputError: if there is no such result, an image cannot be read, or this network has no match maps.
+        """
+        gallery, numbers = search.gallery, search.ranking.ids[0]
+        if not 0 <= place < len(numbers):
+            raise InputError(f"there is no result at place {place + 1}")
+        images = search.image.read_box(), gallery.dataset.database[int(numbers[place])].read()
+        with self._lock:
+            match = match_images(self._recipe(gallery.key), self.device, *images)
+        return draw_match(match, images)
+
+
+def folder_dataset(folder: Path, images: Sequence[ImageFile]) -> Dataset:
+    """Returns the images of a folder as a dataset without ground truth, in which each image is a query."""
+    names = [str(image.path.relative_to(folder)) for image in images]
+    title = folder.resolve().name or str(folder)
+    return Dataset(title, folder, images, images, [], (), "folder", names, names, np.arange(len(names)))
 
 
 @lru_cache(maxsize=20_000)

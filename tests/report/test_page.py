@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -303,6 +304,39 @@ def test_the_box_is_drawn_even_where_it_leaves_the_image(tmp_path):
     assert np.flatnonzero(drawn[:, 60]).tolist() == [*range(25, 30), *range(95, 100)]
     for box in ((900, 900, 950, 950), (30, 20, 10, 5), (7, 7, 7, 7)):
         read_thumbnail(ImageFile(path, box), 200)
+
+
+def test_network_settings_and_match_are_shown(command, layout, two_layers, tmp_path):
+    words = (*two_layers, "TEST.DATA_DIR", layout.data_dir, "TEST.DATASET_LIST", "roxford5k")
+    outcome = command("test.py", *words, "SupG.rerank_k", 3, "TEST.REPORT")
+    assert outcome.code == 0, outcome.err
+    page = Run(latest(tmp_path / "work" / "output")).page
+    assert page.text("h1") == ["mine.py:build on roxford5k"]
+    (subtitle,) = [text for text in page.text("p", "soft text") if "scales 1" in text]
+    assert "SuperGlobalReranker(m=400, k=3, beta=0.15)" in subtitle
+    assert len([each for each in page.attributes("img") if each.get("class") == "map"]) == 2
+
+
+def test_a_query_of_the_database_is_left_out_of_its_own_results(tmp_path):
+    for number in range(6):
+        (tmp_path / "set" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / "set" / "ab"[number % 2] / f"{number}.jpg")
+    dataset = load_dataset("set", tmp_path)
+    ranking = Ranking(torch.tensor([[2, 0, 5, 1, 3, 4]]), torch.arange(6, 0, -1.0)[None], [], 0)
+    hits = first_hits(dataset, 0, {"retrieval": ranking}, 0)["retrieval"]
+    assert [hit.name for hit in hits] == [dataset.database_name(number) for number in (2, 5, 1, 3, 4)]
+    assert [(hit.place, hit.score) for hit in hits] == [(0, 6), (2, 4), (3, 3), (4, 2), (5, 1)]
+
+
+def test_a_thousand_queries_fit_and_are_all_listed(tmp_path):
+    page = unlabelled(tmp_path, 1000, 10, side=96)
+    path = write_report(
+        replace(page, sections=[replace(page.sections[0], warning="random weights")]), tmp_path / "report"
+    )
+    assert path.stat().st_size < 20e6
+    parsed = Parsed(path)
+    assert {f"query {number}" for number in range(1000)} <= set(parsed.text("span"))
+    assert parsed.text("p", "warning") == ["random weights"]
 
 
 # ---- in a browser ----

@@ -1,6 +1,9 @@
 """The demo: its steps without a page, and the page in a browser if Gradio and Chromium are installed."""
 
+import base64
 import importlib.util
+import io
+import json
 import os
 import re
 import subprocess
@@ -27,7 +30,16 @@ from revisitop.layouts import load_dataset
 from revisitop.retrieve import rerank, retrieve
 from tools import demo_steps
 from tools.demo import host_names, numbers_of
-from tools.demo_steps import Galleries, Gallery, QueryImage, QuerySearch, read_upload, search_gallery, thumbnail_uri
+from tools.demo_steps import (
+    Galleries,
+    Gallery,
+    QueryImage,
+    QuerySearch,
+    find_queries,
+    read_upload,
+    search_gallery,
+    thumbnail_uri,
+)
 
 EVIL = "<script>window.evil=1"
 STRANGE = [EVIL, "<img src=x onerror='window.evil=1'>", "{{value}} ${window.evil=1}"]
@@ -91,9 +103,9 @@ def test_without_ground_truth_there_is_no_frame_and_no_ap(gallery):
 
 
 def test_queries_are_found_by_a_part_of_their_name(gallery):
-    assert gallery.matches("", 2) == ([0, 1], 3)
-    assert gallery.matches("QUERY_2", 9) == ([2], 1)
-    assert gallery.matches("none", 9) == ([], 0)
+    assert find_queries(gallery.dataset, "", 2) == ([0, 1], 3)
+    assert find_queries(gallery.dataset, "QUERY_2", 9) == ([2], 1)
+    assert find_queries(gallery.dataset, "none", 9) == ([], 0)
     with pytest.raises(InputError, match="query 3"):
         gallery.query(3)
 
@@ -173,10 +185,34 @@ def test_a_folder_is_extracted_without_unreadable_images(layout, options, tmp_pa
     layout.image("db_3").write_text("no image")
     galleries = Galleries(make_config(options), Output(tmp_path / "out"), torch.device("cpu"), layout.folder / "jpg")
     gallery = galleries.gallery("jpg", galleries.modules)
-    assert len(gallery.database) == gallery.matches("", 99)[1] == 26
-    assert gallery.matches("db_3.jpg", 9) == ([], 0)
+    assert len(gallery.database) == len(gallery.dataset.queries) == 26
+    assert find_queries(gallery.dataset, "db_3.jpg", 9) == ([], 0)
     search = galleries.search("jpg", galleries.modules, gallery.query(5))
-    assert search.rerank(RERANKER).before[0].name == gallery.dataset.query_name(5)
+    assert search.ranking.ids[0, 0] == 5
+    for hits in search.rerank(RERANKER)[:2]:  # without the query itself, of which no one wants to be told
+        assert len(hits) == 10
+        assert gallery.dataset.query_name(5) not in [hit.name for hit in hits]
+
+
+def test_the_page_opens_with_the_query_that_gains_most(gallery):
+    gains = []
+    for number in range(3):
+        before, after = searched(gallery, number).rerank(RERANKER).aps["Medium"]
+        gains.append(after - before)
+    assert gallery.opening_query(RERANKER).number == np.argmax(gains)
+    assert replace(gallery, dataset=replace(gallery.dataset, ground_truth=[])).opening_query(RERANKER).number == 0
+
+
+def test_a_match_is_that_of_the_result_and_the_box_of_the_query(options, tmp_path):
+    galleries = Galleries(make_config(options), Output(tmp_path / "out"), torch.device("cpu"))
+    gallery = galleries.gallery("roxford5k", galleries.modules)
+    search = galleries.search("roxford5k", galleries.modules, gallery.query(1))
+    match = galleries.match(search, 4)
+    assert match.cosine == pytest.approx(float(search.ranking.scores[0, 4]), abs=1e-5)
+    with Image.open(io.BytesIO(base64.b64decode(match.images[0].split(",")[1]))) as image:
+        assert image.size == search.image.read_box().shape[1::-1]
+    with pytest.raises(InputError, match="place 99"):
+        galleries.match(search, 98)
 
 
 # ---- the command ----
@@ -313,16 +349,32 @@ def wait_for_other_scores(page, ranking: int, scores: list[str]) -> None:
     )
 
 
+def test_the_progress_of_an_extraction_is_shown_at_one_place(address):
+    config = json.loads(urllib.request.urlopen(f"{address}/config").read())
+    (status,) = [each["id"] for each in config["components"] if each["props"].get("elem_id") == "status"]
+    places = [each.get("show_progress_on") for each in config["dependencies"] if each["show_progress"] != "hidden"]
+    assert places == [[status]] * 3
+
+
+def pick(page, number: int) -> None:
+    """Clicks a query, and waits for its results."""
+    page.locator("#queries button").nth(number).click()
+    page.locator(f"#queries button[aria-pressed=true][data-choice='{number}']").wait_for()
+
+
 def test_a_query_a_click_and_its_explanation(opened):
     page = opened()
-    assert page.locator("#query .name").text_content() == "query_0"
+    before, after = map(
+        float, re.search(r"AP Medium ([\d.]+) → ([\d.]+)", page.locator("#results").text_content()).groups()
+    )
+    assert after >= before
+    pick(page, 0)
     before = texts(page, AFTER, "name")
     labels = set(page.locator("#results .hit .label").all_text_contents())
     assert labels <= {"easy", "hard", "ignored", "wrong"}
     assert len(labels) > 1
-    assert re.search(r"AP Medium [\d.]+ → [\d.]+", page.locator("#results .facts").text_content())
-    page.locator("#queries button").nth(1).click()
-    page.locator("#query .name", has_text=EVIL).wait_for()
+    pick(page, 1)
+    assert page.locator("#query .name").text_content() == EVIL + "2"
     assert texts(page, AFTER, "name") != before
     assert set(texts(page, BEFORE, "name") + texts(page, AFTER, "name")) & set(STRANGE)
     page.locator("#results .hits").nth(AFTER).locator("button").nth(2).click()
@@ -343,10 +395,11 @@ def test_each_slider_acts_and_so_does_a_module(opened):
         for _ in range(3):
             page.keyboard.press("ArrowLeft")
         if slider == "m":
-            page.locator("#results .facts", has_text="reranked 21 in").wait_for(timeout=5000)
+            page.locator("#results .soft", has_text="reranked 21 in").wait_for(timeout=5000)
         else:
             wait_for_other_scores(page, AFTER, scores)
     scores = texts(page, BEFORE, "score")
+    page.locator("button", has_text="Modules of the descriptor").click()
     page.locator("#modules label", has_text="Regional-GeM").click()
     wait_for_other_scores(page, BEFORE, scores)
 
@@ -372,6 +425,7 @@ def test_an_upload_a_box_and_a_broken_image(opened, tmp_path):
     box = [int(n) for n in re.findall(r"\d+", drawn.text_content())]
     assert box == pytest.approx([10 * 320 / sides["width"], 10 * 240 / sides["height"], 160, 120], abs=2)
     assert texts(page, BEFORE, "score") != whole
+    page.locator("button", has_text="Find a query").click()
     for text, shown, words in (
         ("1, 2, x, 4", "#message [role=alert]", "a box consists of four numbers"),
         ("", "#query .soft", "The whole image"),
@@ -386,8 +440,9 @@ def test_an_upload_a_box_and_a_broken_image(opened, tmp_path):
 
 
 def test_on_a_phone_nothing_is_wider_than_the_window_and_keys_reach_everything(opened):
-    page = opened(375)
-    assert page.evaluate("document.documentElement.scrollWidth") == 375
+    page = opened(390)
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    assert page.evaluate("document.documentElement.scrollHeight") < 2 * 844  # two screens for all
     page.locator("#queries button").nth(2).focus()
     page.keyboard.press("Enter")
     page.locator("#query .name", has_text="query_2").wait_for()
@@ -395,11 +450,13 @@ def test_on_a_phone_nothing_is_wider_than_the_window_and_keys_reach_everything(o
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none"
     page.keyboard.press("Enter")
     page.locator("#why .reason:focus").wait_for()  # for keyboards and screen readers
-    assert page.evaluate("document.documentElement.scrollWidth") == 375
+    page.locator("#maps .map").first.wait_for()
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
 
 
 def test_two_visitors_see_their_own_results(opened):
     first, second = opened(), opened()
+    pick(first, 0)
     second.locator("#queries button").nth(2).click()
     second.locator("#query .name", has_text="query_2").wait_for()
     names = texts(first, BEFORE, "name")
@@ -410,3 +467,49 @@ def test_two_visitors_see_their_own_results(opened):
     assert texts(first, BEFORE, "name") == names != texts(second, BEFORE, "name")
     assert first.locator("#query .name").text_content() == "query_0"
     assert second.locator("#why .reason").count() == 0
+
+
+def test_maps_show_where_a_result_matches_and_can_be_turned_down(opened):
+    page = opened()
+    page.locator("#results .hits").nth(AFTER).locator("button").first.click()
+    overlays = page.locator("#maps .map")
+    overlays.first.wait_for()
+    assert overlays.count() == 2
+    opacity = "[...document.querySelectorAll('#maps .map')].map(map => getComputedStyle(map).opacity)"
+    assert page.evaluate(opacity) == ["0.8", "0.8"]
+    page.locator("#maps input[type=range]").focus()
+    page.keyboard.press("Home")
+    assert page.evaluate(opacity) == ["0", "0"]
+    page.keyboard.press("End")
+    page.locator("#maps input[type=checkbox]").uncheck()
+    assert page.evaluate(opacity) == ["0", "0"]
+    page.locator("#results .hits").nth(AFTER).locator("button").nth(1).click()
+    page.locator("#maps input[type=checkbox]:not(:checked)").wait_for()  # the choice is kept
+    page.locator("#maps input[type=checkbox]").check()
+    assert page.evaluate(opacity) == ["1", "1"]
+
+
+def test_an_open_explanation_follows_the_sliders(opened):
+    page = opened()
+    page.locator("#results .hits").nth(BEFORE).locator("button").nth(2).click()
+    page.locator("#why .reason").wait_for()
+    slider = page.locator("#k input[type=range]")
+    slider.focus()
+    for keys, neighbours in (("ArrowLeft", 9), ("ArrowLeft", 8)):
+        page.keyboard.press(keys)
+        page.wait_for_function(f"document.querySelector('#why .parts').querySelectorAll('img').length === {neighbours}")
+    assert page.evaluate("document.activeElement.type") == "range"  # the focus stays on the slider
+    page.locator("#m input[type=range]").focus()
+    page.keyboard.press("Home")
+    page.locator("#why", has_text="only the first 1 are reranked").wait_for()
+
+
+def test_scores_are_bars_and_numbers_on_demand_and_a_search_without_match_says_so(opened):
+    page = opened()
+    assert page.locator("#results .bar").count() == 20
+    assert not page.locator("#results .score").first.is_visible()
+    page.get_by_label("Scores as numbers").check()
+    assert page.locator("#results .score").first.is_visible()
+    page.locator("button", has_text="Find a query").click()
+    page.locator("#find input, #find textarea").first.fill("nothing")
+    page.locator("#queries", has_text="No query has “nothing” in its name").wait_for()

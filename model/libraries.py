@@ -1,8 +1,10 @@
-"""Backbones by name: CVNet's, timm's, torchvision's, and a user's own function that returns a network."""
+"""Backbones by name: CVNet's, timm's, torchvision's, those of PyTorch Hub, and of a user's own function."""
 
+import ast
 import difflib
 import hashlib
 import importlib.util
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.backbone import Backbone
-from model.checkpoint import load_encoder, load_strictly, load_tensors, sha256
+from model.checkpoint import load_encoder, load_strictly, network_state, sha256
 from model.cvnet import ResNet, cvnet_backbone
 from model.errors import InputError
 
@@ -25,15 +27,19 @@ CVNET = "cvnet"
 _CLASSIFIERS = ("fc.", "head.", "heads.", "classifier.")
 
 
-def build_backbone(name: str, weights: str | Path, depth: int = 50, reduction_dim: int = 2048) -> Backbone:
+def build_backbone(
+    name: str, weights: str | Path, depth: int = 50, reduction_dim: int = 2048, whole: bool = False
+) -> Backbone:
     """Returns the backbone with this name, with its weights, in evaluation mode.
 
     Args:
-        name: cvnet, timm:NAME, torchvision:NAME, or FILE.py:FUNCTION.
+        name: cvnet, timm:NAME, torchvision:NAME, hub:OWNER/REPO[:BRANCH]:ENTRY[:KEY=VALUE,...] or the path of a local
+            clone instead of OWNER/REPO, or FILE.py:FUNCTION. The code of a hub's repository is executed.
         weights: a file with a state dict; "pretrained" for the weights that the library downloads; or
-            "untrained" for random ones with a fixed seed. A user's function returns its network with weights, so
-            that both words leave them as they are. CVNet's network needs a checkpoint.
+            "untrained" for random ones with a fixed seed. A user's function, or a hub's, returns its network with
+            weights, so that both words leave them as they are. CVNet's network needs a checkpoint.
         depth, reduction_dim: the layers of CVNet's ResNet, and the dimensions of its descriptor.
+        whole: whether the descriptor is what the network returns, and uses its classifier, too.
 
     Raises:
         InputError: if the name is unknown (the message suggests the closest), the library is not installed, a
@@ -50,10 +56,15 @@ def build_backbone(name: str, weights: str | Path, depth: int = 50, reduction_di
     elif is_user_file(name):
         file, _, function = name.rpartition(":")
         backbone = _own(file, function)
+    elif library == "hub" and rest:
+        backbone = _hub(rest)
     else:
-        raise InputError(f"unknown network {name!r}: it must be cvnet, timm:NAME, torchvision:NAME or FILE.py:FUNCTION")
+        raise InputError(
+            f"unknown network {name!r}: it must be cvnet, timm:NAME, torchvision:NAME, hub:OWNER/REPO:ENTRY or "
+            "FILE.py:FUNCTION"
+        )
     if str(weights) not in (PRETRAINED, "untrained"):
-        _load(backbone, Path(weights), name)
+        _load(backbone, Path(weights), name, whole)
     backbone.network.eval().requires_grad_(False)
     return backbone
 
@@ -63,8 +74,16 @@ def is_user_file(name: str) -> bool:
     return name.rpartition(":")[0].endswith(".py")
 
 
+def comes_with_weights(name: str) -> bool:
+    """Returns whether a network's name is that of a function, a user's or a hub's, that returns it with weights."""
+    return is_user_file(name) or name.startswith("hub:")
+
+
 def short_name(name: str) -> str:
-    """Returns the name without the folders of a user's file, such as mine.py:build."""
+    """Returns the name without the folders of a user's file or a local clone, such as mine.py:build."""
+    if name.startswith("hub:"):
+        place, colon, entry = name.removeprefix("hub:").partition(":")
+        return f"hub:{Path(place).name if Path(place).is_dir() else place}{colon}{entry}"
     return Path(name).name if is_user_file(name) else name
 
 
@@ -166,18 +185,60 @@ def _own(path: str, function: str) -> Backbone:
         made = maker()
     except Exception as error:
         raise _failed(file, error) from None
-    backbone = made if isinstance(made, Backbone) else None
-    if isinstance(made, nn.Module):
-        backbone = Backbone(made)
-    elif isinstance(made, dict) and isinstance(made.get("network"), nn.Module):
-        try:
-            backbone = Backbone(**made)
-        except TypeError as error:
-            raise InputError(f"{file}: {function} returns {error}; see model.backbone.Backbone") from None
-    if backbone is None:
-        raise InputError(f"{file}: {function} returns {type(made).__name__}, not a network (nn.Module)")
+    backbone = _as_backbone(made, f"{file}: {function}")
     backbone.provenance["file_sha256"] = sha256(file)
     return backbone
+
+
+def _as_backbone(made: Any, function: str) -> Backbone:
+    """Returns what a function returned as a backbone: one, its fields as a dict, or a network."""
+    if isinstance(made, Backbone):
+        return made
+    if isinstance(made, nn.Module):
+        return Backbone(made)
+    if isinstance(made, dict) and isinstance(made.get("network"), nn.Module):
+        try:
+            return Backbone(**made)
+        except TypeError as error:
+            raise InputError(f"{function} returns {error}; see model.backbone.Backbone") from None
+    raise InputError(f"{function} returns {type(made).__name__}, not a network (nn.Module)")
+
+
+def _hub(text: str) -> Backbone:
+    """Returns the backbone of an entry of PyTorch Hub, REPO[:BRANCH]:ENTRY[:KEY=VALUE,...]; its code is executed."""
+    *place, last = text.split(":")
+    place, settings = (place, last) if "=" in last else ([*place, last], "")
+    if not 2 <= len(place) <= 3 or not all(place):
+        raise InputError(f"hub:{text}: it must be hub:OWNER/REPO[:BRANCH]:ENTRY[:KEY=VALUE,...]")
+    repository, *branch, entry = place
+    local = Path(repository).expanduser()
+    is_local = local.is_dir()
+    if not is_local and not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise InputError(f"hub:{text}: there is no folder {repository}, and it is not OWNER/REPO")
+    if is_local and (branch or not (local / "hubconf.py").is_file()):
+        problem = "takes no branch" if branch else "has no hubconf.py"
+        raise InputError(f"hub:{text}: the local clone {repository} {problem}")
+    torch.manual_seed(0)
+    try:
+        made = torch.hub.load(
+            str(local.resolve()) if is_local else ":".join([repository, *branch]), entry,
+            source="local" if is_local else "github", trust_repo=True, skip_validation=True, verbose=False,
+            **dict(map(_setting, filter(None, settings.split(",")))),
+        )  # fmt: skip
+    except Exception as error:  # the code of the repository raises any exception
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        advice = "" if is_local else "; without a network connection, give the path of a clone instead of OWNER/REPO"
+        raise InputError(f"hub:{text}: {reason}{advice}") from None
+    return _as_backbone(made, f"hub:{text}: {entry}")
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """Returns the name and the value of KEY=VALUE; a value that is not one of Python is text."""
+    key, _, value = text.partition("=")
+    try:
+        return key.strip(), ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key.strip(), value
 
 
 class _TorchvisionTokens:
@@ -241,20 +302,16 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _load(backbone: Backbone, path: Path, name: str) -> None:
+def _load(backbone: Backbone, path: Path, name: str, whole: bool) -> None:
     """Loads a file's weights. A classifier that no descriptor uses may be missing or of another size."""
-    content = load_tensors(path)
-    for key in ("state_dict", "model_state", "model"):
-        content = content.get(key, content) if isinstance(content, dict) else content
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is not a checkpoint: it contains a {type(content).__name__}, not a dict of tensors")
     expected = backbone.network.state_dict()
     projection = f"{backbone.projection}."
 
     def unused(key: str) -> bool:
-        return key.startswith(_CLASSIFIERS) and not key.startswith(projection)
+        is_classifier = key.startswith(_CLASSIFIERS) and not key.startswith(projection)
+        return is_classifier and not (whole and key in expected)
 
-    state = {key.removeprefix("module."): value for key, value in content.items() if isinstance(value, Tensor)}
+    state = network_state(path, expected.__contains__)
     state = {key: value for key, value in state.items() if not unused(key)}
     state |= {key: value for key, value in expected.items() if unused(key)}
     load_strictly(backbone.network, state, path, name)

@@ -180,17 +180,21 @@ def evaluated_page(head: dict[str, Any], results: Sequence[Evaluated], options: 
     settings = {name: head[name] for name in ("date", "command", "device")}
     settings["versions"] = ", ".join(f"{name} {version}" for name, version in head["versions"].items())
     for each in results:
-        if "checkpoint" in each.facts:
-            settings[f"checkpoint of {each.dataset.name}"] = "{path}, SHA-256 {sha256}".format(
-                **each.facts["checkpoint"]
-            )
-        else:
-            known = ", ".join(f"{key} {value}" for key, value in (each.facts["made_from"] or {}).items())
-            settings[f"descriptors of {each.dataset.name}"] = f"{each.facts['features']}, {known or 'origin unknown'}"
+        settings[f"descriptors of {each.dataset.name}"] = origin_in_words(each.facts)
     settings |= {key: str(value) for key, value in options.items()}
     sections = [evaluated_section(each) for each in results]
     method = "Saved descriptors" if any("features" in each.facts for each in results) else "SuperGlobal"
     return Page(f"{method} on {', '.join(each.dataset.name for each in results)}", settings, sections)
+
+
+def origin_in_words(facts: Mapping[str, Any]) -> str:
+    """Returns where the descriptors of a dataset come from: a checkpoint, a file, or several of them with weights."""
+    if "fusion" in facts:
+        return "; ".join(f"{part['weight']:.3g} of {origin_in_words(part)}" for part in facts["fusion"])
+    if "checkpoint" in facts:
+        return "{path}, SHA-256 {sha256}".format(**facts["checkpoint"])
+    known = ", ".join(f"{key} {value}" for key, value in (facts["made_from"] or {}).items())
+    return f"{facts['features']}, {known or 'origin unknown'}"
 
 
 def evaluated_section(evaluated: Evaluated) -> Section:

@@ -14,14 +14,14 @@ import numpy as np
 from tqdm import tqdm
 
 from assembly import find_dataset
-from config import CommandLine
+from config import DATASET, CommandLine
 from model.errors import InputError, printable, short_list
 from report.command import run_command
 from revisitop.dataset import Dataset
 
 
 def main(argv: list[str]) -> None:
-    line = CommandLine(__doc__, ("TEST.DATA_DIR",))
+    line = CommandLine(__doc__, DATASET)
     line.add("name", metavar="NAME", help="name of the dataset's folder")
     line.add("--decode", action="store_true", help="also decode every image, which may take long")
     args, cfg, _ = line.parse(argv)

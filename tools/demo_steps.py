@@ -23,13 +23,13 @@ from extraction.images import FORMATS, Box, ImageError, ImageFile, crop, limit_s
 from model.errors import InputError
 from modules.explanation import Explanation, explain
 from modules.reranking import SuperGlobalReranker
-from modules.search import Database, search
+from modules.search import Database
 from report.drawing import jpeg_uri, read_thumbnail
 from report.output import Output
 from report.page import SHOWN, Hit, candidates_of, first_hits
 from revisitop.dataset import Dataset
 from revisitop.evaluate import evaluate
-from revisitop.retrieve import Ranking, rerank
+from revisitop.retrieve import Ranking, rerank, retrieve
 from tools.search import extract_folders
 
 MODULES = {"GeM+": "SupG.gemp", "Regional-GeM": "SupG.rgem", "Scale-GeM": "SupG.sgem", "ReLU+": "SupG.relup"}
@@ -181,10 +181,10 @@ class QuerySearch:
 
 def search_gallery(gallery: Gallery, image: QueryImage, descriptor: Tensor, extraction_seconds: float) -> QuerySearch:
     """Searches with the descriptor (1, D) of an image."""
-    start, dataset = time.perf_counter(), gallery.dataset
-    listed = None if image.number is None or not dataset.ground_truth else [dataset.listed[image.number]]
-    result = search(descriptor, gallery.database, max(gallery.largest_m, SHOWN), listed)
-    ranking = Ranking(*result, time.perf_counter() - start)
+    dataset, number = gallery.dataset, image.number
+    listed = None if number is None or not dataset.ground_truth else [dataset.listed[number]]
+    excluded = None if number is None or dataset.excluded is None else dataset.excluded[[number]]
+    ranking = retrieve(descriptor, gallery.database, max(gallery.largest_m, SHOWN), listed, excluded=excluded)
     return QuerySearch(image, gallery, descriptor, ranking, extraction_seconds)
 
 

@@ -3,17 +3,19 @@
 python -m tools.check NAME TEST.DATA_DIR DIR
 python -m tools.check NAME --decode
 
-A dataset is a folder in TEST.DATA_DIR in one of three layouts: revisitop's (gnd_NAME.pkl, jpg/), GLDv2's
-(index.csv, queries.csv, solution.csv, index/, queries/), or a folder of images per class.
+A dataset is a folder in TEST.DATA_DIR in one of six layouts: revisitop's (gnd_NAME.pkl, jpg/), GLDv2's (index.csv,
+queries.csv, solution.csv, index/, queries/), a folder of images per class, query/ and gallery/ with a folder per class,
+database/ and queries/ of places with UTM coordinates, or a folder per object with query/ and pos/ (ILIAS).
 """
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
 from tqdm import tqdm
 
-from assembly import find_dataset
+from assembly import find_dataset, small_set_advice
 from config import DATASET, CommandLine
 from model.errors import InputError, printable, short_list
 from report.command import run_command
@@ -28,6 +30,8 @@ def main(argv: list[str]) -> None:
     dataset = find_dataset(cfg, args.name)
     for text in in_words(dataset):
         print(printable(text))
+    if advice := small_set_advice(cfg, dataset):
+        print(advice)
     missing, count = dataset.missing_files()
     if missing:
         raise InputError(f"{len(missing)} of {count} images are missing ({short_list(missing)})")
@@ -43,6 +47,9 @@ def in_words(dataset: Dataset) -> Iterator[str]:
     """Yields the description of a dataset line by line."""
     yield f"{dataset!r}"
     yield f"layout: {dataset.layout}"
+    for part, images in (("queries", dataset.queries), ("database", dataset.database)):
+        folders = Counter(os.path.relpath(image.path.parent, dataset.folder) for image in images)
+        yield f"{part} in: {short_list([f'{name}/ ({count:,})' for name, count in folders.items()])}"
     usages = Counter(truth.usage for truth in dataset.ground_truth)
     if usages.keys() != {""}:
         yield f"queries by usage: {', '.join(f'{usage} {count:,}' for usage, count in sorted(usages.items()))}"

@@ -6,10 +6,10 @@ python -m tools.tune --folds 5 --test NAME
 python -m tools.tune --on NAME --test NAME --try SupG.rerank_k 5,9,15 --try SupG.gemp_p 3,4.6,6
 
 Every combination of the values is evaluated on the validation set: another dataset, the queries of one usage, or the
-other folds of the test set's own queries. With TEST.FUSION, the weights are tried by default. The chosen values are compared with the paper's on the test set, with the
-95 % interval of a paired bootstrap over its queries. Images are extracted once for each setting of the network, and
-their descriptors are kept like those of test.py; rerankers need no further extraction. TEST.FEATURES takes a folder
-with the saved descriptors of both sets instead.
+other folds of the test set's own queries. With TEST.FUSION, the weights are tried by default. The chosen values are
+compared with the paper's on the test set, with the 95 % interval of a paired bootstrap over its queries. Images are
+extracted once for each setting of the network, and their descriptors are kept like those of test.py; rerankers need no
+further extraction. TEST.FEATURES takes a folder with the saved descriptors of both sets instead.
 """
 
 import argparse

@@ -50,6 +50,7 @@ from report.results import markdown
 from revisitop import toy
 from revisitop.evaluate import Metrics, evaluate
 from revisitop.index import FaissDatabase
+from revisitop.measures import RECALL
 from revisitop.protocols import REVISITED_PROTOCOLS, Protocol
 from revisitop.retrieve import Ranking
 from revisitop.stages import Reranked, Stage
@@ -86,6 +87,8 @@ class Row:
         for protocol in self.protocols:
             value = 100 * self.metrics[protocol.name].map if self.metrics else math.nan
             cells.append("" if math.isnan(value) else f"{value:.2f}")
+            if protocol.measure.at == RECALL.at:
+                cells.append(f"{100 * self.metrics[protocol.name].at_k[0]:.2f}" if self.metrics else "")
             if protocol.name in PUBLISHED and not with_costs:
                 known = (self.published or {}).get(protocol.name)
                 cells.append("" if known is None else f"{known:.1f}")
@@ -249,6 +252,7 @@ def heading(protocols: Sequence[Protocol], costs: bool) -> list[str]:
     for protocol in protocols:
         usual = protocol in REVISITED_PROTOCOLS
         cells.append(protocol.title if usual else f"{protocol.measure.title} {protocol.title}")
+        cells += [f"{protocol.measure.at}@1 {protocol.title}"] if protocol.measure.at == RECALL.at else []
         cells += ["published", "difference"] if protocol.name in PUBLISHED and not costs else []
     cells += COSTS if costs else ()
     return [markdown([*cells, "note"]), markdown(["---"] * (len(cells) + 1))]

@@ -1,32 +1,13 @@
 """The file of a whitening: its tensors, and its provenance."""
 
-import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from model.checkpoint import is_plain, load_tensors
 from model.errors import InputError
 from modules.whitening import Whitening
-
-
-def save_whitening(path: Path, whitening: Whitening, learnt_from: dict[str, Any]) -> None:
-    """Saves a whitening and its provenance, which is in JSON types, as a file of tensors, atomically.
-
-    Raises:
-        InputError: if the file cannot be written.
-    """
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
-    try:
-        with new.open("wb") as file:  # given a name, torch.save would write it into the file
-            torch.save({**whitening.state_dict(), "learnt_from": learnt_from}, file)
-        new.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError if the disk is full
-        new.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise InputError(f"cannot write {path} ({reason})") from None
 
 
 def load_whitening(path: Path) -> tuple[Whitening, dict[str, Any]]:

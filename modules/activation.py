@@ -1,7 +1,8 @@
 """ReLU+: the rectifier of SuperGlobal, and its place in a trained network."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -48,18 +49,17 @@ class ReLUPlus(nn.Module):
 
 
 class Change(NamedTuple):
-    """A layer of a network that was changed for ReLU+."""
+    """A layer of a network that was changed for ReLU+: its name, the change in words, and a function that undoes it."""
 
     layer: str
-    original: nn.Module | None  # the layer that was replaced, if one was
-    hook: Any  # the handle of the hook, if one was added
     meaning: str
+    undo: Callable[[], None]
 
 
 def replace_rectifiers(
     model: Any, relup: Sequence[str], relup_ends: Sequence[str], threshold: float = RELUP_THRESHOLD
 ) -> list[Change]:
-    """Puts ReLU+ into a network, and returns the changed layers for :func:`restore_rectifiers`.
+    """Puts ReLU+ into a network, and returns the changes; undo them in reverse, as layers may share a module.
 
     Args:
         model: the network.
@@ -75,22 +75,14 @@ def replace_rectifiers(
     blocks = dict.fromkeys(block for stage in relup_ends for block in _blocks(model, stage))
     changes = []
     for layer in layers:
-        original = model.get_submodule(layer)
-        _replace(model, layer, rectifier if isinstance(original, nn.ReLU) else nn.Sequential(original, rectifier))
-        changes.append(Change(layer, original, None, f"{original} -> {rectifier}"))
+        parent, name = model.get_submodule(layer.rpartition(".")[0]), layer.rpartition(".")[2]
+        original = getattr(parent, name)
+        setattr(parent, name, rectifier if isinstance(original, nn.ReLU) else nn.Sequential(original, rectifier))
+        changes.append(Change(layer, f"{original} -> {rectifier}", partial(setattr, parent, name, original)))
     for block in blocks:
         handle = model.get_submodule(block).register_forward_hook(_End(block, threshold))
-        changes.append(Change(block, None, handle, f"ends in {rectifier}"))
+        changes.append(Change(block, f"ends in {rectifier}", handle.remove))
     return changes
-
-
-def restore_rectifiers(model: Any, changes: Sequence[Change]) -> None:
-    """Undoes the changes of :func:`replace_rectifiers`."""
-    for change in reversed(changes):  # a layer that two names share was changed twice
-        if change.original is not None:
-            _replace(model, change.layer, change.original)
-        else:
-            change.hook.remove()
 
 
 class _End:
@@ -146,8 +138,3 @@ def _blocks(model: Any, stage: str) -> list[str]:
     if not names:
         raise ValueError(f"relup_ends: {stage!r} has no blocks; it is {type(parent).__name__}")
     return names
-
-
-def _replace(model: Any, layer: str, module: nn.Module) -> None:
-    parent, _, name = layer.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .activation import Change, restore_rectifiers
+from .activation import Change
 from .checks import check_tensor, values_can_be_seen
 from .pooling import SAFE_POWER, GeM, GeMPlus, RegionalGeM, ScaleGeM
 
@@ -194,8 +194,8 @@ class SuperGlobal(nn.Module):
 
     def detach(self) -> nn.Module:
         """Undoes the changes that attach made to the network and returns it; this module cannot be used afterwards."""
-        restore_rectifiers(self.model, self.changes)
-        self.changes.clear()
+        while self.changes:
+            self.changes.pop().undo()
         self.detached = True
         return self.model
 

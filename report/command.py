@@ -21,6 +21,7 @@ sys.excepthook = _end_quietly  # while the imports of the command run
 
 import errno
 import logging
+import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
@@ -31,22 +32,39 @@ _MENDABLE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG),
     *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.EMFILE, errno.EIO),
 )
+_BAR_SECONDS = 60
 
 
 class _Output:
     """Standard output or error: an error in writing is kept, and what follows is discarded, so that the work goes on.
 
     Only if the reader of the standard output has closed the pipe is there nobody to work for: BrokenPipeError.
+    In a file, a progress bar has a line a minute, and one at its end.
     """
 
     def __init__(self, stream: TextIO):
         self.stream, self.error = stream, None
+        self.bar, self.next_line = "", 0.0  # the latest text of a progress bar, and when it is written
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a file name may not be valid text
 
     def write(self, text: str) -> int:
-        self._try(lambda: self.stream.write(text))
+        line = text
+        if not self.stream.isatty() and (text.startswith("\r") or (self.bar and text == "\n")):
+            line = self._bar_line(text)
+        self._try(lambda: self.stream.write(line))
         return len(text)
+
+    def _bar_line(self, text: str) -> str:
+        """Returns what a file gets when a progress bar writes its new state, or ends with a line break."""
+        self.next_line = self.next_line if self.bar else time.monotonic() + _BAR_SECONDS
+        bar = self.bar = text.strip() or self.bar
+        if text == "\n":
+            self.bar = ""
+        elif time.monotonic() < self.next_line:
+            return ""
+        self.next_line = time.monotonic() + _BAR_SECONDS
+        return f"{bar}\n" if bar else ""
 
     def flush(self) -> None:
         self._try(self.stream.flush)

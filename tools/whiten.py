@@ -25,10 +25,9 @@ from tqdm import tqdm
 
 from assembly import Session, extract, find_recipe, image_folder_set, option, prepare, start_session
 from config import DATASET, LOADING, NETWORK, CommandLine, Parsed
-from extraction.files import jsonable
+from extraction.files import jsonable, write_atomically
 from extraction.folder import find_images
 from model.errors import InputError
-from model.whitening import save_whitening
 from modules.whitening import Whitening
 from report.command import run_command
 from revisitop.descriptors import load_distractors
@@ -58,9 +57,19 @@ def main(argv: list[str]) -> None:
             whitening = pca_whitening(rows, args.dim)
         else:
             whitening = discriminative_whitening(rows, classes, args.dim, args.shrinkage)
-    save_whitening(args.out, whitening, jsonable({**learnt_from, "kind": kind, "count": len(rows)}))
+    save_whitening(args.out, whitening, {**learnt_from, "kind": kind, "count": len(rows)})
     log.info("%s: %s whitening, %d to %d dimensions, from %d descriptors of %s",
              args.out, kind, rows.shape[1], args.dim, len(rows), args.source)  # fmt: skip
+
+
+def save_whitening(path: Path, whitening: Whitening, learnt_from: dict[str, Any]) -> None:
+    """Saves a whitening and its provenance, for model.whitening.load_whitening.
+
+    Raises:
+        InputError: if the file cannot be written.
+    """
+    content = {**whitening.state_dict(), "learnt_from": jsonable(learnt_from)}
+    write_atomically(path, lambda file: torch.save(content, file))
 
 
 def parse(argv: list[str]) -> Parsed:

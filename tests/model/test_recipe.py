@@ -7,10 +7,10 @@ import torch
 from extraction.extract import extract_batch
 from model.errors import InputError
 from model.recipe import Recipe
-from model.whitening import save_whitening
 from modules import GeMPlus, RegionalGeM, ScaleGeM
 from modules.descriptor import SCALE_SETS
 from modules.whitening import Whitening
+from tools.whiten import save_whitening
 
 MODULES = {"relup": "relup_threshold", "gemp": "gemp_p", "rgem": "rgem_p", "sgem": "sgem_p"}
 WITHOUT = {f"no_{name}": {setting: None} for name, setting in MODULES.items()}
@@ -77,6 +77,16 @@ def test_the_modules_are_the_papers_by_default():
     modules = Recipe("torchvision:resnet18", "untrained").descriptor
     assert [type(each) for each in (modules.pooling, modules.rgem, modules.sgem)] == [GeMPlus, RegionalGeM, ScaleGeM]
     assert sorted({change.layer.split(".")[0] for change in modules.changes}) == ["layer1", "layer2", "layer3"]
+
+
+def test_detaching_the_descriptor_restores_the_network(small):
+    recipe, pixels = small(relup_stages=("1",)), torch.rand(2, 3, 40, 40)
+    network = recipe.backbone.network
+    plain = network(pixels)
+    descriptor = recipe.descriptor
+    assert not torch.equal(network(pixels), plain)
+    descriptor.detach()
+    assert torch.equal(network(pixels), plain)
 
 
 def test_a_users_function_runs_once_for_a_recipe_and_its_weights_are_not_called_pretrained(small, tmp_path):

@@ -63,3 +63,11 @@ def test_a_pipe_that_its_reader_has_closed_ends_the_command_quietly():
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 141
+
+
+def test_a_progress_bar_in_a_file_is_a_line_and_not_a_line_per_refresh():
+    bars = "[x for name in 'ab' for x in tqdm(range(9), name, mininterval=0, miniters=1)]"
+    done = run(f"from tqdm import tqdm\ndef main(argv):\n {bars}\n print('c', file=sys.stderr)")
+    first, second, last, *others = done.stderr.split("\n")
+    assert (first[:8], second[:8], last, others) == ("a: 100%|", "b: 100%|", "c", [""])
+    assert "\r" not in done.stderr

@@ -11,8 +11,8 @@ from sklearn.decomposition import PCA
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.errors import InputError
-from model.whitening import load_whitening, save_whitening
-from tools.whiten import class_moments, discriminative_whitening, pca_whitening
+from model.whitening import load_whitening
+from tools.whiten import class_moments, discriminative_whitening, pca_whitening, save_whitening
 
 N, D = 300, 12
 

@@ -87,6 +87,9 @@ def test_weights_are_tuned(command, layout, saved, tmp_path):
         [], *([step / 10, (10 - step) / 10] for step in range(11))
     ]  # fmt: skip
     assert "TEST.FUSION_WEIGHTS" in outcome.out.partition("to use it: ")[2].partition("\n")[0]
+    same = command("tools/tune.py", *words[:-1], f"{saved[0]},{saved[0]}")  # all weights are as good
+    assert same.code == 0, same.err
+    assert "FUSION_WEIGHTS" not in same.out.partition("to use it: ")[2].partition("\n")[0]
 
 
 def test_a_part_is_a_file_of_the_options_of_a_network(tmp_path):

@@ -30,6 +30,9 @@ CHANGED = {
     "SupG.relup": False, "SupG.relup_threshold": 0.1, "SupG.rerank": False, "SupG.rerank_m": 20, "SupG.rerank_k": 5,
     "SupG.rerank_beta": 0.5, "SupG.onemeval": True, "SupG.rerank_s2": "original",
     "TEST.INDEX": "Flat", "TEST.INDEX_SEARCH": "nprobe=3", "TEST.INDEX_ROWS": "decoded",
+    "MODEL.MEAN": "0.5,0.5,0.5", "MODEL.STD": "0.5,0.5,0.5", "MODEL.SIZE": "64", "MODEL.MULTIPLE": 14,
+    "DATA_LOADER.TRUNCATED": True, "TEST.PLACE_RADIUS": 10, "TEST.CROP_QUERIES": True,
+    "TEST.FUSION": "a.yaml,b.yaml", "TEST.FUSION_WEIGHTS": "1,2",
     "RERANK.QE_N": 5, "RERANK.QE_ALPHA": 2, "RERANK.DBA_K": 5, "RERANK.K1": 10, "RERANK.K2": 3, "RERANK.LAMBDA": 0.5,
     "RERANK.DIFFUSION_K": 20, "RERANK.DIFFUSION_KQ": 5, "RERANK.DIFFUSION_GAMMA": 2, "RERANK.DIFFUSION_ALPHA": 0.9,
 }  # fmt: skip
@@ -42,7 +45,7 @@ class Recording(config.CfgNode):
 
     def __getattr__(self, name):
         value, reader = super().__getattr__(name), sys._getframe(1)
-        if reader.f_code.co_name == "active_rerankers":
+        if reader.f_code.co_name in ("active_rerankers", "fusion_parts"):
             reader = reader.f_back
         if not isinstance(value, config.CfgNode) and reader.f_code.co_filename != config.__file__:
             type(self).read.add(name)
@@ -75,6 +78,8 @@ def runs(tiny, checkpoint_50, tmp_path) -> dict[str, list[tuple]]:
     far = ("SupG.onemeval", "TEST.DISTRACTORS", tmp_path / "far.pth")
     folder, vectors, rivals = tiny.folder / "jpg", tmp_path / "far.npy", "aqe,alpha-qe,dba,k-reciprocal,diffusion"
     np.save(vectors, torch.load(tmp_path / "far.pth").numpy())
+    np.savez(tmp_path / "some.npz", Q=rows[:1], X=rows[1:])
+    fused = ("TEST.FUSION", tmp_path / "some.npz")
     shutil.copytree(tiny.folder, tiny.data_dir / "mine")
     (tiny.data_dir / "mine" / "gnd_roxford5k.pkl").rename(tiny.data_dir / "mine" / "gnd_mine.pkl")
     return {
@@ -82,6 +87,7 @@ def runs(tiny, checkpoint_50, tmp_path) -> dict[str, list[tuple]]:
             (*data, *far, "TEST.REPORT"),
             (*data, *index, "TEST.RERANKER", "cvnet"),
             (*data, "TEST.RERANKER", rivals),
+            (*data, *fused),
         ],
         "extract_rop1m.py": [("--weight", checkpoint_50, "--depth", 50, "--data-dir", million, *quick)],
         "tools/search.py": [
@@ -91,11 +97,15 @@ def runs(tiny, checkpoint_50, tmp_path) -> dict[str, list[tuple]]:
         "tools/tables.py main": [
             (*data, "--depth", 50),
             (*data, "--depth", 50, *index, "TEST.RERANKER", "cvnet"),
+            (*data, "--depth", 50, *fused),
         ],
-        "tools/tables.py ablation": [(*data, *far), (*data, *index, "TEST.RERANKER", "cvnet")],
-        "tools/tables.py rerank": [(*data, *far), (*data, *index)],
-        "tools/tables.py rerankers": [(*data, *far), (*data, *index)],
-        "tools/tune.py": [("--on", "roxford5k", "--test", "mine", *data[:2], *data[4:], *more) for more in ((), index)],
+        "tools/tables.py ablation": [(*data, *far), (*data, *index, "TEST.RERANKER", "cvnet"), (*data, *fused)],
+        "tools/tables.py rerank": [(*data, *far), (*data, *index), (*data, *fused)],
+        "tools/tables.py rerankers": [(*data, *far), (*data, *index), (*data, *fused)],
+        "tools/tune.py": [
+            ("--on", "roxford5k", "--test", "mine", *data[:2], *data[4:], *more)
+            for more in ((), index, (*fused, "TEST.FUSION_WEIGHTS", "1"))
+        ],
         "tools/rerank.py": [
             ("--queries", vectors, "--database", vectors, "--out", tmp_path / "out.npy", "--reranker", name)
             for name in ("superglobal", *rivals.split(","))
@@ -153,12 +163,13 @@ def test_an_option_is_used_or_refused(command, runs, gradio, monkeypatch, name):
 
 
 # Options that another checkpoint or whitening must fit; tests/model/test_recipe.py has them.
+IMAGES = ("MEAN", "STD", "SIZE", "MULTIPLE")  # what other networks need of their images
 NEEDING_A_FILE = ("TEST.WEIGHTS", "MODEL.WHITENING", "MODEL.DEPTH", "MODEL.HEADS.REDUCTION_DIM")
 
 
 @pytest.mark.parametrize("key", [key for key in config.NETWORK if key not in NEEDING_A_FILE])
 def test_each_option_of_the_network_changes_the_descriptors_provenance(key, checkpoint_50):
-    other = key in ("MODEL.POOLING", "SupG.relup_stages", "SupG.relup_ends")
+    other = key in ("MODEL.POOLING", "SupG.relup_stages", "SupG.relup_ends", *(f"MODEL.{of}" for of in IMAGES))
     base = [("MODEL.NAME", CHANGED["MODEL.NAME"])] if other else []
     recipes = [
         make_recipe(cfg, checkpoint_50 if cfg.MODEL.NAME == "cvnet" else "untrained")

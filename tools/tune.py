@@ -220,7 +220,7 @@ def read_grid(tried: Sequence[Sequence[str]] | None, cfg: CfgNode) -> dict[str, 
         InputError: if an option cannot be tried, or a value is invalid.
     """
     if not tried and cfg.TEST.FUSION:
-        return {"TEST.FUSION_WEIGHTS": tuple(weights_to_try(len(cfg.TEST.FUSION)))}
+        return {"TEST.FUSION_WEIGHTS": ([], *weights_to_try(len(cfg.TEST.FUSION)))}  # equal ones by default
     if not tried:
         for reranker in active_rerankers(cfg):
             return GRIDS[reranker]

@@ -272,6 +272,11 @@ def descriptor_folder(output: Output, name: str, images: Path, recipe: Recipe) -
     return content_folder(output.descriptors, name, {"folder": str(images.resolve()), **recipe.provenance()})
 
 
+def fusion_folder(output: Output, name: str, parts: Iterable[tuple[float, Path]]) -> Path:
+    """Returns the folder for what is computed from fused descriptors, given the weights and folders of the parts."""
+    return content_folder(output.descriptors, name, {"fusion": [[weight, folder.name] for weight, folder in parts]})
+
+
 def image_folder_set(folder: Path, images: Sequence[ImageFile], recipe: Recipe, output: Output) -> ImageSet:
     """Returns the images of a folder as a set; each recipe and folder path has its own descriptors."""
     place = descriptor_folder(output, folder.resolve().name, folder, recipe)
@@ -317,8 +322,7 @@ class Experiment:
         """The folder for the descriptors of these images, and for scores and indexes computed from them."""
         name, folder = self.dataset.name, self.dataset.folder
         if self.parts:
-            fusion = [[weight, part.folder.name] for weight, part in self.parts]
-            return content_folder(self.output.descriptors, name, {"fusion": fusion})
+            return fusion_folder(self.output, name, [(weight, part.folder) for weight, part in self.parts])
         if self.recipe is None:
             return content_folder(
                 self.output.descriptors, name, {"features": str(Path(self.cfg.TEST.FEATURES).resolve())}
@@ -343,8 +347,8 @@ class Experiment:
         """
         queries, parts, files = self._rows(processes)
         name = f"{self.dataset.name}_db{'+distractors' if len(parts) > 1 else ''}"
-        weights = {"weights": [weight for weight, _ in self.parts]} if self.parts else {}
-        return queries, with_index(self.cfg, Database(parts), self.folder / name, files, self.device, **weights)
+        weights = [weight for weight, _ in self.parts] or [1.0]
+        return queries, with_index(self.cfg, Database(parts), self.folder / name, files, self.device, weights=weights)
 
     def _rows(self, processes: Processes | None) -> tuple[Tensor, list[Tensor], list[Path]]:
         """Returns the query descriptors, the rows of the database and of the distractors, and the files of the rows."""

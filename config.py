@@ -388,11 +388,11 @@ def fusion_parts(cfg: CfgNode) -> list[tuple[float, CfgNode]]:
     for name, weight in zip(names, weights, strict=True):
         changes: dict[str, Any] = {key: [] for key in FUSION} | {"TEST.INDEX": "", "TEST.RERANKER": "none"}
         if Path(name).suffix in (".yaml", ".yml"):
-            own = dict(_read_yaml(Path(name), "TEST.FUSION"))
-            if others := [key for key in own if key not in (*NETWORK, "TEST.DISTRACTORS")]:
+            options = dict(_read_yaml(Path(name), "TEST.FUSION"))
+            if others := [key for key in options if key not in (*NETWORK, "TEST.DISTRACTORS")]:
                 raise InputError(f"TEST.FUSION {name}: {others[0]} is not an option of a network")
-            part = varied(cfg, {**changes, **own})
-            for line in (line for key, line in idle_options(part).items() if key in own):
+            part = varied(cfg, {**changes, **options})
+            for line in (line for key, line in idle_options(part).items() if key in options):
                 raise InputError(f"TEST.FUSION {name}: {line}")
         else:
             part = varied(cfg, {**changes, "TEST.FEATURES": name})

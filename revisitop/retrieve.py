@@ -72,8 +72,8 @@ def retrieve(
     """
     if excluded is not None:
         listed = [torch.empty(0, dtype=torch.int64)] * len(queries) if listed is None else listed
-        with_own = [torch.cat([numbers, own]) for numbers, own in zip(listed, excluded.split(1), strict=True)]
-        return _without(retrieve(queries, database, m + 1, with_own, device, processes), excluded)
+        listed = [torch.cat([numbers, row]) for numbers, row in zip(listed, excluded.split(1), strict=True)]
+        return _without(retrieve(queries, database, m + 1, listed, device, processes), excluded)
     start = time.perf_counter()
     if isinstance(database, IndexedDatabase):
         return Ranking(*database.search(queries, m, listed), time.perf_counter() - start)
@@ -95,16 +95,16 @@ def retrieve(
 
 def _without(ranking: Ranking, excluded: Tensor) -> Ranking:
     """Returns the ranking without a row of each query, which is the last of its listed rows. excluded (Q,)."""
-    own = ranking.ids == excluded[:, None]
-    own[:, -1] |= ~own.any(dim=1)  # a row that is not among the results leaves room for one less
-    shape = len(own), own.shape[1] - 1
+    dropped = ranking.ids == excluded[:, None]
+    dropped[:, -1] |= ~dropped.any(dim=1)  # a row that is not among the results leaves room for one less
+    shape = len(dropped), dropped.shape[1] - 1
     positions = []
     for where in ranking.positions:
         listed, place = where[:-1], where[-1]
         closer = listed - ((listed > place) & (listed < NOT_FOUND)).long()
         positions.append(closer.masked_fill(listed == place, NOT_FOUND))
     return replace(
-        ranking, ids=ranking.ids[~own].view(shape), scores=ranking.scores[~own].view(shape), positions=positions
+        ranking, ids=ranking.ids[~dropped].view(shape), scores=ranking.scores[~dropped].view(shape), positions=positions
     )
 
 

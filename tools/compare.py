@@ -141,9 +141,8 @@ def main(argv: list[str]) -> None:
     for text in (text for name in names for pairs in results[name] for text in pairs.largest()):
         log.info("%s", text)
 
-    before = a.content.get("config", {}).get("TEST", {})
-    places = {key: before[key.removeprefix("TEST.")] for key in DATASET if key.removeprefix("TEST.") in before}
-    cfg = varied(cfg, {key: value for key, value in places.items() if key not in given})
+    before = {f"TEST.{key}": value for key, value in a.content.get("config", {}).get("TEST", {}).items()}
+    cfg = varied(cfg, {key: before[key] for key in DATASET if key in before and key not in given})
     sections = []
     for name in names:
         try:

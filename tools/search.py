@@ -91,11 +91,11 @@ def main(argv: list[str]) -> None:
     if args.queries.is_file() and (problem := ImageFile(args.queries).problem()):
         raise InputError(f"queries: {problem}")
 
-    found, wanted = find_images(args.database), find_images(args.queries)
+    database_images, query_images = find_images(args.database), find_images(args.queries)
     extracted, files = [], []
     for each, recipe in zip(configs, recipes, strict=True):
-        images = image_folder_set(args.database, found, recipe, session.output)
-        queried = ImageSet(images.path.with_name("queries.npy"), "queries", wanted, folder_of(args.queries))
+        images = image_folder_set(args.database, database_images, recipe, session.output)
+        queried = ImageSet(images.path.with_name("queries.npy"), "queries", query_images, folder_of(args.queries))
         extracted.append(extract_folders([images, queried], recipe, device, each, processes))
         files.append(images.path)
     database, queries = (

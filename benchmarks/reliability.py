@@ -2,6 +2,7 @@
 
     python benchmarks/reliability.py killed --tries 200
     python benchmarks/reliability.py together --tries 20
+    python benchmarks/reliability.py sequences --tries 300
     python benchmarks/reliability.py restart --folder /tmp/restart
 
 killed     Each try runs one of the commands (test.py, extract_rop1m.py as one and as two processes, search with a
@@ -11,6 +12,9 @@ killed     Each try runs one of the commands (test.py, extract_rop1m.py as one a
            "a rank", one of two ranks is killed under --max-restarts 3, and the command is not started again.
 together   Each try starts two or four runs of test.py at once in one folder, with equal and with different settings;
            each must produce the metrics and descriptors of a run on its own.
+sequences  Each try is a random sequence of changes of images, lists, options, weights, code and saved files, after each
+           of which a command must give the same in an old and in a new output folder, see tests/sequences.py. The
+           seed of a try is --seed plus its number; a failing sequence is shrunk and printed.
 restart    test.py on a dataset of GLDv2's size and layout, whose images are links to a few tiny ones, with a network
            that takes no time: the second start reads the lists, finds every file, and finds that nothing is missing.
            The folder is kept for the next time.
@@ -27,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,10 +51,11 @@ OUTPUT = "output.txt"
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("killed", "together", "restart"))
+    parser.add_argument("part", choices=("killed", "together", "sequences", "restart"))
     parser.add_argument("--tries", type=positive, default=200, help="[200]")
     parser.add_argument("--commands", nargs="+", metavar="NAME", help='kill only these, such as "two ranks" [all]')
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments [0]")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments, or of the first sequence [0]")
+    parser.add_argument("--steps", type=positive, default=6, help="steps of a sequence [6]")
     parser.add_argument("--images", type=positive, default=761_757, help="images of restart [761757]")
     parser.add_argument("--folder", type=Path, help="folder for the images of restart")
     args = parser.parse_args(argv)
@@ -58,6 +64,8 @@ def main(argv: list[str]) -> None:
             parser.error("restart needs a --folder")
         restart(args.folder.absolute(), args.images)
         return
+    if args.part == "sequences":
+        sys.exit(bool(sequences(range(args.seed, args.seed + args.tries), args.steps)))
     with tempfile.TemporaryDirectory() as folder:
         commands = prepare(work := Path(folder))
         if args.part == "together":
@@ -163,6 +171,25 @@ def together(command: list[str], work: Path, tries: int) -> int:
             print(f"\n{numbers}, try {number}, differs (exit codes {codes}):\n{text}", file=sys.stderr)
         shutil.rmtree(folder)
     print(f"together      {tries - failures:4d} of {tries} identical to single runs")
+    return failures
+
+
+def sequences(seeds: Sequence[int], count: int) -> int:
+    """Makes the changes of a sequence for each seed, and returns the number of failures."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from sequences import play, shrunk
+
+    failures, made = 0, 0
+    for seed in tqdm(seeds, unit="sequence"):
+        with tempfile.TemporaryDirectory() as folder:
+            steps: list[str] = []
+            found, made = play(Path(folder), seed, range(count), steps), made + len(steps)
+        if found:
+            failures += 1
+            with tempfile.TemporaryDirectory() as folder:
+                lines = shrunk(Path(folder), seed, range(count))
+            print(f"\nseed {seed}: {found}", *steps, "shrunk to:", *lines, sep="\n  ", file=sys.stderr)
+    print(f"sequences     {len(seeds) - failures:4d} of {len(seeds)}, with {made} changes, as in a new folder")
     return failures
 
 

@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from cvnet_rerank.network import CVNetRerank, load_cvnet_rerank
 from extraction.batching import equal_sizes
-from extraction.extract import probe_pixels, probe_tolerance
-from extraction.files import write_array, write_json
+from extraction.extract import probe_tolerance
+from extraction.files import write_array, write_atomically, write_json
 from extraction.identity import KEY_BYTES, NO_STAT, Identity
-from extraction.images import ImageError, ImageFile
+from extraction.images import ImageError, ImageFile, probe_pixels
 from extraction.loading import PLAIN_LOADING, WORKER_ERRORS, Loading, ReadAhead
 from extraction.owner import owned
 from extraction.store import Store, fingerprint, probe_distance
@@ -35,6 +35,7 @@ from model.recipe import Recipe
 log = logging.getLogger(__name__)
 
 MEMORY_BYTES = 2 << 30  # for feature maps that are kept in memory
+_HEADER_BYTES = 512  # at most, around an array in a .npz file
 
 
 @dataclass
@@ -167,7 +168,7 @@ class FeatureMaps:
         self.memory_left, self.disk_left = MEMORY_BYTES, limit
         if self.folder is not None:
             self._open(self.folder, provenance)
-            self.disk_left -= sum(file.stat().st_size for file in self.folder.parent.rglob("*.npy"))
+            self.disk_left -= sum(file.stat().st_size for file in self.folder.parent.rglob("*.npz"))
 
     def _open(self, folder: Path, provenance: dict[str, Any]) -> None:
         """Creates the folder; one whose maps were computed by other code is emptied first."""
@@ -211,10 +212,11 @@ class FeatureMaps:
     def _find(self, key: bytes) -> Tensor | None:
         if key in self.in_memory:
             return self.in_memory[key]
-        if self.folder is None or not (path := self.folder / f"{key.hex()}.npy").exists():
+        if self.folder is None or not (path := self.folder / f"{key.hex()}.npz").exists():
             return None
         try:
-            return torch.from_numpy(np.load(path))
+            with np.load(path) as content:  # verifies a checksum
+                return torch.from_numpy(content["map"])
         except Exception:  # damaged, for which NumPy raises many exceptions: computed again
             self.disk_left += path.stat().st_size
             path.unlink()
@@ -224,9 +226,10 @@ class FeatureMaps:
         if feature_map.nbytes <= self.memory_left:
             self.memory_left -= feature_map.nbytes
             self.in_memory[key] = feature_map
-        if self.folder is not None and feature_map.nbytes + 128 <= self.disk_left:  # including NumPy's header
-            self.disk_left -= feature_map.nbytes + 128
-            write_array(self.folder / f"{key.hex()}.npy", feature_map.numpy())
+        if self.folder is not None and feature_map.nbytes + _HEADER_BYTES <= self.disk_left:
+            self.disk_left -= feature_map.nbytes + _HEADER_BYTES
+            content = feature_map.numpy()
+            write_atomically(self.folder / f"{key.hex()}.npz", lambda file: np.savez(file, map=content))
 
 
 def map_bytes(images: Sequence[ImageFile]) -> int:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from extraction.batching import equal_sizes, first_batch_size, in_fitting_parts
 from extraction.identity import NO_STAT, Identity, stat_record
-from extraction.images import ImageError, ImageFile
+from extraction.images import ImageError, ImageFile, probe_pixels
 from extraction.loading import PLAIN_LOADING, WORKER_ERRORS, Loading, ReadAhead
 from extraction.owner import owned
 from extraction.processes import Processes
@@ -77,24 +77,14 @@ class ImageSet:
 
 
 def probe(extractor: Extractor) -> np.ndarray:
-    """Returns the descriptors of two small drawn images, which change when the code of the extractor does. (2, D)."""
+    """Returns the descriptors of two small drawn images, which change when the code behind them does. (2, D)."""
     rows = [extract_batch(extractor, [torch.from_numpy(pixels)])[0].cpu() for pixels in probe_pixels()]
     return torch.stack(rows).float().numpy()
 
 
-def probe_pixels() -> list[np.ndarray]:
-    """Returns two small drawn images, (H, W, 3) uint8."""
-    images = []
-    for height, width in ((72, 96), (64, 56)):
-        y, x, channel = np.ogrid[:height, :width, :3]
-        waves = (x * (3 + channel) + y * (7 - 2 * channel)) % 256 + (x * y * (channel + 1)) // 16 % 128
-        images.append((waves % 256).astype(np.uint8))
-    return images
-
-
 def probe_tolerance(precision: str) -> float:
     """Returns the largest difference from 1 of the cosine of two probes of the same code."""
-    return 1e-6 if precision == "fp32" else 1e-4
+    return 1e-8 if precision == "fp32" else 1e-4
 
 
 def extract_sets(
@@ -274,24 +264,25 @@ def extract_images(
             bar.set_description(f"{title}: looking for damaged images, {len(damaged)} found")
 
     try:
-        for numbers, batch in equal_sizes(usable(), size.of):
-            paths = [each.images[rows[number]].path for number in numbers]
-            for part, vectors in in_fitting_parts(partial(extract_batch, extractor), batch, paths, size):
-                images = {int(rows[number]): identities.pop(number) for number in numbers[part]}
-                if not isinstance(vectors, InputError):
-                    results.take(images, vectors)
-                elif on_error == "skip":
-                    log.warning("skipped: %s", vectors)
-                    bar.update()
-                else:
-                    raise vectors
-    except WORKER_ERRORS as error:
+        try:
+            for numbers, batch in equal_sizes(usable(), size.of):
+                paths = [each.images[rows[number]].path for number in numbers]
+                for part, vectors in in_fitting_parts(partial(extract_batch, extractor), batch, paths, size):
+                    images = {int(rows[number]): identities.pop(number) for number in numbers[part]}
+                    if not isinstance(vectors, InputError):
+                        results.take(images, vectors)
+                    elif on_error == "skip":
+                        log.warning("skipped: %s", vectors)
+                        bar.update()
+                    else:
+                        raise vectors
+        finally:
+            results.finish()
+    except WORKER_ERRORS as error:  # the death of a worker is a signal, which may interrupt finishing, too
+        results.finish()
         raise decoded.death_of_a_worker(error) or error from None
     finally:
-        try:
-            results.finish()
-        finally:
-            bar.close()  # so that an error starts on a new line
+        bar.close()  # so that an error starts on a new line
     if damaged:
         count = f"{len(damaged)} images" if len(damaged) > 1 else "an image"
         pixels = max(error.pixels for error in damaged)

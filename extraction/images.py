@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import logging
 import os
 import re
@@ -165,7 +166,7 @@ def _read(path: Path, box: Box | None) -> tuple[np.ndarray, Identity]:
             raise ImageError(path, "not a file")
         with path.open("rb") as file:
             before = stat_record(os.fstat(file.fileno()))
-            pixels, whole = _decoded(file, path)
+            pixels, whole = _read_pixels(file, path)
             identity = file_identity(file, box)
             if not whole:  # another key, and no stat record: it is not taken for the same as a file that was read whole
                 log.warning("%s: its end is missing; the rest is grey", path)
@@ -190,32 +191,49 @@ def _read(path: Path, box: Box | None) -> tuple[np.ndarray, Identity]:
         raise ImageError(path, f"cannot be decoded ({str(error) or type(error).__name__})") from None
 
 
-def _decoded(file: BinaryIO, path: Path) -> tuple[np.ndarray, bool]:
+def _read_pixels(file: BinaryIO, path: Path) -> tuple[np.ndarray, bool]:
     """Returns the pixels, and whether the file is whole, which only a JPEG need not be, see read_truncated."""
     is_jpeg = file.read(2) == b"\xff\xd8"
     try:
-        return _pixels(file, path), True
+        return _opened(file, path), True
     except OSError as error:
         if not (_reads_truncated and is_jpeg and "truncated" in str(error)):
             raise
     PillowFile.LOAD_TRUNCATED_IMAGES = True
     try:
-        return _pixels(file, path), False
+        return _opened(file, path), False
     finally:
         PillowFile.LOAD_TRUNCATED_IMAGES = False
 
 
-def _pixels(file: BinaryIO, path: Path) -> np.ndarray:
+def _opened(file: BinaryIO, path: Path) -> np.ndarray:
     file.seek(0)
     with Image.open(file, formats=FORMATS) as image:
         if image.width * image.height > _pixel_limit:
             raise _too_large(path, image.width * image.height)
-        pixels = decoded_jpeg(image)
-        if pixels is None:
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            pixels = to_rgb(image)
-        return pixels
+        return _decoded(image)
+
+
+def _decoded(image: PillowFile.ImageFile) -> np.ndarray:
+    pixels = decoded_jpeg(image)
+    if pixels is None:
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        pixels = to_rgb(image)
+    return pixels
+
+
+def probe_pixels() -> list[np.ndarray]:
+    """Returns two small drawn images, (H, W, 3) uint8, as they are read from a JPEG and a PNG file."""
+    images = []
+    for height, width, kind in ((72, 96, "JPEG"), (64, 56, "PNG")):
+        y, x, channel = np.ogrid[:height, :width, :3]
+        waves = (x * (3 + channel) + y * (7 - 2 * channel)) % 256 + (x * y * (channel + 1)) // 16 % 128
+        file = io.BytesIO()
+        Image.fromarray((waves % 256).astype(np.uint8)).save(file, kind)
+        with Image.open(file) as image:
+            images.append(_decoded(image))
+    return images
 
 
 def _too_large(path: Path, pixels: int) -> ImageError:

@@ -89,7 +89,7 @@ class Store:
         dim: int,
         provenance: dict[str, Any],
         probe: np.ndarray,
-        tolerance: float = 1e-6,
+        tolerance: float = 1e-8,
         replace: bool = True,
     ):
         self.path, self.dim, self.provenance, self.probe = path, dim, jsonable(provenance), probe
@@ -117,7 +117,7 @@ class Store:
     def clear(self) -> None:
         """Removes the blocks; a finished file is kept until the new one is finished."""
         if self.folder.exists():
-            shutil.rmtree(self.folder)
+            _remove_blocks(self.folder)
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._places
@@ -217,6 +217,7 @@ class Store:
 
     def _write_rows(self, file: Path, records: Records, facts: dict | None) -> None:
         new, shape, hashes = Path(f"{file}.new"), (len(records.labels), self.dim), []
+        sidecars(new)[0].unlink(missing_ok=True)  # that of a file which an interrupted run did not publish
         with new.open("wb") as out:
             header = {"descr": "<f4", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(out, header)
@@ -258,15 +259,11 @@ class Store:
         except Exception as error:  # NumPy's and PyTorch's readers raise almost any exception
             log.warning("%s is damaged (%s); its rows are extracted again", file, str(error).splitlines()[0])
             return
-        facts, intact = read_provenance(file) or {}, np.ones(len(rows), dtype=bool)
-        if facts.get("file") != list(stat_record(file.stat())):
-            for number, start in enumerate(range(0, len(rows), _HASHED_ROWS)):
-                if not np.array_equal(_hash(rows[start : start + _HASHED_ROWS]), hashes[number]):
-                    intact[start : start + _HASHED_ROWS] = False
-            if intact.all():
-                _trust(file)
-            else:
-                log.warning("%s: %d rows are damaged; they are extracted again", file, (~intact).sum())
+        intact = ~damaged_rows(file, rows, hashes)
+        if intact.all():
+            _trust(file)
+        else:
+            log.warning("%s: %d rows are damaged; they are extracted again", file, (~intact).sum())
         self._cache[file] = rows
         self._add(file, records, intact & records.keys.any(axis=1))
         if intact.all() and file == self.path:
@@ -288,6 +285,8 @@ class Store:
         if before is None or old_probe is None:
             if files.exists() and not self.replace and not files.is_dir():
                 raise InputError(f"{files} exists without its provenance; start over, or choose another file")
+            if provenance.exists() and files.is_dir():  # rows of unknown settings
+                _remove_blocks(files)
             return False
         differing = differences(before, self.provenance) or _code_differs(old_probe, self.probe, self.tolerance)
         if not differing:
@@ -298,7 +297,7 @@ class Store:
             )
         log.warning("%s was made with other settings (%s); it is replaced", files, short_list(differing))
         if files.is_dir():
-            shutil.rmtree(files)
+            _remove_blocks(files)
         return False
 
     def _add(self, file: Path, records: Records, usable: np.ndarray | None = None) -> None:
@@ -317,6 +316,13 @@ class Store:
         return self._cache[file]
 
 
+def _remove_blocks(folder: Path) -> None:
+    """Removes a folder of blocks; it may be interrupted: the provenance stays as long as there is a block."""
+    for block in folder.glob("*.npz"):
+        block.unlink()
+    shutil.rmtree(folder)
+
+
 def _publish(file: Path) -> None:
     """Replaces a file by the one that was written beside it, if that is complete; it may be interrupted.
 
@@ -332,7 +338,9 @@ def _publish(file: Path) -> None:
 
 def _trust(file: Path) -> None:
     """Records the stat record with which the file is trusted."""
-    write_json(sidecars(file)[0], {**(read_provenance(file) or {}), "file": stat_record(file.stat())})
+    provenance, stat = read_provenance(file) or {}, list(stat_record(file.stat()))
+    if provenance.get("file") != stat:
+        write_json(sidecars(file)[0], {**provenance, "file": stat})
 
 
 def sidecars(path: Path) -> tuple[Path, Path]:
@@ -371,6 +379,34 @@ def read_provenance(path: Path) -> dict | None:
     except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def damaged_rows(path: Path, rows: np.ndarray, hashes: np.ndarray) -> np.ndarray:
+    """Returns which rows of a finished file differ from the hashes of their blocks, (N,) bool.
+
+    None do as long as the file has the stat record with which it is trusted.
+    """
+    damaged = np.zeros(len(rows), dtype=bool)
+    if (read_provenance(path) or {}).get("file") != list(stat_record(path.stat())):
+        for number, start in enumerate(range(0, len(rows), _HASHED_ROWS)):
+            block = rows[start : start + _HASHED_ROWS]
+            damaged[start : start + len(block)] = not np.array_equal([_hash(block)], hashes[number : number + 1])
+    return damaged
+
+
+def check_rows(path: Path, rows: np.ndarray) -> None:
+    """Compares the rows of a file with the hashes beside it, if there are any.
+
+    Raises:
+        InputError: if rows are damaged.
+    """
+    try:
+        with np.load(sidecars(path)[1]) as content:
+            hashes = content["hashes"]
+    except Exception:  # missing or damaged, for which NumPy raises many exceptions
+        return
+    if count := damaged_rows(path, rows, hashes).sum():
+        raise InputError(f"{path}: {count} of {len(rows)} rows are damaged or were replaced; extract them again")
 
 
 def file_fingerprint(path: Path) -> str:

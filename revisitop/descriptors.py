@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from extraction.files import read_array, read_arrays, read_mat, read_pickle
-from extraction.store import FILE_FACTS, differences, provenance_differences, read_provenance, sidecars
+from extraction.store import FILE_FACTS, check_rows, differences, provenance_differences, read_provenance, sidecars
 from model.checkpoint import is_plain, is_tensor_file, load_tensors
 from model.errors import InputError, short_list
 from revisitop.dataset import Dataset
@@ -49,6 +49,8 @@ def load_descriptors(path: Path, dataset: Dataset) -> tuple[Tensor, Tensor]:
         arrays = [read_array(file) for file in files]
         for file, images in zip(files, (dataset.queries, dataset.database), strict=True):
             check_labels(file, [image.label(dataset.folder) for image in images])
+        for file, array in zip(files, arrays, strict=True):
+            check_rows(file, array)
         _check_pair(*files)
     elif suffix == ".npz":
         arrays = read_arrays(path, ("Q", "X"))
@@ -163,10 +165,11 @@ def load_distractors(path: Path) -> Tensor:
     """Loads the descriptors of the distractors, (N, D), memory-mapped.
 
     Raises:
-        InputError: as load_rows, and if rows are not unit vectors (a thousand of them are checked; zero rows,
-            which belong to skipped images, are valid).
+        InputError: as load_rows, and if rows are damaged, or not unit vectors (a thousand of them are checked; zero
+            rows, which belong to skipped images, are valid).
     """
     rows = load_rows(path)
+    check_rows(path, rows.numpy())
     norms = rows[:: max(1, len(rows) // 1000)].float().norm(dim=1)
     if ((norms > 0) & ((norms - 1).abs() > _UNIT_TOLERANCE)).any():
         raise InputError(

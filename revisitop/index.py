@@ -4,7 +4,7 @@ FAISS indexes are specified by factory strings ("Flat", "IVF4096,PQ64", "HNSW32"
 al., "The Faiss library", 2024. They are trained with a sample, filled in blocks of rows, and saved to disk:
 
     NAME.IVF4096_PQ64.faiss         the index
-    NAME.IVF4096_PQ64.faiss.json    its provenance: the factory string, and the provenance of the rows
+    NAME.IVF4096_PQ64.faiss.json    its provenance: the factory string, that of the rows, the file's fingerprint
 
 Shapes: Q queries, N database rows, D dimensions, M candidates per query, L listed rows of a query.
 """
@@ -23,8 +23,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from extraction.files import jsonable, write_atomically, write_json
+from extraction.identity import stat_record
 from extraction.owner import owned
-from extraction.store import plain_name, read_provenance, sidecars
+from extraction.store import file_fingerprint, plain_name, read_provenance, sidecars
 from model.errors import InputError
 from modules.search import Database, SearchResult
 from revisitop.measures import NOT_FOUND
@@ -185,7 +186,8 @@ def _kept(file: Path, provenance: dict[str, Any]) -> Any:
     before = read_provenance(file)
     if before is None or not file.is_file():
         return None
-    if {key: before.get(key) for key in provenance} != provenance or before.get("bytes") != file.stat().st_size:
+    same_rows = {key: before.get(key) for key in provenance} == provenance
+    if not same_rows or file_fingerprint(file) != before.get("fingerprint"):
         log.info("%s: built from other rows, or damaged; it will be built again", file)
         return None
     try:
@@ -236,7 +238,8 @@ def _keep(index: Any, file: Path, provenance: dict[str, Any]) -> None:
     sidecars(file)[0].unlink(missing_ok=True)
     with _faiss_errors(f"{file} cannot be written"):
         write_atomically(file, lambda out: _faiss().write_index(index, _faiss().PyCallbackIOWriter(out.write)))
-    write_json(sidecars(file)[0], {**provenance, "bytes": file.stat().st_size})
+    own = {"fingerprint": file_fingerprint(file), "file": stat_record(file.stat())}
+    write_json(sidecars(file)[0], {**provenance, **own})
 
 
 def _faiss() -> Any:

@@ -25,12 +25,12 @@ DATA = Path(__file__).parent / "data"
 
 
 # Tests that share what takes long to prepare run in a single process each.
-_TOGETHER = ("toy", "test_package", "test_demo", "test_page", "test_export", "test_extraction_command")
+_TOGETHER = ("toy", "test_package", "test_demo", "test_page", "test_export")
 
 
 # Files of tests that start commands, programs or browsers, or compute for long.
 _SLOW = (
-    *("gpu_benchmark", "benchmarks", "photographs", "documentation", "notebook", "examples", "options", "package"),
+    *("benchmarks", "documentation", "notebook", "examples", "options", "package"),
     *("evaluation_command", "extraction_command", "second_run", "together", "any_network", "hub", "toy", "page"),
     *("tune", "tables", "demo", "search", "whiten", "download", "index", "layouts", "fuzz", "simulated_device"),
     *("fused_pooling", "export", "pair_scores", "recipe", "libraries"),
@@ -97,6 +97,23 @@ def checkpoint_50(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def checkpoint_101(tmp_path_factory) -> Path:
     return _write_checkpoint(tmp_path_factory, 101)
+
+
+NETWORK = """
+import torch
+
+def build():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 16, 5, 4), torch.nn.ReLU()).eval()
+"""
+
+
+@pytest.fixture(scope="session")
+def two_layers(tmp_path_factory) -> tuple:
+    """Options of a fast network, with one scale and in one process, wherever the network is not the point."""
+    path = tmp_path_factory.mktemp("network") / "mine.py"
+    path.write_text(NETWORK)
+    return ("MODEL.NAME", f"{path}:build", "TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """MODEL.NAME works in every command."""
 
-import json
 import shutil
 
 import numpy as np
@@ -39,16 +38,6 @@ def test_a_run_has_the_networks_descriptors_and_its_distractors(command, layout,
     np.testing.assert_allclose(extract_batch(extractor, images).numpy(), rows[:3], atol=2e-6)
     other = command("test.py", *data, *RESNET, "SupG.onemeval", "SupG.rgem", "False")
     assert (other.code, "rgem_p: 2.5 before, off now" in other.err) == (2, True)
-
-
-def test_tables_and_search_support_other_networks(command, layout, data):
-    outcome = command("tools/tables.py", "main", *data, *RESNET)
-    assert outcome.code == 0, outcome.err
-    assert "| torchvision_resnet18 | roxford5k | reranking |" in outcome.out
-    words = ("--database", layout.folder / "jpg", "--queries", layout.image("db_3"), "--weights", "untrained", "--json")
-    outcome = command("tools/search.py", *words, *(word for word in RESNET if word not in ANY[:2]))
-    assert outcome.code == 0, outcome.err
-    assert json.loads(outcome.out)["queries"][0]["results"][0]["file"] == "db_3.jpg"
 
 
 def test_unsupported_settings_of_a_network_are_refused_with_what_to_change(command, data):

@@ -9,7 +9,6 @@ from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT, Layout
 
 import config
@@ -63,56 +62,51 @@ def tiny(tmp_path) -> Layout:
 
 
 @pytest.fixture
-def runs(tiny, checkpoint_50, tmp_path) -> dict[str, list[tuple]]:
-    """Command lines of each command that together cover all its branches."""
-    rows = np.random.default_rng(0).standard_normal((5, 2048)).astype(np.float32)
-    torch.save(torch.from_numpy(rows / np.linalg.norm(rows, axis=1, keepdims=True)), tmp_path / "far.pth")
-    million = tiny.data_dir / "revisitop1m"
+def runs(tiny, two_layers, checkpoint_50, tmp_path) -> dict[str, list[tuple]]:
+    """Command lines of each command that together cover all its branches, one of them with CVNet's network."""
+    rows = np.random.default_rng(0).standard_normal((5, 16)).astype(np.float32)
+    vectors, million = tmp_path / "far.npy", tiny.data_dir / "revisitop1m"
+    np.save(vectors, rows / np.linalg.norm(rows, axis=1, keepdims=True))
+    np.savez(tmp_path / "some.npz", Q=rows[:1], X=rows[1:])
+    fused = ("TEST.FUSION", tmp_path / "some.npz", "TEST.FUSION_WEIGHTS", 1)
     million.mkdir()
     (million / "revisitop1m.txt").write_text("a.jpg\n")
     (million / "a.jpg").write_bytes(tiny.image("db_0").read_bytes())
-
-    quick = ("TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0)
-    index = ("TEST.INDEX", "IVF1,Flat", "TEST.INDEX_ROWS", "decoded")
-    data = ("TEST.DATA_DIR", tiny.data_dir, "TEST.DATASET_LIST", "roxford5k", "TEST.WEIGHTS", checkpoint_50, *quick)
-    far = ("SupG.onemeval", "TEST.DISTRACTORS", tmp_path / "far.pth")
-    folder, vectors, rivals = tiny.folder / "jpg", tmp_path / "far.npy", "aqe,alpha-qe,dba,k-reciprocal,diffusion"
-    np.save(vectors, torch.load(tmp_path / "far.pth").numpy())
-    np.savez(tmp_path / "some.npz", Q=rows[:1], X=rows[1:])
-    fused = ("TEST.FUSION", tmp_path / "some.npz")
     shutil.copytree(tiny.folder, tiny.data_dir / "mine")
     (tiny.data_dir / "mine" / "gnd_roxford5k.pkl").rename(tiny.data_dir / "mine" / "gnd_mine.pkl")
+
+    where, index = ("TEST.DATA_DIR", tiny.data_dir), ("TEST.INDEX", "IVF1,Flat", "TEST.INDEX_ROWS", "decoded")
+    quick = ("TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0)
+    fast = (*where, "TEST.DATASET_LIST", "roxford5k", *two_layers)
+    data = (*where, "TEST.DATASET_LIST", "roxford5k", "TEST.WEIGHTS", checkpoint_50, *quick)
+    far, rivals = ("SupG.onemeval", "TEST.DISTRACTORS", vectors), "aqe,alpha-qe,dba,k-reciprocal,diffusion"
+    searched = ("--database", tiny.folder / "jpg", "--queries", tiny.folder / "jpg")
+    reranked = ("--queries", vectors, "--database", vectors, "--out", tmp_path / "out.npy")
     return {
         "test.py": [
-            (*data, *far, "TEST.REPORT"),
+            (*fast, *far, "TEST.REPORT"),
             (*data, *index, "TEST.RERANKER", "cvnet"),
-            (*data, "TEST.RERANKER", rivals),
-            (*data, *fused),
+            (*fast, "TEST.RERANKER", rivals),
+            (*fast, *fused),
         ],
         "extract_rop1m.py": [("--weight", checkpoint_50, "--depth", 50, "--data-dir", million, *quick)],
         "tools/search.py": [
-            ("--database", folder, "--queries", folder, "--weights", checkpoint_50, *quick, *more)
-            for more in ((), ("TEST.RERANKER", rivals), index)
+            (*searched, "--weights", checkpoint_50, *quick),
+            *((*searched, *two_layers, *more) for more in (("TEST.RERANKER", rivals), index)),
         ],
-        "tools/tables.py main": [
-            (*data, "--depth", 50),
-            (*data, "--depth", 50, *index, "TEST.RERANKER", "cvnet"),
-            (*data, "--depth", 50, *fused),
-        ],
-        "tools/tables.py ablation": [(*data, *far), (*data, *index, "TEST.RERANKER", "cvnet"), (*data, *fused)],
-        "tools/tables.py rerank": [(*data, *far), (*data, *index), (*data, *fused)],
-        "tools/tables.py rerankers": [(*data, *far), (*data, *index), (*data, *fused)],
+        "tools/tables.py main": [(*data, "--depth", 50, *index, "TEST.RERANKER", "cvnet"), fast, (*fast, *fused)],
+        "tools/tables.py ablation": [data, (*fast, *far), (*fast, *index), (*fast, *fused)],
+        "tools/tables.py rerank": [(*data, *index), (*fast, *far), (*fast, *fused)],
+        "tools/tables.py rerankers": [(*data, *index), (*fast, *far), (*fast, *fused)],
         "tools/tune.py": [
-            ("--on", "roxford5k", "--test", "mine", *data[:2], *data[4:], *more)
-            for more in ((), index, (*fused, "TEST.FUSION_WEIGHTS", "1"))
+            ("--on", "roxford5k", "--test", "mine", *where, *network)
+            for network in (("TEST.WEIGHTS", checkpoint_50, *quick), (*two_layers, *index), (*two_layers, *fused))
         ],
         "tools/rerank.py": [
-            ("--queries", vectors, "--database", vectors, "--out", tmp_path / "out.npy", "--reranker", name)
-            for name in ("superglobal", *rivals.split(","))
-        ]
-        + [("--queries", vectors, "--database", vectors, "--out", tmp_path / "out.npy", *index)],
-        "tools/demo.py": [data, ("--database", folder, "--weights", checkpoint_50, *quick)],
-    }
+            *((*reranked, "--reranker", name) for name in ("superglobal", *rivals.split(","))), (*reranked, *index)
+        ],
+        "tools/demo.py": [data, (*searched[:2], *two_layers)],
+    }  # fmt: skip
 
 
 @pytest.fixture
@@ -179,7 +173,7 @@ def test_each_option_of_the_network_changes_the_descriptors_provenance(key, chec
 
 
 def test_each_setting_keeps_its_descriptors_and_each_run_its_results(command, runs):
-    words = runs["test.py"][1]
+    words = runs["test.py"][2]
     lines = [line for line in command("test.py", *words).out.splitlines() if "mAP" in line]
     (kept,) = Path("output/descriptors").iterdir()
     before = {file.name: file.read_bytes() for file in kept.glob("*.npy")}
@@ -192,33 +186,8 @@ def test_each_setting_keeps_its_descriptors_and_each_run_its_results(command, ru
     assert Path("output/runs/latest").resolve() == results[-1].resolve()
 
 
-# ---- what errors advise works ----
-
-
-@pytest.mark.parametrize("script", ["test.py", "extract_rop1m.py", "tools/search.py"])
-def test_a_file_of_another_depth_is_used_with_its_depth(command, runs, script):
-    flag = "MODEL.DEPTH" if script == "test.py" else "--depth"
-    outcome = command(script, *runs[script][-1], flag, 101)
-    assert outcome.code == 2
-    assert "ResNet-50" in outcome.err
-    assert command(script, *runs[script][-1], flag, 50).code == 0
-
-
-def test_descriptors_of_another_size_are_used_with_their_size(command, runs):
-    outcome = command("test.py", *runs["test.py"][1], "MODEL.HEADS.REDUCTION_DIM", 512)
-    assert outcome.code == 2
-    assert "2048 dimensions" in outcome.err
-
-
-def test_a_missing_gpu_is_reported_with_its_option(command, runs):
-    outcome = command("test.py", *runs["test.py"][1], "TEST.DEVICE", "cuda:99")
-    assert outcome.code == 2
-    assert outcome.err.startswith("error: TEST.DEVICE: ")
-    assert "cpu" in outcome.err
-
-
 def test_an_interrupted_run_is_not_affected_by_a_run_with_other_settings(command, runs, tiny):
-    words, damaged = runs["test.py"][1], tiny.image("db_3")
+    words, damaged = runs["test.py"][2], tiny.image("db_3")
     whole = damaged.read_bytes()
     damaged.write_text("not an image")
     assert command("test.py", *words).code == 2  # the descriptors of images before it are kept
@@ -227,11 +196,30 @@ def test_an_interrupted_run_is_not_affected_by_a_run_with_other_settings(command
     assert "database: 1 images extracted, 3 unchanged" in command("test.py", *words).out
 
 
-@pytest.mark.parametrize(("flag", "key"), [("--depth", "MODEL.DEPTH"), ("--weights", "TEST.WEIGHTS")])
-def test_a_flag_and_an_option_that_contradict_each_other_are_refused(command, runs, flag, key):
-    outcome = command("tools/search.py", *runs["tools/search.py"][0], "--depth", 50, key, 101)
+def test_a_checkpoint_that_does_not_fit_leaves_saved_descriptors_unchanged(command, runs):
+    words = runs["test.py"][1]
+    assert command("test.py", *words).code == 0
+    outcome = command("test.py", *words, "MODEL.DEPTH", 101)
+    assert (outcome.code, "ResNet-50" in outcome.err) == (2, True)
+    assert command("test.py", *words).out.count(": reused") == 4  # queries, database, index, cvnet's scores
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "noun"),
+    [
+        ("extract_rop1m.py", ("--depth", 101), "ResNet-50"),
+        ("tools/search.py", ("--depth", 101), "ResNet-50"),
+        ("tools/search.py", ("--depth", 50, "MODEL.DEPTH", 101), "contradict"),
+        ("tools/search.py", ("TEST.WEIGHTS", "other"), "contradict"),
+        ("extract_rop1m.py", ("MODEL.HEADS.REDUCTION_DIM", 512), "2048"),
+        ("extract_rop1m.py", ("TEST.DEVICE", "cuda:99"), "TEST.DEVICE"),
+    ],
+)
+def test_settings_that_contradict_the_checkpoint_or_the_machine_are_refused(command, runs, script, words, noun):
+    outcome = command(script, *runs[script][0], *words)
     assert outcome.code == 2
-    assert re.match(rf"error: {flag} .* and {key} 101 contradict each other", outcome.err)
+    assert outcome.err.startswith("error: ")
+    assert noun in outcome.err
 
 
 def test_toy_takes_weights_that_are_given(command, toy_data, tmp_path):
@@ -239,22 +227,13 @@ def test_toy_takes_weights_that_are_given(command, toy_data, tmp_path):
     words = ("TEST.DATASET_LIST", "toy", "TEST.DATA_DIR", toy_data, "TEST.WEIGHTS", "./weights")
     outcome = command("test.py", *words)
     assert outcome.code == 2
-    assert "TEST.WEIGHTS: no ResNet-50 checkpoint in weights" in outcome.err.splitlines()[-1]
+    assert "TEST.WEIGHTS" in outcome.err.splitlines()[-1]
 
 
-def test_help_and_mistyped_options_need_no_pytorch(tmp_path):
+def test_help_and_mistyped_options_need_no_pytorch_in_any_folder(tmp_path):
     code = "import sys, runpy; sys.modules.update(torch=None, numpy=None); sys.argv[0] = 'test.py';"
     code += f"sys.path.insert(0, {str(ROOT)!r}); runpy.run_path({str(ROOT / 'test.py')!r}, run_name='__main__')"
-    for words, expected in (("--help", 0), ("SupG.gem", 2)):
-        done = subprocess.run([sys.executable, "-c", code, words], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == expected, done.stderr
-
-
-def test_a_checkpoint_that_does_not_fit_leaves_saved_descriptors_unchanged(command, runs):
-    words = runs["test.py"][1]
-    assert command("test.py", *words).code == 0
-    assert command("test.py", *words, "MODEL.DEPTH", 101).code == 2
-    assert command("test.py", *words).out.count(": reused") == 4  # queries, database, index, cvnet's scores
-    words = runs["extract_rop1m.py"][0]
-    assert command("extract_rop1m.py", *words, "--depth", 101).code == 2
-    assert not list(Path().glob("feats_1m_RN101*"))
+    for word, expected, noun in (("--help", 0, ""), ("SupG.gem", 2, "error: unknown option SupG.gem; did you mean ")):
+        done = subprocess.run([sys.executable, "-c", code, word], cwd=tmp_path, capture_output=True, text=True)
+        assert (done.returncode, done.stderr[: len(noun)]) == (expected, noun)
+        assert done.stderr.count("\n") == (expected == 2)

@@ -49,36 +49,6 @@ def test_retrieval_and_its_metrics_are_the_textbooks():
         assert metrics == pytest.approx(all_protocols(expected, lists), abs=1e-9, nan_ok=True)
 
 
-@pytest.mark.filterwarnings("ignore:Mean of empty slice", "ignore:invalid value encountered")
-def test_reranking_and_its_metrics_are_the_textbooks():
-    rng = np.random.default_rng(1)
-    for _ in range(200):
-        n, d, q = int(rng.integers(1, 50)), int(rng.integers(2, 20)), int(rng.integers(1, 12))
-        m, k, beta = int(rng.integers(1, 60)), int(rng.integers(1, 13)), float(rng.uniform(0, 1))
-        rows = rng.standard_normal((n, d))
-        rows = rows[rng.integers(0, n, n)] if rng.random() < 0.3 else rows  # some rows are repeated
-        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-        rows[rng.random(n) < 0.05] = 0
-        rows = rows.astype(np.float32).astype(np.float64)
-        queries = rng.standard_normal((q, d))
-        queries /= np.linalg.norm(queries, axis=1, keepdims=True)
-        lists = [random_truth(rng, n) for _ in range(q)]
-        truth = [GroundTruth({kind: np.array(entry[kind], dtype=np.int64) for kind in KINDS}) for entry in lists]
-        listed = [torch.from_numpy(entry.listed) for entry in truth]
-        tensors, database = torch.from_numpy(queries), Database(torch.from_numpy(rows))
-        found = retrieve(tensors, database, n, listed)
-        again = rerank(found, SuperGlobalReranker(m, min(k, m), beta), tensors, database)
-        ranking = found.ids.numpy().copy()
-        for query in range(q):
-            first = ranking[query, :m].copy()
-            order = dense_reranking(queries[query], rows[first], min(k, m), beta)
-            # Equal rows can be exchanged.
-            np.testing.assert_array_equal(rows[again.ids[query, :m].numpy()], rows[first[order]])
-        np.testing.assert_array_equal(again.ids[:, m:], ranking[:, m:])
-        metrics = {name: 100 * each.map for name, each in evaluate(again, truth).items()}
-        assert metrics == pytest.approx(all_protocols(again.ids.numpy(), lists), abs=1e-9, nan_ok=True)
-
-
 def test_reranking_of_equal_scores_keeps_the_lower_place_first():
     """With beta = 0 every score is exact, in the order of sums of the textbook and of the project."""
     rng = np.random.default_rng(2)

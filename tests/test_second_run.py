@@ -1,126 +1,57 @@
 """A second run in a folder gives what a first run in a new folder gives, whatever was changed between them."""
 
-import io
-import json
 import os
-import shutil
-import sys
 
 import numpy as np
 import pytest
+import sequences
 import torch
-from conftest import kept, latest
+from conftest import kept
 from PIL import Image
-
-NETWORK = """
-import torch
-import {helper}
-
-def build():
-    torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Conv2d(3, 16, 5, 4), {helper}.Rectifier()).eval()
-"""
-HELPER = """
-import torch
-
-class Rectifier(torch.nn.Module):
-    def forward(self, x):
-        return x.relu() ** {power}
-"""
+from sequences import World, play
 
 
-@pytest.fixture
-def run(command, layout, tmp_path, monkeypatch):
-    """Runs test.py with a two-layer network, and returns mAP and the descriptors; `fresh` in a new output folder."""
-    helper = f"helper_of_{tmp_path.name}"
-    (tmp_path / f"{helper}.py").write_text(HELPER.format(power=1))
-    (tmp_path / "mine.py").write_text(NETWORK.format(helper=helper))
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("extraction.identity._STEP_NS", -1)  # the images are as old as those of a user
-
-    def run(*words, fresh: bool = False, name: str = "roxford5k") -> tuple[dict, np.ndarray]:
-        sys.modules.pop(helper, None)
-        output = tmp_path / ("fresh" if fresh else "output")
-        if fresh:
-            shutil.rmtree(output, ignore_errors=True)
-        outcome = command(
-            "test.py", "MODEL.NAME", f"{tmp_path / 'mine.py'}:build", "TEST.SCALE_LIST", 1, "SupG.rgem", False,
-            "DATA_LOADER.NUM_WORKERS", 0, "TEST.DATA_DIR", layout.data_dir, "TEST.DATASET_LIST", name,
-            "TEST.OUT_DIR", output, *words,
-        )  # fmt: skip
-        assert outcome.code == 0, outcome.err
-        entry = json.loads((latest(output) / "results.json").read_text())["datasets"][name]
-        metrics = {protocol: entry["reranking"][protocol]["mAP"] for protocol in "EMH"}
-        return metrics, np.load(kept(output, name) / f"{name}_db.npy")
-
-    run.helper = tmp_path / f"{helper}.py"
-    return run
+@pytest.mark.parametrize("seed", range(20))
+def test_a_second_run_equals_a_first_run_after_a_sequence_of_changes(seed, tmp_path):
+    steps: list[str] = []
+    assert play(tmp_path, seed, range(4), steps) is None, steps
 
 
-def replace_image(layout) -> None:
-    """Replaces an image by another one of equal size and time; decoders ignore what follows the end of a JPEG."""
-    path, other = layout.image("db_3"), layout.image("query_0")
-    stat = path.stat()
-    content = io.BytesIO()
-    Image.open(other).save(content, "JPEG", quality=50)
-    path.write_bytes(content.getvalue().ljust(stat.st_size, b"\0"))
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert path.stat().st_size == stat.st_size
-
-
-def exchange_images(layout) -> None:
-    a, b = layout.image("db_0"), layout.image("db_1")
-    a.rename(a.with_suffix(".old"))
-    b.rename(a)
-    a.with_suffix(".old").rename(b)
-
-
-def reverse_list(layout) -> None:
-    layout.gnd["imlist"].reverse()
-    for entry in layout.gnd["gnd"]:
-        for kind in ("easy", "hard", "junk"):
-            entry[kind] = [23 - number for number in entry[kind]]
-    layout.write()
-
-
-def move_box(layout) -> None:
-    layout.gnd["gnd"][1]["bbx"] = [10, 10, 50, 40]
-    layout.write()
-
-
-def damage_rows(layout) -> None:
-    (path,) = layout.data_dir.parent.glob("output/descriptors/*/roxford5k_db.npy")
-    rows = np.load(path, mmap_mode="r+")
+def damage_rows(world: World) -> None:
+    folder = sequences.descriptors_of(world.folder / "old")
+    rows = np.load(folder / f"{sequences.NAME}_db.npy", mmap_mode="r+")
     rows[4:8] = rows[0]
     rows.flush()
 
 
-@pytest.mark.parametrize("change", [replace_image, exchange_images, reverse_list, move_box, damage_rows])
-def test_changed_images_lists_boxes_and_rows_are_noticed(run, layout, change):
-    before = run()
-    change(layout)
-    metrics, rows = run()
-    expected = run(fresh=True)
-    assert metrics == expected[0]
-    np.testing.assert_allclose(rows, expected[1], atol=1e-6)
-    assert change is damage_rows or metrics != before[0] or not np.array_equal(rows, before[1])
+@pytest.mark.parametrize(
+    ("command", "change"),
+    [
+        *(("test", getattr(sequences, name)) for name in ("content", "exchange", "order", "box", "helper", "code")),
+        *(("test", damage_rows), ("search", sequences.content)),
+    ],
+)
+def test_a_change_of_an_image_a_list_code_or_rows_is_noticed(command, change, tmp_path):
+    world = World(tmp_path, 0, "revisitop", command)
+    before = world.outcome("old")
+    change(world)
+    world.write()
+    assert sequences.compared(world) is None
+    assert change is damage_rows or sequences.difference(before, world.outcome("old"))
 
 
-def test_a_changed_helper_module_of_a_network_is_noticed(run):
-    before = run()
-    run.helper.write_text(HELPER.format(power=2))
-    os.utime(run.helper, ns=(1, 1))  # Python's cache of compiled modules goes by the time
-    _, rows = run()
-    assert not np.allclose(rows, before[1])
-    np.testing.assert_allclose(rows, run(fresh=True)[1], atol=1e-6)
-
-
-def test_a_changed_pooling_of_our_own_is_noticed(run, monkeypatch):
-    before = run()
-    monkeypatch.setattr("modules.pooling.generalized_mean", lambda x, p, eps: x.amax(dim=(-2, -1)))
-    _, rows = run()
-    assert not np.allclose(rows, before[1])
-    np.testing.assert_allclose(rows, run(fresh=True)[1], atol=1e-6)
+def test_saved_descriptors_of_a_reordered_list_or_with_damaged_rows_are_refused(tmp_path):
+    world = World(tmp_path, 0, "revisitop", "features")
+    assert world.outcome("old").code == 0
+    world.database.reverse()
+    world.write()
+    refused = world.outcome("old", makers=False)
+    assert (refused.code, "a9" in refused.err) == (2, True)
+    world.database.reverse()
+    world.write()
+    damage_rows(world)
+    assert world.outcome("old", makers=False).code == 2
+    assert world.outcome("old").code == 0
 
 
 def test_equal_names_in_two_class_folders_never_meet_in_local_features(command, checkpoint_50, tmp_path):
@@ -151,35 +82,6 @@ def test_equal_names_in_two_class_folders_never_meet_in_local_features(command, 
     second = scores("output")
     assert not np.array_equal(first, second)
     np.testing.assert_array_equal(second, scores("fresh"))
-
-
-def test_a_search_never_answers_with_the_descriptor_of_an_earlier_query(command, checkpoint_50, tmp_path):
-    rng = np.random.default_rng(0)
-    for folder in ("base", "qa", "qb"):
-        (tmp_path / folder).mkdir()
-    for name, query in (("tower", "qa"), ("bridge", "qb")):
-        image = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
-        for path in (tmp_path / "base" / f"{name}.bmp", tmp_path / query / "query.bmp"):
-            image.save(path)
-            os.utime(path, ns=(1, 1))
-    for query, name in (("qa", "tower"), ("qb", "bridge")):
-        outcome = command(
-            "tools/search.py", "--database", tmp_path / "base", "--queries", tmp_path / query, "--json", "--weights",
-            checkpoint_50, "TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0,
-        )  # fmt: skip
-        assert outcome.code == 0, outcome.err
-        assert json.loads(outcome.out)["queries"][0]["results"][0]["file"] == f"{name}.bmp"
-
-
-def test_saved_descriptors_of_a_reordered_list_are_refused(run, command, layout, tmp_path):
-    run()
-    saved = kept(tmp_path / "output", "roxford5k")
-    reverse_list(layout)
-    outcome = command(
-        "test.py", "TEST.FEATURES", saved, "TEST.DATA_DIR", layout.data_dir, "TEST.DATASET_LIST", "roxford5k"
-    )
-    assert outcome.code == 2
-    assert "db_0" in outcome.err
 
 
 def test_an_index_of_replaced_rows_is_built_again(command, tmp_path):

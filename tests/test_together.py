@@ -9,10 +9,9 @@ from conftest import ROOT
 from forked import Forked
 
 
-def test_simultaneous_runs_give_the_results_of_single_runs(layout, checkpoint_50, command, tmp_path):
+def test_simultaneous_runs_give_the_results_of_single_runs(layout, two_layers, command, tmp_path):
     settings = [(), ("SupG.gemp", "False"), ("TEST.RESUME", "False")]
-    data = ("TEST.WEIGHTS", checkpoint_50, "TEST.DATA_DIR", layout.data_dir, "TEST.DATASET_LIST", "roxford5k")
-    data = (*data, "TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0)
+    data = ("TEST.DATA_DIR", layout.data_dir, "TEST.DATASET_LIST", "roxford5k", *two_layers)
     (tmp_path / "together").mkdir()
     runs = [Forked(ROOT / "test.py", [*data, *words], tmp_path / "together") for words in settings]
     assert [run.wait() for run in runs] == [0, 0, 0], [run.err for run in runs]

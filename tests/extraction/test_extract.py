@@ -1,13 +1,9 @@
-import multiprocessing
 import os
 import signal
-import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from forked import ranks
 from PIL import Image
 
 from extraction import batching
@@ -15,18 +11,22 @@ from extraction.extract import ImageSet, extract_images, extract_sets
 from extraction.images import ImageFile
 from extraction.loading import Loading, ReadAhead
 from extraction.store import Store
-from model.device import choose_device
 from model.errors import InputError
 from model.extractor import NetworkExtractor
-from model.recipe import Recipe
 from modules import attach
 
 PROBE = np.eye(2, dtype=np.float32)
 
 
+def normalise(pixels: torch.Tensor) -> torch.Tensor:
+    return pixels.permute(0, 3, 1, 2).float() / 255 - 0.5
+
+
 @pytest.fixture(scope="module")
-def model(checkpoint_50):
-    return Recipe("cvnet", checkpoint_50, scales=(1.0,)).extractor()
+def model() -> NetworkExtractor:
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, stride=2, padding=1), torch.nn.ReLU()).eval()
+    return NetworkExtractor(attach(network, relup="1"), normalise, dim=8)
 
 
 def write(folder, name: str, mode: str = "RGB", size: tuple[int, int] = (40, 30), **options) -> ImageFile:
@@ -59,8 +59,7 @@ def run(model, images: list[ImageFile], on_error: str = "list", **options) -> di
     return run.rows
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_images_of_every_kind_have_finite_unit_descriptors(model, tmp_path, workers):
+def test_images_of_every_kind_have_the_networks_unit_descriptors(model, tmp_path):
     images = [
         write(tmp_path, "one.png", size=(1, 1)),
         write(tmp_path, "line.png", size=(500, 1)),
@@ -70,10 +69,18 @@ def test_images_of_every_kind_have_finite_unit_descriptors(model, tmp_path, work
         write(tmp_path, "deep.png", "I;16"),
         write(tmp_path, "rotated.jpg", exif=rotated()),
     ]
-    rows = run(model, images, workers=workers)
+    rows = run(model, images, workers=1)
     assert set(rows) == {image.path.name for image in images}
     np.testing.assert_allclose(np.linalg.norm([*rows.values()], axis=1), 1, atol=1e-5)
-    np.testing.assert_allclose(rows["rotated.jpg"], run(model, images[-1:])["rotated.jpg"], atol=2e-6)
+    for image in images:
+        expected = model.network(normalise(torch.from_numpy(image.read())[None]))[0]
+        torch.testing.assert_close(torch.from_numpy(rows[image.path.name]), expected.detach(), atol=1e-6, rtol=0)
+
+
+def assert_close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert found.keys() == expected.keys()
+    for name, row in found.items():
+        np.testing.assert_allclose(row, expected[name], atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize(("batch_size", "window", "workers"), [(0, 256, 2), (3, 256, 0), (4, 2, 0)])
@@ -83,7 +90,7 @@ def test_rows_do_not_depend_on_the_batches(model, tmp_path, monkeypatch, batch_s
     images = [write(tmp_path, f"{i}.png", size=sizes[(i * i) % 3]) for i in range(20)]
     one_by_one = run(model, images, batch_size=1)
     assert len(np.unique([*one_by_one.values()], axis=0)) > 2
-    np.testing.assert_equal(run(model, images, batch_size=batch_size, workers=workers), one_by_one)
+    assert_close(run(model, images, batch_size=batch_size, workers=workers), one_by_one)
 
 
 def test_a_device_that_runs_out_of_memory_gets_smaller_batches(model, tmp_path):
@@ -102,7 +109,7 @@ def test_a_device_that_runs_out_of_memory_gets_smaller_batches(model, tmp_path):
     finally:
         hook.remove()
     assert max(tried) > 2
-    np.testing.assert_equal(rows, one_by_one)
+    assert_close(rows, one_by_one)
 
 
 def test_an_image_too_large_for_the_memory_is_skipped_or_named(model, tmp_path, caplog):
@@ -153,14 +160,6 @@ def test_a_worker_that_dies_while_transferring_pixels_is_reported_with_its_file(
         run(model, images, workers=1)
 
 
-def test_a_worker_that_is_not_quite_dead_when_its_connection_ends_is_reported_with_its_file(tmp_path):
-    decoded = ReadAhead([write(tmp_path, "0.png")], np.arange(1), Loading(workers=1))
-    dying = multiprocessing.get_context("fork").Process(target=time.sleep, args=(0.3,))
-    dying.start()
-    decoded.pixels.reading[0] = torch.tensor([dying.pid, 0])
-    assert "0.png" in str(decoded.death_of_a_worker(EOFError()))
-
-
 def test_a_descriptor_that_is_not_finite_is_reported_with_its_image_and_possible_reasons(tmp_path):
     class Overflowing:
         dim, device = 4, torch.device("cpu")
@@ -170,6 +169,7 @@ def test_a_descriptor_that_is_not_finite_is_reported_with_its_image_and_possible
 
     with pytest.raises(InputError, match=r"a\.png"):
         run(Overflowing(), [write(tmp_path, "a.png")])
+    assert run.rows == {}
 
 
 def test_damaged_images_stop_the_run_all_named_and_nothing_is_lost(model, tmp_path):
@@ -183,73 +183,38 @@ def test_damaged_images_stop_the_run_all_named_and_nothing_is_lost(model, tmp_pa
         run(model, images, on_error="stop")
 
 
-def test_a_damaged_image_can_be_skipped_with_a_row_of_zeros_and_is_tried_again(colours, tmp_path):
-    images = [write(tmp_path, f"{i}.png") for i in range(3)]
-    whole = images[1].path.read_bytes()
-    images[1].path.write_text("no image")
-    np.testing.assert_allclose(np.linalg.norm(extracted(colours, images, on_error="skip"), axis=1), [1, 0, 1])
-    images[1].path.write_bytes(whole)
-    np.testing.assert_allclose(extracted(colours, images, on_error="skip"), mean_colours(images), atol=1e-6)
-
-
-def test_auto_is_the_gpu_if_there_is_one():
-    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def test_a_missing_gpu_is_reported():
-    with pytest.raises(InputError, match="cuda:99"):
-        choose_device("cuda:99")
-
-
 # ---- other extractors ----
 
-COLOURS = """
-import torch
 
 class MeanColour:
+    """An extractor that is no network."""
+
     dim, device = 3, torch.device("cpu")
 
+    def __init__(self, recipe):
+        self.recipe = recipe
+
     def __call__(self, pixels):
+        self.recipe.seen += len(pixels)
         return torch.nn.functional.normalize(pixels.float().mean(dim=(1, 2)), dim=1)
+
 
 class Colours:
     dim, precision, max_side, seen = 3, "fp32", None, 0
 
     def extractor(self, device):
-        inner = MeanColour()
-
-        def counting(pixels):
-            self.seen += len(pixels)
-            return inner(pixels)
-
-        counting.dim, counting.device = 3, device
-        return counting
+        return MeanColour(self)
 
     def provenance(self):
         return {"colours": "mean"}
-"""
-SHARED = """
-import sys
-from pathlib import Path
-from extraction.processes import Processes
-from extraction.extract import ImageSet, extract_sets
-from extraction.images import ImageFile
-
-images = [ImageFile(path) for path in sorted(Path(sys.argv[1]).glob("*.png"))]
-processes = Processes()
-each = ImageSet(Path(sys.argv[2]), "colours", images)
-(rows,) = extract_sets([each], Colours(), torch.device("cpu"), processes=processes)
-assert len(rows) == len(images)
-processes.end()
-"""
-PROBES = 2  # images of the probe
 
 
 @pytest.fixture
-def colours():
-    names: dict = {}
-    exec(COLOURS, names)
-    return names["Colours"]()
+def colours() -> Colours:
+    return Colours()
+
+
+PROBES = 2  # images of the probe
 
 
 def mean_colours(images: list[ImageFile]) -> np.ndarray:
@@ -273,6 +238,20 @@ def test_any_extractor_is_batched_and_resumed(colours, tmp_path):
         extracted(colours, images, loading=Loading(batch_size=3)), mean_colours(images), atol=1e-6
     )
     assert colours.seen == 5 + PROBES
+
+
+def test_damaged_images_have_zeros_whole_ones_are_tried_again_and_rows_of_deleted_ones_are_kept(colours, tmp_path):
+    images = [write(tmp_path, f"{i}.png") for i in range(3)]
+    whole = images[1].path.read_bytes()
+    images[1].path.write_text("no image")
+    np.testing.assert_allclose(np.linalg.norm(extracted(colours, images, on_error="skip"), axis=1), [1, 0, 1])
+    images[1].path.write_bytes(whole)
+    expected = mean_colours(images)
+    np.testing.assert_allclose(extracted(colours, images, on_error="skip"), expected, atol=1e-6)
+    images[2].path.unlink()
+    np.testing.assert_allclose(extracted(colours, images), expected, atol=1e-6)
+    images[1].path.write_text("no image")  # its old row is not used
+    assert extracted(colours, images, on_error="skip").any(axis=1).tolist() == [True, False, True]
 
 
 def exchange(a, b) -> None:
@@ -321,65 +300,3 @@ def test_equal_names_in_two_folders_never_meet(colours, tmp_path):
     for _ in range(2):
         (rows,) = extract_sets(sets, colours, torch.device("cpu"))
         np.testing.assert_allclose(rows.numpy(), mean_colours(images), atol=1e-6)
-
-
-def test_changed_code_and_damaged_rows_extract_again(colours, tmp_path):
-    images = [write(tmp_path, f"{i}.png") for i in range(5)]
-    extracted(colours, images)
-    rows = np.load(tmp_path / "rows.npy", mmap_mode="r+")
-    rows[3] = rows[1]
-    rows.flush()
-    np.testing.assert_allclose(extracted(colours, images), mean_colours(images), atol=1e-6)
-
-    class Redder(type(colours)):  # the same provenance, as after an edit of a module or of a helper file
-        def extractor(self, device):
-            inner = super().extractor(device)
-
-            def redder(pixels):
-                rows = inner(pixels) + torch.tensor([0.01, 0, 0])
-                return torch.nn.functional.normalize(rows, dim=1)
-
-            redder.dim, redder.device = 3, device
-            return redder
-
-    changed = extracted(Redder(), images)
-    assert not np.allclose(changed, mean_colours(images), atol=1e-4)
-    np.testing.assert_array_equal(changed, extracted(Redder(), images, resume=False))
-
-
-def test_the_old_row_of_an_image_that_became_unreadable_is_not_used(colours, tmp_path):
-    images = [write(tmp_path, f"{i}.png") for i in range(3)]
-    extracted(colours, images)
-    images[1].path.write_text("no image")
-    assert extracted(colours, images, on_error="skip").any(axis=1).tolist() == [True, False, True]
-
-
-def test_rows_of_deleted_images_are_kept(colours, tmp_path):
-    images = [write(tmp_path, f"{i}.png") for i in range(3)]
-    before = extracted(colours, images)
-    images[1].path.unlink()
-    np.testing.assert_array_equal(extracted(colours, images), before)
-
-
-def test_any_extractor_is_shared_by_the_processes_of_a_torchrun(tmp_path):
-    images = [write(tmp_path, f"{i}.png") for i in range(7)]
-    (tmp_path / "driver.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{COLOURS}{SHARED}")
-    processes = ranks(2, tmp_path / "driver.py", [tmp_path, "shared.npy"], tmp_path)
-    assert [process.wait() for process in processes] == [0, 0], [process.err for process in processes]
-    np.testing.assert_allclose(np.load(tmp_path / "shared.npy"), mean_colours(images), atol=1e-6)
-    assert not list(tmp_path.glob("*.blocks"))
-
-
-def test_an_attached_network_with_its_normalisation_is_an_extractor(tmp_path):
-    torch.manual_seed(0)
-    network = attach(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, stride=2), torch.nn.ReLU()).eval(), relup="1")
-
-    def normalise(pixels: torch.Tensor) -> torch.Tensor:
-        return pixels.permute(0, 3, 1, 2).float() / 255 - 0.5
-
-    extractor = NetworkExtractor(network, normalise, dim=8)
-    images = [write(tmp_path, f"{i}.png", size=[(40, 30), (33, 21)][i % 2]) for i in range(4)]
-    rows = run(extractor, images)
-    for image in images:
-        expected = network(normalise(torch.from_numpy(image.read())[None]))[0]
-        torch.testing.assert_close(torch.from_numpy(rows[image.path.name]), expected.detach())

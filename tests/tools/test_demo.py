@@ -206,7 +206,7 @@ def test_a_page_for_all_addresses_has_the_names_of_the_machine():
 
 
 @pytest.fixture(scope="module")
-def address(checkpoint_50, tmp_path_factory):
+def address(two_layers, tmp_path_factory):
     """The command itself, on a small dataset with some unusual file names."""
     if importlib.util.find_spec("gradio") is None:
         pytest.skip("gradio is not installed")
@@ -219,8 +219,7 @@ def address(checkpoint_50, tmp_path_factory):
     layout.gnd["qimlist"][1] = EVIL + "2"
     layout.write()
     port = free_port()
-    words = ["--port", port, "--weights", checkpoint_50, "TEST.SCALE_LIST", 1]
-    words += ["TEST.DATA_DIR", layout.data_dir, "TEST.DATASET_LIST", "roxford5k", "DATA_LOADER.NUM_WORKERS", 0]
+    words = ["--port", port, *two_layers, "TEST.DATA_DIR", layout.data_dir, "TEST.DATASET_LIST", "roxford5k"]
     with (folder / "errors.txt").open("w") as errors, subprocess.Popen(
         [sys.executable, "-u", "-m", "tools.demo", *map(str, words)], cwd=folder, text=True,
         stdout=subprocess.PIPE, stderr=errors,

@@ -144,12 +144,10 @@ def test_what_cannot_be_tuned_is_refused(tune, arguments, noun):
     assert noun in outcome.err
 
 
-def test_another_reranker_and_options_of_the_network_are_tuned(command, layout, checkpoint_50, tmp_path):
-    words = ("TEST.WEIGHTS", checkpoint_50, "TEST.DATA_DIR", layout.data_dir, "TEST.SCALE_LIST", 1)
-    outcome = command(
-        "tools/tune.py", "--folds", 2, "--test", "roxford5k", "--try", "SupG.gemp_p", "4.6,3", "TEST.RERANKER", "aqe",
-        "--try", "RERANK.QE_N", "2,5", *words, "DATA_LOADER.NUM_WORKERS", 0,
-    )  # fmt: skip
+def test_another_reranker_and_options_of_the_network_are_tuned(command, layout, two_layers, tmp_path):
+    words = ("--folds", 2, "--test", "roxford5k", "--try", "SupG.gemp_p", "4.6,3", "TEST.RERANKER", "aqe")
+    words += ("--try", "RERANK.QE_N", "2,5", "TEST.DATA_DIR", layout.data_dir)
+    outcome = command("tools/tune.py", *words, *two_layers)
     assert outcome.code == 0, outcome.err
     assert outcome.out.count("roxford5k database: 24 images extracted") == 2
     assert len(results(tmp_path)["tuning"]["settings"]) == 6  # including the one with the paper's 10 results

@@ -153,9 +153,8 @@ def test_a_file_that_is_not_a_whitening_is_refused(content, tmp_path):
 
 
 @pytest.fixture
-def words(layout, checkpoint_50) -> tuple:
-    words = ("TEST.WEIGHTS", checkpoint_50, "TEST.DATA_DIR", layout.data_dir, "TEST.SCALE_LIST", 1)
-    return (*words, "DATA_LOADER.NUM_WORKERS", 0)
+def words(layout, two_layers) -> tuple:
+    return ("TEST.DATA_DIR", layout.data_dir, *two_layers)
 
 
 def test_a_whitening_of_a_dataset_is_pca_applied_and_labelled(command, words, tmp_path):
@@ -177,15 +176,15 @@ def test_a_whitening_of_a_dataset_is_pca_applied_and_labelled(command, words, tm
     np.testing.assert_allclose(rows * np.sign((rows * expected).sum(axis=0)), expected, atol=1e-4)
     entry = json.loads((latest(output) / "results.json").read_text())["datasets"]["roxford5k"]
     assert entry["whitening"]["learnt_on_the_test_set"] is True
-    table = command("tools/tables.py", "main", "--depth", 50, *words, "MODEL.WHITENING", "w.pth")
+    table = command("tools/tables.py", "main", *words, "MODEL.WHITENING", "w.pth")
     assert "whitening learnt on this database itself" in table.out
 
 
 def test_a_file_of_descriptors_and_one_of_classes_make_a_discriminative_whitening(command, tmp_path, words):
     rng = np.random.default_rng(0)
     classes = np.arange(200) % 40
-    noise = rng.standard_normal((200, 16)) * np.logspace(0.5, -1.5, 16)  # largest where classes differ least
-    rows = (rng.standard_normal((40, 16)) * np.logspace(-1, 0.5, 16))[classes] + noise
+    noise = rng.standard_normal((200, 20)) * np.logspace(0.5, -1.5, 20)  # largest where classes differ least
+    rows = (rng.standard_normal((40, 20)) * np.logspace(-1, 0.5, 20))[classes] + noise
     rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
     np.save(tmp_path / "rows.npy", rows)
     (tmp_path / "classes.txt").write_text("".join(f"class {each}\n" for each in classes))
@@ -198,10 +197,10 @@ def test_a_file_of_descriptors_and_one_of_classes_make_a_discriminative_whitenin
     def nearest_match(x):
         return (classes[(x @ x.T - 9 * np.eye(200)).argmax(axis=1)] == classes).mean()
 
-    assert nearest_match(rows) < 0.7 < 0.9 < nearest_match(white(torch.from_numpy(rows)).numpy())
+    assert nearest_match(rows) < 0.8 < 0.9 < nearest_match(white(torch.from_numpy(rows)).numpy())
     outcome = command("test.py", *words, "TEST.DATASET_LIST", "roxford5k", "MODEL.WHITENING", "w.pth")
     assert outcome.code == 2
-    assert "16" in outcome.err
+    assert "w.pth" in outcome.err
     (tmp_path / "classes.txt").write_text("one\n")
     outcome = command(*learn, "--labels", tmp_path / "classes.txt")
     assert outcome.code == 2

@@ -172,7 +172,7 @@ def main(argv: list[str]) -> None:
     options = as_words(varied(cfg, best))
     log.info("to use it: %s", shlex.join(["python", "test.py", "TEST.DATASET_LIST", test.name, *options]))
 
-    log.info("on %s, mAP in percent:", test)
+    log.info("on %s, %s in percent:", test, judgement.measure)
     heading, *rows = judgement.rows()
     for row in (heading, ["---"] * len(heading), *rows):
         log.info("%s", markdown(row))
@@ -278,6 +278,11 @@ class Judgement:
 
     evaluated: Evaluated
     protocols: list[Protocol]
+
+    @property
+    def measure(self) -> str:
+        """The name of the mean average precision of the test set, such as mAP@100."""
+        return self.protocols[0].measure.title
 
     def aps(self, stage: str) -> list[np.ndarray]:
         """Returns the AP of each query, (Q,) per protocol."""
@@ -437,7 +442,7 @@ def tuning_section(
         for i in curve.order[:_ON_PAGE]
     ]
     tables = {
-        f"On {test}, mAP in percent": judgement.rows(),
+        f"On {test}, {judgement.measure} in percent": judgement.rows(),
         f"The best settings on {method}": [[*grid, "mAP", ""], *listed],
     }
     note = f"Chosen on {method}: {words(best)}. {judgement.verdict()}"

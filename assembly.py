@@ -27,6 +27,7 @@ from model.device import choose_device, device_name, prepare_process
 from model.errors import InputError, nearest
 from model.libraries import comes_with_weights, short_name
 from model.recipe import Recipe
+from modules.activation import RELUP_THRESHOLD
 from modules.diffusion import DiffusionReranker
 from modules.expansion import QueryExpansion
 from modules.reciprocal import KReciprocalReranker
@@ -104,11 +105,23 @@ def find_recipe(cfg: CfgNode, dataset: Dataset | None = None) -> Recipe:
     """Returns the recipe with the weights of the options, after checking that they fit.
 
     Raises:
-        InputError: if the weights are missing or do not fit.
+        InputError: if the weights are missing or do not fit, or a threshold is given for ReLU+ that no layer has.
     """
     recipe = make_recipe(cfg, find_weights(cfg, dataset))
     recipe.check()
+    threshold = cfg.SupG.relup_threshold
+    if threshold != RELUP_THRESHOLD and "ReLU+" in recipe.idle_modules:
+        raise InputError(
+            f"SupG.relup_threshold {threshold:g} has no effect: ReLU+ changes no layer of {recipe.network} by default; "
+            "name layers with SupG.relup_stages"
+        )
     return recipe
+
+
+def log_recipe(recipe: Recipe) -> None:
+    """Logs what descriptors depend on, see Recipe.in_words."""
+    for line in recipe.in_words():
+        log.info("%s", line)
 
 
 def find_weights(cfg: CfgNode, dataset: Dataset | None = None) -> Path | str:
@@ -292,6 +305,7 @@ def extract(
     on_error: str = "list",
 ) -> list[Tensor]:
     """Returns the descriptors of sets, (N, D) each, extracting missing ones; see extraction.extract.extract_sets."""
+    log_recipe(recipe)
     return extract_sets(sets, recipe, device, make_loading(cfg, device), cfg.TEST.RESUME, on_error, processes)
 
 
@@ -363,8 +377,6 @@ class Experiment:
                 queries, rows = load_descriptors(Path(self.cfg.TEST.FEATURES), self.dataset)
                 files = [database_file(Path(self.cfg.TEST.FEATURES), self.dataset)]
         else:
-            log.info("weights: %s, SHA-256 %s", self.recipe.weights_in_words, self.recipe.weights_sha256)
-            log.info("network: %s", self.recipe.modules_in_words)
             log.info("descriptors: %s", self.folder)
             *others, rows = extract(self.sets, self.recipe, self.cfg, self.device, processes)
             queries = others[0] if others else rows[torch.from_numpy(self.dataset.in_database)]

@@ -163,6 +163,8 @@ _NAME_OF_DISTRACTORS = Need(  # the default file of the distractors is named aft
     _IMAGES.words, lambda cfg: not cfg.TEST.FEATURES or (cfg.SupG.onemeval and not cfg.TEST.DISTRACTORS)
 )
 _RELUP = _with_option("SupG.relup")
+_GEM = Need("without MODEL.POOLING gem", lambda cfg: cfg.MODEL.POOLING == "gem")
+_SEVERAL_SCALES = Need("with a single scale", lambda cfg: len(cfg.TEST.SCALE_LIST) > 1)
 _SUPERGLOBAL = (
     Need("without TEST.RERANKER superglobal", lambda cfg: "superglobal" in cfg.TEST.RERANKER),
     _with_option("SupG.rerank"),
@@ -225,14 +227,15 @@ _NETWORK_OPTIONS = _all_need(
     Option("TEST.MAX_SIDE", 0, "longer side to which larger images are reduced, in pixels; 0: no limit", _COUNT),
     Option("TEST.PRECISION", "fp32", "precision of the network: fp32, bf16 or fp16", _one_of("fp32", "bf16", "fp16")),
     Option("SupG.gemp", True, "GeM+; False: GeM with the trained power of the checkpoint", _FLAG),
-    Option("SupG.gemp_p", 4.6, "power of GeM+", _POWER, (_with_option("SupG.gemp"),)),
+    Option("SupG.gemp_p", 4.6, "power of GeM+", _POWER, (_with_option("SupG.gemp"), _GEM)),
     Option("SupG.rgem", True, "Regional-GeM", _FLAG),
     Option("SupG.rgem_p", 2.5, "power of Regional-GeM", _POWER, (_with_option("SupG.rgem"),)),
     Option("SupG.rgem_window", 5, "side of Regional-GeM's window, in map positions",
            _checked(int, "an odd number from 1 to 999", range(1, 1000, 2).__contains__), (_with_option("SupG.rgem"),)),
     Option("SupG.sgem", True, "Scale-GeM; False: mean over the scales", _FLAG),
     Option("SupG.sgem_p", math.inf, "power of Scale-GeM; inf is the maximum",
-           _checked(float, "a number above 0", lambda power: power > 0), (_with_option("SupG.sgem"),)),
+           _checked(float, "a number above 0", lambda power: power > 0),
+           (_with_option("SupG.sgem"), _SEVERAL_SCALES)),
     Option("SupG.relup", True, "ReLU+; False: plain ReLU everywhere", _FLAG),
     Option("SupG.relup_threshold", 0.014, "threshold of ReLU+", _number(0, 1e30), (_RELUP,)),
     Option("SupG.relup_stages", ["auto"], "parts of other networks whose ReLUs become ReLU+; auto: a ResNet's layer1",

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 def main(argv: list[str]) -> None:
     args, cfg, _ = parse(argv)
     # Imported here, so that --help and errors about options appear at once.
-    from assembly import find_recipe, make_loading, network_title, option, start_session
+    from assembly import find_recipe, log_recipe, make_loading, network_title, option, start_session
     from extraction.extract import ImageSet, extract_sets
     from revisitop.layout_revisitop import load_distractor_list
 
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
         images = images[len(images) * number // count : len(images) * (number + 1) // count]
         if not len(images):
             raise InputError(f"--shard {number}/{count} has no image: the list is shorter")
-    log.info("weights: %s, SHA-256 %s", recipe.weights_in_words, recipe.weights_sha256)
+    log_recipe(recipe)
 
     with option(f"--out {out}"):
         distractors = ImageSet(out, "distractors", images, args.data_dir)

@@ -38,7 +38,8 @@ def main(argv: list[str]) -> None:
             continue
         rankings = {"retrieval": searched.ranking, **{title: stage(searched) for title, stage in stages.items()}}
         metrics = {
-            stage: evaluate(ranking, dataset.ground_truth, dataset.protocols) for stage, ranking in rankings.items()
+            stage: evaluate(ranking, dataset.ground_truth, dataset.protocols, len(dataset.database))
+            for stage, ranking in rankings.items()
         }
 
         explanations = explain_largest(rankings, metrics, stages, searched) if cfg.TEST.REPORT else {}

@@ -4,6 +4,7 @@
     python benchmarks/reliability.py together --tries 20
     python benchmarks/reliability.py sequences --tries 300
     python benchmarks/reliability.py restart --folder /tmp/restart
+    python benchmarks/reliability.py mutated --tries 100000
 
 killed     Each try runs one of the commands (test.py, extract_rop1m.py as one and as two processes, search with a
            changing list, tables, on a few drawn images; test.py on toy with distractors as two and three ranks), kills
@@ -18,6 +19,7 @@ sequences  Each try is a random sequence of changes of images, lists, options, w
 restart    test.py on a dataset of GLDv2's size and layout, whose images are links to a few tiny ones, with a network
            that takes no time: the second start reads the lists, finds every file, and finds that nothing is missing.
            The folder is kept for the next time.
+mutated    tests/fuzz with as many mutated files: each must give a value or one line, within limits of time and memory.
 """
 
 import argparse
@@ -51,7 +53,7 @@ OUTPUT = "output.txt"
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("killed", "together", "sequences", "restart"))
+    parser.add_argument("part", choices=("killed", "together", "sequences", "restart", "mutated"))
     parser.add_argument("--tries", type=positive, default=200, help="[200]")
     parser.add_argument("--commands", nargs="+", metavar="NAME", help='kill only these, such as "two ranks" [all]')
     parser.add_argument("--seed", type=int, default=0, help="seed of the random moments, or of the first sequence [0]")
@@ -66,6 +68,8 @@ def main(argv: list[str]) -> None:
         return
     if args.part == "sequences":
         sys.exit(bool(sequences(range(args.seed, args.seed + args.tries), args.steps)))
+    if args.part == "mutated":
+        sys.exit(mutated(args.tries))
     with tempfile.TemporaryDirectory() as folder:
         commands = prepare(work := Path(folder))
         if args.part == "together":
@@ -191,6 +195,12 @@ def sequences(seeds: Sequence[int], count: int) -> int:
             print(f"\nseed {seed}: {found}", *steps, "shrunk to:", *lines, sep="\n  ", file=sys.stderr)
     print(f"sequences     {len(seeds) - failures:4d} of {len(seeds)}, with {made} changes, as in a new folder")
     return failures
+
+
+def mutated(tries: int) -> int:
+    """Runs the tests of damaged files with this many inputs, and returns their exit code."""
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-s", "-v", ROOT / "tests" / "fuzz"]
+    return subprocess.run(command, env={**os.environ, "FUZZ_INPUTS": str(tries)}, cwd=ROOT, check=False).returncode
 
 
 def restart(folder: Path, count: int) -> None:

@@ -153,7 +153,8 @@ def read_arrays(path: Path, names: Sequence[str], kinds: str = "f") -> list[np.n
             arrays = [content[name] for name in names]  # which are decompressed here
         except Exception as error:  # exceptions of zipfile, zlib and NumPy
             raise InputError(f"{path} is damaged ({_first_line(error)}); fetch it again") from None
-    return [_checked(array, kinds, f"{name} of {path}") for name, array in zip(names, arrays, strict=True)]
+    named = zip(names, map(np.asarray, arrays), strict=True)  # bytes, where something else than an array is packed
+    return [_checked(array, kinds, f"{name} of {path}") for name, array in named]
 
 
 def read_pickle(path: Path) -> Any:

@@ -39,6 +39,9 @@ FORMATS = tuple(name for name in _SAFE if name in Image.OPEN)
 PIXEL_LIMIT = 2 * (Image.MAX_IMAGE_PIXELS or 89478485)
 _pixel_limit = PIXEL_LIMIT
 _reads_truncated = False
+# Pillow's names of pixels with 16 bits per channel, of which it keeps the upper 8 unless the image is grey.
+_DEEP = re.compile(r";16[BLN]")
+_DARK = "16 bits per channel, but no value above 255, which would be black; save it with 8 bits per channel"
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # warns at half of the limit
 
 
@@ -215,11 +218,15 @@ def _opened(file: BinaryIO, path: Path) -> np.ndarray:
 
 
 def _decoded(image: PillowFile.ImageFile) -> np.ndarray:
+    """Returns the pixels of an opened image. Raises ValueError if it is dark only because of its depth."""
     pixels = decoded_jpeg(image)
     if pixels is None:
+        deep = _DEEP.search(str(image.tile))
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         pixels = to_rgb(image)
+        if deep and not pixels.any():
+            raise ValueError(_DARK)
     return pixels
 
 
@@ -246,12 +253,16 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     Grey, palette and CMYK images are converted, alpha is dropped, and 16 bits are reduced to the upper 8.
 
     Raises:
-        ValueError: if the image has no 8-bit equivalent.
+        ValueError: if the image has no 8-bit equivalent, or has 16 bits or more without a value above 255: it may be
+            an image of 8 bits that was saved with more.
     """
     if image.mode == "I" or image.mode.startswith("I;16"):
         values = np.asarray(image)
-        if values.min() < 0 or values.max() > 0xFFFF:
+        is_32_bit = image.mode == "I" and image.format == "TIFF"  # Pillow reads some of 16 bits into 32
+        if is_32_bit or values.min() < 0 or values.max() > 0xFFFF:
             raise ValueError("32-bit image; save it with 8 or 16 bits per channel")
+        if values.max() <= 255:
+            raise ValueError(_DARK)
         return np.repeat((values >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
     if image.mode == "F":
         raise ValueError("floating-point image; save it with 8 or 16 bits per channel")

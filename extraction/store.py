@@ -24,7 +24,7 @@ import shutil
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,6 +58,16 @@ class Records(NamedTuple):
         keys = np.frombuffer(b"".join(each.key for each in identities), np.uint8).reshape(-1, KEY_BYTES)
         stats = np.array([each.stat for each in identities], np.int64).reshape(-1, 4)
         return cls(np.array(labels, np.bytes_), keys, stats)
+
+    @classmethod
+    def read(cls, content: Mapping[str, Any]) -> "Records":
+        """Returns the records in the arrays of a file. Raises ValueError if they are not records."""
+        labels, keys, stats = arrays = [np.asarray(content[name]) for name in cls._fields]
+        shapes = [(labels.size,), (labels.size, KEY_BYTES), (labels.size, 4)]
+        kinds = [labels.dtype.kind, keys.dtype, stats.dtype]
+        if [each.shape for each in arrays] != shapes or kinds != ["S", np.uint8, np.int64]:
+            raise ValueError("it has other arrays than records of images")
+        return cls(labels, keys, stats)
 
     def items(self) -> Iterator[tuple[bytes, Identity]]:
         """Iterates over the labels and identities."""
@@ -167,8 +177,8 @@ class Store:
         for file in sorted(set(self.folder.glob("*.npz")) - self._known_blocks):
             try:
                 with np.load(file) as content:  # verifies a checksum of each array
-                    rows, records = content["rows"], Records(*(content[name] for name in Records._fields))
-                if rows.shape != (len(records.labels), self.dim):
+                    rows, records = content["rows"], Records.read(content)
+                if rows.shape != (len(records.labels), self.dim) or rows.dtype != np.float32:
                     raise ValueError("its shape does not fit")
             except Exception as error:  # damaged archives raise almost any exception
                 log.warning("%s is damaged (%s); its rows are extracted again", file, error)
@@ -252,7 +262,7 @@ class Store:
             return
         try:
             with np.load(images) as content:
-                records, hashes = Records(*(content[name] for name in Records._fields)), content["hashes"]
+                records, hashes = Records.read(content), np.asarray(content["hashes"])
             rows = load_rows(file).numpy()
             if rows.shape != (len(records.labels), self.dim) or rows.dtype != np.float32:
                 raise ValueError("its shape does not fit")
@@ -457,7 +467,7 @@ def _code_differs(before: np.ndarray, now: np.ndarray, tolerance: float) -> list
 
 def probe_distance(before: np.ndarray, now: np.ndarray) -> float:
     """Returns the largest 1 - cosine of two probes of unit rows; infinity if they have other shapes, or NaN."""
-    if before.shape != now.shape:
+    if not isinstance(before, np.ndarray) or before.shape != now.shape or before.dtype.kind != "f":
         return np.inf
     distance = float(((before.astype(np.float64) - now) ** 2).sum(axis=1).max() / 2)
     return np.inf if np.isnan(distance) else distance

@@ -36,6 +36,7 @@ class Backbone:
         relup_stages, relup_ends: where ReLU+ goes by default, as in attach; None for the paper's choice in a ResNet
             with layer1, layer2 and layer3, and for nowhere in any other network.
         provenance: what the network depends on beside its weights.
+        unfilled: names of the parameters that came from no file.
     """
 
     network: nn.Module
@@ -53,6 +54,7 @@ class Backbone:
     relup_stages: Sequence[str] | None = None
     relup_ends: Sequence[str] | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
+    unfilled: Sequence[str] = ()
 
     def image_requirements(self) -> dict[str, Any]:
         """Returns what the network needs of its images, as JSON."""

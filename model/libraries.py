@@ -8,6 +8,8 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,9 @@ from model.backbone import Backbone
 from model.checkpoint import load_encoder, load_strictly, network_state, sha256
 from model.cvnet import ResNet, cvnet_backbone
 from model.errors import InputError
+from modules.attach import way_to_map
 
-PRETRAINED = "pretrained"
+PRETRAINED, UNTRAINED = "pretrained", "untrained"
 CVNET = "cvnet"
 
 # Classifiers, which descriptors do not use.
@@ -63,8 +66,10 @@ def build_backbone(
             f"unknown network {name!r}: it must be cvnet, timm:NAME, torchvision:NAME, hub:OWNER/REPO:ENTRY or "
             "FILE.py:FUNCTION"
         )
-    if str(weights) not in (PRETRAINED, "untrained"):
-        _load(backbone, Path(weights), name, whole)
+    if str(weights) not in (PRETRAINED, UNTRAINED):
+        backbone = replace(backbone, unfilled=_load(backbone, Path(weights), name, whole))
+    elif str(weights) == UNTRAINED and not comes_with_weights(name):
+        backbone = replace(backbone, unfilled=["all, which are random"])
     backbone.network.eval().requires_grad_(False)
     return backbone
 
@@ -302,16 +307,27 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _load(backbone: Backbone, path: Path, name: str, whole: bool) -> None:
-    """Loads a file's weights. A classifier that no descriptor uses may be missing or of another size."""
-    expected = backbone.network.state_dict()
-    projection = f"{backbone.projection}."
+def _load(backbone: Backbone, path: Path, name: str, whole: bool) -> list[str]:
+    """Loads a file's weights, and returns the names of the classifier's, which may be missing or of another size.
+
+    There is one only beside submodules that lead to the feature map: a network that is called as a whole, or by a
+    user's own function or method, may use all its weights. A classifier that the network lacks may be in the file.
+    """
+    network, features = backbone.network, backbone.features
+    way: Sequence[str] = ()
+    if not callable(features):
+        way = (features,) if isinstance(features, str) else features or ()
+    submodules = bool(way) and all(isinstance(attrgetter(each)(network), nn.Module) for each in way)
+    on_the_way = submodules or bool(features is None and way_to_map(network)) or not comes_with_weights(name)
+    has_classifier = on_the_way and not whole
+    expected = network.state_dict()
+    used = tuple(f"{each}." for each in (*way, backbone.projection))
 
     def unused(key: str) -> bool:
-        is_classifier = key.startswith(_CLASSIFIERS) and not key.startswith(projection)
-        return is_classifier and not (whole and key in expected)
+        return key.startswith(_CLASSIFIERS) and not key.startswith(used) and (has_classifier or key not in expected)
 
     state = network_state(path, expected.__contains__)
     state = {key: value for key, value in state.items() if not unused(key)}
-    state |= {key: value for key, value in expected.items() if unused(key)}
-    load_strictly(backbone.network, state, path, name)
+    classifier = {key: value for key, value in expected.items() if unused(key)}
+    load_strictly(network, state | classifier, path, name)
+    return list(classifier)

@@ -1,6 +1,6 @@
 """The recipe of a descriptor: everything that it depends on except its image."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from operator import attrgetter
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from model.backbone import Backbone, FeatureMap
 from model.checkpoint import sha256
 from model.cvnet import ResNet
-from model.errors import InputError, nearest
+from model.errors import InputError, nearest, short_list
 from model.extractor import NetworkExtractor
 from model.folding import FoldedResNet
 from model.libraries import CVNET, build_backbone, comes_with_weights, short_name, weights_digest
@@ -136,14 +136,33 @@ class Recipe:
         )
 
     @property
-    def modules_in_words(self) -> str:
-        """The modules that are on, and the number of layers that ReLU+ changed, as text."""
-        modules = self.descriptor
+    def idle_modules(self) -> list[str]:
+        """The modules that are on but change nothing, given the network, the pooling and the scales."""
+        idle = {
+            "GeM+": self.gemp_p is not None and self.pooling != "gem",
+            "Scale-GeM": self.sgem_p is not None and len(self.scales) == 1,
+            "ReLU+": self.relup_threshold is not None and not any(self.relup_places),
+        }
+        return [name for name, is_idle in idle.items() if is_idle]
+
+    def in_words(self) -> Iterator[str]:
+        """Yields what applies, line by line: the weights, the modules, the layers that ReLU+ changed, normalisation."""
+        backbone, modules = self.backbone, self.descriptor
+        yield f"weights: {self.weights_in_words}, SHA-256 {self.weights_sha256}"
+        if backbone.unfilled:
+            yield f"parameters that came from no file: {short_list(backbone.unfilled)}"
         scales = ", ".join(f"{factor:g}" for factor in self.scales)
         parts = [modules.rgem, modules.pooling, modules.sgem or "mean over the scales"]
-        words = ", ".join(str(each) for each in parts if each is not None)
-        relup = f"ReLU+ ({self.relup_threshold}) in {len(modules.changes)} layers" if modules.changes else "no ReLU+"
-        return f"{words}, scales {scales}; {relup}"
+        yield f"modules: {', '.join(str(each) for each in parts if each is not None)}, scales {scales}"
+        if self.idle_modules:
+            yield f"without effect on this network: {', '.join(self.idle_modules)}"
+        if modules.changes:
+            places = [*self.relup_places[0], *(f"the ends of {stage}" for stage in self.relup_places[1])]
+            yield f"ReLU+ ({self.relup_threshold}) in {len(modules.changes)} layers: {short_list(places)}"
+        mean, std = (", ".join(f"{value:g}" for value in values) for values in (backbone.mean, backbone.std))
+        yield f"normalisation: {backbone.channels}, mean {mean}, std {std}"
+        if self.whitening is not None:
+            yield f"whitening: {self.whitening}"
 
     @cached_property
     def _learnt_whitening(self) -> tuple[Whitening, dict[str, Any]] | None:
@@ -161,6 +180,8 @@ class Recipe:
         settings = {name: value for name, value in asdict(self).items() if name not in left_out}
         if not any(self.relup_places):
             settings["relup_threshold"] = None
+        if self.pooling != "gem":
+            settings["gemp_p"] = None
         if not self.is_cvnet:
             settings |= dict(zip(("relup_stages", "relup_ends"), self.relup_places, strict=True))
         return settings

@@ -135,7 +135,8 @@ def augmented_rows(
 
     The neighbourhood is the descriptor itself, r = 0, and its k - 1 nearest ones in order of similarity, r = 1
     to k - 1; equal similarities are ordered by row number. The weights are (k - r) / k, or
-    max(x . x_r, 0)^alpha if alpha is given. Queries are used as they are, or expanded by augmented descriptors.
+    max(x . x_r, 0)^alpha if alpha is given. Rows of zeros, such as those of skipped images, stay zero. Queries are
+    used as they are, or expanded by augmented descriptors.
 
     Arandjelović and Zisserman, "Three things everyone should know to improve object retrieval", CVPR 2012,
     sec. 3.3; the linear weights are from Gordo et al., "End-to-end Learning of Deep Visual Representations for
@@ -179,6 +180,7 @@ def augmented_rows(
             else:
                 weights = similarities(rows[:, 0], rows).relu().pow(alpha)
                 total = (weights[:, None] @ rows).squeeze(1)
+            total = total.masked_fill(~rows[:, 0].any(dim=1, keepdim=True), 0)
             out[own.to(out.device)] = F.normalize(total, dim=-1).to(out.device, out.dtype)
         if on_rows is not None:
             on_rows(len(numbers))

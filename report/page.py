@@ -23,7 +23,7 @@ from model.errors import InputError, short_list
 from modules.explanation import Explanation, explain
 from modules.reranking import SuperGlobalReranker
 from report.drawing import draw_curves, jpeg_uri, read_thumbnail
-from report.results import Evaluated
+from report.results import Evaluated, at_k_in_words
 from revisitop.dataset import Dataset
 from revisitop.evaluate import Metrics, query_aps
 from revisitop.protocols import REVISITED_PROTOCOLS, Protocol
@@ -381,6 +381,7 @@ def environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    templates.filters["at_k"] = at_k_in_words
     templates.filters["signed"] = lambda value: f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")
     return templates
 

@@ -1,5 +1,6 @@
 """The results of a run: its lines in the log, results.json, saved rankings, and the summary."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,15 +78,22 @@ def unique_names(dataset: Dataset) -> list[str]:
 def at_k(metrics: Metrics) -> dict[str, float]:
     """Returns the values at k in percent, by their names, such as mP@1."""
     measure = metrics.protocol.measure
-    return {f"{measure.at}@{k}": 100 * value for k, value in zip(measure.kappas, metrics.at_k.tolist(), strict=True)}
+    kappas = measure.kappas[: len(metrics.at_k)]
+    return {f"{measure.at}@{k}": 100 * value for k, value in zip(kappas, metrics.at_k.tolist(), strict=True)}
+
+
+def at_k_in_words(metrics: Metrics) -> str:
+    """Returns the values at k in percent as text, such as "90.00 85.50 81.20"; nothing for values that are NaN."""
+    return " ".join(f"{100 * value:.2f}" for value in metrics.at_k if not math.isnan(value))
 
 
 def metric_lines(metrics: Mapping[str, Metrics]) -> list[str]:
     """Returns the metrics of all protocols in percent as lines: mAP, values at k, ranks of the first positive."""
-    measure = next(iter(metrics.values())).protocol.measure
+    first = next(iter(metrics.values()))
+    measure = first.protocol.measure
     maps = ", ".join(f"{name}: {100 * each.map:.2f}" for name, each in metrics.items())
     precisions = [f"{name}: " + " ".join(f"{100 * value:.2f}" for value in each.at_k) for name, each in metrics.items()]
-    lines = [f"{measure.title} {maps}", f"{measure.at}@{','.join(map(str, measure.kappas))} {', '.join(precisions)}"]
+    lines = [f"{measure.title} {maps}", f"{first.at_k_title} {', '.join(precisions)}"]
     if measure is CHALLENGE:
         firsts = [
             f"{name}: {each.first['mean']:.2f}, {each.first['median']:g}"

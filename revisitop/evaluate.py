@@ -9,7 +9,7 @@ Radenović et al., "Revisiting Oxford and Paris: Large-Scale Image Retrieval Ben
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -27,7 +27,7 @@ class Metrics:
         protocol: the protocol.
         map: mean average precision.
         ap: average precision per query; NaN for a query without a positive, or of another usage.
-        at_k: the mean value at each k of the measure.
+        at_k: the mean value at each k of the measure, or at the first of them.
         precision: (101,), mean interpolated precision at the recalls 0, 0.01, ... 1.
         first: mean and median rank, from 1, of the first positive, if the measure includes it.
     """
@@ -39,9 +39,18 @@ class Metrics:
     precision: np.ndarray
     first: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def at_k_title(self) -> str:
+        """The name of the values at k, such as mP@1,5,10."""
+        measure = self.protocol.measure
+        return f"{measure.at}@{','.join(map(str, measure.kappas[: len(self.at_k)]))}"
+
 
 def evaluate(
-    ranking: Ranking, ground_truth: Sequence[GroundTruth], protocols: Sequence[Protocol] = REVISITED_PROTOCOLS
+    ranking: Ranking,
+    ground_truth: Sequence[GroundTruth],
+    protocols: Sequence[Protocol] = REVISITED_PROTOCOLS,
+    images: int | None = None,
 ) -> dict[str, Metrics]:
     """Returns the metrics of each protocol, by its name.
 
@@ -49,12 +58,14 @@ def evaluate(
         ranking: the ranking, with the positions of ``ground_truth[query].listed`` for each query.
         ground_truth: the ground truth of each query.
         protocols: the protocols of the dataset.
+        images: the number of database images; there are no values at larger k. None for no limit.
     """
     metrics: dict[str, Metrics] = {}
     for each in protocols:
         positions = ranking.by_protocol.get(each.name, ranking.positions)
         metrics |= evaluate_positions([np.asarray(where) for where in positions], ground_truth, [each])
-    return metrics
+    counts = {name: sum(k <= (images or k) for k in each.protocol.measure.kappas) for name, each in metrics.items()}
+    return {name: replace(each, at_k=each.at_k[: counts[name]]) for name, each in metrics.items()}
 
 
 def ignored_images(truth: GroundTruth, protocol: Protocol) -> np.ndarray:

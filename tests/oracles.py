@@ -58,7 +58,7 @@ def database_augmentation(rows: np.ndarray, k: int, alpha: float | None = None) 
         for r, other in enumerate(near):
             weight = (k - r) / k if alpha is None else max(row @ rows[other], 0.0) ** alpha
             total += weight * rows[other]
-        augmented.append(unit(total))
+        augmented.append(unit(total) if row.any() else row)
     return np.array(augmented)
 
 

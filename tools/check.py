@@ -62,7 +62,8 @@ def in_words(dataset: Dataset) -> Iterator[str]:
     boxes = sum(image.box is not None for image in dataset.queries)
     yield f"boxes: {boxes:,} of {len(dataset.queries):,} queries have one"
     measured = dict.fromkeys(each.measure for each in dataset.protocols)
-    values = [f"{each.title}, {each.at}@{','.join(map(str, each.kappas))}" for each in measured]
+    size = len(dataset.database)
+    values = [f"{each.title}, {each.at}@{','.join(str(k) for k in each.kappas if k <= size)}" for each in measured]
     yield f"metrics: {'; '.join(values)} for {', '.join(each.title for each in dataset.protocols)}"
 
 

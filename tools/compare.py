@@ -70,6 +70,12 @@ class Run:
         values = self.datasets[dataset][self.stage(dataset)]
         return {name: each["AP"] for name, each in values.items() if isinstance(each, dict) and "AP" in each}
 
+    def at_k(self, dataset: str, protocol: str) -> str:
+        """Returns the values at k in percent as text: mP@1 90.00, mP@5 85.50."""
+        values = self.datasets[dataset][self.stage(dataset)][protocol]
+        found = {key: value for key, value in values.items() if "@" in key and key.partition("@")[0] != "mAP"}
+        return ", ".join(f"{key} {value:.2f}" for key, value in found.items() if isinstance(value, float))
+
     def ids(self, dataset: str) -> np.ndarray:
         """Returns the first results, (Q, R). Raises InputError if they are not saved."""
         path = self.folder / f"{dataset}_{self.stage(dataset).replace(' ', '_')}_ranks.npy"
@@ -140,6 +146,11 @@ def main(argv: list[str]) -> None:
         print(markdown(cells), flush=True)
     for text in (text for name in names for pairs in results[name] for text in pairs.largest()):
         log.info("%s", text)
+    for pairs in (each for name in names for each in results[name]):
+        for run in (a, b):
+            log.info(
+                "%s, %s, %s: %s", pairs.dataset, pairs.protocol, run.letter, run.at_k(pairs.dataset, pairs.protocol)
+            )
 
     before = {f"TEST.{key}": value for key, value in a.content.get("config", {}).get("TEST", {}).items()}
     cfg = varied(cfg, {key: before[key] for key in DATASET if key in before and key not in given})

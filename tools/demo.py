@@ -11,6 +11,7 @@ page needs Gradio (pip install gradio), and is only accessible from this machine
 import ipaddress
 import logging
 import os
+import re
 import socket
 from collections.abc import Callable, Collection
 from functools import wraps
@@ -105,9 +106,13 @@ def styles() -> str:
 
 
 def host_check(app: Callable, hosts: Collection[str]) -> Callable:
-    """Returns the ASGI application behind a check of the Host header: only IP addresses and these names are answered.
+    """Returns the ASGI application behind a check of the Host header: only these hosts are answered.
 
     Otherwise a web page elsewhere could let its own name point to this machine (DNS rebinding) and read the images.
+    Files are never answered: the page has its images in itself.
+
+    Args:
+        hosts: names and addresses; "*" for any IP address, which no page elsewhere can have as its name.
     """
     from starlette.responses import PlainTextResponse
 
@@ -115,20 +120,22 @@ def host_check(app: Callable, hosts: Collection[str]) -> Callable:
         header = dict(scope.get("headers", ())).get(b"host", b"").decode("latin-1")
         try:
             name = urlsplit(f"//{header}").hostname or ""
-            known = scope["type"] == "lifespan" or name in hosts or ipaddress.ip_address(name) is not None
+            known = scope["type"] == "lifespan" or name in hosts or ("*" in hosts and bool(ipaddress.ip_address(name)))
         except ValueError:
             known = False
-        answer = app if known else PlainTextResponse("the page is not open under this name", status_code=403)
+        answer = PlainTextResponse("the page is not open under this name, or gives no files", status_code=403)
+        if known and not re.match(r"(/gradio_api)?/file[=/]", scope.get("path", "")):
+            answer = app
         await answer(scope, receive, send)
 
     return checked
 
 
 def host_names(address: str) -> set[str]:
-    """Returns the names by which the page can be opened; if it listens on all addresses, also those of the machine."""
-    names = {"localhost", address}
+    """Returns the hosts under which the page can be opened, see host_check."""
+    names = {"localhost", "127.0.0.1", "::1", address}
     if address in ("0.0.0.0", "::"):
-        names |= {socket.gethostname(), f"{socket.gethostname()}.local", socket.getfqdn()}
+        names |= {"*", socket.gethostname(), f"{socket.gethostname()}.local", socket.getfqdn()}
     return {name.lower() for name in names}
 
 

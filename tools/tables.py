@@ -46,7 +46,7 @@ from model.errors import InputError
 from modules.reranking import SuperGlobalReranker
 from modules.search import Database
 from report.command import run_command
-from report.results import markdown
+from report.results import at_k_in_words, markdown
 from revisitop import toy
 from revisitop.evaluate import Metrics, evaluate
 from revisitop.index import FaissDatabase
@@ -95,7 +95,8 @@ class Row:
                 cells.append("" if known is None or math.isnan(value) else f"{value - known:+.2f}")
         if with_costs:
             cells += self.costs or [""] * len(COSTS)
-        return [*cells, self.note]
+        values = [at_k_in_words(self.metrics[each.name]) if self.metrics else "" for each in self.protocols]
+        return [*cells, *values, self.note]
 
 
 class Variant(NamedTuple):
@@ -255,6 +256,8 @@ def heading(protocols: Sequence[Protocol], costs: bool) -> list[str]:
         cells += [f"{protocol.measure.at}@1 {protocol.title}"] if protocol.measure.at == RECALL.at else []
         cells += ["published", "difference"] if protocol.name in PUBLISHED and not costs else []
     cells += COSTS if costs else ()
+    for protocol in protocols:
+        cells.append(f"{protocol.title} {protocol.measure.at}@{','.join(map(str, protocol.measure.kappas))}")
     return [markdown([*cells, "note"]), markdown(["---"] * (len(cells) + 1))]
 
 
@@ -282,6 +285,7 @@ def rows(group: RowGroup, name: str, protocols: Sequence[Protocol], session: Ses
     if processes.count > 1:  # an error in only one of them, such as a damaged image, ends all of them
         queries, database = experiment.descriptors(processes)
     variants, truth = group.variants(experiment), experiment.dataset.ground_truth
+    size = len(experiment.dataset.database)
     with PeakMemory(device) as peak:
         stages = [each.stage for each in variants]
         searched = experiment.search_with(stages, queries, database, processes)
@@ -291,7 +295,7 @@ def rows(group: RowGroup, name: str, protocols: Sequence[Protocol], session: Ses
     note = "whitening learnt on this database itself" if whitening.get("learnt_on_the_test_set") else ""
     kept = bytes_per_row(database)
     yield Row(
-        network, name, setting("retrieval"), protocols, evaluate(searched.ranking, truth, protocols),
+        network, name, setting("retrieval"), protocols, evaluate(searched.ranking, truth, protocols, size),
         find_published(cfg, name), note, costs_of(searched.ranking, peak, kept),
     )  # fmt: skip
     for variant in variants:
@@ -299,7 +303,7 @@ def rows(group: RowGroup, name: str, protocols: Sequence[Protocol], session: Ses
             ranking = variant.stage(searched)
         once = f"{ranking.once:.1f} s once for the database" if ranking.once else ""
         yield Row(
-            network, name, setting(variant.title, variant.words), protocols, evaluate(ranking, truth, protocols),
+            network, name, setting(variant.title, variant.words), protocols, evaluate(ranking, truth, protocols, size),
             find_published(cfg, name, variant.stage), ", ".join(filter(None, [note, once])),
             costs_of(ranking, peak, kept + variant.bytes_kept),
         )  # fmt: skip

@@ -392,7 +392,10 @@ def judge(
         ranking = evaluated[settings.index(setting)][-1]
         chosen = ranking if fold_of_query is None else combined(chosen, ranking, fold_of_query == fold)
     rankings, dataset = {"retrieval": searched, PAPER: first, CHOSEN: chosen}, experiment.dataset
-    metrics = {stage: evaluate(ranking, dataset.ground_truth, dataset.protocols) for stage, ranking in rankings.items()}
+    size = len(dataset.database)
+    metrics = {
+        stage: evaluate(ranking, dataset.ground_truth, dataset.protocols, size) for stage, ranking in rankings.items()
+    }
     protocols = test.protocols(experiment) if test.usage else list(dataset.protocols)
     return Judgement(Evaluated(dataset, rankings, metrics, experiment.facts()), protocols)
 

@@ -189,3 +189,18 @@ def test_a_jpeg_whose_end_is_missing_is_read_only_on_request(tmp_path, caplog):
     # Its row is not taken for that of the file by a run that refuses the file.
     assert identity.key != ImageFile(path).identity().key
     assert identity.stat == NO_STAT
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.tiff", "32.tiff", "colour.png"])
+def test_8_bits_that_were_saved_as_16_or_32_are_refused_and_not_black(tmp_path, name):
+    path, values = tmp_path / name, np.random.default_rng(0).integers(0, 256, (20, 30), dtype=np.uint16)
+    if name == "colour.png":
+        rows = np.repeat(values[:, :, None], 3, axis=2).astype(">u2")
+        chunks = [b"IHDR" + (30).to_bytes(4, "big") + (20).to_bytes(4, "big") + bytes([16, 2, 0, 0, 0])]
+        chunks += [b"IDAT" + zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows)), b"IEND"]
+        framed = [(len(e) - 4).to_bytes(4, "big") + e + zlib.crc32(e).to_bytes(4, "big") for e in chunks]
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(framed))
+    else:
+        Image.fromarray(values.astype(np.int32) if name == "32.tiff" else values).save(path)
+    with pytest.raises(ImageError, match=r"8 (bits|or 16 bits)"):
+        read_image(path)

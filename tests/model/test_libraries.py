@@ -41,6 +41,20 @@ def logits():
 
 def nothing():
     return 5
+
+class Headed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = torch.nn.Conv2d(3, 8, 3, 4), torch.nn.Conv2d(8, 16, 1)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+def headed():
+    return Headed()
+
+def features_of_headed():
+    return Backbone(Headed(), features=("body",))
 """
 
 
@@ -188,3 +202,12 @@ def test_a_classifier_may_have_another_size_or_be_missing_unless_it_is_the_proje
         assert torch.equal(build_backbone(RESNET, path).network.conv1.weight, state["conv1.weight"])
         with pytest.raises(InputError, match=r"fc\.weight"):
             build_backbone(f"{mine}:projected", path)
+
+
+def test_a_head_that_leads_to_the_map_may_not_be_missing_from_the_weights(tmp_path, mine):
+    """As one that leads nowhere may: its random values are named."""
+    head = build_backbone(f"{mine}:headed", "untrained").network.state_dict()
+    path = save({key: value for key, value in head.items() if key.startswith("body.")}, tmp_path / "body.pth")
+    with pytest.raises(InputError, match=r"head\.weight"):
+        build_backbone(f"{mine}:headed", path)
+    assert list(build_backbone(f"{mine}:features_of_headed", path).unfilled) == ["head.weight", "head.bias"]

@@ -1,6 +1,7 @@
 """Every reranker of modules/ equals its textbook formulation, and has the common properties of rerankers."""
 
 import re
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -72,16 +73,24 @@ def problem(kind: str, count: int, queries: int = 3) -> tuple[Tensor, Tensor]:
     return q.double(), x.double()
 
 
+def scores_of(textbook: Callable, query: np.ndarray, rows: np.ndarray, **settings) -> np.ndarray:
+    """Returns the textbook's scores of the rows, with rows of zeros left out and last."""
+    scores, present = np.full(len(rows), -np.inf), rows.any(axis=1)
+    scores[present] = textbook(query, rows[present], **settings)
+    return scores
+
+
 def assert_ranked(order: Tensor, scores: Tensor, expected: np.ndarray, tolerance: float) -> None:
     """Checks scores and order; places whose scores are within the tolerance may be swapped.
 
     The tolerance is relative to the largest score.
     """
-    tolerance *= np.abs(expected).max(initial=0)
+    finite = expected[np.isfinite(expected)]
+    tolerance *= np.abs(finite).max(initial=0)
     assert sorted(order.tolist()) == list(range(len(expected)))
     np.testing.assert_allclose(scores, expected[order], atol=tolerance, rtol=0)
     np.testing.assert_allclose(expected[order], -np.sort(-expected), atol=tolerance, rtol=0)
-    if np.diff(np.sort(expected)).min(initial=np.inf) > 2 * tolerance:
+    if np.diff(np.sort(finite)).min(initial=np.inf) > 2 * tolerance:
         assert order.tolist() == np.argsort(-expected, kind="stable").tolist()
 
 
@@ -96,7 +105,7 @@ def test_every_reranker_is_its_textbook_formulation(name, kind, count):
     for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-5)):
         found = make(m=M, **settings)(q.to(dtype), x.to(dtype))
         for order, scores, query, rows in zip(*found, q.numpy(), x[:, :M].numpy(), strict=True):
-            assert_ranked(order, scores, textbook(query, rows, **settings), tolerance)
+            assert_ranked(order, scores, scores_of(textbook, query, rows, **settings), tolerance)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -259,3 +268,24 @@ def test_the_memory_of_the_database_is_not_overwritten():
     with pytest.raises(ValueError, match="shares memory with the database"):
         augmented_rows(Database([rows[:2], rows[2:]]), out=rows)
     assert torch.equal(rows, torch.eye(6))
+
+
+@pytest.mark.parametrize("reranker", DEFAULTS, ids=repr)
+def test_an_image_that_was_skipped_is_last_and_has_no_effect(reranker):
+    """Its row is zero. With rows of both signs, it is more similar to a query than half of the others."""
+    q, x = problem("random", 90)
+    x[0, :60] *= -(x[0, :60] @ q[0]).sign()[:, None]  # all but the last are unlike the query
+    with_zeros = x.clone()
+    zeros = torch.tensor([0, 1, 7, 30, 64])
+    with_zeros[:, zeros] = 0
+    others = torch.tensor([place for place in range(90) if place not in zeros])
+    found, expected = reranker(q, with_zeros), reranker(q, x[:, others])
+    assert torch.equal(found.order[:, :85], others[expected.order])
+    assert (found.order[:, 85:].sort().values == zeros).all()
+    torch.testing.assert_close(found.scores[:, :85], expected.scores, atol=1e-12, rtol=0)
+
+
+def test_the_row_of_a_skipped_image_is_not_augmented():
+    rows = problem("random", 40, queries=1)[1][0]
+    rows[[3, 20]] = 0
+    assert augmented_rows(rows, 10).any(dim=1).logical_not().nonzero().flatten().tolist() == [3, 20]

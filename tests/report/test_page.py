@@ -188,7 +188,9 @@ def test_the_largest_change_of_ap_comes_first(usual):
     change = usual.aps[1] - usual.aps[0]
     assert usual.page.order == np.argsort(-np.abs(change)).tolist()
     assert usual.signs == {f"{value:+.1f}" for value in change}
-    assert usual.page.text("td") == [f"{usual.results[stage][p]['mAP']:.2f}" for stage in usual.stages for p in "EMH"]
+    assert usual.page.text("td")[::2] == [
+        f"{usual.results[stage][p]['mAP']:.2f}" for stage in usual.stages for p in "EMH"
+    ]
 
 
 def test_the_page_is_self_contained_and_has_no_script(usual):

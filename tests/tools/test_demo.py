@@ -201,7 +201,8 @@ def test_what_prevents_the_page_is_reported_in_one_line(command, monkeypatch, gr
 
 
 def test_a_page_for_all_addresses_has_the_names_of_the_machine():
-    assert host_names("127.0.0.1") == {"localhost", "127.0.0.1"}
+    assert host_names("127.0.0.1") == {"localhost", "127.0.0.1", "::1"}
+    assert "*" in host_names("0.0.0.0")
     assert os.uname().nodename.lower() in host_names("0.0.0.0")
 
 
@@ -243,7 +244,7 @@ def status(request: str | urllib.request.Request) -> int:
 @pytest.mark.parametrize(
     ("host", "code"),
     [
-        ("localhost:9", 200), ("LOCALHOST", 200), ("192.168.0.7:7860", 200), ("[::1]:7860", 200),
+        ("localhost:9", 200), ("LOCALHOST", 200), ("127.0.0.1", 200), ("[::1]:7860", 200), ("192.168.0.7:7860", 403),
         ("evil.example", 403), ("localhost.evil.example:7860", 403), ("127.0.0.1.evil.example", 403), ("[", 403),
     ],
 )  # fmt: skip

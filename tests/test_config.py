@@ -1,11 +1,9 @@
-import runpy
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 from assembly import make_recipe, make_stages
-from config import OPTIONS, SCALE_SETS, CommandLine, make_config
+from config import SCALE_SETS, CommandLine, make_config
 from model.errors import InputError
 from model.recipe import Recipe
 from modules import descriptor
@@ -199,9 +197,3 @@ def test_the_default_options_are_the_defaults_of_the_library():
         assert repr(getattr(stage, "reranker", None) or stage.expansion) == repr(module)
     (stage,) = make_stages(make_config([("TEST.RERANKER", "dba")])).values()
     assert stage == Augmented()
-
-
-def test_the_documentation_has_every_option():
-    table = runpy.run_path(str(ROOT / "docs" / "hooks.py"))["options_table"]()
-    assert [option.key for option in OPTIONS if f"| `{option.key}` |" not in table] == []
-    assert "OPTIONS_TABLE" in (ROOT / "docs" / "options.md").read_text()

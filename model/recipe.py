@@ -125,7 +125,7 @@ class Recipe:
         if self.relup_threshold is None:
             return (), ()
         backbone = self.backbone
-        usual = all(hasattr(backbone.network, f"layer{number}") for number in (1, 2, 3))
+        usual = self.pooling != WHOLE and all(hasattr(backbone.network, f"layer{number}") for number in (1, 2, 3))
 
         def places(choice: Sequence[str] | None, default: Sequence[str] | None, paper: tuple[str, ...]) -> tuple:
             return tuple(next((each for each in (choice, default) if each is not None), paper if usual else ()))

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch.nn.functional import normalize
 
 from extraction.extract import extract_batch
+from model.backbone import IMAGENET_MEAN, IMAGENET_STD
 from model.checkpoint import encoder_state
 from model.errors import InputError
 from model.libraries import build_backbone
@@ -93,6 +94,16 @@ def test_a_network_of_the_hub_that_returns_descriptors_is_used_as_it_is(clone, p
     assert recipe.dim == 5
     assert recipe.provenance()["network"] == "hub:place-net:place:dim=5,scale=2.0,name=large"
     assert Recipe(f"hub:{clone}:place", **WHOLE).provenance()["mean"] != recipe.provenance()["mean"]
+
+
+@torch.inference_mode()
+def test_a_network_that_is_used_as_it_is_has_no_relup_by_default(pixels):
+    recipe = Recipe("torchvision:resnet18", "untrained", **WHOLE)
+    network = torchvision.models.resnet18().eval()
+    network.load_state_dict(recipe.backbone.network.state_dict())
+    mean, std = (torch.tensor(each)[:, None, None] for each in (IMAGENET_MEAN, IMAGENET_STD))
+    expected = normalize(network((pixels.permute(2, 0, 1)[None] / 255 - mean) / std))
+    torch.testing.assert_close(extract_batch(recipe.extractor(), [pixels]), expected, atol=1e-6, rtol=0)
 
 
 @torch.inference_mode()

@@ -3,14 +3,17 @@
     python benchmarks/extract.py
     python benchmarks/extract.py --device cuda --images 84
     python benchmarks/extract.py --name timm:resnet50 --scales 1
+    python benchmarks/extract.py --engines openvino onnxruntime torch.compile   # pip install openvino onnxruntime onnx
 
 The baseline is the network as it was trained, in float32, one image at a time, waiting for each
 descriptor. Images are in memory; decoding is timed separately. Weights are random, because they do not
-matter for speed. "of the floor" is the time for the network's FLOPs at the device's measured matrix
+matter for speed. Other engines run the baseline's network in float32, compiled for this one size of image, on as many
+threads of a CPU. "of the floor" is the time for the network's FLOPs at the device's measured matrix
 rate in that precision, divided by the measured time.
 """
 
 import argparse
+import io
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -38,6 +41,7 @@ from revisitop.toy import seeded_checkpoint
 
 # The shapes of a photograph; a GPU processes 21 of these at a time.
 WIDTH, HEIGHT, BATCH = 1024, 768, 21
+ENGINES = ("openvino", "onnxruntime", "torch.compile")
 
 
 def main(argv: list[str]) -> None:
@@ -49,9 +53,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--size", type=sides, default=(WIDTH, HEIGHT), help=f"of the images [{WIDTH}x{HEIGHT}]")
     parser.add_argument("--images", type=positive, help=f"images per run [2, on a GPU {3 * BATCH}]")
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=PRECISIONS, help="[fp32 bf16]")
+    parser.add_argument("--engines", nargs="+", default=[], choices=ENGINES, help="other engines, for cvnet [none]")
     parser.add_argument("--repeat", type=positive, default=5, help="runs of each, whose median is used [5]")
     args = parser.parse_args(argv)
     device = choose_device(args.device)
+    if args.engines and (args.name != "cvnet" or device.type != "cpu"):
+        parser.error("--engines needs cvnet and a CPU")
     prepare_process(device)
     count = args.images or (3 * BATCH if device.type == "cuda" else 2)
     images = draw_images(count, *args.size, device)
@@ -62,7 +69,7 @@ def main(argv: list[str]) -> None:
             for name in args.precision
         }
         if args.name == "cvnet":
-            plain = plain_network(checkpoint, args.depth, SCALE_SETS[args.scales], device)
+            plain = PlainNetwork(checkpoint, args.depth, SCALE_SETS[args.scales]).to(device)
         else:
             plain = extractor(args.name, checkpoint, args.depth, scales=args.scales, device=device)
         decoding = decoding_seconds(Path(folder), *args.size)
@@ -70,6 +77,8 @@ def main(argv: list[str]) -> None:
     flops = flops_of(partial(one_by_one, plain, images[:1], device))
     contenders = {"baseline": partial(one_by_one, plain, images, device)}
     contenders |= {name: partial(in_batches, each, images, BATCH) for name, each in extractors.items()}
+    for name in args.engines:
+        contenders[name] = partial(one_by_one, compiled(name, plain, images[0][None]), images, device)
     timings = alternate(contenders, device, args.repeat)
     width, height = args.size
     print(f"{args.name}, {args.scales} scales, {width}x{height}, {count} images a run, {machine(device)}")
@@ -121,13 +130,38 @@ def extractor(name: str, checkpoint: Path, depth: int = 50, **options) -> nn.Mod
     return hubconf.superglobal(name, "untrained", **options).extractor
 
 
-def plain_network(
-    checkpoint: Path, depth: int, scales: tuple[float, ...], device: torch.device
-) -> Callable[[Tensor], Tensor]:
-    """Returns CVNet's network as it was trained, with the modules of SuperGlobal, in the form of an extractor."""
-    backbone = cvnet_backbone(load_encoder(ResNet(depth), checkpoint).to(device))
-    network = attach(backbone.network, (), scales=scales, projection="head.fc", relup=backbone.relup_stages)
-    return lambda pixels: network(backbone.normalise(pixels))
+class PlainNetwork(nn.Module):
+    """CVNet's network as it was trained, with the modules of SuperGlobal, in the form of an extractor."""
+
+    def __init__(self, checkpoint: Path, depth: int, scales: tuple[float, ...]):
+        super().__init__()
+        self.backbone = cvnet_backbone(load_encoder(ResNet(depth), checkpoint))
+        relup = self.backbone.relup_stages
+        self.network = attach(self.backbone.network, (), scales=scales, projection="head.fc", relup=relup)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.network(self.backbone.normalise(pixels))
+
+
+def compiled(engine: str, network: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
+    """Returns the network as another engine runs it on a CPU, for images of this shape, (1, H, W, 3) -> (1, D)."""
+    threads = torch.get_num_threads()
+    if engine == "torch.compile":
+        return torch.compile(network)
+    if engine == "openvino":
+        import openvino
+
+        model = openvino.convert_model(network, example_input=images, input=[list(images.shape)])
+        settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+        run = openvino.compile_model(model, "CPU", settings)
+        return lambda images: torch.from_numpy(run(images.numpy())[0])
+    import onnxruntime
+
+    torch.onnx.export(network, (images,), file := io.BytesIO(), input_names=["images"], dynamo=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
 def one_by_one(network: Callable[[Tensor], Tensor], images: list[Tensor], device: torch.device) -> Tensor:

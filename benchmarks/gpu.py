@@ -235,7 +235,7 @@ def extraction(run: Run) -> None:
     """Measures images per second in each precision and batch size, compared with the plain network, image by image."""
     sizes, device = run.sizes, run.device
     images = run.images(max(sizes.batches))
-    plain = extract.plain_network(run.checkpoint, 50, extract.SCALE_SETS[3], device)
+    plain = extract.PlainNetwork(run.checkpoint, 50, extract.SCALE_SETS[3]).to(device)
     flops = extract.flops_of(partial(extract.one_by_one, plain, images[:1], device))
     run.figure("FLOPs of an image", flops / 1e9, "GFLOP")
     count = len(images)

@@ -10,16 +10,13 @@ import torch
 from torch import Tensor
 
 from .candidates import RERANK_M, CandidateReranker, check_finite
-from .checks import real_number, values_can_be_seen, whole_number
-from .neighbours import gram_matrices, nearest, similarities
+from .checks import real_number, whole_number
+from .neighbours import gram_matrices, membership, nearest, similarities
 
 K = 50
 KQ = 10
 GAMMA = 3.0
 ALPHA = 0.99
-TOLERANCE = 1e-6
-ITERATIONS = 500  # alpha = 0.99 needs at most about 150
-_UNSEEN = 16  # steps on a GPU between two tests for convergence, each of which waits for it; extra steps change nothing
 
 
 def mutual_affinities(gram: Tensor, k: int, gamma: float) -> Tensor:
@@ -29,7 +26,8 @@ def mutual_affinities(gram: Tensor, k: int, gamma: float) -> Tensor:
     never displace a neighbour whose affinity is above 0.
     """
     itself = torch.eye(gram.shape[1], dtype=torch.bool, device=gram.device)
-    (near,) = nearest(gram.masked_fill(itself, -torch.inf), k)
+    similarity = gram.masked_fill(itself, -torch.inf)
+    near = membership(similarity, nearest(similarity, k))
     return gram.relu().pow(gamma).masked_fill(~(near & near.transpose(1, 2)), 0)
 
 
@@ -40,29 +38,10 @@ def normalized_affinities(affinities: Tensor) -> Tensor:
     return affinities * scale[:, :, None] * scale[:, None]
 
 
-def diffused(s: Tensor, y: Tensor, alpha: float, tolerance: float, iterations: int) -> Tensor:
-    """Solves (I - alpha S) f = y for f by conjugate gradients from f = 0. (Q, M, M), (Q, M) -> (Q, M).
-
-    S must be symmetric. A query is done when the norm of its residual is at most `tolerance`, or the machine
-    epsilon of the dtype if that is larger, times the norm of y; the iterations that other queries still need
-    do not change its f. After `iterations` steps f is returned as it is.
-    """
-    size = y.amax(dim=1, keepdim=True)
-    size = size.masked_fill(size == 0, 1)  # the squares of a tiny y would be 0
-    r = p = y / size
-    f = torch.zeros_like(y)
-    rr = (r * r).sum(dim=1, keepdim=True)
-    enough = max(tolerance, torch.finfo(y.dtype).eps) ** 2 * rr
-    for iteration in range(iterations):
-        done = rr <= enough
-        if (not done.is_cuda or iteration % _UNSEEN == 0) and values_can_be_seen(done) and done.all():
-            break
-        ap = p - alpha * similarities(p, s)  # S is symmetric
-        step = (rr / (p * ap).sum(dim=1, keepdim=True).masked_fill(done, 1)).masked_fill(done, 0)
-        f, r = f + step * p, r - step * ap
-        before, rr = rr.masked_fill(done, 1), (r * r).sum(dim=1, keepdim=True)
-        p = r + rr / before * p
-    return f * size
+def diffused(s: Tensor, y: Tensor, alpha: float) -> Tensor:
+    """Solves (I - alpha S) f = y for f. (Q, M, M), (Q, M) -> (Q, M)."""
+    identity = torch.eye(s.shape[1], dtype=s.dtype, device=s.device)
+    return torch.linalg.solve_ex(identity - alpha * s, y[..., None]).result.squeeze(2)
 
 
 class DiffusionReranker(CandidateReranker):
@@ -88,8 +67,6 @@ class DiffusionReranker(CandidateReranker):
         kq: number of first candidates from which the similarity to the query spreads.
         gamma: exponent of the similarities, above 0.
         alpha: share of a score that comes from the neighbours, from 0 to below 1.
-        tolerance: the residual at which the solver stops, relative to y; at least the machine epsilon is used.
-        iterations: number of steps after which the solver stops in any case.
 
     Shape:
         - queries (Q, D), candidates (Q, M', D), mask (Q, M')
@@ -102,24 +79,10 @@ class DiffusionReranker(CandidateReranker):
     tensor([[0, 1, 2, 3]])
     """
 
-    def __init__(
-        self,
-        m: int = RERANK_M,
-        k: int = K,
-        kq: int = KQ,
-        gamma: float = GAMMA,
-        alpha: float = ALPHA,
-        tolerance: float = TOLERANCE,
-        iterations: int = ITERATIONS,
-    ):
+    def __init__(self, m: int = RERANK_M, k: int = K, kq: int = KQ, gamma: float = GAMMA, alpha: float = ALPHA):
         super().__init__(m)
-        self.k, self.kq, self.iterations = (
-            whole_number(k, "k"),
-            whole_number(kq, "kq"),
-            whole_number(iterations, "iterations"),
-        )
+        self.k, self.kq = whole_number(k, "k"), whole_number(kq, "kq")
         self.gamma, self.alpha = real_number(gamma, "gamma"), real_number(alpha, "alpha")
-        self.tolerance = real_number(tolerance, "tolerance")
         if self.gamma == 0:
             raise ValueError(f"gamma must be above 0, got {gamma}")
         if self.alpha >= 1:
@@ -133,7 +96,7 @@ class DiffusionReranker(CandidateReranker):
         first = there & (there.cumsum(dim=1) <= self.kq)
         y = similarity.relu().pow(self.gamma).masked_fill(~first, 0)
         s = normalized_affinities(mutual_affinities(gram_matrices(x), self.k, self.gamma))
-        return diffused(s, y, self.alpha, self.tolerance, self.iterations)
+        return diffused(s, y, self.alpha)
 
     def extra_repr(self) -> str:
         return f"m={self.m}, k={self.k}, kq={self.kq}, gamma={self.gamma}, alpha={self.alpha}"

@@ -4,13 +4,12 @@ Shapes: Q queries, M candidates per query, D dimensions.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import values_can_be_seen
-
-# Rows of a Gram matrix computed at a time, and columns in which `largest` lays out a row; the fastest
+# Columns of a Gram matrix computed at a time, and columns in which `largest` lays out a row; the fastest
 # values measured for 400 candidates.
-_STRIP, _COLUMNS = 128, 40
+_STRIP, _COLUMNS = 80, 40
 
 
 def similarities(queries: Tensor, candidates: Tensor) -> Tensor:
@@ -21,16 +20,13 @@ def similarities(queries: Tensor, candidates: Tensor) -> Tensor:
 
 def gram_matrices(candidates: Tensor) -> Tensor:
     """Returns X X^T per query, computed in strips up to the diagonal. (Q, M, D) -> (Q, M, M), exactly symmetric."""
-    m = candidates.shape[1]
-    gram = candidates.new_empty(len(candidates), m, m)
+    q, m = candidates.shape[:2]
+    gram = candidates.new_empty(q, m, m)
     for start in range(0, m, _STRIP):
-        stop = min(start + _STRIP, m)
-        strip = candidates[:, start:stop] @ candidates[:, :stop].transpose(1, 2)
-        square = strip[:, :, start:]  # not symmetric to the last bit on some CPUs
-        square.copy_(square.tril() + square.tril(-1).transpose(1, 2))
-        gram[:, start:stop, :stop] = strip
-        gram[:, :start, start:stop] = strip[:, :, :start].transpose(1, 2)
-    return gram
+        strip, rows = slice(start, start + _STRIP), slice(start + _STRIP)
+        gram[:, rows, strip].baddbmm_(candidates[:, rows], candidates[:, strip].transpose(1, 2), beta=0)
+    upper = torch.ones(m, m, dtype=torch.bool, device=gram.device).triu()
+    return torch.where(upper, gram, gram.transpose(1, 2))  # the squares are not symmetric to the last bit on some CPUs
 
 
 def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -54,24 +50,32 @@ def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, torch.where(places < few.shape[-1], in_table, places - few.shape[-1] + whole)
 
 
-def nearest(similarity: Tensor, *sizes: int) -> list[Tensor]:
-    """Returns for each size k whether j is among the k largest of row i. (..., M, M) -> bool (..., M, M) per size.
+def nearest(similarity: Tensor, k: int) -> Tensor:
+    """Returns the places of the k largest entries of each row, descending. (..., M) -> int64 (..., min(k, M)).
 
-    Among equal similarities the lower places are taken, so that the sets do not depend on a sorting algorithm.
-    Entries of -inf are never taken; a row with fewer than k other entries has a smaller set.
+    Equal entries are in the order of their places, so that the result does not depend on a sorting algorithm.
     """
-    size = similarity.shape[-1]
-    values = largest(similarity, min(max(sizes), size))[0].detach()
-    return [_largest_places(similarity, values[..., min(k, size) - 1, None], k) for k in sizes]
+    similarity, k = similarity.detach(), min(k, similarity.shape[-1])
+    if similarity.is_cuda:  # sorting costs less than waiting to find out whether entries are equal
+        return similarity.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    values, places = largest(similarity, min(k + 1, similarity.shape[-1]))
+    tied, places = (values[..., 1:] == values[..., :-1]).any(dim=-1), places[..., :k]
+    places[tied] = similarity[tied].sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    return places
 
 
-def _largest_places(similarity: Tensor, threshold: Tensor, k: int) -> Tensor:
-    """Returns whether an entry is among the k largest of its row; the threshold (..., 1) is the smallest of them."""
-    threshold = threshold.clamp(min=torch.finfo(similarity.dtype).min)
-    chosen = similarity >= threshold
-    # Without ties the rest changes nothing; on a GPU it costs less than waiting to find out.
-    if not similarity.is_cuda and values_can_be_seen(similarity) and (chosen.sum(dim=-1) <= k).all():
-        return chosen
-    tied = similarity == threshold
-    room = k - (similarity > threshold).sum(dim=-1, keepdim=True)
-    return chosen & ~(tied & (tied.cumsum(dim=-1) > room))
+def membership(similarity: Tensor, places: Tensor) -> Tensor:
+    """Returns whether an entry is above -inf and at one of the places of its row. (..., M), (..., K) -> (..., M)."""
+    present = similarity.gather(-1, places) > -torch.inf
+    return torch.zeros_like(similarity, dtype=torch.bool).scatter_(-1, places, present)
+
+
+def weighted_sums(rows: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+    """Returns W X per query, W sparse: sum over k of w_ik x_j with j = places_ik.
+
+    rows (Q, M, D), places and weights (Q, N, K) -> (Q, N, D).
+    """
+    q, m, d = rows.shape
+    numbers = (places + torch.arange(0, q * m, m, device=places.device)[:, None, None]).flatten(0, 1)
+    weights = weights.to(rows.dtype).flatten(0, 1)
+    return F.embedding_bag(numbers, rows.flatten(0, 1), mode="sum", per_sample_weights=weights).view(q, -1, d)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .candidates import RERANK_M, CandidateReranker, check_finite
 from .checks import real_number, whole_number
-from .neighbours import gram_matrices, nearest, similarities
+from .neighbours import gram_matrices, membership, nearest, similarities, weighted_sums
 
 K1 = 20
 K2 = 6
@@ -25,19 +25,19 @@ def node_similarities(queries: Tensor, candidates: Tensor) -> Tensor:
     return torch.cat([first[:, None], others], dim=1)
 
 
-def reciprocal_sets(near: Tensor, near_half: Tensor) -> Tensor:
-    """Returns the expanded k-reciprocal sets R* of the nodes, as rows. bool (Q, N, N), (Q, N, N) -> bool (Q, N, N).
+def reciprocal_sets(similarity: Tensor, near: Tensor, k1: int) -> Tensor:
+    """Returns the expanded k-reciprocal sets R* of the nodes, as rows. (Q, N, N), (Q, N, K) -> bool (Q, N, N).
 
-    `near` is True if j is in N(i, k1), `near_half` if it is in N(i, k1 / 2). R(i, k) is the set of all j with
-    j in N(i, k) and i in N(j, k). R*(i) is the union of R(i, k1) and, for each of its members j, of
-    R(j, k1 / 2) if at least 2/3 of the latter are in R(i, k1) (eqs. 3 and 4).
+    `near` has the places of N(i, k1), itself first; those of similarity -inf do not count. R(i, k) is the set
+    of all j with j in N(i, k) and i in N(j, k). R*(i) is the union of R(i, k1) and, for each of its members j,
+    of R(j, k1 / 2) if at least 2/3 of the latter are in R(i, k1) (eqs. 3 and 4).
     """
-    sets, halves = near & near.transpose(1, 2), near_half & near_half.transpose(1, 2)
-    dtype = torch.float32  # counts, exact up to 2^24
-    half = halves.to(dtype)  # symmetric
-    shared = sets.to(dtype) @ half  # (Q, N, N): how many of R(j, k1 / 2) are in R(i, k1)
-    joins = sets & (3 * shared >= 2 * half.sum(dim=2)[:, None])
-    return sets | (joins.to(dtype) @ half > 0)
+    near, near_half = near[..., : k1 + 1], near[..., : round(k1 / 2) + 1]
+    members, half = membership(similarity, near), membership(similarity, near_half)
+    sets, half = members & members.transpose(1, 2), (half & half.transpose(1, 2)).float()
+    shared = weighted_sums(sets.float(), near_half, half.gather(2, near_half))  # |R(j, k1 / 2) and R(i, k1)| at (j, i)
+    joins = sets & (3 * shared >= 2 * half.sum(dim=2, keepdim=True)).transpose(1, 2)
+    return sets | (weighted_sums(half, near, joins.gather(2, near)) > 0)
 
 
 def reciprocal_encoding(gram: Tensor, k1: int, k2: int, there: Tensor | None = None) -> Tensor:
@@ -47,15 +47,16 @@ def reciprocal_encoding(gram: Tensor, k1: int, k2: int, there: Tensor | None = N
         gram: x_i . x_j of all nodes; d = 1 - x_i . x_j.
         k1: number of neighbours, not counting the node itself, that are tested for reciprocity.
         k2: number of neighbours, including the node itself, over which V is averaged; 1 leaves V as it is.
-        there: (Q, N) bool, False for absent nodes, which are no node's neighbours.
+        there: (Q, N) bool, False for absent nodes, which are no other node's neighbours.
     """
-    similarity = gram if there is None else gram.masked_fill(~(there[:, None] & there[:, :, None]), -torch.inf)
+    similarity = gram if there is None else gram.masked_fill(~there[:, None], -torch.inf)
     itself = torch.eye(gram.shape[1], dtype=torch.bool, device=gram.device)
-    near, near_half, first = nearest(similarity.masked_fill(itself, torch.inf), k1 + 1, round(k1 / 2) + 1, k2)
-    encoding = (gram - 1).exp() * reciprocal_sets(near, near_half)
-    if k2 == 1:
-        return encoding
-    return (first.to(gram.dtype) @ encoding) / first.sum(dim=2, keepdim=True)
+    similarity = similarity.masked_fill(itself, torch.inf)
+    near = nearest(similarity, max(k1 + 1, k2))
+    encoding = (gram - 1).exp() * reciprocal_sets(similarity, near, k1)
+    first = near[..., :k2]
+    present = similarity.gather(2, first) > -torch.inf
+    return weighted_sums(encoding, first, present / present.sum(dim=2, keepdim=True))
 
 
 def jaccard_distances(encoding: Tensor) -> Tensor:

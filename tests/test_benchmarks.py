@@ -38,7 +38,7 @@ def test_the_baseline_of_extraction_computes_the_same_descriptors(checkpoint_50)
 
     device = torch.device("cpu")
     images = extract.draw_images(2, 64, 48, device)
-    plain = extract.plain_network(checkpoint_50, 50, extract.SCALE_SETS[3], device)
+    plain = extract.PlainNetwork(checkpoint_50, 50, extract.SCALE_SETS[3]).to(device)
     rows = extract.in_batches(extract.extractor("cvnet", checkpoint_50, scales=3), images, 2)
     torch.testing.assert_close(rows, extract.one_by_one(plain, images, device), rtol=0, atol=1e-6)
 

@@ -183,7 +183,8 @@ def search_gallery(gallery: Gallery, image: QueryImage, descriptor: Tensor, extr
     """Searches with the descriptor (1, D) of an image."""
     dataset, number = gallery.dataset, image.number
     listed = None if number is None or not dataset.ground_truth else [dataset.listed[number]]
-    excluded = None if number is None or dataset.excluded is None else dataset.excluded[[number]]
+    # An image of a folder without ground truth finds itself, which shows that the search works.
+    excluded = None if listed is None or dataset.excluded is None else dataset.excluded[[number]]
     ranking = retrieve(descriptor, gallery.database, max(gallery.largest_m, SHOWN), listed, excluded=excluded)
     return QuerySearch(image, gallery, descriptor, ranking, extraction_seconds)
 

@@ -18,7 +18,7 @@ def decoded_jpeg(image: ImageFile.ImageFile) -> np.ndarray | None:
     None means that Pillow must decode the file: other formats and modes, rotated images, damaged files, and
     machines on which simplejpeg is missing or returns other pixels.
     """
-    if image.format != "JPEG" or image.mode != "RGB" or not _gives_the_same():
+    if image.format != "JPEG" or image.mode != "RGB" or not decodes_as_pillow():
         return None
     if image.fp is None or image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         return None
@@ -35,8 +35,8 @@ def decoded_jpeg(image: ImageFile.ImageFile) -> np.ndarray | None:
 
 
 @cache
-def _gives_the_same() -> bool:
-    """Returns whether the libjpeg of both packages decodes to the same pixels; each has its own."""
+def decodes_as_pillow() -> bool:
+    """Returns whether simplejpeg is installed and decodes to the same pixels as Pillow; each has its own libjpeg."""
     if simplejpeg is None:
         return False
     ramp = np.arange(33 * 47 * 3, dtype=np.uint32).reshape(33, 47, 3)

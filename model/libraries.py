@@ -7,7 +7,8 @@ import importlib.util
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
@@ -110,16 +111,17 @@ def _timm(name: str, pretrained: bool) -> Backbone:
     if name not in known:
         raise InputError(f"timm has no network {name!r}{_nearest(name, known)}")
     torch.manual_seed(0)  # makes random weights reproducible
-    try:
-        network: Any = timm.create_model(
-            name, pretrained=pretrained, num_classes=0, dynamic_img_size=True, dynamic_img_pad=True
-        )
-        flexible = True
-    except TypeError:  # most convolutional networks, and transformers with a fixed size
-        network = _fetching(lambda: timm.create_model(name, pretrained=pretrained, num_classes=0), f"timm:{name}")
-        flexible = False
-    except Exception as error:
-        raise _not_fetched(f"timm:{name}", error) from None
+    with _hub_answers_at_once() if pretrained else nullcontext():
+        try:
+            network: Any = timm.create_model(
+                name, pretrained=pretrained, num_classes=0, dynamic_img_size=True, dynamic_img_pad=True
+            )
+            flexible = True
+        except TypeError:  # most convolutional networks, and transformers with a fixed size
+            network = _fetching(lambda: timm.create_model(name, pretrained=pretrained, num_classes=0), f"timm:{name}")
+            flexible = False
+        except Exception as error:
+            raise _not_fetched(f"timm:{name}", error) from None
     config = timm.data.resolve_model_data_config(network)
     facts = {"timm": timm.__version__}
     common: dict[str, Any] = {"mean": tuple(config["mean"]), "std": tuple(config["std"]), "provenance": facts}
@@ -279,6 +281,22 @@ def _fetching(make: Callable[[], nn.Module], name: str) -> nn.Module:
         return make()
     except Exception as error:
         raise _not_fetched(name, error) from None
+
+
+@contextmanager
+def _hub_answers_at_once() -> Iterator[None]:
+    """Limits the Hugging Face Hub to its cache if it cannot be reached: otherwise it retries for a minute."""
+    from huggingface_hub import constants, get_session  # timm depends on it
+
+    before = constants.HF_HUB_OFFLINE
+    try:
+        get_session().head(constants.ENDPOINT, timeout=3)
+    except Exception:  # of the HTTP library that this version uses
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _not_fetched(name: str, error: Exception) -> InputError:

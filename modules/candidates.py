@@ -119,7 +119,7 @@ class CandidateReranker(nn.Module):
             queries: (Q, D), unit descriptors, tensor or NumPy array.
             candidates: (Q, M', D), unit descriptors, those of each query in ranking order.
             mask: (Q, M') bool, False where a candidate is absent (its descriptor may then hold any values).
-                Absent candidates, and descriptors of zeros, are sorted last, with score -inf.
+                Absent candidates are sorted last, with score -inf.
 
         Returns:
             order and scores of the first m, as tensors or arrays like the queries.
@@ -140,10 +140,7 @@ class CandidateReranker(nn.Module):
         return scores if mask is None else scores.masked_fill(~mask, -torch.inf)
 
     def checked(self, q: Tensor, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Returns the input as :meth:`_scores` expects it: of one dtype, cut to the first m, absent candidates zero.
-
-        A row of zeros, such as that of an image that was skipped, is an absent candidate.
-        """
+        """Returns the input as :meth:`_scores` expects it: of one dtype, cut to the first m, absent candidates zero."""
         given = f"got {tuple(q.shape)} and {tuple(x.shape)}"
         if q.ndim != 2 or x.ndim != 3 or x.shape[::2] != q.shape:
             raise ValueError(f"reranking takes queries (Q, D) and candidates (Q, M, D), {given}")
@@ -162,10 +159,7 @@ class CandidateReranker(nn.Module):
         q, x = q.to(dtype), x[:, : self.m].to(dtype)
         if mask is not None:
             x = x.masked_fill(~mask[..., None], 0)
-        present = x.any(dim=2)
-        # On a GPU, a mask costs less than waiting to find out whether it is needed.
-        all_present = mask is None and not x.is_cuda and values_can_be_seen(x) and present.all()
-        return q, x, None if all_present else present
+        return q, x, mask
 
     def scores(
         self,

@@ -77,7 +77,9 @@ class KReciprocalReranker(CandidateReranker):
 
         score = -((1 - lambda) J + lambda d(q, i)).
 
-    Equal scores keep their order; among equally near nodes, the query comes first, then the lower place.
+    Equal scores keep their order; among equally near nodes, the query comes first, then the lower place. A descriptor
+    of zeros, such as that of an image that was skipped, has no neighbours and is treated as absent: by the formula it
+    would be nearer to a query than every image of negative similarity.
 
     The authors' released code differs in three details from this and from the paper's text: d is the
     squared Euclidean distance divided by the largest of its column, each V_i is divided by its sum, and
@@ -107,6 +109,11 @@ class KReciprocalReranker(CandidateReranker):
         super().__init__(m)
         self.k1, self.k2 = whole_number(k1, "k1"), whole_number(k2, "k2")
         self.lambda_value = real_number(lambda_value, "lambda_value", most=1)
+
+    def checked(self, q: Tensor, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Returns the input as :meth:`_scores` expects it, with a mask: descriptors of zeros are absent candidates."""
+        q, x, _ = super().checked(q, x, mask)
+        return q, x, x.any(dim=2)
 
     def _scores(self, q: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
         """Returns the score of each candidate, in the order of the candidates. (Q, D), (Q, M, D) -> (Q, M)."""

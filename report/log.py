@@ -72,9 +72,14 @@ def start_log(path: Path, config: dict[str, Any], screen: TextIO | None = None) 
     file.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
     # The screen is the last, so that no other handler misses a line when it is removed.
     logging.basicConfig(level=logging.INFO, handlers=[file, lines], force=True)
-    versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _PACKAGES}}
+    versions = package_versions()
     date, command = datetime.now().isoformat(timespec="seconds"), command_line()
     listed = ", ".join(f"{name} {version}" for name, version in versions.items())
     for line in (f"command: {command}", f"versions: {listed}", "config:", *yaml.safe_dump(config).splitlines()):
         file.handle(logging.makeLogRecord({"msg": line, "levelname": "INFO", "levelno": logging.INFO}))
     return {"date": date, "command": command, "versions": versions, "config": config}
+
+
+def package_versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that results depend on, by name."""
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _PACKAGES}}

@@ -6,41 +6,72 @@ python -m tools.check NAME --decode
 A dataset is a folder in TEST.DATA_DIR in one of six layouts: revisitop's (gnd_NAME.pkl, jpg/), GLDv2's (index.csv,
 queries.csv, solution.csv, index/, queries/), a folder of images per class, query/ and gallery/ with a folder per class,
 database/ and queries/ of places with UTM coordinates, or a folder per object with query/ and pos/ (ILIAS).
+ROxford5k and RParis6k are compared with what is published about them. tools.verify checks the machine and the weights,
+too.
 """
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from assembly import find_dataset, small_set_advice
 from config import DATASET, CommandLine
+from extraction.images import FORMATS, ImageFile
 from model.errors import InputError, printable, short_list
 from report.command import run_command
 from revisitop.dataset import Dataset
+from revisitop.published import published
+
+MARKS = {True: "✓", False: "✗", None: "–"}
+AGAIN = "; delete the folder and start python -m tools.download"
+
+
+class Finding(NamedTuple):
+    """A result of a check: a tick, or a problem and what to do; None for what is missing or only noted.
+
+    Attributes:
+        ok: whether it is as it should be.
+        text: the result in a line.
+        mistakes: the mistakes of tools.causes that a tick rules out.
+    """
+
+    ok: bool | None
+    text: str
+    mistakes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return printable(f"{MARKS[self.ok]} {self.text}")
+
+
+class Header(NamedTuple):
+    """The upright size of an image, and whether EXIF turns it, from its header."""
+
+    width: int
+    height: int
+    turned: bool
 
 
 def main(argv: list[str]) -> None:
     line = CommandLine(__doc__, DATASET)
     line.add("name", metavar="NAME", help="name of the dataset's folder")
-    line.add("--decode", action="store_true", help="also decode every image, which may take long")
+    line.add("--decode", action="store_true", help="decode every image, which may take long, not only its header")
     args, cfg, _ = line.parse(argv)
     dataset = find_dataset(cfg, args.name)
     for text in in_words(dataset):
         print(printable(text))
     if advice := small_set_advice(cfg, dataset):
         print(advice)
-    missing, count = dataset.missing_files()
-    if missing:
-        raise InputError(f"{len(missing)} of {count} images are missing ({short_list(missing)})")
-    print(f"images: all {count:,} files exist")
-    if args.decode:
-        images = tqdm(dataset.images(), total=len(dataset.queries) + len(dataset.database), unit="img")
-        if damaged := list(dict.fromkeys(problem for image in images if (problem := image.problem()))):
-            raise InputError(f"{len(damaged)} images cannot be used: {short_list(damaged, 50)}")
-        print("images: all can be decoded")
+    findings = list(check_dataset(dataset, args.decode))
+    print(*findings, sep="\n")
+    if problems := [finding.text for finding in findings if finding.ok is False]:
+        raise InputError(f"{args.name}: {len(problems)} problems: {short_list(problems, 20)}")
 
 
 def in_words(dataset: Dataset) -> Iterator[str]:
@@ -59,12 +90,117 @@ def in_words(dataset: Dataset) -> Iterator[str]:
             f"{kind}: {counts.sum():,} in all, {counts.min():,} to {counts.max():,} per query, "
             f"median {np.median(counts):g}; {(counts == 0).sum():,} queries without"
         )
-    boxes = sum(image.box is not None for image in dataset.queries)
-    yield f"boxes: {boxes:,} of {len(dataset.queries):,} queries have one"
     measured = dict.fromkeys(each.measure for each in dataset.protocols)
     size = len(dataset.database)
     values = [f"{each.title}, {each.at}@{','.join(str(k) for k in each.kappas if k <= size)}" for each in measured]
     yield f"metrics: {'; '.join(values)} for {', '.join(each.title for each in dataset.protocols)}"
+
+
+def check_dataset(dataset: Dataset, decode: bool = False) -> Iterator[Finding]:
+    """Yields the findings about a dataset: its counts, files and boxes, and the sizes of its images.
+
+    Args:
+        decode: whether all images are decoded; else only their headers and ends are read.
+    """
+    known = published()["datasets"].get(dataset.name, {})
+    if known:
+        yield from check_lists(dataset, known)
+    missing, count = dataset.missing_files()
+    if missing:
+        folder = missing[0].parent
+        yield Finding(
+            False, f"{len(missing)} of {count} images are missing ({short_list(missing)}); put them in {folder}"
+        )
+        return
+    headers, damaged = read_images(list(dict.fromkeys(image.path for image in dataset.images())), decode)
+    if damaged:
+        yield Finding(False, f"{len(damaged)} of {count} images cannot be used: {short_list(damaged)}; replace them")
+    else:
+        yield Finding(True, f"all {count:,} images exist and {'can be decoded' if decode else 'are complete'}")
+    if turned := sum(header.turned for header in headers.values()):
+        yield Finding(None, f"{turned:,} images are turned by their EXIF orientation, as they are read here")
+    if boxed := [query for query in dataset.queries if query.box is not None]:
+        yield check_boxes(boxed, len(dataset.queries), headers, cropped=bool(known))
+    if known:
+        yield check_sizes(headers.values(), known["longer_side"])
+
+
+def check_lists(dataset: Dataset, known: dict) -> Iterator[Finding]:
+    """Yields the findings about the counts of a published dataset, and about its junk images."""
+    counts, expected = (len(dataset.queries), len(dataset.database)), (known["queries"], known["images"])
+    words = f"{counts[0]} queries, {counts[1]:,} database images"
+    if counts == expected:
+        yield Finding(True, f"{words}, as published")
+    else:
+        advice = f"replace the ground truth in {dataset.folder} by the original"
+        yield Finding(False, f"{words}, but {expected[0]} and {expected[1]:,} are published; {advice}")
+    junk = sum(len(truth.kinds.get("junk", ())) for truth in dataset.ground_truth)
+    if junk:
+        yield Finding(True, f"{junk:,} junk images are listed, which are ignored", ("junk",))
+    else:
+        words = "no query lists junk images, so that they count as negatives"
+        yield Finding(False, f"{words}; replace the ground truth in {dataset.folder}", ("junk",))
+
+
+def check_boxes(queries: Sequence[ImageFile], count: int, headers: dict[Path, Header], cropped: bool = True) -> Finding:
+    """Returns whether the boxes of queries lie within their images and, if they should, crop them."""
+    outside, whole = [], 0
+    for query in queries:
+        if (header := headers.get(query.path)) and query.box:
+            x0, y0, x1, y1 = query.box
+            whole += x0 <= 1 and y0 <= 1 and x1 >= header.width - 1 and y1 >= header.height - 1
+            if min(x0, y0) < -1 or x1 > header.width + 1 or y1 > header.height + 1:
+                outside.append(f"{query.path.name}, {header.width} x {header.height}")
+    if outside:
+        words = f"{len(outside)} query boxes leave their images ({short_list(outside)})"
+        return Finding(False, f"{words}: these were resized or rotated{AGAIN}", ("EXIF", "resized"))
+    if whole == len(queries):
+        words = f"boxes: all {whole:,} are their whole images, so that no query is cropped"
+        return Finding(False if cropped else None, words, ("no crop",))
+    return Finding(True, f"boxes: {len(queries):,} of {count:,} queries have one, within its image", ("no crop",))
+
+
+def check_sizes(headers: Iterable[Header], side: int) -> Finding:
+    """Returns whether the sizes of images can be those of the originals, most of which have this longer side."""
+    sides = np.array([max(header.width, header.height) for header in headers])
+    shares = f"{(sides == side).mean():.0%} of the images have a longer side of {side}, {(sides > side).sum():,} more"
+    if (sides > side).any() or (sides == side).mean() < 0.5:
+        return Finding(False, f"{shares}: not the original sizes{AGAIN}", ("resized",))
+    return Finding(True, f"{shares}, as the originals have", ("resized",))
+
+
+def read_images(paths: Sequence[Path], decode: bool = False) -> tuple[dict[Path, Header], list[str]]:
+    """Returns the headers of the images that can be read, and a line for each other one.
+
+    Args:
+        decode: whether to decode all of them, and not only those whose header or end is damaged.
+    """
+
+    def read(path: Path) -> Header | str:
+        header = read_header(path)
+        if (decode or header is None) and (problem := ImageFile(path).problem()):
+            return problem
+        return header or Header(0, 0, False)
+
+    with ThreadPoolExecutor() as pool:
+        bar = tqdm(pool.map(read, paths), "checking images", len(paths), unit="img", dynamic_ncols=True, leave=False)
+        results = dict(zip(paths, bar, strict=True))
+    headers = {path: result for path, result in results.items() if isinstance(result, Header)}
+    return headers, [result for result in results.values() if isinstance(result, str)]
+
+
+def read_header(path: Path) -> Header | None:
+    """Returns the header of an image; None if it, or the end of a JPEG file, is damaged."""
+    try:
+        with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1)
+            file.seek(-2, os.SEEK_END)
+            if image.format == "JPEG" and file.read(2) != b"\xff\xd9":
+                return None
+            width, height = image.size[::-1] if turned > 4 else image.size
+            return Header(width, height, turned != 1)
+    except Exception:  # decoders raise any exception
+        return None
 
 
 if __name__ == "__main__":

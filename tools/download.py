@@ -14,9 +14,7 @@ import shutil
 import sys
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -33,6 +31,7 @@ from report.command import run_command
 from revisitop.layout_csv import read_csv_dataset
 from revisitop.layout_revisitop import load_distractor_list, read_ground_truth
 from revisitop.layouts import dataset_folder
+from tools.check import read_images
 from tools.transfer import Fetcher, File
 
 VGG = ("https://www.robots.ox.ac.uk", "http://www.robots.ox.ac.uk")
@@ -66,7 +65,7 @@ Files and archives from other sources are used, too, if they are in the folder o
 Exit codes: 0 if everything is complete; 2 if something is missing, with a line that says what to do."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Item:
     """What the command downloads under one name.
 
@@ -75,9 +74,6 @@ class Item:
         archives: archives of images, which are deleted once they are unpacked.
         bad_images: returns a line for each image that is missing or damaged; needs all files.
         advice: what else the user can do if a download fails.
-        missing, packed: the files and the archives that are needed, see survey.
-        size: the number of bytes to download, as far as the hosts tell it.
-        problems: why the item is not complete, a line each.
     """
 
     name: str
@@ -85,93 +81,108 @@ class Item:
     archives: list[File] = field(default_factory=list)
     bad_images: Callable[[], list[str]] = list
     advice: str = ""
-    missing: list[File] = field(default_factory=list)
-    packed: list[File] = field(default_factory=list)
-    size: int = 0
-    problems: list[str] = field(default_factory=list)
 
-    @contextmanager
-    def collecting_problems(self) -> Iterator[None]:
-        """Adds an error of the user, the network or the disk to the problems, so that the other items continue."""
+    def packed(self) -> list[File]:
+        """Returns the archives that are not unpacked yet."""
+        return [file for file in self.archives if file.target.name not in unpacked_names(file.folder)]
+
+    def needed(self) -> list[File]:
+        """Returns what is to be downloaded. Raises InputError if an existing list is invalid."""
+        missing = [file for file in self.files if not file.target.exists()]
+        packed = self.packed()
+        return missing + (packed if packed and (missing or self.bad_images()) else [])
+
+    def get(self, fetcher: Fetcher) -> list[str]:
+        """Verifies, downloads and unpacks what is needed, and returns why it is not complete, a line each."""
         try:
-            yield
+            if problems := self.fetch(fetcher, self.files):
+                return problems
+            bad = self.bad_images()
+            if bad and (packed := self.packed()):
+                if problems := self.fetch(fetcher, packed):
+                    return problems
+                bad = self.bad_images()
         except (InputError, OSError) as error:
-            self.problems.append(str(error))
+            return [str(error)]
+        lists = " and ".join(dict.fromkeys(str(file.folder / UNPACKED) for file in self.archives))
+        words = f"{len(bad)} images are missing or damaged ({short_list(bad)}), and all archives are unpacked"
+        advice = f"replace these images, or delete {lists} to have the archives downloaded again"
+        return [f"{words}; {advice}"] if bad else []
 
-    def survey(self, fetcher: Fetcher) -> None:
-        """Verifies what exists, finds what is missing, and prints its size. Raises InputError if it can't be mended."""
-        self.missing = [file for file in self.files if not file.target.exists()]
-        for file in self.files:
-            if file not in self.missing:
-                fetcher.fetch(file)
-        bad = [] if self.missing else self.bad_images()
-        if self.missing or bad:
-            self.packed = [file for file in self.archives if file.target.name not in unpacked_names(file.folder)]
-        if not self.packed:
-            self.refuse(bad)
-        files = [file for file in self.missing + self.packed if not file.target.exists()]
-        sizes = [fetcher.size(file) for file in tqdm(files, f"sizes of {self.name}", leave=False, dynamic_ncols=True)]
-        self.size = sum(filter(None, sizes))
-        unknown = f", {sizes.count(None)} of unknown size" if None in sizes else ""
-        print(f"{self.name}: {len(files)} files, {self.size / 1e9:,.3f} GB{unknown}")
-
-    def get(self, fetcher: Fetcher) -> None:
-        """Downloads and unpacks what is missing. Raises InputError if images are still missing or damaged."""
-        self.fetch(fetcher, self.missing)
-        if self.problems or not self.missing + self.packed:
-            return
-        if not self.missing or self.bad_images():  # images may exist already, from another source
-            self.fetch(fetcher, self.packed)
-        if not self.problems:
-            self.refuse(self.bad_images())
-
-    def fetch(self, fetcher: Fetcher, files: list[File]) -> None:
+    def fetch(self, fetcher: Fetcher, files: Sequence[File]) -> list[str]:
         """Fetches files one after the other; an archive, which its check unpacks, is deleted before the next."""
+        problems = []
         for file in files:
             try:
                 fetcher.fetch(file)
             except InputError as error:
-                self.problems.append(f"{error}{self.advice}")
+                problems.append(f"{error}{self.advice}")
                 continue
             if file in self.archives:
                 with (file.folder / UNPACKED).open("a") as names:
                     names.write(f"{file.target.name}\n")
                 file.target.unlink()
-
-    def refuse(self, bad: list[str]) -> None:
-        """Raises InputError if there are bad images."""
-        if bad:
-            lists = " and ".join(dict.fromkeys(str(file.folder / UNPACKED) for file in self.archives))
-            raise InputError(
-                f"{len(bad)} images are missing or damaged ({short_list(bad)}), and all archives are unpacked; "
-                f"replace these images, or delete {lists} to have the archives downloaded again"
-            )
+        return problems
 
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    if not hasattr(tarfile, "data_filter"):
-        raise InputError("this Python cannot unpack archives safely; update it to 3.10.12, 3.11.4, 3.12 or later")
-    fetcher, items = Fetcher(args.mirror), [make_item(name, args) for name in dict.fromkeys(args.items)]
-    for item in items:
-        with item.collecting_problems():
-            item.survey(fetcher)
-    if fetcher.unreachable and not fetcher.answered:
-        host, reason = next(iter(fetcher.unreachable.items()))
-        raise InputError(f"you seem to be offline: no connection to {host} ({reason}); check the network or the proxy")
-    print(f"to download: {sum(item.size for item in items) / 1e9:,.3f} GB")
-    for item in items:
-        if not item.problems:
-            with item.collecting_problems():
-                item.get(fetcher)
-        for problem in item.problems:
-            print(f"{item.name}: {problem}", file=sys.stderr)
-        if not item.problems:
-            print(f"{item.name} is complete")
-    if incomplete := ", ".join(item.name for item in items if item.problems):
-        raise InputError(f"not complete: {incomplete}; see above, and start the same command again to resume")
-    if not any(item.missing + item.packed for item in items):
+    items = [
+        make_item(name, args.data_dir, args.weights_dir, args.all_test_images) for name in dict.fromkeys(args.items)
+    ]
+    download = Download(items, args.mirror)
+    if incomplete := download.get():
+        raise InputError(
+            f"not complete: {', '.join(incomplete)}; see above, and start the same command again to resume"
+        )
+    if not download.needed:
         print("everything is complete already, nothing was downloaded")
+
+
+class Download:
+    """A download of several items, whose sizes are printed first.
+
+    Attributes:
+        needed: whether anything is missing.
+        size: the number of bytes to download, as far as the hosts tell it.
+
+    Raises:
+        InputError: if no host can be reached, or this Python cannot unpack archives safely.
+    """
+
+    def __init__(self, items: Sequence[Item], mirror: str | None = None):
+        if not hasattr(tarfile, "data_filter"):
+            raise InputError("this Python cannot unpack archives safely; update it to 3.10.12, 3.11.4, 3.12 or later")
+        self.items, self.fetcher, self.needed, self.size = items, Fetcher(mirror), False, 0
+        for item in items:
+            try:
+                needed = item.needed()
+                files = [file for file in needed if not file.target.exists()]
+                sizes = [self.fetcher.size(file) for file in tqdm(files, f"sizes of {item.name}", leave=False)]
+            except (InputError, OSError):  # which is reported when the item is downloaded
+                self.needed = True
+                if self.fetcher.offline:
+                    host, reason = next(iter(self.fetcher.unreachable.items()))
+                    raise InputError(f"you seem to be offline: no connection to {host} ({reason})") from None
+                continue
+            self.needed, size = self.needed or bool(needed), sum(filter(None, sizes))
+            self.size += size
+            unknown = f", {sizes.count(None)} of unknown size" if None in sizes else ""
+            print(f"{item.name}: {len(files)} files, {size / 1e9:,.3f} GB{unknown}")
+        print(f"to download: {self.size / 1e9:,.3f} GB")
+
+    def get(self) -> list[str]:
+        """Downloads the items, prints what each is missing, and returns the names of those that are not complete."""
+        incomplete = []
+        for item in self.items:
+            problems = item.get(self.fetcher)
+            for problem in problems:
+                print(f"{item.name}: {problem}", file=sys.stderr)
+            if problems:
+                incomplete.append(item.name)
+            else:
+                print(f"{item.name} is complete")
+        return incomplete
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -199,15 +210,15 @@ def http_address(text: str) -> str:
     return text.rstrip("/")
 
 
-def make_item(name: str, args: argparse.Namespace) -> Item:
+def make_item(name: str, data_dir: Path, weights_dir: Path, all_tests: bool = False) -> Item:
     """Returns an item: the addresses of its files, their folders, and how they are checked."""
     if name == "weights":
-        return weights(args.weights_dir)
+        return weights(weights_dir)
     if name == "features":
-        return Item(name, [File((CMP, PTAK), path, args.data_dir, read_mat) for path in FEATURES])
-    folder = dataset_folder(args.data_dir, name) or args.data_dir / name
+        return Item(name, [File((CMP, PTAK), path, data_dir, read_mat) for path in FEATURES])
+    folder = dataset_folder(data_dir, name) or data_dir / name
     if name == "gldv2":
-        return landmarks(folder, args.all_test_images)
+        return landmarks(folder, all_tests)
     if name == "revisitop1m":
         paths, check = [f"jpg/{name}.{n}.tar.gz" for n in range(1, 101)], partial(unpack, folder / "jpg")
         return Item(
@@ -222,7 +233,7 @@ def make_item(name: str, args: argparse.Namespace) -> Item:
         name,
         [truth],
         [File(VGG, path, folder, check) for path in IMAGES[name]],
-        lambda: undecodable([*read_ground_truth(name, truth.target).images()]),
+        lambda: read_images([image.path for image in read_ground_truth(name, truth.target).images()])[1],
     )
 
 
@@ -268,14 +279,6 @@ def check_checkpoint(depth: int, path: Path) -> None:
     with torch.device("meta"):
         encoder = ResNet(depth)
     load_encoder(encoder, path)
-
-
-def undecodable(images: Sequence[ImageFile]) -> list[str]:
-    """Returns a line for each image that is missing or cannot be decoded."""
-    with ThreadPoolExecutor() as pool:
-        problems = pool.map(ImageFile.problem, images)
-        bar = tqdm(problems, "checking images", len(images), unit="img", dynamic_ncols=True)
-        return [problem for problem in bar if problem]
 
 
 def absent(images: Iterable[ImageFile]) -> list[str]:

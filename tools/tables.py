@@ -15,13 +15,11 @@ Rows are printed as they are finished, and saved in TEST.OUT_DIR/runs/latest. Im
 setting, shared with test.py; an interrupted table is resumed. A row says what it is missing.
 """
 
-import json
 import logging
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,8 +48,8 @@ from report.results import at_k_in_words, markdown
 from revisitop import toy
 from revisitop.evaluate import Metrics, evaluate
 from revisitop.index import FaissDatabase
-from revisitop.measures import RECALL
 from revisitop.protocols import REVISITED_PROTOCOLS, Protocol
+from revisitop.published import find_figures, nearest_reproduction, published
 from revisitop.retrieve import Ranking
 from revisitop.stages import Reranked, Stage
 
@@ -71,7 +69,11 @@ SWEEP = {
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table: metrics by protocol, the published numbers in percent, and a note about what is missing."""
+    """A row of a table: metrics by protocol, the published numbers in percent, and a note about what is missing.
+
+    Attributes:
+        reproduced: beside published numbers, the independent reproduction of each that is nearest.
+    """
 
     network: str
     dataset: str
@@ -81,18 +83,19 @@ class Row:
     published: dict[str, float] | None = None
     note: str = ""
     costs: tuple[str, ...] = ()
+    reproduced: dict[str, float] = field(default_factory=dict)
 
-    def cells(self, with_costs: bool) -> list[str]:
+    def cells(self, with_costs: bool, with_reproductions: bool = False) -> list[str]:
         cells = [self.network, self.dataset, self.setting]
         for protocol in self.protocols:
             value = 100 * self.metrics[protocol.name].map if self.metrics else math.nan
             cells.append("" if math.isnan(value) else f"{value:.2f}")
-            if protocol.measure.at == RECALL.at:
-                cells.append(f"{100 * self.metrics[protocol.name].at_k[0]:.2f}" if self.metrics else "")
             if protocol.name in PUBLISHED and not with_costs:
                 known = (self.published or {}).get(protocol.name)
                 cells.append("" if known is None else f"{known:.1f}")
                 cells.append("" if known is None or math.isnan(value) else f"{value - known:+.2f}")
+                if with_reproductions:
+                    cells.append(f"{self.reproduced[protocol.name]:.2f}" if protocol.name in self.reproduced else "")
         if with_costs:
             cells += self.costs or [""] * len(COSTS)
         values = [at_k_in_words(self.metrics[each.name]) if self.metrics else "" for each in self.protocols]
@@ -140,11 +143,11 @@ def main(argv: list[str]) -> None:
             print("\n".join(new), flush=True)
 
     for protocols, names in by_protocols(cfg).items():  # a table per kind of dataset
-        say(*[""] * bool(lines), *heading(protocols, kind.costs))
+        say(*[""] * bool(lines), *heading(protocols, kind.costs, args.reproductions))
         for group in kind.groups(cfg, args.depth or list(STAGE_DEPTHS)):
             for row in (row for name in names for row in rows(group, name, protocols, session)):
                 missing += row.metrics is None
-                say(markdown(row.cells(kind.costs)))
+                say(markdown(row.cells(kind.costs, args.reproductions)))
                 run = run or output.new_run(f"{args.task}-{'+'.join(cfg.TEST.DATASET_LIST)}")
                 (run / f"{args.task}.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
                 output.publish(run)
@@ -152,6 +155,8 @@ def main(argv: list[str]) -> None:
     if not session.first:
         return
     print(f"\n{costs_explained(cfg) if kind.costs else 'Published: ' + published()['source'] + '.'}")
+    if args.reproductions:
+        print(f"Reproduced by others: {', '.join(each['source'] for each in published()['reproductions'])}.")
     if "toy" in cfg.TEST.DATASET_LIST:
         log.info("%s", toy.DISCLAIMER)
     if missing:
@@ -163,6 +168,7 @@ def parse(argv: list[str]) -> Parsed:
     line = CommandLine(__doc__, instead=instead)
     line.add("task", choices=TABLES, help="the table, see above")
     line.add("--depth", type=int, action="append", choices=STAGE_DEPTHS, help="only this part of main [both]")
+    line.add("--reproductions", action="store_true", help="also the independent reproductions nearest to the results")
     args, cfg, given = line.parse(argv, lambda args: TABLES[args.task].defaults)
     for key in ("MODEL.DEPTH", "SupG.onemeval"):
         if args.task == "main" and key in given:
@@ -247,14 +253,18 @@ def by_protocols(cfg: CfgNode) -> dict[tuple[Protocol, ...], list[str]]:
     return tables
 
 
-def heading(protocols: Sequence[Protocol], costs: bool) -> list[str]:
-    """Returns the first two lines of a table, with columns for the costs or for the published numbers."""
+def heading(protocols: Sequence[Protocol], costs: bool, reproductions: bool = False) -> list[str]:
+    """Returns the first two lines of a table, with columns for the costs or for the published numbers.
+
+    Args:
+        reproductions: whether to have columns for independent reproductions beside the published numbers.
+    """
     cells = ["network", "dataset", "setting"]
     for protocol in protocols:
         usual = protocol in REVISITED_PROTOCOLS
         cells.append(protocol.title if usual else f"{protocol.measure.title} {protocol.title}")
-        cells += [f"{protocol.measure.at}@1 {protocol.title}"] if protocol.measure.at == RECALL.at else []
-        cells += ["published", "difference"] if protocol.name in PUBLISHED and not costs else []
+        if protocol.name in PUBLISHED and not costs:
+            cells += ["published", "difference", *["reproduced by others"] * reproductions]
     cells += COSTS if costs else ()
     for protocol in protocols:
         cells.append(f"{protocol.title} {protocol.measure.at}@{','.join(map(str, protocol.measure.kappas))}")
@@ -293,19 +303,20 @@ def rows(group: RowGroup, name: str, protocols: Sequence[Protocol], session: Ses
         return
     whitening = experiment.facts().get("whitening", {})
     note = "whitening learnt on this database itself" if whitening.get("learnt_on_the_test_set") else ""
-    kept = bytes_per_row(database)
+    kept, metrics = bytes_per_row(database), evaluate(searched.ranking, truth, protocols, size)
     yield Row(
-        network, name, setting("retrieval"), protocols, evaluate(searched.ranking, truth, protocols, size),
-        find_published(cfg, name), note, costs_of(searched.ranking, peak, kept),
+        network, name, setting("retrieval"), protocols, metrics, find_published(cfg, name), note,
+        costs_of(searched.ranking, peak, kept), find_reproduced(cfg, name, metrics),
     )  # fmt: skip
     for variant in variants:
         with PeakMemory(device) as peak:
             ranking = variant.stage(searched)
         once = f"{ranking.once:.1f} s once for the database" if ranking.once else ""
+        metrics = evaluate(ranking, truth, protocols, size)
         yield Row(
-            network, name, setting(variant.title, variant.words), protocols, evaluate(ranking, truth, protocols, size),
+            network, name, setting(variant.title, variant.words), protocols, metrics,
             find_published(cfg, name, variant.stage), ", ".join(filter(None, [note, once])),
-            costs_of(ranking, peak, kept + variant.bytes_kept),
+            costs_of(ranking, peak, kept + variant.bytes_kept), find_reproduced(cfg, name, metrics, variant.stage),
         )  # fmt: skip
 
 
@@ -337,12 +348,6 @@ def costs_explained(cfg: CfgNode) -> str:
     return "\n".join(lines)
 
 
-@cache
-def published() -> dict:
-    path = Path(toy.__file__).with_name("published.json")
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def find_published(cfg: CfgNode, name: str, stage: Stage | None = None) -> dict[str, float] | None:
     """Returns the paper's numbers, which apply only to the paper's settings and exact search (in any precision).
 
@@ -355,9 +360,18 @@ def find_published(cfg: CfgNode, name: str, stage: Stage | None = None) -> dict[
         return None
     if stage and repr(stage) != repr(Reranked(SuperGlobalReranker())):
         return None
-    wanted = {"depth": cfg.MODEL.DEPTH, "stage": "reranking" if stage else "retrieval"}
-    wanted["distractors"] = cfg.SupG.onemeval
-    return next((entry.get(name) for entry in published()["figures"] if wanted.items() <= entry.items()), None)
+    setting = (cfg.MODEL.DEPTH, "reranking" if stage else "retrieval", cfg.SupG.onemeval, name)
+    return find_figures(published()["figures"], *setting) or None
+
+
+def find_reproduced(
+    cfg: CfgNode, name: str, metrics: Mapping[str, Metrics], stage: Stage | None = None
+) -> dict[str, float]:
+    """Returns the independent reproductions of the paper's numbers that are nearest to ours, see find_published."""
+    if find_published(cfg, name, stage) is None:
+        return {}
+    maps = {protocol: 100 * each.map for protocol, each in metrics.items()}
+    return nearest_reproduction(cfg.MODEL.DEPTH, "reranking" if stage else "retrieval", cfg.SupG.onemeval, name, maps)
 
 
 class TableKind(NamedTuple):

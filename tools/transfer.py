@@ -80,6 +80,11 @@ class Fetcher:
         for scheme in ("http://", "https://"):
             self.session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry))
 
+    @property
+    def offline(self) -> bool:
+        """Whether no host could be reached so far."""
+        return bool(self.unreachable) and not self.answered
+
     def size(self, file: File) -> int | None:
         """Returns the size in bytes, or None if no host tells it. Raises ConnectionError if none can be reached."""
         try:

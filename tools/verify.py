@@ -1,0 +1,238 @@
+"""Check in a minute that this machine computes the paper's results, and that its data and weights are complete.
+
+python -m tools.verify
+python -m tools.verify TEST.DATA_DIR DIR TEST.WEIGHTS DIR TEST.DEVICE cuda --json
+
+descriptors  the paper's descriptors of two images, in each precision, on the CPU and the GPU
+protocol     the metrics of bundled rankings, and rankings after reranking
+environment  versions, TF32, resizing, JPEG files, EXIF
+datasets     the datasets of TEST.DATASET_LIST, as python -m tools.check NAME, and the list of the distractors
+weights      the checkpoints in TEST.WEIGHTS
+
+✓ is right, ✗ is wrong and says what to do, – is missing or only noted. Exit codes: 0, or 2 if something is wrong.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import PIL.features
+import torch
+from PIL import ExifTags, Image
+from yacs.config import CfgNode
+
+from assembly import DEFAULT_WEIGHTS, find_dataset, option
+from config import CommandLine
+from extraction.extract import extract_batch
+from extraction.images import read_image
+from extraction.jpeg import decodes_as_pillow
+from model.backbone import PRECISIONS
+from model.checkpoint import find_checkpoint, load_encoder, sha256
+from model.cvnet import STAGE_DEPTHS, ResNet
+from model.device import choose_device, device_name, forbid_tf32
+from model.errors import InputError, short_list
+from model.recipe import Recipe
+from modules.descriptor import rescale
+from modules.reranking import SuperGlobalReranker
+from modules.search import Database
+from report.command import run_command
+from report.log import package_versions
+from revisitop.dataset import Dataset, GroundTruth
+from revisitop.descriptors import load_descriptors
+from revisitop.evaluate import evaluate, evaluate_ranks
+from revisitop.layout_revisitop import load_distractor_list
+from revisitop.published import published
+from revisitop.retrieve import rerank, retrieve
+from revisitop.toy import seeded_checkpoint
+from tools.check import Finding, check_dataset, read_images
+
+REFERENCE = Path(__file__).parents[1] / "tests" / "data"  # computed by the paper's released code
+LARGEST = {"fp32": 2e-6, "bf16": 2e-3, "fp16": 5e-4}  # differences of an element of a descriptor
+SAMPLE = 1000  # distractors whose files are looked at
+
+Check = Callable[[CfgNode], Iterator[Finding]]
+
+
+def main(argv: list[str]) -> None:
+    line = CommandLine(__doc__, ("TEST.DATA_DIR", "TEST.DATASET_LIST", "TEST.WEIGHTS", "TEST.DEVICE"))
+    line.add("--json", action="store_true", help="print JSON")
+    args, cfg, _ = line.parse(argv)
+    sections: dict[str, list[Finding]] = {}
+    for title, check in CHECKS.items():
+        sections[title] = [*check(cfg)]
+        if not args.json:
+            print(title, *sections[title], sep="\n  ", flush=True)
+    if args.json:
+        print(json.dumps({title: [each._asdict() for each in found] for title, found in sections.items()}, indent=1))
+    if wrong := [title for title, findings in sections.items() if any(each.ok is False for each in findings)]:
+        raise InputError(f"{', '.join(wrong)}: see the lines with ✗")
+
+
+def verify(cfg: CfgNode) -> list[Finding]:
+    """Returns the findings of all checks."""
+    return [finding for check in CHECKS.values() for finding in check(cfg)]
+
+
+def check_descriptors(cfg: CfgNode) -> Iterator[Finding]:
+    """Yields how far descriptors are from those of the paper's released code, for each device and precision."""
+    with option("TEST.DEVICE"):
+        device = choose_device(cfg.TEST.DEVICE)
+    if device.type == "cuda":
+        forbid_tf32()
+    devices = dict.fromkeys((torch.device("cpu"), device) if cfg.TEST.DEVICE == "auto" else (device,))
+    with tempfile.TemporaryDirectory() as folder, np.load(REFERENCE / "reference.npz") as reference:
+        torch.save(seeded_checkpoint(50, prefix=""), weights := Path(folder) / "seeded.pyth")
+        for place, precision in ((place, precision) for place in devices for precision in PRECISIONS):
+            words = f"{device_name(place)}, {precision}"
+            try:
+                extractor = Recipe(weights=weights, precision=precision).extractor(place)
+                pixels = [torch.from_numpy(reference[f"image_{number}"]) for number in (0, 1)]
+                found = np.stack([extract_batch(extractor, [image])[0].cpu().numpy() for image in pixels])
+            except RuntimeError as error:
+                yield Finding(None, f"{words}: not supported ({str(error).splitlines()[0]})")
+                continue
+            expected = np.stack([reference[f"descriptor_all_3_image_{number}"] for number in (0, 1)])
+            largest, cosine = abs(found - expected).max(), (found * expected).sum(axis=1).min()
+            words += f": largest difference {largest:.1e} of {LARGEST[precision]:.0e}, cosine {cosine:.7f}"
+            if largest <= LARGEST[precision]:
+                yield Finding(True, words, ("RGB", "antialias") if precision == "fp32" else ())
+            else:
+                yield Finding(False, f"{words}; install another version of PyTorch, or choose another TEST.DEVICE")
+
+
+def check_protocol(cfg: CfgNode) -> Iterator[Finding]:
+    """Yields whether bundled rankings have the expected metrics, before and after reranking."""
+    given = json.loads((REFERENCE / "evaluation.json").read_text())
+    kinds = ("easy", "hard", "junk")
+    truth = [GroundTruth({kind: np.array(lists[kind], dtype=np.int64) for kind in kinds}) for lists in given["gnd"]]
+    metrics = evaluate_ranks(np.array(given["ranks"]).T, truth)
+    largest = max(abs(metrics[name].map - expected["map"]) for name, expected in given["expected"].items())
+    advice = "; restore the files of this project, git checkout ."
+    words = f"mAP of bundled rankings: largest difference {largest:.0e}"
+    yield Finding(True, words) if largest < 1e-9 else Finding(False, f"{words}{advice}")
+    with np.load(REFERENCE / "reference.npz") as reference:
+        queries, rows = (torch.from_numpy(reference[name]) for name in ("rerank_Q", "rerank_X"))
+        expected = reference["rerank_ranks_M400_K9_b0.15"].T
+    database = Database([rows])
+    found = rerank(retrieve(queries, database, len(rows)), SuperGlobalReranker(), queries, database).ids.numpy()
+    same = (found == expected).mean()
+    words = f"ranking after reranking: {same:.2%} of the places as expected"
+    yield Finding(True, words, ("S2",)) if same == 1 else Finding(False, f"{words}{advice}")
+
+
+def check_environment(cfg: CfgNode) -> Iterator[Finding]:
+    """Yields versions, and whether matrix products, resizing and decoding are those of the paper."""
+    versions = package_versions()
+    yield Finding(True, ", ".join(f"{name} {version}" for name, version in versions.items()))
+    yield Finding(True, "TF32 is off on GPUs: prepare_process of model/device.py forbids it in every command")
+    x = torch.arange(16.0).square().reshape(1, 1, 4, 4)
+    halved = torch.allclose(rescale(x, 0.5), torch.nn.functional.avg_pool2d(x, 2))
+    yield (
+        Finding(True, "images are resized without antialiasing", ("antialias",))
+        if halved
+        else Finding(False, "images are not resized as for the paper; install another version of PyTorch")
+    )
+    library = f"Pillow {versions['pillow']}"
+    if decodes_as_pillow():
+        library = f"simplejpeg, to the same pixels as {library}"
+    if PIL.features.check_feature("libjpeg_turbo"):
+        yield Finding(True, f"JPEG files are decoded by {library} with libjpeg-turbo")
+    else:
+        yield Finding(
+            False, f"JPEG files are decoded by {library} with another libjpeg; pip install --force-reinstall pillow"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = 6  # turned by a quarter
+        Image.new("RGB", (40, 20)).save(path := Path(folder) / "turned.jpg", exif=exif)
+        upright = read_image(path).shape == (40, 20, 3)
+    yield (
+        Finding(True, "images are turned upright by their EXIF orientation", ("EXIF",))
+        if upright
+        else Finding(False, "the EXIF orientation of images is ignored; pip install --upgrade pillow")
+    )
+
+
+def check_datasets(cfg: CfgNode) -> Iterator[Finding]:
+    """Yields the findings of tools.check about each dataset, its published descriptors, and the distractors."""
+    for name in cfg.TEST.DATASET_LIST:
+        try:
+            dataset = find_dataset(cfg, name)
+        except InputError as error:
+            yield Finding(None, f"{name}: {error}")
+            continue
+        yield from (each._replace(text=f"{name}: {each.text}") for each in check_dataset(dataset))
+        yield from check_features(dataset, Path(cfg.TEST.DATA_DIR))
+    folder = Path(cfg.TEST.DATA_DIR) / "revisitop1m"
+    if not folder.is_dir():
+        return
+    try:
+        _, images = load_distractor_list(folder)
+    except InputError as error:
+        yield Finding(False, str(error))
+        return
+    count, expected = len(images), published()["distractors"]
+    advice = "start python -m tools.download revisitop1m"
+    if count != expected:
+        yield Finding(False, f"revisitop1m: {count:,} images are listed, {expected:,} are published; {advice}")
+    _, damaged = read_images([images[number].path for number in range(0, count, max(1, count // SAMPLE))])
+    if damaged:
+        yield Finding(
+            False, f"revisitop1m: of {SAMPLE} images, {len(damaged)} are bad ({short_list(damaged)}); {advice}"
+        )
+    else:
+        yield Finding(True, f"revisitop1m: {count:,} images are listed, and a sample of them is complete")
+
+
+def check_features(dataset: Dataset, folder: Path) -> Iterator[Finding]:
+    """Yields whether revisitop's example descriptors, if they are there, have the published metrics."""
+    path = folder / f"{dataset.name}_resnet_rsfm120k_gem.mat"
+    expected = published()["datasets"].get(dataset.name, {}).get("features")
+    if not expected or not path.exists():
+        return
+    try:
+        queries, rows = load_descriptors(path, dataset)
+        ranking = retrieve(queries, Database([rows]), listed=dataset.listed)
+    except InputError as error:
+        yield Finding(False, str(error))
+        return
+    found = {name: 100 * each.map for name, each in evaluate(ranking, dataset.ground_truth, dataset.protocols).items()}
+    words = f"{path.name}: mAP {' / '.join(f'{value:.2f}' for value in found.values())}"
+    if max(abs(found[name] - value) for name, value in expected.items()) < 0.01:
+        yield Finding(True, f"{words}, as published: the ground truth of {dataset.name} is right", ("junk",))
+    else:
+        values = " / ".join(f"{value:.2f}" for value in expected.values())
+        yield Finding(False, f"{words}, but {values} is published; replace {path} and the gnd_{dataset.name}.pkl")
+
+
+def check_weights(cfg: CfgNode) -> Iterator[Finding]:
+    """Yields whether there is a checkpoint of each depth that loads strictly, and its GeM power."""
+    folder = DEFAULT_WEIGHTS if cfg.TEST.WEIGHTS == "auto" else Path(cfg.TEST.WEIGHTS)
+    for depth in STAGE_DEPTHS:
+        try:
+            path = find_checkpoint(folder, depth)
+        except InputError as error:
+            yield Finding(None, f"{error}; or python -m tools.download weights --weights-dir {folder}")
+            continue
+        try:
+            with torch.device("meta"):
+                encoder = ResNet(depth)
+            power = load_encoder(encoder, path).head.pool["p"].item()
+        except InputError as error:
+            yield Finding(False, str(error))
+            continue
+        yield Finding(True, f"{path}: ResNet-{depth}, loaded strictly; GeM power {power:.3f}; SHA-256 {sha256(path)}")
+
+
+CHECKS: dict[str, Check] = {
+    "descriptors": check_descriptors,
+    "protocol": check_protocol,
+    "environment": check_environment,
+    "datasets": check_datasets,
+    "weights": check_weights,
+}
+
+if __name__ == "__main__":
+    run_command(main)

@@ -2,7 +2,7 @@
 
 import logging
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -21,7 +21,7 @@ from extraction.extract import ImageSet, extract_sets, probe, probe_tolerance
 from extraction.images import ImageFile, read_truncated, set_pixel_limit
 from extraction.loading import Loading
 from extraction.processes import Processes
-from extraction.store import content_folder, file_fingerprint, plain_name
+from extraction.store import content_folder, file_fingerprint, plain_name, read_provenance
 from model.checkpoint import find_checkpoint
 from model.device import choose_device, device_name, prepare_process
 from model.errors import InputError, nearest
@@ -37,20 +37,14 @@ from report.log import start_log
 from report.output import Output, open_output
 from revisitop import toy
 from revisitop.dataset import Dataset
-from revisitop.descriptors import (
-    RANKINGS,
-    check_distractors,
-    database_file,
-    descriptors_provenance,
-    load_descriptors,
-    load_distractors,
-    load_ranking,
-)
+from revisitop.descriptors import SavedDescriptors, check_distractors, load_distractors, load_features
 from revisitop.evaluate import ignored_images
+from revisitop.exports import Names, check_forms, write_descriptors, write_rankings
 from revisitop.fusion import fused
 from revisitop.index import indexed, new_index
 from revisitop.layout_revisitop import load_distractor_list
 from revisitop.layouts import dataset_folder, load_dataset
+from revisitop.retrieve import Ranking
 from revisitop.stages import Augmented, Reranked, Searched, SearchedAgain, Stage, search_for
 
 log = logging.getLogger(__name__)
@@ -317,6 +311,7 @@ class Experiment:
         cfg: the options.
         dataset: images and ground truth.
         recipe: the recipe of the descriptors; None if saved ones are evaluated, or several are fused.
+        features: the saved descriptors, or a ranking, which is evaluated as it is; None if images are extracted.
         distractors: the distractors, or None.
         output: where descriptors and scores are kept.
         device: the device of the computations.
@@ -326,6 +321,7 @@ class Experiment:
     cfg: CfgNode
     dataset: Dataset
     recipe: Recipe | None
+    features: SavedDescriptors | Ranking | None
     distractors: Distractors | None
     output: Output
     device: torch.device
@@ -372,10 +368,11 @@ class Experiment:
             with option("TEST.FUSION"):
                 rows = [fused(each, weights, self.output.folder) for each in zip(*parts, strict=True)]
                 return fused(queries, weights, self.output.folder), rows, [file for each in files for file in each]
-        if self.recipe is None:
-            with option("TEST.FEATURES"):
-                queries, rows = load_descriptors(Path(self.cfg.TEST.FEATURES), self.dataset)
-                files = [database_file(Path(self.cfg.TEST.FEATURES), self.dataset)]
+        if isinstance(self.features, Ranking):
+            raise InputError(f"TEST.FEATURES: {self.cfg.TEST.FEATURES} has a ranking; this command needs descriptors")
+        if self.features is not None:
+            queries, rows, file = self.features
+            files = [file]
         else:
             log.info("descriptors: %s", self.folder)
             *others, rows = extract(self.sets, self.recipe, self.cfg, self.device, processes)
@@ -390,17 +387,10 @@ class Experiment:
             files.append(self.distractors.path)
         return queries, parts, files
 
-    @property
-    def features_are_a_ranking(self) -> bool:
-        """Whether TEST.FEATURES contains a ranking, which is evaluated as it is."""
-        return self.recipe is None and Path(self.cfg.TEST.FEATURES).suffix.lower() in RANKINGS
-
     def search(self, processes: Processes | None = None) -> Searched:
         """Searches for the results that the stages need; the processes of a `torchrun` share it, see descriptors."""
-        if self.features_are_a_ranking:
-            with option("TEST.FEATURES"):
-                ranking = load_ranking(Path(self.cfg.TEST.FEATURES), self.dataset)
-            return Searched(ranking, torch.empty(0, 1), Database(torch.empty(0, 1)))
+        if isinstance(self.features, Ranking):
+            return Searched(self.features, torch.empty(0, 1), Database(torch.empty(0, 1)))
         return self.search_with(self.stages.values(), *self.descriptors(processes), processes)
 
     def search_with(
@@ -408,14 +398,31 @@ class Experiment:
     ) -> Searched:
         """Searches for the results that these stages and the measures of the dataset need; see search."""
         dataset = self.dataset
+        everything = "ranks" in self.cfg.TEST.EXPORT
         return search_for(
-            stages, queries, database, dataset.listed, self.device, processes, dataset.excluded, dataset.depth
-        )
+            stages, queries, database, dataset.listed, self.device, processes, everything,
+            dataset.excluded, dataset.depth,
+        )  # fmt: skip
+
+    def export(self, folder: Path, rankings: Mapping[str, Ranking], searched: Searched) -> None:
+        """Writes rankings and descriptors into a folder for other programs, in the forms of TEST.EXPORT."""
+        dataset, forms = self.dataset, self.cfg.TEST.EXPORT
+        if not forms:
+            return
+        with option("TEST.EXPORT"):
+            queries, database = (
+                [name(number) for number in range(len(images))]
+                for name, images in ((dataset.query_name, dataset.queries), (dataset.database_name, dataset.database))
+            )
+            distractors = map(str, range(len(searched.database) - len(database)))
+            write_rankings(folder, forms, dataset.name, rankings, Names(queries, [*database, *distractors]))
+            files = Names.of_files((dataset.queries, dataset.folder), (dataset.database, dataset.folder))
+            write_descriptors(folder, forms, dataset.name, searched.queries, searched.database, files)
 
     @cached_property
     def stages(self) -> dict[str, Stage]:
         """The stages of TEST.RERANKER, by title; none for a saved ranking."""
-        if self.features_are_a_ranking:
+        if isinstance(self.features, Ranking):
             return {}
         return make_stages(self.cfg, self.output.folder, self._local_feature_stages)
 
@@ -465,9 +472,8 @@ class Experiment:
                 if part.get("whitening", {}).get("learnt_on_the_test_set"):
                     facts["whitening"] = part["whitening"]
         elif recipe is None:
-            path = Path(self.cfg.TEST.FEATURES)
-            facts["features"] = str(path)
-            facts["made_from"] = descriptors_provenance(path, self.dataset) or None
+            facts["features"] = self.cfg.TEST.FEATURES
+            facts["made_from"] = read_provenance(getattr(self.features, "file", Path(self.cfg.TEST.FEATURES)))
         else:
             facts["checkpoint"] = {"path": recipe.weights_in_words, "sha256": recipe.weights_sha256}
             facts["descriptors"] = str(self.folder)
@@ -510,12 +516,14 @@ def prepare(cfg: CfgNode, name: str, output: Output, device: torch.device) -> Ex
         check_index(cfg, experiment.recipe.dim if experiment.recipe else None)
     else:
         parts = tuple((weight, _with_descriptors(part, dataset, output, device)) for weight, part in fusion_parts(cfg))
-        if any(part.features_are_a_ranking for _, part in parts):
+        if any(isinstance(part.features, Ranking) for _, part in parts):
             raise InputError("TEST.FUSION: a ranking cannot be fused; give descriptors")
         dims = [part.recipe.dim if part.recipe else 0 for _, part in parts]
         check_index(cfg, sum(dims) if all(dims) else None)
-        experiment = Experiment(cfg, dataset, None, parts[0][1].distractors, output, device, parts)
-    if experiment.features_are_a_ranking and (active_rerankers(cfg) or cfg.TEST.INDEX):
+        experiment = Experiment(cfg, dataset, None, None, parts[0][1].distractors, output, device, parts)
+    with option("TEST.EXPORT"):
+        check_forms(cfg.TEST.EXPORT, not isinstance(experiment.features, Ranking))
+    if isinstance(experiment.features, Ranking) and (active_rerankers(cfg) or cfg.TEST.INDEX):
         log.warning("%s contains a ranking instead of descriptors: it is not searched or reranked", cfg.TEST.FEATURES)
     _ = experiment.stages  # raises if a stage is impossible
     return experiment
@@ -523,8 +531,11 @@ def prepare(cfg: CfgNode, name: str, output: Output, device: torch.device) -> Ex
 
 def _with_descriptors(cfg: CfgNode, dataset: Dataset, output: Output, device: torch.device) -> Experiment:
     """Creates the experiment with the descriptors of one network, or saved ones."""
-    recipe = None
-    if not cfg.TEST.FEATURES:
+    recipe = features = None
+    if cfg.TEST.FEATURES:
+        with option("TEST.FEATURES"):
+            features = load_features(Path(cfg.TEST.FEATURES), dataset)
+    else:
         dataset.check_files()
         recipe = find_recipe(cfg, dataset)
     distractors = None
@@ -542,7 +553,7 @@ def _with_descriptors(cfg: CfgNode, dataset: Dataset, output: Output, device: to
                     probe(recipe.extractor(device)),
                     probe_tolerance(recipe.precision),
                 )
-    return Experiment(cfg, dataset, recipe, distractors, output, device)
+    return Experiment(cfg, dataset, recipe, features, distractors, output, device)
 
 
 def small_set_advice(cfg: CfgNode, dataset: Dataset) -> str | None:

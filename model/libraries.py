@@ -71,7 +71,8 @@ def build_backbone(
         backbone = replace(backbone, unfilled=_load(backbone, Path(weights), name, whole))
     elif str(weights) == UNTRAINED and not comes_with_weights(name):
         backbone = replace(backbone, unfilled=["all, which are random"])
-    backbone.network.eval().requires_grad_(False)
+    for parameter in backbone.network.eval().parameters():  # TorchScript has no requires_grad_ of a whole network
+        parameter.requires_grad_(False)
     return backbone
 
 

@@ -78,11 +78,12 @@ def search_for(
     listed: Sequence[Tensor] | None = None,
     device: torch.device | str = "cpu",
     processes: Processes | None = None,
+    everything: bool = False,
     excluded: Tensor | None = None,
     depth: int = 0,
 ) -> Searched:
-    """Searches for as many results as the stages and the saved rankings need, or `depth`, see revisitop.retrieve."""
-    m = max([SAVED_RANKS, depth, *(each.needed for each in stages)])
+    """Searches for the results that the stages and the saved rankings need, `depth`, or all, see revisitop.retrieve."""
+    m = len(database) if everything else max([SAVED_RANKS, depth, *(each.needed for each in stages)])
     ranking = retrieve(queries, database, m, listed, device, processes, excluded)
     return Searched(ranking, queries, database, listed, device, excluded)
 

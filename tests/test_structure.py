@@ -12,7 +12,7 @@ from conftest import ROOT
 ALLOWED = {
     "modules": {"torch", "triton", "modules"},
     "model": {
-        *("torch", "torchvision", "timm", "huggingface_hub", "safetensors", "numpy", "scipy"),
+        *("torch", "torchvision", "timm", "huggingface_hub", "safetensors", "h5py", "numpy", "scipy"),
         *("modules", "model"),
     },
     "extraction": {
@@ -21,7 +21,7 @@ ALLOWED = {
     },
     "cvnet_rerank": {"torch", "numpy", "PIL", "tqdm", "modules", "model", "extraction", "cvnet_rerank"},
     "revisitop": {
-        *("torch", "numpy", "faiss", "scipy", "PIL", "tqdm"),
+        *("torch", "numpy", "faiss", "h5py", "scipy", "PIL", "tqdm"),
         *("modules", "model", "extraction", "cvnet_rerank", "revisitop"),
     },
     "report": {

@@ -33,6 +33,7 @@ from assembly import (
     fusion_folder,
     image_folder_set,
     make_stages,
+    option,
     start_session,
     with_index,
 )
@@ -46,6 +47,7 @@ from model.errors import InputError, short_list
 from model.recipe import Recipe
 from modules.search import Database
 from report.page import SHOWN, Hit, Page, Query, Section, write_report
+from revisitop.exports import Names, check_forms, write_descriptors, write_rankings
 from revisitop.fusion import fused
 from revisitop.retrieve import SAVED_RANKS, Ranking
 from revisitop.stages import search_for
@@ -83,6 +85,8 @@ def main(argv: list[str]) -> None:
     session = start_session(cfg, sys.stderr if args.json else sys.stdout)
     processes, device = session.processes, session.device
     milvus = Milvus.connect(args.index) if args.index and session.first else None
+    with option("TEST.EXPORT"):
+        check_forms(cfg.TEST.EXPORT)
     weights, configs = zip(*(fusion_parts(cfg) if cfg.TEST.FUSION else [(1.0, cfg)]), strict=True)
     if saved := [each.TEST.FEATURES for each in configs if each.TEST.FEATURES]:
         raise InputError(f"TEST.FUSION: {saved[0]} has descriptors of a dataset; for a folder of images, give networks")
@@ -118,7 +122,10 @@ def main(argv: list[str]) -> None:
             rows = with_index(cfg, Database(database.descriptors), cache / "database", files, device, weights=weights)
 
     stages = make_stages(cfg, session.output.folder)
-    searched = search_for(stages.values(), queries.descriptors, rows, device=device, processes=processes)
+    everything = "ranks" in cfg.TEST.EXPORT
+    searched = search_for(
+        stages.values(), queries.descriptors, rows, device=device, processes=processes, everything=everything
+    )
     processes.end()
     if not session.first:
         return
@@ -133,13 +140,21 @@ def main(argv: list[str]) -> None:
         log.info("scores: %s%s", scores, "; then the cosine similarity" if reranked else "")
         for line in in_words(queries, database, final, args.top, reranked):
             log.info("%s", line)
+    run = session.output.new_run(f"search-{args.database.resolve().name}") if args.report or cfg.TEST.EXPORT else None
+    if cfg.TEST.EXPORT:
+        names = Names.of_files((queries.images, queries.root), (database.images, database.root))
+        with option("TEST.EXPORT"):
+            write_rankings(run, cfg.TEST.EXPORT, "search", rankings, names)
+            own = Database(database.descriptors)
+            write_descriptors(run, cfg.TEST.EXPORT, "search", queries.descriptors, own, names)
+        log.info("rankings and descriptors for other programs are in %s", run)
     if args.report:
         networks = "; ".join(recipe.weights_in_words for recipe in recipes)
         settings = {"database": str(args.database), "queries": str(args.queries), "weights": networks}
         name = args.database.resolve().name
         page = Page(f"Search in {name}", settings, [section(queries, database, rankings)])
-        run = session.output.new_run(f"search-{name}")
         log.info("the report is %s", write_report(page, run / "report"))
+    if run:
         session.output.publish(run)
 
 
@@ -147,7 +162,17 @@ def parse(argv: list[str]) -> Parsed:
     truth = "it needs ground truth, as in test.py"
     instead = {"TEST.FEATURES": truth, "SupG.onemeval": truth, "TEST.DISTRACTORS": truth, "TEST.REPORT": "use --report"}
     instead |= {"TEST.DATA_DIR": "use --database", "TEST.DATASET_LIST": "use --database"}
-    uses = (*NETWORK, *FUSION, *LOADING, *INDEX, *RERANKING, "TEST.DEVICE", "TEST.OUT_DIR", "TEST.RESUME")
+    uses = (
+        *NETWORK,
+        *FUSION,
+        *LOADING,
+        *INDEX,
+        *RERANKING,
+        "TEST.DEVICE",
+        "TEST.OUT_DIR",
+        "TEST.RESUME",
+        "TEST.EXPORT",
+    )
     line = CommandLine(__doc__, uses, instead)
     line.add("--database", type=Path, required=True, metavar="FOLDER", help="images, also in subfolders")
     line.add("--queries", type=Path, required=True, metavar="FOLDER|FILE", help="an image, or several")

@@ -1,10 +1,11 @@
 """Create objects from options, for the commands. Library code does not know options; this module knows all."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -14,17 +15,17 @@ from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from config import active_rerankers, plain
+from config import DATASET, NETWORK, active_rerankers, as_words, fusion_parts, plain
 from cvnet_rerank.stage import local_feature_stages
 from extraction.extract import ImageSet, extract_sets, probe, probe_tolerance
-from extraction.images import ImageFile, limit_side, set_pixel_limit
+from extraction.images import ImageFile, limit_side, read_truncated, set_pixel_limit
 from extraction.loading import Loading
 from extraction.processes import Processes
 from extraction.store import content_folder, file_fingerprint, plain_name, read_provenance
 from model.checkpoint import find_checkpoint
 from model.device import choose_device, device_name, prepare_process
 from model.errors import InputError, nearest
-from model.libraries import is_user_file, short_name
+from model.libraries import comes_with_weights, short_name
 from model.recipe import Recipe
 from modules.activation import RELUP_THRESHOLD
 from modules.checks import Array
@@ -42,6 +43,7 @@ from revisitop.dataset import Dataset
 from revisitop.descriptors import SavedDescriptors, check_distractors, load_distractors, load_features
 from revisitop.evaluate import ignored_images
 from revisitop.exports import Names, check_forms, write_descriptors, write_rankings
+from revisitop.fusion import fused
 from revisitop.index import indexed, new_index
 from revisitop.layout_revisitop import load_distractor_list
 from revisitop.layouts import dataset_folder, load_dataset
@@ -84,6 +86,10 @@ def make_recipe(cfg: CfgNode, weights: Path | str) -> Recipe:
         precision=cfg.TEST.PRECISION,
         max_side=cfg.TEST.MAX_SIDE or None,
         whitening=Path(cfg.MODEL.WHITENING) if cfg.MODEL.WHITENING else None,
+        mean=tuple(cfg.MODEL.MEAN) or None,
+        std=tuple(cfg.MODEL.STD) or None,
+        size=(cfg.MODEL.SIZE[0], cfg.MODEL.SIZE[-1]) if cfg.MODEL.SIZE else None,
+        multiple=cfg.MODEL.MULTIPLE or None,
     )
 
 
@@ -135,7 +141,7 @@ def has_random_weights(recipe: Recipe, cfg: CfgNode, dataset: Dataset | None = N
     """Returns whether the network is untrained, as that of toy is by default."""
     if recipe.is_cvnet:
         return dataset is not None and dataset.name in toy.NAMES and cfg.TEST.WEIGHTS == "auto"
-    return str(recipe.weights) == "untrained" and not is_user_file(recipe.network)
+    return str(recipe.weights) == "untrained" and not comes_with_weights(recipe.network)
 
 
 def find_dataset(cfg: CfgNode, name: str) -> Dataset:
@@ -155,7 +161,7 @@ def find_dataset(cfg: CfgNode, name: str) -> Dataset:
             names = [path.name for path in folder.iterdir() if path.is_dir()]
             if name not in names and (hint := nearest(name, [*DOWNLOADED, *toy.NAMES, *names])):
                 raise InputError(f"no dataset {name} in {folder}; {hint}")
-        return load_dataset(name, folder)
+        return load_dataset(name, folder, radius=cfg.TEST.PLACE_RADIUS, crop_queries=cfg.TEST.CROP_QUERIES)
 
 
 @dataclass(frozen=True)
@@ -205,13 +211,16 @@ def start_session(cfg: CfgNode, screen: TextIO | None = None) -> Session:
         device = choose_device(cfg.TEST.DEVICE, processes.local)
     prepare_process(device)
     set_pixel_limit(cfg.DATA_LOADER.MAX_PIXELS)
+    read_truncated(cfg.DATA_LOADER.TRUNCATED)
     head["device"] = device_name(device)
     log.info("device: %s", head["device"])
     return Session(cfg, processes, head, device)
 
 
 def network_title(cfg: CfgNode, cvnet: str = "R") -> str:
-    """Returns a short name of the network for file names, such as R50."""
+    """Returns a short name of the network, or of those that are fused, for file names, such as R50."""
+    if cfg.TEST.FUSION:
+        return "+".join(plain_name(Path(name).stem) for name in cfg.TEST.FUSION)
     return f"{cvnet}{cfg.MODEL.DEPTH}" if cfg.MODEL.NAME == "cvnet" else plain_name(short_name(cfg.MODEL.NAME))
 
 
@@ -280,6 +289,11 @@ def descriptor_folder(output: Output, name: str, images: Path, recipe: Recipe) -
     return content_folder(output.descriptors, name, {"folder": str(images.resolve()), **recipe.provenance()})
 
 
+def fusion_folder(output: Output, name: str, parts: Iterable[tuple[float, Path]]) -> Path:
+    """Returns the folder for what is computed from fused descriptors, given the weights and folders of the parts."""
+    return content_folder(output.descriptors, name, {"fusion": [[weight, folder.name] for weight, folder in parts]})
+
+
 def image_folder_set(folder: Path, images: Sequence[ImageFile], recipe: Recipe, output: Output) -> ImageSet:
     """Returns the images of a folder as a set; each recipe and folder path has its own descriptors."""
     place = descriptor_folder(output, folder.resolve().name, folder, recipe)
@@ -316,11 +330,12 @@ class Experiment:
     Attributes:
         cfg: the options.
         dataset: images and ground truth.
-        recipe: the recipe of the descriptors; None if saved ones are evaluated.
+        recipe: the recipe of the descriptors; None if saved ones are evaluated, or several are fused.
         features: the saved descriptors, or a ranking, which is evaluated as it is; None if images are extracted.
         distractors: the distractors, or None.
         output: where descriptors and scores are kept.
         device: the device of the computations.
+        parts: the weights and the experiments whose descriptors are fused.
     """
 
     cfg: CfgNode
@@ -330,11 +345,14 @@ class Experiment:
     distractors: Distractors | None
     output: Output
     device: torch.device
+    parts: tuple[tuple[float, "Experiment"], ...] = ()
 
     @cached_property
     def folder(self) -> Path:
         """The folder for the descriptors of these images, and for scores and indexes computed from them."""
         name, folder = self.dataset.name, self.dataset.folder
+        if self.parts:
+            return fusion_folder(self.output, name, [(weight, part.folder) for weight, part in self.parts])
         if self.recipe is None:
             return content_folder(
                 self.output.descriptors, name, {"features": str(Path(self.cfg.TEST.FEATURES).resolve())}
@@ -357,6 +375,19 @@ class Experiment:
         Args:
             processes: the processes of a `torchrun`, which share the extraction; by default only this one.
         """
+        queries, parts, files = self._rows(processes)
+        name = f"{self.dataset.name}_db{'+distractors' if len(parts) > 1 else ''}"
+        weights = [weight for weight, _ in self.parts] or [1.0]
+        return queries, with_index(self.cfg, Database(parts), self.folder / name, files, self.device, weights=weights)
+
+    def _rows(self, processes: Processes | None) -> tuple[Tensor, list[Tensor], list[Path]]:
+        """Returns the query descriptors, the rows of the database and of the distractors, and the files of the rows."""
+        if self.parts:
+            weights, experiments = zip(*self.parts, strict=True)
+            queries, parts, files = zip(*(each._rows(processes) for each in experiments), strict=True)
+            with option("TEST.FUSION"):
+                rows = [fused(each, weights, self.output.folder) for each in zip(*parts, strict=True)]
+                return fused(queries, weights, self.output.folder), rows, [file for each in files for file in each]
         if isinstance(self.features, Ranking):
             raise InputError(f"TEST.FEATURES: {self.cfg.TEST.FEATURES} has a ranking; this command needs descriptors")
         if self.features is not None:
@@ -367,25 +398,31 @@ class Experiment:
             *others, rows = extract(self.sets, self.recipe, self.cfg, self.device, processes)
             queries = others[0] if others else rows[torch.from_numpy(self.dataset.in_database)]
             files = [self.sets[-1].path]
-        parts, name = [rows], f"{self.dataset.name}_db"
+        parts = [rows]
         if self.distractors is not None:
             if self.distractors.rows.shape[1] != rows.shape[1]:
                 width = self.distractors.rows.shape[1]
                 raise InputError(f"the distractors have {width} dimensions, the database {rows.shape[1]}")
             parts.append(self.distractors.rows)
             files.append(self.distractors.path)
-            name += "+distractors"
-        return queries, with_index(self.cfg, Database(parts), self.folder / name, files, self.device)
+        return queries, parts, files
 
     def search(self, processes: Processes | None = None) -> Searched:
         """Searches for the results that the stages need; the processes of a `torchrun` share it, see descriptors."""
         if isinstance(self.features, Ranking):
             return Searched(self.features, torch.empty(0, 1), Database(torch.empty(0, 1)))
-        queries, database = self.descriptors(processes)
+        return self.search_with(self.stages.values(), *self.descriptors(processes), processes)
+
+    def search_with(
+        self, stages: Iterable[Stage], queries: Tensor, database: Database, processes: Processes | None = None
+    ) -> Searched:
+        """Searches for the results that these stages and the measures of the dataset need; see search."""
+        dataset = self.dataset
         everything = "ranks" in self.cfg.TEST.EXPORT
         return search_for(
-            self.stages.values(), queries, database, self.dataset.listed, self.device, processes, everything
-        )
+            stages, queries, database, dataset.listed, self.device, processes, everything,
+            dataset.excluded, dataset.depth,
+        )  # fmt: skip
 
     def export(self, folder: Path, rankings: Mapping[str, Ranking], searched: Searched) -> None:
         """Writes rankings and descriptors into a folder for other programs, in the forms of TEST.EXPORT."""
@@ -412,7 +449,7 @@ class Experiment:
     def _local_feature_stages(self, counts: Sequence[int]) -> dict[int, Stage]:
         """Returns the stages of CVNet-Rerank, by the number of candidates."""
         if self.recipe is None:
-            raise InputError("TEST.RERANKER cvnet needs images and weights, which TEST.FEATURES does not provide")
+            raise InputError("TEST.RERANKER cvnet needs one network, without TEST.FEATURES and TEST.FUSION")
         if not self.recipe.is_cvnet or self.recipe.whitening is not None:
             raise InputError("TEST.RERANKER cvnet needs CVNet's own network, MODEL.NAME cvnet without MODEL.WHITENING")
         if not len(self.database_images):
@@ -462,7 +499,12 @@ class Experiment:
         """Returns the facts about this dataset in results.json beside the metrics."""
         facts: dict[str, Any] = {}
         recipe = self.recipe
-        if recipe is None:
+        if self.parts:
+            facts["fusion"] = [{"weight": weight, **part.facts()} for weight, part in self.parts]
+            for part in facts["fusion"]:  # what must be stated with the metrics
+                if part.get("whitening", {}).get("learnt_on_the_test_set"):
+                    facts["whitening"] = part["whitening"]
+        elif recipe is None:
             facts["features"] = self.cfg.TEST.FEATURES
             facts["made_from"] = read_provenance(getattr(self.features, "file", Path(self.cfg.TEST.FEATURES)))
         else:
@@ -482,7 +524,10 @@ class Experiment:
             facts["index"] = {**index, "rows": self.cfg.TEST.INDEX_ROWS}
         if self.distractors is not None:
             facts["distractors"] = len(self.distractors.rows)
-        random = recipe is not None and has_random_weights(recipe, self.cfg, self.dataset)
+        random = any(
+            each.recipe is not None and has_random_weights(each.recipe, each.cfg, self.dataset)
+            for each in (self, *(part for _, part in self.parts))
+        )
         if self.dataset.name in toy.NAMES:
             facts["note"] = toy.DISCLAIMER if random else toy.DRAWN_DISCLAIMER
         elif random:
@@ -499,6 +544,28 @@ def prepare(cfg: CfgNode, name: str, output: Output, device: torch.device) -> Ex
     dataset = find_dataset(cfg, name)
     if cfg.TEST.MAX_SIDE and name in DOWNLOADED:
         log.warning("TEST.MAX_SIDE %d is not the published protocol of %s", cfg.TEST.MAX_SIDE, name)
+    if advice := small_set_advice(cfg, dataset):
+        _warn_once(advice)
+    if not cfg.TEST.FUSION:
+        experiment = _with_descriptors(cfg, dataset, output, device)
+        check_index(cfg, experiment.recipe.dim if experiment.recipe else None)
+    else:
+        parts = tuple((weight, _with_descriptors(part, dataset, output, device)) for weight, part in fusion_parts(cfg))
+        if any(isinstance(part.features, Ranking) for _, part in parts):
+            raise InputError("TEST.FUSION: a ranking cannot be fused; give descriptors")
+        dims = [part.recipe.dim if part.recipe else 0 for _, part in parts]
+        check_index(cfg, sum(dims) if all(dims) else None)
+        experiment = Experiment(cfg, dataset, None, None, parts[0][1].distractors, output, device, parts)
+    with option("TEST.EXPORT"):
+        check_forms(cfg.TEST.EXPORT, not isinstance(experiment.features, Ranking))
+    if isinstance(experiment.features, Ranking) and (active_rerankers(cfg) or cfg.TEST.INDEX):
+        log.warning("%s contains a ranking instead of descriptors: it is not searched or reranked", cfg.TEST.FEATURES)
+    _ = experiment.stages  # raises if a stage is impossible
+    return experiment
+
+
+def _with_descriptors(cfg: CfgNode, dataset: Dataset, output: Output, device: torch.device) -> Experiment:
+    """Creates the experiment with the descriptors of one network, or saved ones."""
     recipe = features = None
     if cfg.TEST.FEATURES:
         with option("TEST.FEATURES"):
@@ -506,7 +573,6 @@ def prepare(cfg: CfgNode, name: str, output: Output, device: torch.device) -> Ex
     else:
         dataset.check_files()
         recipe = find_recipe(cfg, dataset)
-    check_index(cfg, recipe.dim if recipe else None)
     distractors = None
     if cfg.SupG.onemeval:
         distractors = find_distractors(cfg)
@@ -522,13 +588,25 @@ def prepare(cfg: CfgNode, name: str, output: Output, device: torch.device) -> Ex
                     probe(recipe.extractor(device)),
                     probe_tolerance(recipe.precision),
                 )
-    with option("TEST.EXPORT"):
-        check_forms(cfg.TEST.EXPORT, not isinstance(features, Ranking))
-    experiment = Experiment(cfg, dataset, recipe, features, distractors, output, device)
-    if isinstance(features, Ranking) and (active_rerankers(cfg) or cfg.TEST.INDEX):
-        log.warning("%s contains a ranking instead of descriptors: it is not searched or reranked", cfg.TEST.FEATURES)
-    _ = experiment.stages  # raises if a stage is impossible
-    return experiment
+    return Experiment(cfg, dataset, recipe, features, distractors, output, device)
+
+
+def small_set_advice(cfg: CfgNode, dataset: Dataset) -> str | None:
+    """Returns a line if SuperGlobal's reranking averages more results than a query usually has positive images."""
+    positives, k = dataset.median_positives, cfg.SupG.rerank_k
+    if "superglobal" not in active_rerankers(cfg) or positives >= k + 1:
+        return None
+    words = ["tools.tune", "--folds", "5", "--test", dataset.name, *as_words(cfg, *NETWORK, *DATASET)]
+    command = shlex.join(["python", "-m", *words])
+    return (
+        f"{dataset.name}: the median query has {positives:g} positive images, fewer than the K + 1 = {k + 1} results "
+        f"that the reranking averages; try SupG.rerank_k {max(1, int(positives) - 1)}, or {command}"
+    )
+
+
+@cache
+def _warn_once(line: str) -> None:
+    log.warning("%s", line)
 
 
 def prepare_all(session: Session) -> list[Experiment]:

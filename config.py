@@ -78,8 +78,8 @@ _SIZE, _COUNT = _whole(1, 1 << 20), _whole(0, 1 << 20)
 _POWER = _checked(float, "a finite number above 0", lambda power: 0 < power < math.inf)
 _MODULES = _checked(_list, "a list of names of submodules")
 _NETWORK = _checked(
-    _text, "cvnet, timm:NAME, torchvision:NAME or FILE.py:FUNCTION",
-    lambda name: name == "cvnet" or re.fullmatch(r"(timm|torchvision):.*|.+\.py:\w+", name) is not None,
+    _text, "cvnet, timm:NAME, torchvision:NAME, hub:OWNER/REPO:ENTRY or FILE.py:FUNCTION",
+    lambda name: name == "cvnet" or re.fullmatch(r"(timm|torchvision|hub):.*|.+\.py:\w+", name) is not None,
 )  # fmt: skip
 _DEVICE = _checked(
     _text, "auto, cpu, cuda or cuda:N",
@@ -89,6 +89,19 @@ _DATASETS = _checked(
     _list, "a list of names of folders",
     lambda names: names and all(re.fullmatch(r"(?!\.\.?$)[^/\\\0]{1,200}", name) for name in names),
 )  # fmt: skip
+_CHANNELS = _checked(
+    lambda value: [float(item) for item in _list(value)], "three numbers, for R, G and B",
+    lambda numbers: len(numbers) in (0, 3) and all(map(math.isfinite, numbers)),
+)  # fmt: skip
+_SIDES = _checked(
+    lambda value: [int(item) for item in (_list(value) if isinstance(value, str | list) else [value])],
+    "one side or HEIGHT,WIDTH, from 1 to 16384", lambda sides: len(sides) < 3 and all(0 < x <= 16384 for x in sides),
+)  # fmt: skip
+_WEIGHTS = _checked(
+    lambda value: [float(item) for item in _list(value)], "a list of numbers from 0, not all 0",
+    lambda weights: not weights or (min(weights) >= 0 and 0 < sum(weights) < math.inf),
+)  # fmt: skip
+_PATHS = _checked(_list, "a list of files and folders")
 _NUMBERS = _checked(
     lambda value: [int(item) for item in _list(value)],
     "a list of whole numbers from 1 to 999999999", lambda numbers: numbers and 0 < min(numbers) <= max(numbers) < 1e9,
@@ -190,7 +203,9 @@ def _all_need(need: Need, *options: Option) -> tuple[Option, ...]:
 # The defaults of the method are those of modules/; a test compares them.
 _NETWORK_NAME = _all_need(
     _NAME_OF_DISTRACTORS,
-    Option("MODEL.NAME", "cvnet", "network: cvnet, timm:NAME, torchvision:NAME or your own FILE.py:FUNCTION", _NETWORK),
+    Option("MODEL.NAME", "cvnet",
+           "network: cvnet, timm:NAME, torchvision:NAME, hub:OWNER/REPO[:BRANCH]:ENTRY[:KEY=VALUE,...] (or the path of "
+           "a clone for OWNER/REPO) or your own FILE.py:FUNCTION", _NETWORK),
     Option("MODEL.DEPTH", 50, "layers of the ResNet encoder: 50 or 101",
            _checked(int, "50 or 101", (50, 101).__contains__), (_CVNET_NETWORK,)),
 )  # fmt: skip
@@ -198,7 +213,16 @@ _NETWORK_OPTIONS = _all_need(
     _IMAGES,
     Option("MODEL.HEADS.REDUCTION_DIM", 2048, "dimensions of the descriptor, as in the checkpoint",
            _SIZE, (_CVNET_NETWORK,)),
-    Option("MODEL.POOLING", "gem", "pooling: gem, average, max or class (a transformer's class token)", _TEXT),
+    Option("MODEL.POOLING", "gem",
+           "pooling: gem, average, max, class (a transformer's class token) or none (the network returns descriptors)",
+           _TEXT),
+    Option("MODEL.MEAN", [], "mean of R, G and B in 0..1, of other networks; default: the network's, or ImageNet's",
+           _CHANNELS, (_OTHER_NETWORK,)),
+    Option("MODEL.STD", [], "their standard deviation", _CHANNELS, (_OTHER_NETWORK,)),
+    Option("MODEL.SIZE", [], "size to which images are resized, a side or HEIGHT,WIDTH; default: the network's, or any",
+           _SIDES, (_OTHER_NETWORK,)),
+    Option("MODEL.MULTIPLE", 0, "sides are enlarged to multiples of it (a transformer's patch); 0: the network's, or 1",
+           _COUNT, (_OTHER_NETWORK,)),
     Option("MODEL.WHITENING", "", "whitening of the descriptors, a file of python -m tools.whiten", _TEXT),
     Option("TEST.WEIGHTS", "auto",
            "checkpoint, or a folder in which exactly one fits the depth; auto: ./weights, for toy random weights; "
@@ -230,15 +254,27 @@ _LOADING_OPTIONS = _all_need(
     Option("DATA_LOADER.NUM_WORKERS", 16, "processes that decode images, at most one per core", _whole(0, 1024)),
     Option("DATA_LOADER.MAX_PIXELS", 178956970, "largest number of pixels of an image; a small file can claim billions",
            _whole(1, 1 << 36)),
+    Option("DATA_LOADER.TRUNCATED", False, "read what is there of a JPEG file whose end is missing; False: an error",
+           _FLAG),
     Option("DATA_LOADER.PIN_MEMORY", True, "copy to the GPU from pinned memory", _FLAG),
 )  # fmt: skip
-_RUN_OPTIONS = (
+_DATASET_OPTIONS = (
     Option("TEST.DATA_DIR", "./revisitop", "folder of the datasets", _PATH),
+    Option("TEST.PLACE_RADIUS", 25.0, "metres within which a place is positive, in datasets with UTM coordinates",
+           _number(0, 1e6)),
+    Option("TEST.CROP_QUERIES", False, "crop queries to their boxes in ILIAS' layout", _FLAG),
+)  # fmt: skip
+_RUN_OPTIONS = (
     Option("TEST.DATASET_LIST", ["roxford5k", "rparis6k"],
            "datasets to evaluate: roxford5k, rparis6k, gldv2, toy, or any folder in TEST.DATA_DIR", _DATASETS),
     Option("TEST.FEATURES", "",
            "evaluate saved descriptors or a ranking, of a run or another program: docs/programs.md lists the files",
            _TEXT),
+    Option("TEST.FUSION", [],
+           "descriptors to fuse: YAML files with the options of a network, and saved descriptors as in TEST.FEATURES",
+           _PATHS, (_IMAGES,)),
+    Option("TEST.FUSION_WEIGHTS", [], "their weights in the similarity; default: equal ones",
+           _WEIGHTS, (_with_option("TEST.FUSION"),)),
     Option("TEST.DEVICE", "auto", "auto (a GPU if there is one), cpu, cuda or cuda:N", _DEVICE),
     Option("TEST.OUT_DIR", "./output", "folder for descriptors and the results of each run", _PATH),
     Option("SupG.onemeval", False, "add the 1M distractors, extracted by extract_rop1m.py", _FLAG),
@@ -292,12 +328,15 @@ _CVNET_OPTIONS = (
 )  # fmt: skip
 
 # Groups of options that several commands use.
-NETWORK, LOADING, INDEX, RERANKING = (
+NETWORK, LOADING, DATASET, INDEX, RERANKING = (
     tuple(option.key for option in group)
-    for group in ((*_NETWORK_NAME, *_NETWORK_OPTIONS), _LOADING_OPTIONS, _INDEX_OPTIONS, _RERANKING_OPTIONS)
+    for group in (
+        *((*_NETWORK_NAME, *_NETWORK_OPTIONS), _LOADING_OPTIONS, _DATASET_OPTIONS, _INDEX_OPTIONS, _RERANKING_OPTIONS),
+    )
 )
+FUSION = ("TEST.FUSION", "TEST.FUSION_WEIGHTS")
 OPTIONS = (
-    *(*_NETWORK_NAME, *_NETWORK_OPTIONS, *_LOADING_OPTIONS, *_RUN_OPTIONS),
+    *(*_NETWORK_NAME, *_NETWORK_OPTIONS, *_LOADING_OPTIONS, *_DATASET_OPTIONS, *_RUN_OPTIONS),
     *(*_INDEX_OPTIONS, *_RERANKING_OPTIONS, *_CVNET_OPTIONS),
 )
 _BY_KEY = {option.key: option for option in OPTIONS}
@@ -343,6 +382,42 @@ def used_options(cfg: CfgNode) -> dict[str, Any]:
     """Returns the value of each option by its key; without those of the network if saved descriptors are evaluated."""
     unused = (*NETWORK, *LOADING) if cfg.TEST.FEATURES else ()
     return {key: value for key, value in option_values(cfg).items() if key not in unused}
+
+
+def fusion_parts(cfg: CfgNode) -> list[tuple[float, CfgNode]]:
+    """Returns the weight and the options of each part of TEST.FUSION whose weight is above 0; the weights add to 1.
+
+    The options of a network are those in its YAML file, else those of `cfg`. Index and rerankers belong to the whole.
+
+    Raises:
+        InputError: if a file has an option that is not of a network, or the number of weights is another one.
+    """
+    names = cfg.TEST.FUSION
+    weights = cfg.TEST.FUSION_WEIGHTS or [1.0] * len(names)
+    if len(weights) != len(names):
+        raise InputError(f"TEST.FUSION_WEIGHTS has {len(weights)} weights for the {len(names)} of TEST.FUSION")
+    parts = []
+    for name, weight in zip(names, weights, strict=True):
+        changes: dict[str, Any] = {key: [] for key in FUSION} | {"TEST.INDEX": "", "TEST.RERANKER": "none"}
+        if Path(name).suffix in (".yaml", ".yml"):
+            options = dict(_read_yaml(Path(name), "TEST.FUSION"))
+            if others := [key for key in options if key not in (*NETWORK, "TEST.DISTRACTORS")]:
+                raise InputError(f"TEST.FUSION {name}: {others[0]} is not an option of a network")
+            part = varied(cfg, {**changes, **options})
+            for line in (line for key, line in idle_options(part).items() if key in options):
+                raise InputError(f"TEST.FUSION {name}: {line}")
+        else:
+            part = varied(cfg, {**changes, "TEST.FEATURES": name})
+        if weight:
+            parts.append((weight / sum(weights), part))
+    return parts
+
+
+def as_words(cfg: CfgNode, *keys: str) -> list[str]:
+    """Returns these options, by default all, that differ from their defaults, as words of a command line."""
+    values = option_values(cfg)
+    changed = [key for key in keys or values if values[key] != _BY_KEY[key].default]
+    return [word for key in changed for word in (key, as_typed(values[key]))]
 
 
 def plain(cfg: CfgNode) -> dict[str, Any]:
@@ -475,8 +550,8 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; options are given as KEY VALUE, such as MODEL.DEPTH 50; see --help")
 
 
-def _read_yaml(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yields the options in a YAML file, with their values as text or lists of text.
+def _read_yaml(path: Path, flag: str = "--config-file") -> Iterator[tuple[str, Any]]:
+    """Yields the options in a YAML file, with their values as text or lists of text. Errors begin with the flag.
 
     References are refused, a few lines of which can expand beyond any memory.
     """
@@ -488,23 +563,23 @@ def _read_yaml(path: Path) -> Iterator[tuple[str, Any]]:
         if not isinstance(root, yaml.MappingNode):
             raise ValueError("it has no keys")
     except OSError as error:
-        raise InputError(f"--config-file {path}: {error.strerror}") from None
+        raise InputError(f"{flag} {path}: {error.strerror}") from None
     except Exception as error:  # exceptions of the YAML reader
         reason = " ".join(str(error).split())
-        raise InputError(f"--config-file {path} is not YAML such as 'MODEL: {{DEPTH: 50}}' ({reason})") from None
-    yield from _flatten(path, root, "")
+        raise InputError(f"{flag} {path} is not YAML such as 'MODEL: {{DEPTH: 50}}' ({reason})") from None
+    yield from _flatten(f"{flag} {path}", root, "")
 
 
-def _flatten(path: Path, node: yaml.MappingNode, prefix: str) -> Iterator[tuple[str, Any]]:
+def _flatten(file: str, node: yaml.MappingNode, prefix: str) -> Iterator[tuple[str, Any]]:
     keys = [f"{prefix}{key.value}" for key, _ in node.value]
     for key, (_, value) in zip(keys, node.value, strict=True):
         items = value.value if isinstance(value, yaml.SequenceNode) else [value]
         if keys.count(key) > 1:
-            raise InputError(f"--config-file {path} has {key} twice")
+            raise InputError(f"{file} has {key} twice")
         if isinstance(value, yaml.MappingNode):
-            yield from _flatten(path, value, f"{key}.")
+            yield from _flatten(file, value, f"{key}.")
         elif any(not isinstance(item, yaml.ScalarNode) or item.tag.endswith(":null") for item in items):
-            raise InputError(f"--config-file {path}: {key} has a value that no option takes")
+            raise InputError(f"{file}: {key} has a value that no option takes")
         else:
             yield key, [item.value for item in items] if isinstance(value, yaml.SequenceNode) else value.value
 

@@ -41,7 +41,7 @@ def superglobal(network: str, weights: str | Path = "pretrained", device: str = 
     """Returns SuperGlobal on any network: RGB tensors in 0..1 or PIL images -> unit descriptors (N, D).
 
     Args:
-        network: timm:NAME, torchvision:NAME or FILE.py:FUNCTION.
+        network: timm:NAME, torchvision:NAME, hub:OWNER/REPO:ENTRY or FILE.py:FUNCTION, see docs/networks.md.
         weights: a file, "pretrained" or "untrained".
         device, settings: as in superglobal_resnet50.
     """

@@ -1,7 +1,9 @@
 """Read images: from a file and a box to pixels and the identity of the image."""
 
 import contextlib
+import hashlib
 import io
+import logging
 import os
 import re
 import stat
@@ -9,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
+from typing import BinaryIO, overload
 
 import numpy as np
 import torch
@@ -18,9 +20,11 @@ from PIL import Image, ImageOps
 from PIL import ImageFile as PillowFile
 from torch import Tensor
 
-from extraction.identity import Box, Identity, box_in_words, file_identity, stat_record
+from extraction.identity import KEY_BYTES, NO_STAT, Box, Identity, box_in_words, file_identity, stat_record
 from extraction.jpeg import decoded_jpeg
 from model.errors import InputError
+
+log = logging.getLogger(__name__)
 
 with contextlib.suppress(ImportError):  # HEIC, the format of many phones, if the package is installed
     import pillow_heif
@@ -34,6 +38,7 @@ FORMATS = tuple(name for name in _SAFE if name in Image.OPEN)
 # A file of a few kilobytes can claim billions of pixels; the default is Pillow's own limit.
 PIXEL_LIMIT = 2 * (Image.MAX_IMAGE_PIXELS or 89478485)
 _pixel_limit = PIXEL_LIMIT
+_reads_truncated = False
 # Pillow's names of pixels with 16 bits per channel, of which it keeps the upper 8 unless the image is grey.
 _DEEP = re.compile(r";16[BLN]")
 _DARK = "16 bits per channel, but no value above 255, which would be black; save it with 8 bits per channel"
@@ -131,6 +136,17 @@ def pixel_limit() -> int:
     return _pixel_limit
 
 
+def read_truncated(reads: bool) -> None:
+    """Sets whether this process reads what is there of JPEG files whose end is missing, by default not."""
+    global _reads_truncated
+    _reads_truncated = reads
+
+
+def reads_truncated() -> bool:
+    """Returns whether this process reads what is there of JPEG files whose end is missing."""
+    return _reads_truncated
+
+
 def image_suffixes() -> set[str]:
     """Returns the suffixes of the files that read_image reads, in lower case: .jpg, .png ..."""
     return {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
@@ -153,11 +169,11 @@ def _read(path: Path, box: Box | None) -> tuple[np.ndarray, Identity]:
             raise ImageError(path, "not a file")
         with path.open("rb") as file:
             before = stat_record(os.fstat(file.fileno()))
-            with Image.open(file, formats=FORMATS) as image:
-                if image.width * image.height > _pixel_limit:
-                    raise _too_large(path, image.width * image.height)
-                pixels = _decoded(image)
+            pixels, whole = _read_pixels(file, path)
             identity = file_identity(file, box)
+            if not whole:  # another key, and no stat record: it is not taken for the same as a file that was read whole
+                log.warning("%s: its end is missing; the rest is grey", path)
+                identity = Identity(hashlib.blake2b(identity.key, digest_size=KEY_BYTES).digest(), NO_STAT)
             if stat_record(os.fstat(file.fileno())) != before:
                 raise ImageError(path, "changed while it was read")
             return pixels, identity
@@ -176,6 +192,29 @@ def _read(path: Path, box: Box | None) -> tuple[np.ndarray, Identity]:
         raise ImageError(path, reason) from None
     except Exception as error:  # decoders raise any exception (SyntaxError, struct.error, ...)
         raise ImageError(path, f"cannot be decoded ({str(error) or type(error).__name__})") from None
+
+
+def _read_pixels(file: BinaryIO, path: Path) -> tuple[np.ndarray, bool]:
+    """Returns the pixels, and whether the file is whole, which only a JPEG need not be, see read_truncated."""
+    is_jpeg = file.read(2) == b"\xff\xd8"
+    try:
+        return _opened(file, path), True
+    except OSError as error:
+        if not (_reads_truncated and is_jpeg and "truncated" in str(error)):
+            raise
+    PillowFile.LOAD_TRUNCATED_IMAGES = True
+    try:
+        return _opened(file, path), False
+    finally:
+        PillowFile.LOAD_TRUNCATED_IMAGES = False
+
+
+def _opened(file: BinaryIO, path: Path) -> np.ndarray:
+    file.seek(0)
+    with Image.open(file, formats=FORMATS) as image:
+        if image.width * image.height > _pixel_limit:
+            raise _too_large(path, image.width * image.height)
+        return _decoded(image)
 
 
 def _decoded(image: PillowFile.ImageFile) -> np.ndarray:

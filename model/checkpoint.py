@@ -1,8 +1,13 @@
-"""Find, read, verify and load weights. Loading is safe (tensors only) and strict (all keys, or an error)."""
+"""Find, read, verify and load weights. Loading is safe (tensors only) and strict (all keys, or an error).
+
+A file is one of torch.save or safetensors. The tensors may be in state_dict, model_state or model, and their names may
+have prefixes of what the network was wrapped in.
+"""
 
 import hashlib
 import pickle
 import re
+import shlex
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
@@ -17,11 +22,13 @@ from model.pickles import read_in_child
 
 Network = TypeVar("Network", bound=nn.Module)
 
-SUFFIXES = (".pyth", ".pth", ".pt")
+SUFFIXES = (".pyth", ".pth", ".pt", ".safetensors")
 PUBLISHED = {50: "CVPR2022_CVNet_R50.pyth", 101: "CVPR2022_CVNet_R101.pyth"}
 
-# Prefixes of CVNet, of DELG-pytorch, and none; the first under which there is an encoder is used.
-_PREFIXES = ("encoder_q.", "globalmodel.", "")
+# Where a training script keeps the tensors of the network.
+_WRAPPERS = ("state_dict", "model_state", "model")
+# What may precede the names of a network: DataParallel, torch.compile, Lightning modules, CVNet, DELG-pytorch.
+_PREFIXES = ("module", "_orig_mod", "model", "backbone", "encoder_q", "globalmodel")
 # The first bytes of files written by torch.save before PyTorch 1.6: its magic number as a pickle of protocol 2.
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _ZIP_MAGIC = b"PK\x03\x04"
@@ -66,18 +73,38 @@ def encoder_state(path: Path) -> dict[str, Tensor]:
     Raises:
         InputError: if the file cannot be read safely or contains no encoder.
     """
-    state = _model_state(path)
-    for prefix in _PREFIXES:
-        named = {
-            key.removeprefix(prefix).removeprefix("module."): v for key, v in state.items() if key.startswith(prefix)
-        }
-        inner = {key: v for key, v in named.items() if _ENCODER_KEY.match(key) and isinstance(v, Tensor)}
-        if any(key.startswith("stem.") for key in inner):
-            return inner
-    raise InputError(
-        f"{path} holds no CVNet encoder: no key stem.* after encoder_q., globalmodel. or without a prefix; "
-        f"its first keys are {short_list(list(state), 3) or 'none'}"
-    )
+    state = network_state(path, lambda key: _ENCODER_KEY.match(key) is not None)
+    encoder = {key: value for key, value in state.items() if _ENCODER_KEY.match(key)}
+    if not any(key.startswith("stem.") for key in encoder):
+        raise InputError(
+            f"{path} holds no CVNet encoder: no key stem.* after {', '.join(_PREFIXES)} or without a prefix; "
+            f"its first keys are {short_list(list(_model_state(path)), 3) or 'none'}"
+        )
+    return encoder
+
+
+def network_state(path: Path, used: Callable[[str], bool]) -> dict[str, Tensor]:
+    """Returns the tensors of a network by its own names; tensors without the prefix of the others are ignored.
+
+    Args:
+        path: the file.
+        used: returns whether the network uses a name. The prefix is that after which most names are used.
+
+    Raises:
+        InputError: if the file cannot be read safely or is not a checkpoint.
+    """
+    state = {key: value for key, value in _model_state(path).items() if isinstance(value, Tensor)}
+    counts = {"": 0}
+    for key in state:
+        prefix, rest = "", key
+        while True:
+            counts[prefix] = counts.get(prefix, 0) + used(rest)
+            first, dot, after = rest.partition(".")
+            if first not in _PREFIXES or not dot:
+                break
+            prefix, rest = f"{prefix}{first}.", after
+    best = max(counts, key=counts.__getitem__)
+    return {key.removeprefix(best): value for key, value in state.items() if key.startswith(best)}
 
 
 def reranker_state(path: Path) -> dict[str, Tensor]:
@@ -86,8 +113,8 @@ def reranker_state(path: Path) -> dict[str, Tensor]:
     Raises:
         InputError: if the file cannot be read safely or contains none of them.
     """
-    state = _model_state(path)
-    own = {key: v for key, v in state.items() if _RERANKER_KEY.match(key) and isinstance(v, Tensor)}
+    state = network_state(path, lambda key: _RERANKER_KEY.match(key) is not None)
+    own = {key: value for key, value in state.items() if _RERANKER_KEY.match(key)}
     if not own:
         raise InputError(
             f"{path} holds no CVNet-Rerank: no key conv2ds.* or cv_learner.*; "
@@ -159,25 +186,55 @@ def is_tensor_file(path: Path) -> bool:
 
 
 def load_tensors(path: Path) -> object:
-    """Loads a file with torch.load and weights_only, memory-mapped if the format allows; errors are one line.
+    """Loads a file of safetensors, or with torch.load and weights_only, memory-mapped if the format allows.
 
     Raises:
         InputError: if the file is missing, not a PyTorch file, damaged, contains more than tensors, or takes too long.
     """
     if not path.is_file():
         raise InputError(f"no file {path}")
+    if path.suffix == ".safetensors":
+        return _load_safetensors(path)
     if not is_tensor_file(path):
         raise InputError(f"{path} is not a PyTorch file" if path.stat().st_size else f"{path} is empty")
     _try_pickles(path, _version(path))
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=_begins_with(path, _ZIP_MAGIC))
-    except pickle.UnpicklingError:
+    except pickle.UnpicklingError as error:
         raise InputError(
-            f"{path} is refused: it contains more than tensors and might run code when loaded; save only tensors"
+            f"{path} is refused: it contains more than tensors{_objects(error)} and might run code when loaded; if you "
+            f"trust it, convert it: {_conversion(path)}"
         ) from None
     except Exception as error:  # damaged archives raise almost any exception
         reason = str(error).splitlines()[0] if str(error) else "unexpected end of file"
         raise InputError(f"{path} is truncated or damaged ({reason}); fetch it again") from None
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise InputError(f"{path} needs the package safetensors; pip install safetensors") from None
+    try:
+        return load_file(path)
+    except Exception as error:  # its reader has exceptions of its own
+        raise InputError(f"{path} is truncated or damaged ({str(error).splitlines()[0]}); fetch it again") from None
+
+
+def _objects(error: Exception) -> str:
+    """Returns the class that PyTorch refused to load, in parentheses, if its message names one."""
+    found = re.search(r"GLOBAL ([\w.]+)", str(error))
+    return f" ({found[1]})" if found else ""
+
+
+def _conversion(path: Path) -> str:
+    """Returns the command that writes the tensors of a file to another one, and runs whatever code the file has."""
+    code = (
+        f"import torch; c = torch.load({str(path)!r}, 'cpu', weights_only=False); "
+        f"c = next((c[k] for k in {_WRAPPERS} if isinstance(c, dict) and k in c), c); "
+        f"torch.save(getattr(c, 'state_dict', lambda: c)(), {str(path.with_suffix('.tensors.pth'))!r})"
+    )
+    return f"python -c {shlex.quote(code)}"
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -206,7 +263,7 @@ def _sha256(path: Path, version: tuple[int, ...]) -> str:
 
 
 def _model_state(path: Path) -> dict[str, object]:
-    """Returns the file's model_state, or its whole content, with "module." removed from the keys.
+    """Returns what the file has by name, without what wraps it.
 
     The tensors of an unchanged file are kept for the next call if they are memory-mapped; they are never written to.
     """
@@ -241,10 +298,11 @@ def _try_pickles(path: Path, version: tuple[int, ...]) -> None:
 @lru_cache(maxsize=2)
 def _read_model_state(path: Path, version: tuple[int, ...]) -> dict[str, object]:
     state = load_tensors(path)
-    state = state.get("model_state", state) if isinstance(state, dict) else state
+    while isinstance(state, dict) and (inner := [state[key] for key in _WRAPPERS if isinstance(state.get(key), dict)]):
+        state = inner[0]
     if not isinstance(state, dict):
         raise InputError(f"{path} is not a checkpoint: it contains a {type(state).__name__}, not a dict of tensors")
-    return {key.removeprefix("module."): value for key, value in state.items() if isinstance(key, str)}
+    return {key: value for key, value in state.items() if isinstance(key, str)}
 
 
 def _stage_depths(state: dict[str, Tensor]) -> tuple[int, ...]:

@@ -1,8 +1,10 @@
-"""Backbones by name: CVNet's, timm's, torchvision's, and a user's own function that returns a network."""
+"""Backbones by name: CVNet's, timm's, torchvision's, those of PyTorch Hub, and of a user's own function."""
 
+import ast
 import difflib
 import hashlib
 import importlib.util
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.backbone import Backbone
-from model.checkpoint import load_encoder, load_strictly, load_tensors, sha256
+from model.checkpoint import load_encoder, load_strictly, network_state, sha256
 from model.cvnet import ResNet, cvnet_backbone
 from model.errors import InputError
 from modules.attach import way_to_map
@@ -29,15 +31,19 @@ CVNET = "cvnet"
 _CLASSIFIERS = ("fc.", "head.", "heads.", "classifier.")
 
 
-def build_backbone(name: str, weights: str | Path, depth: int = 50, reduction_dim: int = 2048) -> Backbone:
+def build_backbone(
+    name: str, weights: str | Path, depth: int = 50, reduction_dim: int = 2048, whole: bool = False
+) -> Backbone:
     """Returns the backbone with this name, with its weights, in evaluation mode.
 
     Args:
-        name: cvnet, timm:NAME, torchvision:NAME, or FILE.py:FUNCTION.
+        name: cvnet, timm:NAME, torchvision:NAME, hub:OWNER/REPO[:BRANCH]:ENTRY[:KEY=VALUE,...] or the path of a local
+            clone instead of OWNER/REPO, or FILE.py:FUNCTION. The code of a hub's repository is executed.
         weights: a file with a state dict; "pretrained" for the weights that the library downloads; or
-            "untrained" for random ones with a fixed seed. A user's function returns its network with weights, so
-            that both words leave them as they are. CVNet's network needs a checkpoint.
+            "untrained" for random ones with a fixed seed. A user's function, or a hub's, returns its network with
+            weights, so that both words leave them as they are. CVNet's network needs a checkpoint.
         depth, reduction_dim: the layers of CVNet's ResNet, and the dimensions of its descriptor.
+        whole: whether the descriptor is what the network returns, and uses its classifier, too.
 
     Raises:
         InputError: if the name is unknown (the message suggests the closest), the library is not installed, a
@@ -54,11 +60,16 @@ def build_backbone(name: str, weights: str | Path, depth: int = 50, reduction_di
     elif is_user_file(name):
         file, _, function = name.rpartition(":")
         backbone = _own(file, function)
+    elif library == "hub" and rest:
+        backbone = _hub(rest)
     else:
-        raise InputError(f"unknown network {name!r}: it must be cvnet, timm:NAME, torchvision:NAME or FILE.py:FUNCTION")
+        raise InputError(
+            f"unknown network {name!r}: it must be cvnet, timm:NAME, torchvision:NAME, hub:OWNER/REPO:ENTRY or "
+            "FILE.py:FUNCTION"
+        )
     if str(weights) not in (PRETRAINED, UNTRAINED):
-        backbone = replace(backbone, unfilled=_load(backbone, Path(weights), name))
-    elif str(weights) == UNTRAINED and not is_user_file(name):
+        backbone = replace(backbone, unfilled=_load(backbone, Path(weights), name, whole))
+    elif str(weights) == UNTRAINED and not comes_with_weights(name):
         backbone = replace(backbone, unfilled=["all, which are random"])
     for parameter in backbone.network.eval().parameters():  # TorchScript has no requires_grad_ of a whole network
         parameter.requires_grad_(False)
@@ -70,8 +81,16 @@ def is_user_file(name: str) -> bool:
     return name.rpartition(":")[0].endswith(".py")
 
 
+def comes_with_weights(name: str) -> bool:
+    """Returns whether a network's name is that of a function, a user's or a hub's, that returns it with weights."""
+    return is_user_file(name) or name.startswith("hub:")
+
+
 def short_name(name: str) -> str:
-    """Returns the name without the folders of a user's file, such as mine.py:build."""
+    """Returns the name without the folders of a user's file or a local clone, such as mine.py:build."""
+    if name.startswith("hub:"):
+        place, colon, entry = name.removeprefix("hub:").partition(":")
+        return f"hub:{Path(place).name if Path(place).is_dir() else place}{colon}{entry}"
     return Path(name).name if is_user_file(name) else name
 
 
@@ -174,18 +193,60 @@ def _own(path: str, function: str) -> Backbone:
         made = maker()
     except Exception as error:
         raise _failed(file, error) from None
-    backbone = made if isinstance(made, Backbone) else None
-    if isinstance(made, nn.Module):
-        backbone = Backbone(made)
-    elif isinstance(made, dict) and isinstance(made.get("network"), nn.Module):
-        try:
-            backbone = Backbone(**made)
-        except TypeError as error:
-            raise InputError(f"{file}: {function} returns {error}; see model.backbone.Backbone") from None
-    if backbone is None:
-        raise InputError(f"{file}: {function} returns {type(made).__name__}, not a network (nn.Module)")
+    backbone = _as_backbone(made, f"{file}: {function}")
     backbone.provenance["file_sha256"] = sha256(file)
     return backbone
+
+
+def _as_backbone(made: Any, function: str) -> Backbone:
+    """Returns what a function returned as a backbone: one, its fields as a dict, or a network."""
+    if isinstance(made, Backbone):
+        return made
+    if isinstance(made, nn.Module):
+        return Backbone(made)
+    if isinstance(made, dict) and isinstance(made.get("network"), nn.Module):
+        try:
+            return Backbone(**made)
+        except TypeError as error:
+            raise InputError(f"{function} returns {error}; see model.backbone.Backbone") from None
+    raise InputError(f"{function} returns {type(made).__name__}, not a network (nn.Module)")
+
+
+def _hub(text: str) -> Backbone:
+    """Returns the backbone of an entry of PyTorch Hub, REPO[:BRANCH]:ENTRY[:KEY=VALUE,...]; its code is executed."""
+    *place, last = text.split(":")
+    place, settings = (place, last) if "=" in last else ([*place, last], "")
+    if not 2 <= len(place) <= 3 or not all(place):
+        raise InputError(f"hub:{text}: it must be hub:OWNER/REPO[:BRANCH]:ENTRY[:KEY=VALUE,...]")
+    repository, *branch, entry = place
+    local = Path(repository).expanduser()
+    is_local = local.is_dir()
+    if not is_local and not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise InputError(f"hub:{text}: there is no folder {repository}, and it is not OWNER/REPO")
+    if is_local and (branch or not (local / "hubconf.py").is_file()):
+        problem = "takes no branch" if branch else "has no hubconf.py"
+        raise InputError(f"hub:{text}: the local clone {repository} {problem}")
+    torch.manual_seed(0)
+    try:
+        made = torch.hub.load(
+            str(local.resolve()) if is_local else ":".join([repository, *branch]), entry,
+            source="local" if is_local else "github", trust_repo=True, skip_validation=True, verbose=False,
+            **dict(map(_setting, filter(None, settings.split(",")))),
+        )  # fmt: skip
+    except Exception as error:  # the code of the repository raises any exception
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        advice = "" if is_local else "; without a network connection, give the path of a clone instead of OWNER/REPO"
+        raise InputError(f"hub:{text}: {reason}{advice}") from None
+    return _as_backbone(made, f"hub:{text}: {entry}")
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """Returns the name and the value of KEY=VALUE; a value that is not one of Python is text."""
+    key, _, value = text.partition("=")
+    try:
+        return key.strip(), ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key.strip(), value
 
 
 class _TorchvisionTokens:
@@ -265,30 +326,27 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _load(backbone: Backbone, path: Path, name: str) -> list[str]:
+def _load(backbone: Backbone, path: Path, name: str, whole: bool) -> list[str]:
     """Loads a file's weights, and returns the names of the classifier's, which may be missing or of another size.
 
     There is one only beside submodules that lead to the feature map: a network that is called as a whole, or by a
-    user's own function or method, may use all its weights.
+    user's own function or method, may use all its weights. A classifier that the network lacks may be in the file.
     """
-    content = load_tensors(path)
-    for key in ("state_dict", "model_state", "model"):
-        content = content.get(key, content) if isinstance(content, dict) else content
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is not a checkpoint: it contains a {type(content).__name__}, not a dict of tensors")
     network, features = backbone.network, backbone.features
     way: Sequence[str] = ()
     if not callable(features):
         way = (features,) if isinstance(features, str) else features or ()
     submodules = bool(way) and all(isinstance(attrgetter(each)(network), nn.Module) for each in way)
-    has_classifier = submodules or (features is None and way_to_map(network)) or not is_user_file(name)
+    on_the_way = submodules or bool(features is None and way_to_map(network)) or not comes_with_weights(name)
+    has_classifier = on_the_way and not whole
+    expected = network.state_dict()
     used = tuple(f"{each}." for each in (*way, backbone.projection))
 
     def unused(key: str) -> bool:
-        return bool(has_classifier) and key.startswith(_CLASSIFIERS) and not key.startswith(used)
+        return key.startswith(_CLASSIFIERS) and not key.startswith(used) and (has_classifier or key not in expected)
 
-    state = {key.removeprefix("module."): value for key, value in content.items() if isinstance(value, Tensor)}
+    state = network_state(path, expected.__contains__)
     state = {key: value for key, value in state.items() if not unused(key)}
-    classifier = {key: value for key, value in network.state_dict().items() if unused(key)}
+    classifier = {key: value for key, value in expected.items() if unused(key)}
     load_strictly(network, state | classifier, path, name)
     return list(classifier)

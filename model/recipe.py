@@ -1,7 +1,7 @@
 """The recipe of a descriptor: everything that it depends on except its image."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
@@ -17,7 +17,7 @@ from model.cvnet import ResNet
 from model.errors import InputError, nearest, short_list
 from model.extractor import NetworkExtractor
 from model.folding import FoldedResNet
-from model.libraries import CVNET, build_backbone, is_user_file, short_name, weights_digest
+from model.libraries import CVNET, build_backbone, comes_with_weights, short_name, weights_digest
 from model.whitening import load_whitening
 from modules.activation import RELUP_THRESHOLD, replace_rectifiers
 from modules.attach import way_to_map
@@ -32,6 +32,9 @@ POOLINGS: dict[str, Callable[[float | None, float], nn.Module]] = {
     "max": lambda gemp_p, gem_p: nn.AdaptiveMaxPool2d(1),
 }
 CLASS_TOKEN = "class"  # a map with one position, whose average it is
+WHOLE = "none"  # the network returns descriptors, which are such a map, too
+# Requirements on images that replace those of the backbone.
+_REQUIREMENTS = ("mean", "std", "size", "multiple")
 _PLAIN_GEM = 3.0  # the power of GeM with which most retrieval networks were trained
 
 # Matrix products with another number of rows may add in another order.
@@ -46,14 +49,14 @@ class Recipe:
     they are reused. The defaults are the paper's.
 
     Attributes:
-        network: cvnet, timm:NAME, torchvision:NAME or FILE.py:FUNCTION, see model.libraries.build_backbone.
+        network: cvnet, timm:NAME, torchvision:NAME, hub:... or FILE.py:FUNCTION, see model.libraries.build_backbone.
         weights: the checkpoint; for other networks than CVNet's also "pretrained" or "untrained".
         depth: number of layers of CVNet's ResNet, 50 or 101.
         reduction_dim: dimensions of the projection in CVNet's checkpoint.
         scales: factors by which images are resized.
         relup_threshold: threshold of ReLU+; None for the plain ReLU everywhere.
         relup_stages, relup_ends: where ReLU+ goes, as in attach; None for the backbone's own places.
-        pooling: gem, average, max or class (the class token of a transformer).
+        pooling: gem, average, max, class (the class token of a transformer) or none (the network returns descriptors).
         gemp_p: power of GeM+; None for GeM with the trained power, or 3 if the network has none.
         rgem_p: power of Regional-GeM; None leaves it out.
         rgem_window: side of its window, in positions of the feature map.
@@ -61,6 +64,8 @@ class Recipe:
         precision: precision of the network, fp32, bf16 or fp16; everything after the feature map is in fp32.
         max_side: images with a longer side are reduced to it when they are read; None, as in the paper, for no limit.
         whitening: a file of a learnt whitening, which shortens the descriptors; None for none.
+        mean, std, size, multiple: requirements of another network than CVNet's on its images, see Backbone; None for
+            what the backbone says.
     """
 
     network: str = CVNET
@@ -79,6 +84,10 @@ class Recipe:
     precision: str = "fp32"
     max_side: int | None = None
     whitening: Path | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    size: tuple[int, int] | None = None
+    multiple: int | None = None
 
     @property
     def is_cvnet(self) -> bool:
@@ -89,7 +98,7 @@ class Recipe:
         """The network and where its weights come from, as text."""
         if self.is_cvnet:
             return str(self.weights)
-        as_built = is_user_file(self.network) and str(self.weights) in ("pretrained", "untrained")
+        as_built = comes_with_weights(self.network) and str(self.weights) in ("pretrained", "untrained")
         return f"{self.network}, {'weights as the function returns them' if as_built else self.weights}"
 
     @property
@@ -104,7 +113,11 @@ class Recipe:
         Raises:
             InputError: if the network is unknown, or the weights are missing or do not fit.
         """
-        return build_backbone(self.network, self.weights, self.depth, self.reduction_dim)
+        built = build_backbone(self.network, self.weights, self.depth, self.reduction_dim, self.pooling == WHOLE)
+        given = {name: value for name in _REQUIREMENTS if (value := getattr(self, name)) is not None}
+        if given and self.is_cvnet:
+            raise InputError(f"CVNet's network was trained with its own {', '.join(given)}; leave them out")
+        return replace(built, **given)
 
     @cached_property
     def weights_sha256(self) -> str:
@@ -117,7 +130,7 @@ class Recipe:
         if self.relup_threshold is None:
             return (), ()
         backbone = self.backbone
-        usual = all(hasattr(backbone.network, f"layer{number}") for number in (1, 2, 3))
+        usual = self.pooling != WHOLE and all(hasattr(backbone.network, f"layer{number}") for number in (1, 2, 3))
 
         def places(choice: Sequence[str] | None, default: Sequence[str] | None, paper: tuple[str, ...]) -> tuple:
             return tuple(next((each for each in (choice, default) if each is not None), paper if usual else ()))
@@ -172,7 +185,8 @@ class Recipe:
 
     def settings(self) -> dict[str, Any]:
         """Returns the settings that apply, except network, weights and whitening, as JSON."""
-        left_out = {"network", "weights", "whitening"} | (set() if self.is_cvnet else {"depth", "reduction_dim"})
+        left_out = {"network", "weights", "whitening", *_REQUIREMENTS}  # the last are in provenance()
+        left_out |= set() if self.is_cvnet else {"depth", "reduction_dim"}
         settings = {name: value for name, value in asdict(self).items() if name not in left_out}
         if not any(self.relup_places):
             settings["relup_threshold"] = None
@@ -204,8 +218,14 @@ class Recipe:
         try:
             with torch.inference_mode():
                 return network(self.backbone.normalise(torch.full((1, 64, 64, 3), 0.5))).shape[1]
-        except (ValueError, RuntimeError, TypeError) as error:
+        except ValueError as error:
             raise InputError(f"{self.network}: {' '.join(str(error).split())}") from None
+        except Exception as error:  # the code of a network raises any exception
+            sizes = (
+                "" if self.backbone.size else "; if it takes only one size of images, or multiples of a patch, give it"
+            )
+            text = " ".join(str(error).split())[:300] or type(error).__name__
+            raise InputError(f"{self.network} fails for an image of 64 x 64 pixels: {text}{sizes}") from None
 
     @cached_property
     def dim(self) -> int:
@@ -244,7 +264,7 @@ class Recipe:
         """The network with the modules, folded and fused where that is possible. (N, 3, H, W) -> (N, D)."""
         backbone = self.backbone
         self._check_modules(backbone)
-        pooling = POOLINGS["average" if self.pooling == CLASS_TOKEN else self.pooling]
+        pooling = POOLINGS["average" if self.pooling in (CLASS_TOKEN, WHOLE) else self.pooling]
         try:
             changes = replace_rectifiers(backbone.network, *self.relup_places, self.relup_threshold or 0.0)
             model: nn.Module
@@ -271,14 +291,16 @@ class Recipe:
         token, features = backbone.class_token, backbone.features
         if self.pooling == CLASS_TOKEN and token is not None:
             return lambda x: token(x)[:, :, None, None]  # a map with one position
+        if self.pooling == WHOLE:
+            return lambda x: _descriptors(backbone.network, x)[:, :, None, None]
         if features is None:
             return way_to_map(backbone.network)
         return (features,) if isinstance(features, str) else features
 
     def _check_modules(self, backbone: Backbone) -> None:
         """Raises InputError if the modules do not fit the feature map, or the scales the network."""
-        if self.pooling not in (*POOLINGS, CLASS_TOKEN):
-            hint = nearest(self.pooling, POOLINGS) or f"there are {', '.join(POOLINGS)}, {CLASS_TOKEN}"
+        if self.pooling not in (*POOLINGS, CLASS_TOKEN, WHOLE):
+            hint = nearest(self.pooling, POOLINGS) or f"there are {', '.join(POOLINGS)}, {CLASS_TOKEN}, {WHOLE}"
             raise InputError(f"there is no pooling {self.pooling!r}; {hint}")
         signs = "needs a positive feature map, and tokens have both signs"
         if self.pooling == CLASS_TOKEN:
@@ -286,6 +308,11 @@ class Recipe:
                 raise InputError(f"{self.network} has no class token; choose another pooling")
             if self.rgem_p is not None:
                 raise InputError("Regional-GeM needs a feature map, and a class token is not one; leave it out")
+        elif self.pooling == WHOLE:
+            if isinstance(backbone.network, ResNet):
+                raise InputError("CVNet's network returns a feature map; choose a pooling")
+            if self.rgem_p is not None:
+                raise InputError("Regional-GeM needs a feature map, and a descriptor is not one; leave it out")
         elif backbone.tokens and self.pooling == "gem":
             raise InputError(f"{self.network}: GeM {signs}; choose the pooling average")
         elif backbone.tokens and self.rgem_p is not None:
@@ -294,6 +321,18 @@ class Recipe:
             raise InputError(
                 f"{self.network} only takes images of {' x '.join(map(str, backbone.size))} pixels, at a single scale"
             )
+
+
+def _descriptors(network: nn.Module, x: Tensor) -> Tensor:
+    """Returns what a network returns, if it is descriptors (N, D). Raises ValueError otherwise."""
+    result = network(x)
+    if isinstance(result, Tensor) and result.ndim == 2:
+        return result
+    shape = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+    raise ValueError(
+        f"{type(network).__name__} returns {shape}, not descriptors (N, D); write a function that returns a network "
+        "with these only"
+    )
 
 
 def _projection(backbone: Backbone) -> nn.Module | None:

@@ -188,13 +188,7 @@ def evaluated_page(head: dict[str, Any], results: Sequence[Evaluated], options: 
     settings = {name: head[name] for name in ("date", "command", "device")}
     settings["versions"] = ", ".join(f"{name} {version}" for name, version in head["versions"].items())
     for each in results:
-        if "checkpoint" in each.facts:
-            settings[f"checkpoint of {each.dataset.name}"] = "{path}, SHA-256 {sha256}".format(
-                **each.facts["checkpoint"]
-            )
-        else:
-            known = ", ".join(f"{key} {value}" for key, value in (each.facts["made_from"] or {}).items())
-            settings[f"descriptors of {each.dataset.name}"] = f"{each.facts['features']}, {known or 'origin unknown'}"
+        settings[f"descriptors of {each.dataset.name}"] = origin_in_words(each.facts)
     settings |= {key: str(value) for key, value in options.items()}
     sections = [evaluated_section(each) for each in results]
     networks = dict.fromkeys(tuple(each.facts["network"].values()) for each in results if "network" in each.facts)
@@ -203,6 +197,16 @@ def evaluated_page(head: dict[str, Any], results: Sequence[Evaluated], options: 
     stages = dict.fromkeys(stage for each in results for stage in each.facts.get("stages", ()))
     subtitle = [*(modules for _, modules in networks), *stages]
     return Page(title, settings, sections, "; ".join(subtitle))
+
+
+def origin_in_words(facts: Mapping[str, Any]) -> str:
+    """Returns where the descriptors of a dataset come from: a checkpoint, a file, or several of them with weights."""
+    if "fusion" in facts:
+        return "; ".join(f"{part['weight']:.3g} of {origin_in_words(part)}" for part in facts["fusion"])
+    if "checkpoint" in facts:
+        return "{path}, SHA-256 {sha256}".format(**facts["checkpoint"])
+    known = ", ".join(f"{key} {value}" for key, value in (facts["made_from"] or {}).items())
+    return f"{facts['features']}, {known or 'origin unknown'}"
 
 
 def evaluated_section(evaluated: Evaluated) -> Section:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -48,6 +48,7 @@ class Dataset:
         layout: the layout from which it was read, in words.
         query_names, names: the names of queries and database images; by default their file names.
         in_database: the database number of each query, if the queries are database images themselves.
+        left_out: the number of files in the folder that do not belong to the dataset, by reason.
     """
 
     name: str
@@ -60,9 +61,13 @@ class Dataset:
     query_names: Sequence[str] | None = None
     names: Sequence[str] | None = None
     in_database: np.ndarray | None = None
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        return f"{self.name}: {len(self.queries)} queries, {len(self.database)} database images in {self.folder}"
+        left_out = "".join(f", {count} left out ({reason})" for reason, count in self.left_out.items())
+        return (
+            f"{self.name}: {len(self.queries)} queries, {len(self.database)} database images in {self.folder}{left_out}"
+        )
 
     def query_name(self, number: int) -> str:
         return self.query_names[number] if self.query_names is not None else self.queries[number].path.stem
@@ -74,6 +79,23 @@ class Dataset:
     def listed(self) -> list[Tensor]:
         """Returns, per query, the database numbers (L,) whose rank the protocols need."""
         return [torch.from_numpy(truth.listed) for truth in self.ground_truth]
+
+    @property
+    def excluded(self) -> Tensor | None:
+        """The database number of each query, (Q,), which is not a result of its own; None if no query is in there."""
+        return None if self.in_database is None else torch.from_numpy(self.in_database)
+
+    @property
+    def depth(self) -> int:
+        """The number of results per query that the measures need from an index; 0 if they count all alike."""
+        return max(each.measure.depth for each in self.protocols)
+
+    @property
+    def median_positives(self) -> float:
+        """The median number of positive images of the queries that have one, in any protocol."""
+        kinds = {kind for each in self.protocols for kind in each.positive}
+        counts = [sum(len(truth.kinds[kind]) for kind in kinds) for truth in self.ground_truth]
+        return float(np.median([count for count in counts if count] or [0]))
 
     def images(self) -> Iterator[ImageFile]:
         """Iterates over the queries, then the database."""
@@ -100,9 +122,11 @@ class Layout(NamedTuple):
     Attributes:
         form: what the folder of the dataset NAME contains, in words.
         fits: returns whether a folder looks like this, from the name of the dataset and the folder.
-        read: returns the dataset, from its name and its folder.
+        read: returns the dataset, from its name and its folder, and the settings by their names.
+        settings: the names of the settings that it has.
     """
 
     form: str
     fits: Callable[[str, Path], bool]
-    read: Callable[[str, Path], Dataset]
+    read: Callable[..., Dataset]
+    settings: tuple[str, ...] = ()

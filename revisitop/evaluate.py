@@ -126,13 +126,11 @@ def protocol_ranks(where: np.ndarray, truth: GroundTruth, protocol: Protocol) ->
 
 def summarise(ranks: Sequence[np.ndarray], ground_truth: Sequence[GroundTruth], protocol: Protocol) -> Metrics:
     """Returns the metrics of one protocol, from the ascending ranks of each query's positives, see protocol_ranks."""
-    nothing = np.empty(0, dtype=np.int64)
-    counted = [
-        own if protocol.usage in (None, truth.usage) else nothing
-        for own, truth in zip(ranks, ground_truth, strict=True)
-    ]
     measure: Measure = protocol.measure
-    ap = np.array([measure.ap(own) for own in counted])
+    in_usage = np.array([protocol.usage in (None, truth.usage) for truth in ground_truth])
+    counted = [own for own, of_usage in zip(ranks, in_usage, strict=True) if of_usage]
+    ap = np.full(len(ranks), math.nan)
+    ap[in_usage] = [measure.ap(own) for own in counted]
     if np.isnan(ap).all():
         empty = np.full(len(measure.kappas), math.nan)
         return Metrics(protocol, math.nan, ap, empty, np.full(RECALL_LEVELS, math.nan))

@@ -1,30 +1,67 @@
 """The layout with a folder per class: each image is a query against all others; single images are distractors."""
 
 import os
-from collections import defaultdict
-from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
-from extraction.images import ImageFile, image_suffixes
+from extraction.folder import LeftOut, entries_of, image_files, is_hidden
+from extraction.images import ImageFile
 from model.errors import InputError
 from revisitop.dataset import Dataset, GroundTruth, Layout
 from revisitop.protocols import CLASS_PROTOCOLS
 
 # Names of folders that are parts of a dataset, or of another layout.
-_NO_CLASSES = ("train", "val", "test", "gallery", "query", "queries", "images", "index", "database", "jpg", "__macosx")
+_NO_CLASSES = ("train", "val", "test", "gallery", "query", "queries", "images", "index", "database", "jpg")
 
 
-def class_folders(folder: Path) -> list[Path]:
-    """Returns the class folders, sorted by name, without hidden ones; empty if the folder is not one of classes.
+def subfolders(folder: Path) -> list[Path]:
+    """Returns the folders in a folder, by name, without hidden ones; empty if there is no such folder."""
+    return [path for path in entries_of(folder) if path.is_dir() and not is_hidden(path)] if folder.is_dir() else []
 
-    That is, if none contains an image, if there is only one, or if one has a name that means something else.
+
+def has_image(folder: Path) -> bool:
+    return next(image_files(folder, {}), None) is not None
+
+
+def is_of_classes(folder: Path) -> bool:
+    """Returns whether a folder has two or more class folders, with images, and without names that mean something else.
+
+    An object with its own query/ is one of instances.
     """
-    folders = sorted(path for path in folder.glob("*/") if not path.name.startswith("."))
-    if len(folders) < 2 or any(path.name.lower() in _NO_CLASSES for path in folders):
-        return []
-    return folders if any(next(_images(path), None) for path in folders) else []
+    folders = subfolders(folder)
+    if len(folders) < 2 or any(path.name.lower() in _NO_CLASSES or (path / "query").is_dir() for path in folders):
+        return False
+    return any(map(has_image, folders))
+
+
+def images_by_class(folder: Path, left_out: LeftOut) -> dict[str, list[Path]]:
+    """Returns the images of each class folder, by its name; other files are added to left_out, by reason.
+
+    Raises:
+        InputError: if a class has no image, or an image is in two classes (as a link).
+    """
+    classes = {path.name: list(image_files(path, left_out)) for path in subfolders(folder)}
+    for entry in entries_of(folder):
+        if is_hidden(entry) or not entry.is_dir():
+            left_out.setdefault("hidden" if is_hidden(entry) else "in no class folder", []).append(entry)
+    if empty := [name for name, images in classes.items() if not images]:
+        raise InputError(
+            f"{folder / empty[0]} contains no image, but {len(classes) - len(empty)} other folders do; "
+            "delete the folder"
+        )
+    seen: dict[str, tuple[str, Path]] = {}
+    for name, images in classes.items():
+        for path in images:
+            other_class, other = seen.setdefault(os.path.realpath(path), (name, path))
+            if other_class != name:
+                raise InputError(f"{path} is the same file as {other}: an image belongs to one class")
+    return classes
+
+
+def counts(left_out: LeftOut) -> dict[str, int]:
+    return {reason: len(paths) for reason, paths in left_out.items()}
 
 
 def read_classes(name: str, folder: Path) -> Dataset:
@@ -33,30 +70,22 @@ def read_classes(name: str, folder: Path) -> Dataset:
     Raises:
         InputError: if a class has no image, an image is in two classes (as a link), or no class has two images.
     """
-    classes = {path.name: sorted(_images(path)) for path in class_folders(folder)}
-    if empty := [name for name, images in classes.items() if not images]:
-        raise InputError(
-            f"{folder / empty[0]} contains no image, but {len(classes)} other folders do; delete the folder"
-        )
-    seen: dict[str, Path] = {}
+    left_out: LeftOut = {}
+    classes = images_by_class(folder, left_out)
+    files, truth, in_database = list(chain.from_iterable(classes.values())), [], []
+    first = 0
     for images in classes.values():
-        for path in images:
-            other = seen.setdefault(os.path.realpath(path), path)
-            if other.parent != path.parent and other.relative_to(folder).parts[0] != path.relative_to(folder).parts[0]:
-                raise InputError(f"{path} is the same file as {other}: an image belongs to one class")
-    files = [path for images in classes.values() for path in images]
-    database = [ImageFile(path) for path in files]
-    numbers: dict[str, list[int]] = defaultdict(list)
-    for number, path in enumerate(files):
-        numbers[path.relative_to(folder).parts[0]].append(number)
-    in_database = [number for own in numbers.values() if len(own) > 1 for number in own]
+        numbers = np.arange(first, first + len(images))
+        first += len(images)
+        if len(numbers) > 1:
+            in_database += numbers.tolist()
+            truth += [
+                GroundTruth({"same class": numbers[numbers != number], "itself": np.array([number])})
+                for number in numbers
+            ]
     if not in_database:
         raise InputError(f"{folder}: no class has two images, so that no query has a positive image")
-    truth = []
-    for own in numbers.values():
-        for number in own if len(own) > 1 else ():
-            others = np.array([other for other in own if other != number], dtype=np.int64)
-            truth.append(GroundTruth({"same class": others, "itself": np.array([number], dtype=np.int64)}))
+    database = [ImageFile(path) for path in files]
     names = [path.relative_to(folder).as_posix() for path in files]
     return Dataset(
         name,
@@ -65,22 +94,16 @@ def read_classes(name: str, folder: Path) -> Dataset:
         database,
         truth,
         CLASS_PROTOCOLS,
-        f"{len(classes)} class folders",
+        f"{len(classes)} class folders, each image a query against all others",
         [names[number] for number in in_database],
         names,
         np.array(in_database, dtype=np.int64),
+        counts(left_out),
     )
 
 
 CLASSES = Layout(
     f"a folder of images for each of two or more classes, none of them named {', '.join(_NO_CLASSES)}",
-    lambda name, folder: bool(class_folders(folder)),
+    lambda name, folder: is_of_classes(folder),
     read_classes,
 )
-
-
-def _images(folder: Path) -> Iterator[Path]:
-    suffixes = image_suffixes()
-    for path in folder.rglob("*"):
-        if path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file():
-            yield path

@@ -8,18 +8,20 @@ from typing import Any
 import numpy as np
 
 from extraction.files import read_pickle
-from extraction.images import ImageFile, ImageList
+from extraction.images import ImageFile, ImageList, image_suffixes
 from model.errors import InputError
 from revisitop.dataset import Dataset, GroundTruth, Layout
 from revisitop.protocols import OK_PROTOCOLS, REVISITED_PROTOCOLS
 
 _REVISITED, _OK = ("easy", "hard", "junk"), ("ok", "junk")
+_POSITIVE = {"easy", "hard", "ok", "good"}
 
 
 def read_ground_truth(name: str, path: Path) -> Dataset:
     """Reads the dataset of a ground-truth file; its images belong in the folder jpg/ beside the file.
 
-    In the original lists of Oxford and Paris, `good` images are as positive as `ok` ones.
+    Queries have easy and hard, or ok, or, as in the original lists of Oxford and Paris, ok and good, which are as
+    positive. junk and the boxes bbx may be missing, of all queries.
 
     Raises:
         InputError: if the file is unsafe, damaged or inconsistent.
@@ -34,19 +36,28 @@ def read_ground_truth(name: str, path: Path) -> Dataset:
         raise InputError(f"{path}: gnd must have a dict for each of the {len(query_names)} queries")
     if not names or not query_names:
         raise InputError(f"{path}: {len(query_names)} queries and {len(names)} database images; it must have both")
-    kinds = _OK if all("ok" in entry and "easy" not in entry for entry in entries) else _REVISITED
-    jpg, queries, truth = path.parent / "jpg", [], []
+    keys = set().union(*entries)
+    kinds = _OK if keys & {"ok", "good"} else _REVISITED
+    if kinds == _OK and keys & {"easy", "hard"}:
+        found = ", ".join(sorted(keys & _POSITIVE))
+        raise InputError(
+            f"{path} has {found}: a ground truth has either easy and hard, or ok (and good, which counts so)"
+        )
+    missing = {"junk"} - keys if "good" not in keys else {"ok", "junk"} - keys
+    none = np.empty(0, dtype=np.int64)
+    jpg, queries, truth, suffixes = path.parent / "jpg", [], [], image_suffixes()
     for query, entry in zip(query_names, entries, strict=True):
-        if kinds == _OK and "good" in entry:
-            entry["ok"] = [*_numbers(entry, "ok", path, query), *_numbers(entry, "good", path, query)]
+        lists = {kind: none if kind in missing else _numbers(entry, kind, path, query) for kind in kinds}
+        if "good" in keys:
+            lists["ok"] = np.concatenate([lists["ok"], _numbers(entry, "good", path, query)])
         box = None
-        if kinds == _REVISITED or "bbx" in entry:
+        if "bbx" in (entry if kinds == _OK else keys):
             box = tuple(_numbers(entry, "bbx", path, query).tolist())
             if len(box) != 4 or not np.isfinite(box).all():
                 raise InputError(f"{path}: query {query} has no box bbx of four numbers x0, y0, x1, y1")
-        queries.append(ImageFile(_image(jpg, query), box))
-        truth.append(_ground_truth(entry, kinds, len(names), path, query))
-    database = [ImageFile(_image(jpg, image)) for image in names]
+        queries.append(ImageFile(_image(jpg, query, suffixes), box))
+        truth.append(_ground_truth(lists, len(names), path, query))
+    database = [ImageFile(_image(jpg, image, suffixes)) for image in names]
     if len(repeated := set(database)) < len(database):
         raise InputError(f"{path}: imlist has {len(database) - len(repeated)} images twice")
     return Dataset(
@@ -56,7 +67,7 @@ def read_ground_truth(name: str, path: Path) -> Dataset:
         database,
         truth,
         OK_PROTOCOLS if kinds == _OK else REVISITED_PROTOCOLS,
-        f"revisitop, {path.name} with {', '.join(kinds)}",
+        f"revisitop, {path.name} with {', '.join(sorted(keys & {*kinds, 'good', 'bbx'}))}",
     )
 
 
@@ -99,14 +110,15 @@ def _names(content: dict[str, Any], key: str, path: Path) -> list[str]:
     return content[key]
 
 
-def _image(jpg: Path, name: str) -> Path:
-    return jpg / (name if name.lower().endswith(".jpg") else f"{name}.jpg")
+def _image(jpg: Path, name: str, suffixes: set[str]) -> Path:
+    """Returns the file of a name, which may have the suffix of an image format in either case; else it is .jpg."""
+    return jpg / (name if os.path.splitext(name)[1].lower() in suffixes else f"{name}.jpg")
 
 
-def _ground_truth(entry: dict[str, Any], kinds: tuple[str, ...], n: int, path: Path, query: str) -> GroundTruth:
+def _ground_truth(numbers: dict[str, np.ndarray], n: int, path: Path, query: str) -> GroundTruth:
+    """Returns the ground truth of a query, whose lists may have numbers of any type."""
     lists = {}
-    for kind in kinds:
-        values = _numbers(entry, kind, path, query)
+    for kind, values in numbers.items():
         with np.errstate(invalid="ignore"):
             lists[kind] = values.astype(np.int64)
         if len(outside := values[(lists[kind] != values) | (values < 0) | (values >= n)]):

@@ -5,6 +5,7 @@ ignored images.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ class Measure(NamedTuple):
         kappas: the values of k.
         ap: the average precision, a function of a query's ranks.
         at_k: the values at each k, a function of a query's ranks and the kappas.
+        depth: number of results per query beyond which nothing counts; 0 if all count.
     """
 
     title: str
@@ -31,6 +33,7 @@ class Measure(NamedTuple):
     kappas: tuple[int, ...]
     ap: Callable[[np.ndarray], float]
     at_k: Callable[[np.ndarray, Sequence[int]], np.ndarray]
+    depth: int = 0
 
 
 def average_precision(ranks: np.ndarray) -> float:
@@ -47,17 +50,18 @@ def average_precision(ranks: np.ndarray) -> float:
     return float(np.mean((before + (k + 1) / (ranks + 1)) / 2))
 
 
-def average_precision_at_100(ranks: np.ndarray) -> float:
-    """Returns GLDv2's AP: the sum over positives in the first 100 of (positives so far) / rank, over min(n_pos, 100).
+def average_precision_at(ranks: np.ndarray, last: int) -> float:
+    """Returns AP@last: the sum over positives in the first `last` of (positives so far) / rank, over min(n_pos, last).
 
     Ranks in this formula count from 1. NaN without positives.
 
-    Weyand et al., "Google Landmarks Dataset v2", CVPR 2020, sec. 4.1.
+    Weyand et al., "Google Landmarks Dataset v2", CVPR 2020, sec. 4.1, with 100; Kordopatis-Zilos et al., "ILIAS:
+    Instance-Level Image retrieval At Scale", CVPR 2025, with 1000.
     """
     if len(ranks) == 0:
         return float("nan")
-    within = ranks[ranks < LAST]
-    return float(np.sum(np.arange(1, len(within) + 1) / (within + 1)) / min(len(ranks), LAST))
+    within = ranks[ranks < last]
+    return float(np.sum(np.arange(1, len(within) + 1) / (within + 1)) / min(len(ranks), last))
 
 
 def precision_until_last(ranks: np.ndarray, kappas: Sequence[int]) -> np.ndarray:
@@ -80,6 +84,14 @@ def recall_at(ranks: np.ndarray, kappas: Sequence[int]) -> np.ndarray:
     if len(ranks) == 0:
         return np.full(len(kappas), np.nan)
     return (ranks[0] < np.array(kappas)).astype(float)
+
+
+def recall_of_all(ranks: np.ndarray, kappas: Sequence[int]) -> np.ndarray:
+    """Returns recall_at, and 0 without positives: such a query counts in the mean, as in VPR-methods-evaluation.
+
+    Berton et al., "Deep Visual Geo-localization Benchmark", CVPR 2022.
+    """
+    return np.nan_to_num(recall_at(ranks, kappas))
 
 
 def first_rank(ranks: np.ndarray) -> int:
@@ -107,4 +119,7 @@ def interpolated_precision(ranks: np.ndarray) -> np.ndarray:
 
 REVISITED = Measure("mAP", "mP", KAPPAS, average_precision, precision_until_last)
 RECALL = Measure("mAP", "recall", KAPPAS, average_precision, recall_at)
-CHALLENGE = Measure("mAP@100", "P", (1, 5, 10, 50, 100), average_precision_at_100, precision_at)
+CHALLENGE = Measure("mAP@100", "P", (1, 5, 10, 50, 100), partial(average_precision_at, last=LAST), precision_at, LAST)
+INSTANCES = Measure("mAP@1000", "recall", KAPPAS, partial(average_precision_at, last=1000), recall_at, 1000)
+# Only the recall of places is published; the mean average precision beside it is ours.
+PLACES = Measure("our mAP", "recall", (1, 5, 10, 20), average_precision, recall_of_all)

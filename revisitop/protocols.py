@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from revisitop.measures import CHALLENGE, RECALL, REVISITED, Measure
+from revisitop.measures import CHALLENGE, INSTANCES, PLACES, RECALL, REVISITED, Measure
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ REVISITED_PROTOCOLS = (
 )
 OK_PROTOCOLS = (Protocol("all", "All", ("ok",), RECALL),)
 CLASS_PROTOCOLS = (Protocol("all", "All", ("same class",), RECALL),)
+PLACE_PROTOCOLS = (Protocol("all", "All", ("near",), PLACES),)
+INSTANCE_PROTOCOLS = (Protocol("all", "All", ("same object",), INSTANCES),)
 
 
 def challenge_protocols(usages: Sequence[str]) -> tuple[Protocol, ...]:

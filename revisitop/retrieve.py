@@ -6,7 +6,7 @@ reranker sorts, L listed rows of a query (those whose rank a metric needs).
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from model.errors import InputError
 from modules.candidates import Reranker, places_after, reordered
 from modules.search import GRID, Database, NotFiniteError, merged, search
 from revisitop.index import IndexedDatabase
+from revisitop.measures import NOT_FOUND
 
 SAVED_RANKS = 400
 
@@ -49,6 +50,7 @@ def retrieve(
     listed: Sequence[Tensor] | None = None,
     device: torch.device | str = "cpu",
     processes: Processes | None = None,
+    excluded: Tensor | None = None,
 ) -> Ranking:
     """Returns the ranking by cosine similarity, by exact search (modules.search.search) or the index of the database.
 
@@ -63,10 +65,15 @@ def retrieve(
         listed: per query, the row numbers (L,) int64 whose rank is wanted; none by default.
         device: where the products are computed.
         processes: the processes that search together, with the same arguments; by default only this one.
+        excluded: (Q,), a row number per query that is not among its results, such as its own; None for none.
 
     Raises:
         InputError: if a descriptor has NaN; the message names it.
     """
+    if excluded is not None:
+        listed = [torch.empty(0, dtype=torch.int64)] * len(queries) if listed is None else listed
+        listed = [torch.cat([numbers, row]) for numbers, row in zip(listed, excluded.split(1), strict=True)]
+        return _without(retrieve(queries, database, m + 1, listed, device, processes), excluded)
     start = time.perf_counter()
     if isinstance(database, IndexedDatabase):
         return Ranking(*database.search(queries, m, listed), time.perf_counter() - start)
@@ -84,6 +91,21 @@ def retrieve(
     if count > 1:
         found = merged(processes.gathered(found), min(m, len(database)))
     return Ranking(*found, time.perf_counter() - start)
+
+
+def _without(ranking: Ranking, excluded: Tensor) -> Ranking:
+    """Returns the ranking without a row of each query, which is the last of its listed rows. excluded (Q,)."""
+    dropped = ranking.ids == excluded[:, None]
+    dropped[:, -1] |= ~dropped.any(dim=1)  # a row that is not among the results leaves room for one less
+    shape = len(dropped), dropped.shape[1] - 1
+    positions = []
+    for where in ranking.positions:
+        listed, place = where[:-1], where[-1]
+        closer = listed - ((listed > place) & (listed < NOT_FOUND)).long()
+        positions.append(closer.masked_fill(listed == place, NOT_FOUND))
+    return replace(
+        ranking, ids=ranking.ids[~dropped].view(shape), scores=ranking.scores[~dropped].view(shape), positions=positions
+    )
 
 
 def rerank(

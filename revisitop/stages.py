@@ -32,6 +32,7 @@ class Searched:
         database: the rows to which the ids of the ranking refer.
         listed: per query, the row numbers (L,) int64 whose rank is wanted, or None.
         device: the device of the computation.
+        excluded: (Q,), a row number per query that is not among its results, or None.
     """
 
     ranking: Ranking
@@ -39,10 +40,12 @@ class Searched:
     database: Database
     listed: Sequence[Tensor] | None = None
     device: torch.device | str = "cpu"
+    excluded: Tensor | None = None
 
     def again(self, queries: Tensor, database: Database) -> Ranking:
         """Returns the ranking of another search with the same number of results per query."""
-        return retrieve(queries, database, self.ranking.ids.shape[1], self.listed, self.device)
+        m = self.ranking.ids.shape[1]
+        return retrieve(queries, database, m, self.listed, self.device, excluded=self.excluded)
 
 
 class Stage(Protocol):
@@ -76,10 +79,13 @@ def search_for(
     device: torch.device | str = "cpu",
     processes: Processes | None = None,
     everything: bool = False,
+    excluded: Tensor | None = None,
+    depth: int = 0,
 ) -> Searched:
-    """Searches for as many results as the stages and the saved rankings need, or all rows, see revisitop.retrieve."""
-    m = len(database) if everything else max([SAVED_RANKS, *(each.needed for each in stages)])
-    return Searched(retrieve(queries, database, m, listed, device, processes), queries, database, listed, device)
+    """Searches for the results that the stages and the saved rankings need, `depth`, or all, see revisitop.retrieve."""
+    m = len(database) if everything else max([SAVED_RANKS, depth, *(each.needed for each in stages)])
+    ranking = retrieve(queries, database, m, listed, device, processes, excluded)
+    return Searched(ranking, queries, database, listed, device, excluded)
 
 
 @dataclass(frozen=True)

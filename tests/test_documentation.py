@@ -77,6 +77,8 @@ def work(tmp_path, checkpoint_50, checkpoint_101, monkeypatch) -> Path:
     ids = np.argsort(-(np.load(folder / "q.npy") @ np.load(folder / "d.npy").T), axis=1)[:, :30]
     np.save(folder / "found.npy", ids)
     (folder / "mine.py").write_text("import torchvision\n\n\ndef build():\n    return torchvision.models.resnet18()\n")
+    for name, more in (("a", ""), ("b", "SupG: {gemp: False}\n")):
+        (folder / f"{name}.yaml").write_text(f"MODEL: {{NAME: mine.py:build}}\n{more}")
     monkeypatch.chdir(folder)
     monkeypatch.setitem(sys.modules, "superglobal", modules)
     return folder

@@ -29,6 +29,9 @@ CHANGED = {
     "SupG.relup": False, "SupG.relup_threshold": 0.1, "SupG.rerank": False, "SupG.rerank_m": 20, "SupG.rerank_k": 5,
     "SupG.rerank_beta": 0.5, "SupG.onemeval": True, "SupG.rerank_s2": "original",
     "TEST.INDEX": "Flat", "TEST.INDEX_SEARCH": "nprobe=3", "TEST.INDEX_ROWS": "decoded",
+    "MODEL.MEAN": "0.5,0.5,0.5", "MODEL.STD": "0.5,0.5,0.5", "MODEL.SIZE": "64", "MODEL.MULTIPLE": 14,
+    "DATA_LOADER.TRUNCATED": True, "TEST.PLACE_RADIUS": 10, "TEST.CROP_QUERIES": True,
+    "TEST.FUSION": "a.yaml,b.yaml", "TEST.FUSION_WEIGHTS": "1,2",
     "RERANK.QE_N": 5, "RERANK.QE_ALPHA": 2, "RERANK.DBA_K": 5, "RERANK.K1": 10, "RERANK.K2": 3, "RERANK.LAMBDA": 0.5,
     "RERANK.DIFFUSION_K": 20, "RERANK.DIFFUSION_KQ": 5, "RERANK.DIFFUSION_GAMMA": 2, "RERANK.DIFFUSION_ALPHA": 0.9,
 }  # fmt: skip
@@ -41,7 +44,7 @@ class Recording(config.CfgNode):
 
     def __getattr__(self, name):
         value, reader = super().__getattr__(name), sys._getframe(1)
-        if reader.f_code.co_name == "active_rerankers":
+        if reader.f_code.co_name in ("active_rerankers", "fusion_parts"):
             reader = reader.f_back
         if not isinstance(value, config.CfgNode) and reader.f_code.co_filename != config.__file__:
             type(self).read.add(name)
@@ -64,6 +67,8 @@ def runs(tiny, two_layers, checkpoint_50, tmp_path) -> dict[str, list[tuple]]:
     rows = np.random.default_rng(0).standard_normal((5, 16)).astype(np.float32)
     vectors, million = tmp_path / "far.npy", tiny.data_dir / "revisitop1m"
     np.save(vectors, rows / np.linalg.norm(rows, axis=1, keepdims=True))
+    np.savez(tmp_path / "some.npz", Q=rows[:1], X=rows[1:])
+    fused = ("TEST.FUSION", tmp_path / "some.npz", "TEST.FUSION_WEIGHTS", 1)
     million.mkdir()
     (million / "revisitop1m.txt").write_text("a.jpg\n")
     (million / "a.jpg").write_bytes(tiny.image("db_0").read_bytes())
@@ -82,19 +87,20 @@ def runs(tiny, two_layers, checkpoint_50, tmp_path) -> dict[str, list[tuple]]:
             (*fast, *far, "TEST.REPORT"),
             (*data, *index, "TEST.RERANKER", "cvnet"),
             (*fast, "TEST.RERANKER", rivals),
+            (*fast, *fused),
         ],
         "extract_rop1m.py": [("--weight", checkpoint_50, "--depth", 50, "--data-dir", million, *quick)],
         "tools/search.py": [
             (*searched, "--weights", checkpoint_50, *quick),
             *((*searched, *two_layers, *more) for more in (("TEST.RERANKER", rivals), index)),
         ],
-        "tools/tables.py main": [(*data, "--depth", 50, *index, "TEST.RERANKER", "cvnet"), fast],
-        "tools/tables.py ablation": [data, (*fast, *far), (*fast, *index)],
-        "tools/tables.py rerank": [(*data, *index), (*fast, *far)],
-        "tools/tables.py rerankers": [(*data, *index), (*fast, *far)],
+        "tools/tables.py main": [(*data, "--depth", 50, *index, "TEST.RERANKER", "cvnet"), fast, (*fast, *fused)],
+        "tools/tables.py ablation": [data, (*fast, *far), (*fast, *index), (*fast, *fused)],
+        "tools/tables.py rerank": [(*data, *index), (*fast, *far), (*fast, *fused)],
+        "tools/tables.py rerankers": [(*data, *index), (*fast, *far), (*fast, *fused)],
         "tools/tune.py": [
             ("--on", "roxford5k", "--test", "mine", *where, *network)
-            for network in (("TEST.WEIGHTS", checkpoint_50, *quick), (*two_layers, *index))
+            for network in (("TEST.WEIGHTS", checkpoint_50, *quick), (*two_layers, *index), (*two_layers, *fused))
         ],
         "tools/rerank.py": [
             *((*reranked, "--reranker", name) for name in ("superglobal", *rivals.split(","))), (*reranked, *index)
@@ -151,12 +157,13 @@ def test_an_option_is_used_or_refused(command, runs, gradio, monkeypatch, name):
 
 
 # Options that another checkpoint or whitening must fit; tests/model/test_recipe.py has them.
+IMAGES = ("MEAN", "STD", "SIZE", "MULTIPLE")  # what other networks need of their images
 NEEDING_A_FILE = ("TEST.WEIGHTS", "MODEL.WHITENING", "MODEL.DEPTH", "MODEL.HEADS.REDUCTION_DIM")
 
 
 @pytest.mark.parametrize("key", [key for key in config.NETWORK if key not in NEEDING_A_FILE])
 def test_each_option_of_the_network_changes_the_descriptors_provenance(key, checkpoint_50):
-    other = key in ("MODEL.POOLING", "SupG.relup_stages", "SupG.relup_ends")
+    other = key in ("MODEL.POOLING", "SupG.relup_stages", "SupG.relup_ends", *(f"MODEL.{of}" for of in IMAGES))
     base = [("MODEL.NAME", CHANGED["MODEL.NAME"])] if other else []
     recipes = [
         make_recipe(cfg, checkpoint_50 if cfg.MODEL.NAME == "cvnet" else "untrained")

@@ -11,7 +11,10 @@ from conftest import ROOT
 # What the files of each layer import beside Python's standard library, from the bottom up. Commands import anything.
 ALLOWED = {
     "modules": {"torch", "triton", "modules"},
-    "model": {"torch", "torchvision", "timm", "huggingface_hub", "numpy", "scipy", "h5py", "modules", "model"},
+    "model": {
+        *("torch", "torchvision", "timm", "huggingface_hub", "safetensors", "h5py", "numpy", "scipy"),
+        *("modules", "model"),
+    },
     "extraction": {
         *("torch", "numpy", "PIL", "pillow_heif", "simplejpeg", "filelock", "tqdm"),
         *("modules", "model", "extraction"),

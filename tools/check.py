@@ -3,9 +3,11 @@
 python -m tools.check NAME TEST.DATA_DIR DIR
 python -m tools.check NAME --decode
 
-A dataset is a folder in TEST.DATA_DIR in one of three layouts: revisitop's (gnd_NAME.pkl, jpg/), GLDv2's
-(index.csv, queries.csv, solution.csv, index/, queries/), or a folder of images per class. ROxford5k and RParis6k are
-compared with what is published about them. tools.verify checks the machine and the weights, too.
+A dataset is a folder in TEST.DATA_DIR in one of six layouts: revisitop's (gnd_NAME.pkl, jpg/), GLDv2's (index.csv,
+queries.csv, solution.csv, index/, queries/), a folder of images per class, query/ and gallery/ with a folder per class,
+database/ and queries/ of places with UTM coordinates, or a folder per object with query/ and pos/ (ILIAS).
+ROxford5k and RParis6k are compared with what is published about them. tools.verify checks the machine and the weights,
+too.
 """
 
 import os
@@ -19,8 +21,8 @@ import numpy as np
 from PIL import ExifTags, Image
 from tqdm import tqdm
 
-from assembly import find_dataset
-from config import CommandLine
+from assembly import find_dataset, small_set_advice
+from config import DATASET, CommandLine
 from extraction.images import FORMATS, ImageFile
 from model.errors import InputError, printable, short_list
 from report.command import run_command
@@ -57,13 +59,15 @@ class Header(NamedTuple):
 
 
 def main(argv: list[str]) -> None:
-    line = CommandLine(__doc__, ("TEST.DATA_DIR",))
+    line = CommandLine(__doc__, DATASET)
     line.add("name", metavar="NAME", help="name of the dataset's folder")
     line.add("--decode", action="store_true", help="decode every image, which may take long, not only its header")
     args, cfg, _ = line.parse(argv)
     dataset = find_dataset(cfg, args.name)
     for text in in_words(dataset):
         print(printable(text))
+    if advice := small_set_advice(cfg, dataset):
+        print(advice)
     findings = list(check_dataset(dataset, args.decode))
     print(*findings, sep="\n")
     if problems := [finding.text for finding in findings if finding.ok is False]:
@@ -74,6 +78,9 @@ def in_words(dataset: Dataset) -> Iterator[str]:
     """Yields the description of a dataset line by line."""
     yield f"{dataset!r}"
     yield f"layout: {dataset.layout}"
+    for part, images in (("queries", dataset.queries), ("database", dataset.database)):
+        folders = Counter(os.path.relpath(image.path.parent, dataset.folder) for image in images)
+        yield f"{part} in: {short_list([f'{name}/ ({count:,})' for name, count in folders.items()])}"
     usages = Counter(truth.usage for truth in dataset.ground_truth)
     if usages.keys() != {""}:
         yield f"queries by usage: {', '.join(f'{usage} {count:,}' for usage, count in sorted(usages.items()))}"

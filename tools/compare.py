@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from assembly import find_dataset, start_session
-from config import CommandLine, make_config, option_values, varied
+from config import DATASET, CommandLine, make_config, option_values, varied
 from extraction.files import read_array, read_json
 from model.errors import InputError, short_list
 from report.command import run_command
@@ -123,7 +123,7 @@ class QueryPairs:
 
 
 def main(argv: list[str]) -> None:
-    line = CommandLine(__doc__, ("TEST.DATA_DIR", "TEST.OUT_DIR"))
+    line = CommandLine(__doc__, (*DATASET, "TEST.OUT_DIR"))
     line.add("run_a", metavar="RUN_A", help="folder of a run, or FOLDER:STAGE")
     line.add("run_b", metavar="RUN_B", help="the run to compare it with")
     args, cfg, given = line.parse(argv)
@@ -152,9 +152,8 @@ def main(argv: list[str]) -> None:
                 "%s, %s, %s: %s", pairs.dataset, pairs.protocol, run.letter, run.at_k(pairs.dataset, pairs.protocol)
             )
 
-    data_dir = a.content.get("config", {}).get("TEST", {}).get("DATA_DIR")
-    if data_dir and "TEST.DATA_DIR" not in given:
-        cfg = varied(cfg, {"TEST.DATA_DIR": data_dir})
+    before = {f"TEST.{key}": value for key, value in a.content.get("config", {}).get("TEST", {}).items()}
+    cfg = varied(cfg, {key: before[key] for key in DATASET if key in before and key not in given})
     sections = []
     for name in names:
         try:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from config import LOADING, NETWORK, CommandLine, Parsed, varied
+from config import DATASET, LOADING, NETWORK, CommandLine, Parsed, varied
 from model.errors import InputError
 from report.command import run_command
 
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> None:
 def parse(argv: list[str]) -> Parsed:
     here = "the page does not use it"
     uses = (
-        *NETWORK, *LOADING, "TEST.DATA_DIR", "TEST.DATASET_LIST", "TEST.DEVICE", "TEST.OUT_DIR", "TEST.RESUME",
+        *NETWORK, *LOADING, *DATASET, "TEST.DATASET_LIST", "TEST.DEVICE", "TEST.OUT_DIR", "TEST.RESUME",
         "SupG.rerank_m", "SupG.rerank_k", "SupG.rerank_beta", "SupG.rerank_s2",
     )  # fmt: skip
     instead = {"TEST.RERANKER": f"the page shows SuperGlobal; {here}", "TEST.REPORT": here}

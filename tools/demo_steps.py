@@ -24,7 +24,7 @@ from model.errors import InputError
 from model.recipe import Recipe
 from modules.explanation import Explanation, explain
 from modules.reranking import SuperGlobalReranker
-from modules.search import Database, search
+from modules.search import Database
 from report.drawing import MatchDrawing, draw_match, jpeg_uri, read_thumbnail
 from report.output import Output
 from report.page import SHOWN, Hit, candidates_of, first_hits
@@ -197,10 +197,11 @@ class QuerySearch:
 
 def search_gallery(gallery: Gallery, image: QueryImage, descriptor: Tensor, extraction_seconds: float) -> QuerySearch:
     """Searches with the descriptor (1, D) of an image."""
-    start, dataset = time.perf_counter(), gallery.dataset
-    listed = None if image.number is None or not dataset.ground_truth else [dataset.listed[image.number]]
-    result = search(descriptor, gallery.database, max(gallery.largest_m, SHOWN), listed)
-    ranking = Ranking(*result, time.perf_counter() - start)
+    dataset, number = gallery.dataset, image.number
+    listed = None if number is None or not dataset.ground_truth else [dataset.listed[number]]
+    # An image of a folder without ground truth finds itself, which shows that the search works.
+    excluded = None if listed is None or dataset.excluded is None else dataset.excluded[[number]]
+    ranking = retrieve(descriptor, gallery.database, max(gallery.largest_m, SHOWN), listed, excluded=excluded)
     return QuerySearch(image, gallery, descriptor, ranking, extraction_seconds)
 
 

@@ -18,7 +18,7 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,13 +30,14 @@ from assembly import (
     check_index,
     extract,
     find_recipe,
+    fusion_folder,
     image_folder_set,
     make_stages,
     option,
     start_session,
     with_index,
 )
-from config import INDEX, LOADING, NETWORK, RERANKING, CommandLine, Parsed
+from config import FUSION, INDEX, LOADING, NETWORK, RERANKING, CommandLine, Parsed, fusion_parts
 from extraction.extract import ImageSet
 from extraction.folder import find_images
 from extraction.images import ImageFile
@@ -47,6 +48,7 @@ from model.recipe import Recipe
 from modules.search import Database
 from report.page import SHOWN, Hit, Page, Query, Section, write_report
 from revisitop.exports import Names, check_forms, write_descriptors, write_rankings
+from revisitop.fusion import fused
 from revisitop.retrieve import SAVED_RANKS, Ranking
 from revisitop.stages import search_for
 from tools.milvus import Milvus, collection_name
@@ -85,15 +87,29 @@ def main(argv: list[str]) -> None:
     milvus = Milvus.connect(args.index) if args.index and session.first else None
     with option("TEST.EXPORT"):
         check_forms(cfg.TEST.EXPORT)
-    recipe = find_recipe(cfg)
-    check_index(cfg, recipe.dim)
+    weights, configs = zip(*(fusion_parts(cfg) if cfg.TEST.FUSION else [(1.0, cfg)]), strict=True)
+    if saved := [each.TEST.FEATURES for each in configs if each.TEST.FEATURES]:
+        raise InputError(f"TEST.FUSION: {saved[0]} has descriptors of a dataset; for a folder of images, give networks")
+    recipes = [find_recipe(each) for each in configs]
+    check_index(cfg, sum(recipe.dim for recipe in recipes))
     if args.queries.is_file() and (problem := ImageFile(args.queries).problem()):
         raise InputError(f"queries: {problem}")
 
-    images = image_folder_set(args.database, find_images(args.database), recipe, session.output)
-    cache = images.path.parent
-    queried = ImageSet(cache / "queries.npy", "queries", find_images(args.queries), folder_of(args.queries))
-    database, queries = extract_folders([images, queried], recipe, device, cfg, processes)
+    database_images, query_images = find_images(args.database), find_images(args.queries)
+    extracted, files = [], []
+    for each, recipe in zip(configs, recipes, strict=True):
+        images = image_folder_set(args.database, database_images, recipe, session.output)
+        queried = ImageSet(images.path.with_name("queries.npy"), "queries", query_images, folder_of(args.queries))
+        extracted.append(extract_folders([images, queried], recipe, device, each, processes))
+        files.append(images.path)
+    database, queries = (
+        replace(folders[0], descriptors=fused([folder.descriptors for folder in folders], weights))
+        for folders in zip(*extracted, strict=True)
+    )
+    cache = files[0].parent
+    if len(files) > 1:
+        parts = zip(weights, (file.parent for file in files), strict=True)
+        cache = fusion_folder(session.output, args.database.resolve().name, parts)
     if milvus:
         names = [database.name(number) for number in range(len(database.images))]
         with owned(cache):
@@ -103,7 +119,7 @@ def main(argv: list[str]) -> None:
         return
     else:
         with owned(cache) if session.first else nullcontext(), processes.first_alone():
-            rows = with_index(cfg, Database(database.descriptors), cache / "database", [images.path], device)
+            rows = with_index(cfg, Database(database.descriptors), cache / "database", files, device, weights=weights)
 
     stages = make_stages(cfg, session.output.folder)
     everything = "ranks" in cfg.TEST.EXPORT
@@ -133,7 +149,8 @@ def main(argv: list[str]) -> None:
             write_descriptors(run, cfg.TEST.EXPORT, "search", queries.descriptors, own, names)
         log.info("rankings and descriptors for other programs are in %s", run)
     if args.report:
-        settings = {"database": str(args.database), "queries": str(args.queries), "weights": recipe.weights_in_words}
+        networks = "; ".join(recipe.weights_in_words for recipe in recipes)
+        settings = {"database": str(args.database), "queries": str(args.queries), "weights": networks}
         name = args.database.resolve().name
         page = Page(f"Search in {name}", settings, [section(queries, database, rankings)])
         log.info("the report is %s", write_report(page, run / "report"))
@@ -145,7 +162,17 @@ def parse(argv: list[str]) -> Parsed:
     truth = "it needs ground truth, as in test.py"
     instead = {"TEST.FEATURES": truth, "SupG.onemeval": truth, "TEST.DISTRACTORS": truth, "TEST.REPORT": "use --report"}
     instead |= {"TEST.DATA_DIR": "use --database", "TEST.DATASET_LIST": "use --database"}
-    uses = (*NETWORK, *LOADING, *INDEX, *RERANKING, "TEST.DEVICE", "TEST.OUT_DIR", "TEST.RESUME", "TEST.EXPORT")
+    uses = (
+        *NETWORK,
+        *FUSION,
+        *LOADING,
+        *INDEX,
+        *RERANKING,
+        "TEST.DEVICE",
+        "TEST.OUT_DIR",
+        "TEST.RESUME",
+        "TEST.EXPORT",
+    )
     line = CommandLine(__doc__, uses, instead)
     line.add("--database", type=Path, required=True, metavar="FOLDER", help="images, also in subfolders")
     line.add("--queries", type=Path, required=True, metavar="FOLDER|FILE", help="an image, or several")

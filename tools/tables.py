@@ -51,7 +51,7 @@ from revisitop.index import FaissDatabase
 from revisitop.protocols import REVISITED_PROTOCOLS, Protocol
 from revisitop.published import find_figures, nearest_reproduction, published
 from revisitop.retrieve import Ranking
-from revisitop.stages import Reranked, Stage, search_for
+from revisitop.stages import Reranked, Stage
 
 log = logging.getLogger(__name__)
 
@@ -187,7 +187,7 @@ def parse(argv: list[str]) -> Parsed:
 
 def main_table(cfg: CfgNode, depths: Sequence[int]) -> Iterator[RowGroup]:
     fast = [name for name in cfg.TEST.RERANKER if name not in ("cvnet", "dba")]  # the others take days with +1M
-    for depth in depths if cfg.MODEL.NAME == "cvnet" else [cfg.MODEL.DEPTH]:
+    for depth in depths if cfg.MODEL.NAME == "cvnet" and not cfg.TEST.FUSION else [cfg.MODEL.DEPTH]:
         own = {"MODEL.DEPTH": depth}
         yield RowGroup(varied(cfg, {**own, "SupG.onemeval": False}), "", active_variants)
         yield RowGroup(varied(cfg, {**own, "TEST.RERANKER": fast or "none"}), "", active_variants)
@@ -298,7 +298,7 @@ def rows(group: RowGroup, name: str, protocols: Sequence[Protocol], session: Ses
     size = len(experiment.dataset.database)
     with PeakMemory(device) as peak:
         stages = [each.stage for each in variants]
-        searched = search_for(stages, queries, database, experiment.dataset.listed, device, processes)
+        searched = experiment.search_with(stages, queries, database, processes)
     if not session.first:
         return
     whitening = experiment.facts().get("whitening", {})
@@ -356,7 +356,7 @@ def find_published(cfg: CfgNode, name: str, stage: Stage | None = None) -> dict[
     """
     usual = make_config([("MODEL.DEPTH", cfg.MODEL.DEPTH), ("TEST.PRECISION", cfg.TEST.PRECISION)])
     anywhere = Path()
-    if make_recipe(cfg, anywhere) != make_recipe(usual, anywhere) or cfg.TEST.INDEX:
+    if make_recipe(cfg, anywhere) != make_recipe(usual, anywhere) or cfg.TEST.INDEX or cfg.TEST.FUSION:
         return None
     if stage and repr(stage) != repr(Reranked(SuperGlobalReranker())):
         return None

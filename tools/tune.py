@@ -6,15 +6,16 @@ python -m tools.tune --folds 5 --test NAME
 python -m tools.tune --on NAME --test NAME --try SupG.rerank_k 5,9,15 --try SupG.gemp_p 3,4.6,6
 
 Every combination of the values is evaluated on the validation set: another dataset, the queries of one usage, or the
-other folds of the test set's own queries. The chosen values are compared with the paper's on the test set, with the
-95 % interval of a paired bootstrap over its queries. Images are extracted once for each setting of the network, and
-their descriptors are kept like those of test.py; rerankers need no further extraction. TEST.FEATURES takes a folder
-with the saved descriptors of both sets instead.
+other folds of the test set's own queries. With TEST.FUSION, the weights are tried by default. The chosen values are
+compared with the paper's on the test set, with the 95 % interval of a paired bootstrap over its queries. Images are
+extracted once for each setting of the network, and their descriptors are kept like those of test.py; rerankers need no
+further extraction. TEST.FEATURES takes a folder with the saved descriptors of both sets instead.
 """
 
 import argparse
 import itertools
 import logging
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -28,6 +29,8 @@ from yacs.config import CfgNode
 
 from assembly import Experiment, Session, find_dataset, prepare, start_session
 from config import (
+    DATASET,
+    FUSION,
     INDEX,
     LOADING,
     NETWORK,
@@ -35,6 +38,7 @@ from config import (
     CommandLine,
     active_rerankers,
     as_typed,
+    as_words,
     idle_options,
     make_config,
     option_values,
@@ -50,7 +54,6 @@ from revisitop.evaluate import evaluate
 from revisitop.layouts import dataset_folder
 from revisitop.protocols import Protocol
 from revisitop.retrieve import Ranking
-from revisitop.stages import search_for
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +169,10 @@ def main(argv: list[str]) -> None:
         judgement = judge(session, test, settings[0], by_fold, fold_of_query)
         log.info("chosen by all queries, for use: %s", words(best))
 
-    log.info("on %s, mAP in percent:", test)
+    options = as_words(varied(cfg, best))
+    log.info("to use it: %s", shlex.join(["python", "test.py", "TEST.DATASET_LIST", test.name, *options]))
+
+    log.info("on %s, %s in percent:", test, judgement.measure)
     heading, *rows = judgement.rows()
     for row in (heading, ["---"] * len(heading), *rows):
         log.info("%s", markdown(row))
@@ -185,7 +191,7 @@ def main(argv: list[str]) -> None:
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, CfgNode]:
-    uses = ("TEST.DEVICE", "TEST.OUT_DIR", "TEST.RESUME", "TEST.DATA_DIR", "TEST.FEATURES")
+    uses = ("TEST.DEVICE", "TEST.OUT_DIR", "TEST.RESUME", *DATASET, "TEST.FEATURES", *FUSION)
     instead = {"TEST.DATASET_LIST": "--on and --test name the datasets"}
     line = CommandLine(__doc__, (*NETWORK, *LOADING, *INDEX, *RERANKING, *uses), instead)
     line.add("--on", metavar="NAME[:USAGE]", help="the validation set")
@@ -206,16 +212,20 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, CfgNode]:
 
 
 def read_grid(tried: Sequence[Sequence[str]] | None, cfg: CfgNode) -> dict[str, tuple]:
-    """Returns the values to try for each option, including the paper's; by default the options of the reranker.
+    """Returns the values to try for each option, including the paper's.
+
+    By default, these are the weights of a fusion, or else the options of the reranker.
 
     Raises:
         InputError: if an option cannot be tried, or a value is invalid.
     """
+    if not tried and cfg.TEST.FUSION:
+        return {"TEST.FUSION_WEIGHTS": ([], *weights_to_try(len(cfg.TEST.FUSION)))}  # equal ones by default
     if not tried:
         for reranker in active_rerankers(cfg):
             return GRIDS[reranker]
         raise InputError("without a reranker there is nothing to tune by default: give --try KEY VALUES")
-    allowed = [key for key in (*NETWORK, *RERANKING) if key not in _FIXED]
+    allowed = [key for key in (*NETWORK, *RERANKING, "TEST.FUSION_WEIGHTS") if key not in _FIXED]
     grid: dict[str, tuple] = {}
     for key, text in tried:
         if key not in allowed:
@@ -231,6 +241,14 @@ def read_grid(tried: Sequence[Sequence[str]] | None, cfg: CfgNode) -> dict[str, 
         numbers = all(isinstance(value, int | float) for value in values)
         grid[key] = tuple(sorted(values) if numbers else values)
     return grid
+
+
+def weights_to_try(parts: int) -> Iterator[list[float]]:
+    """Yields weights of so many parts that add to 1, in steps of a tenth for two and a fifth for more."""
+    steps = 10 if parts == 2 else 5
+    for numbers in itertools.product(range(steps + 1), repeat=parts):
+        if sum(numbers) == steps:
+            yield [number / steps for number in numbers]
 
 
 def combinations(cfg: CfgNode, grid: Mapping[str, tuple]) -> list[Setting]:
@@ -260,6 +278,11 @@ class Judgement:
 
     evaluated: Evaluated
     protocols: list[Protocol]
+
+    @property
+    def measure(self) -> str:
+        """The name of the mean average precision of the test set, such as mAP@100."""
+        return self.protocols[0].measure.title
 
     def aps(self, stage: str) -> list[np.ndarray]:
         """Returns the AP of each query, (Q,) per protocol."""
@@ -301,13 +324,13 @@ def rankings_of(
     """Yields the number, experiment, search and last ranking of each setting; those of a network share one search."""
     networks: dict[str, list[int]] = {}
     for number, setting in enumerate(settings):
-        network = words({key: value for key, value in setting.items() if key in NETWORK})
+        network = words({key: value for key, value in setting.items() if key in (*NETWORK, *FUSION)})
         networks.setdefault(network, []).append(number)
     for numbers in networks.values():
         first = prepare(varied(session.cfg, settings[numbers[0]]), name, session.output, session.device)
         experiments = [replace(first, cfg=varied(session.cfg, settings[number])) for number in numbers]
         stages = [stage for each in experiments for stage in each.stages.values()]
-        searched = search_for(stages, *first.descriptors(), first.dataset.listed, session.device)
+        searched = first.search_with(stages, *first.descriptors())
         for number, experiment in zip(numbers, experiments, strict=True):
             ranking = searched.ranking
             for stage in experiment.stages.values():
@@ -386,7 +409,7 @@ def combined(first: Ranking, second: Ranking, in_second: np.ndarray) -> Ranking:
 
 
 def words(setting: Setting) -> str:
-    return ", ".join(f"{key} {as_typed(value)}" for key, value in setting.items())
+    return ", ".join(f"{key} {as_typed(value) or 'default'}" for key, value in setting.items())
 
 
 def in_words(curve: Curve) -> Iterator[str]:
@@ -422,7 +445,7 @@ def tuning_section(
         for i in curve.order[:_ON_PAGE]
     ]
     tables = {
-        f"On {test}, mAP in percent": judgement.rows(),
+        f"On {test}, {judgement.measure} in percent": judgement.rows(),
         f"The best settings on {method}": [[*grid, "mAP", ""], *listed],
     }
     note = f"Chosen on {method}: {words(best)}. {judgement.verdict()}"

@@ -40,7 +40,7 @@ from modules.search import Database
 from report.command import run_command
 from report.log import package_versions
 from revisitop.dataset import Dataset, GroundTruth
-from revisitop.descriptors import load_descriptors
+from revisitop.descriptors import load_features
 from revisitop.evaluate import evaluate, evaluate_ranks
 from revisitop.layout_revisitop import load_distractor_list
 from revisitop.published import published
@@ -193,7 +193,7 @@ def check_features(dataset: Dataset, folder: Path) -> Iterator[Finding]:
     if not expected or not path.exists():
         return
     try:
-        queries, rows = load_descriptors(path, dataset)
+        queries, rows, *_ = load_features(path, dataset)
         ranking = retrieve(queries, Database([rows]), listed=dataset.listed)
     except InputError as error:
         yield Finding(False, str(error))

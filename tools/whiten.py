@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from assembly import Session, extract, find_recipe, image_folder_set, option, prepare, start_session
-from config import LOADING, NETWORK, CommandLine, Parsed
+from config import DATASET, LOADING, NETWORK, CommandLine, Parsed
 from extraction.files import jsonable, write_atomically
 from extraction.folder import find_images
 from model.errors import InputError
@@ -74,7 +74,7 @@ def save_whitening(path: Path, whitening: Whitening, learnt_from: dict[str, Any]
 
 
 def parse(argv: list[str]) -> Parsed:
-    uses = (*NETWORK, *LOADING, "TEST.DATA_DIR", "TEST.OUT_DIR", "TEST.DEVICE", "TEST.RESUME")
+    uses = (*NETWORK, *LOADING, *DATASET, "TEST.OUT_DIR", "TEST.DEVICE", "TEST.RESUME")
     line = CommandLine(__doc__, uses, {"MODEL.WHITENING": "a whitening is learnt from descriptors without whitening"})
     line.add("--from", dest="source", required=True, metavar="NAME|FOLDER|FILE", help="source of the descriptors")
     line.add("--dim", type=int, required=True, metavar="N", help="number of dimensions to keep")

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from extraction.images import ImageError, ImageFile, image_suffixes, limit_side, read_image
+from extraction.identity import NO_STAT
+from extraction.images import ImageError, ImageFile, image_suffixes, limit_side, read_image, read_truncated
 from extraction.loading import Loading, ReadAhead
 
 RGB = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
@@ -162,6 +163,32 @@ def test_the_first_frame_of_an_animation_is_read(tmp_path):
     frames = [Image.new("RGB", (20, 10), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
     assert read_image(tmp_path / "moving.gif")[0, 0].tolist() == [255, 0, 0]
+
+
+def test_a_jpeg_whose_end_is_missing_is_read_only_on_request(tmp_path, caplog):
+    whole, path = tmp_path / "whole.jpg", tmp_path / "cut.jpg"
+    Image.fromarray(np.kron(RGB, np.ones((8, 8, 1), np.uint8))).save(whole, quality=90)
+    path.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(20))
+    with pytest.raises(ImageError, match="truncated"):
+        read_image(path)
+    read_truncated(True)
+    try:
+        pixels, identity = ImageFile(path).read_identified()
+        assert whole.name not in caplog.text
+        with pytest.raises(ImageError):
+            read_image(tmp_path / "cut.png")
+        assert ImageFile(whole).read_identified()[1].key == ImageFile(whole).identity().key
+    finally:
+        read_truncated(False)
+    expected = read_image(whole)
+    assert pixels.shape == expected.shape
+    np.testing.assert_array_equal(pixels[:40], expected[:40])
+    assert (pixels[-1] == 128).all()
+    assert path.name in caplog.text
+    # Its row is not taken for that of the file by a run that refuses the file.
+    assert identity.key != ImageFile(path).identity().key
+    assert identity.stat == NO_STAT
 
 
 @pytest.mark.parametrize("name", ["x.png", "x.tiff", "32.tiff", "colour.png"])

@@ -266,13 +266,13 @@ def test_each_layout_goes_from_folder_to_metrics_and_report(own, classes, comman
     metrics = evaluate(ranking, dataset.ground_truth, dataset.protocols)
     assert found.groups() == tuple(f"{100 * metrics[usage].map:.2f}" for usage in ("Public", "Private"))
     assert ranking.ids[0, 0] == 0
-    assert re.search(r"Retrieval results: recall@1,5,10 all: [\d.]+ 100.00 100.00", outcome.out)
+    assert re.search(r"Retrieval results: recall@1,5 all: [\d.]+ 100.00", outcome.out)
     page = (run / "report" / "index.html").read_text()
     assert "mAP@100 in percent" in page
     assert '<b class="label right">right</b>' in page
     table = command("tools/tables.py", "main", *words).out
-    assert "| network | dataset | setting | mAP@100 Public | mAP@100 Private | note |" in table
-    assert re.search(r"\| [^|]+ \| pets \| retrieval \| [\d.]+ \|  \|", table)
+    assert "| network | dataset | setting | mAP@100 Public | mAP@100 Private | Public P@" in table
+    assert re.search(r"\| [^|]+ \| pets \| retrieval \| [\d.]+ \| [\d.]+ 100.00 \|  \|", table)
     outcome = command("tools/check.py", "own", "TEST.DATA_DIR", own.parent, "--decode")
     assert outcome.code == 0, outcome.err
     assert "relevant: 4 in all, 1 to 3 per query, median 2; 0 queries without" in outcome.out

@@ -1,0 +1,89 @@
+"""The layout of visual place recognition: database/ and queries/, with UTM coordinates in the names of the files.
+
+A name begins with @EAST@NORTH@, in metres; images may be in subfolders. Berton et al., "Deep Visual Geo-localization
+Benchmark", CVPR 2022.
+"""
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+
+from extraction.folder import LeftOut, image_files
+from extraction.images import ImageList
+from model.errors import InputError
+from revisitop.dataset import Dataset, GroundTruth, Layout
+from revisitop.layout_classes import counts
+from revisitop.protocols import PLACE_PROTOCOLS
+
+RADIUS = 25.0
+_COORDINATES = re.compile(r"@(-?\d+(?:\.\d*)?)@(-?\d+(?:\.\d*)?)@")
+
+
+def place_folders(folder: Path) -> list[Path]:
+    """Returns the folders with queries/ and database/: the folder itself, and images/test in it."""
+    return [
+        root
+        for root in (folder, folder / "images" / "test")
+        if (root / "database").is_dir() and _has_coordinates(root / "queries")
+    ]
+
+
+def read_places(name: str, folder: Path, radius: float = RADIUS) -> Dataset:
+    """Returns the dataset; the positives of a query are the database images within a radius of its place.
+
+    Args:
+        radius: in metres, in the plane.
+
+    Raises:
+        InputError: if images are in two places, a name has no coordinates, or no query has a positive image.
+    """
+    root, *others = place_folders(folder)
+    if others:
+        raise InputError(f"{folder} has queries/ and database/ in itself and in {others[0]}; remove one of them")
+    left_out: LeftOut = {}
+    queries, database = (list(image_files(root / part, left_out)) for part in ("queries", "database"))
+    if not database:
+        raise InputError(f"{root / 'database'} contains no image")
+    near = positives_within(radius, *(np.array([_coordinates(path) for path in each]) for each in (queries, database)))
+    if not any(map(len, near)):
+        raise InputError(f"{root}: no query has a database image within {radius:g} m")
+    images = (
+        ImageList(root / part, [os.fsencode(path.relative_to(root / part)) for path in each])
+        for part, each in (("queries", queries), ("database", database))
+    )
+    truth = [GroundTruth({"near": numbers}) for numbers in near]
+    layout = f"places with UTM coordinates, positive within {radius:g} m"
+    return Dataset(name, folder, *images, truth, PLACE_PROTOCOLS, layout, left_out=counts(left_out))
+
+
+def positives_within(radius: float, queries: np.ndarray, database: np.ndarray) -> list[np.ndarray]:
+    """Returns, for each query, the ascending numbers of the points within the radius. (Q, 2), (N, 2) -> Q x (P,)."""
+    order = np.argsort(database[:, 0], kind="stable")
+    east, positives = database[order, 0], []
+    for point in queries:  # only points whose first coordinate is near are compared
+        some = order[slice(*np.searchsorted(east, [point[0] - radius, np.nextafter(point[0] + radius, np.inf)]))]
+        inside = ((database[some] - point) ** 2).sum(axis=1) <= radius**2
+        positives.append(np.sort(some[inside]))
+    return positives
+
+
+def _coordinates(path: Path) -> tuple[float, float]:
+    match = _COORDINATES.match(path.name)
+    if match is None:
+        raise InputError(f"{path}: the name must begin with UTM coordinates, @EAST@NORTH@, as those beside it do")
+    return float(match[1]), float(match[2])
+
+
+def _has_coordinates(folder: Path) -> bool:
+    first = next(image_files(folder, {}), None) if folder.is_dir() else None
+    return first is not None and _COORDINATES.match(first.name) is not None
+
+
+PLACES = Layout(
+    "database/ and queries/ (or both in images/test/) with files @EAST@NORTH@...jpg (UTM)",
+    lambda name, folder: bool(place_folders(folder)),
+    read_places,
+    ("radius",),
+)

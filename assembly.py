@@ -20,7 +20,7 @@ from extraction.extract import ImageSet, extract_sets, probe, probe_tolerance
 from extraction.images import ImageFile, limit_side, set_pixel_limit
 from extraction.loading import Loading
 from extraction.processes import Processes
-from extraction.store import content_folder, file_fingerprint, plain_name
+from extraction.store import content_folder, file_fingerprint, plain_name, read_provenance
 from model.checkpoint import find_checkpoint
 from model.device import choose_device, device_name, prepare_process
 from model.errors import InputError, nearest
@@ -39,16 +39,9 @@ from report.log import start_log
 from report.output import Output, open_output
 from revisitop import toy
 from revisitop.dataset import Dataset
-from revisitop.descriptors import (
-    RANKINGS,
-    check_distractors,
-    database_file,
-    descriptors_provenance,
-    load_descriptors,
-    load_distractors,
-    load_ranking,
-)
+from revisitop.descriptors import SavedDescriptors, check_distractors, load_distractors, load_features
 from revisitop.evaluate import ignored_images
+from revisitop.exports import Names, check_forms, write_descriptors, write_rankings
 from revisitop.index import indexed, new_index
 from revisitop.layout_revisitop import load_distractor_list
 from revisitop.layouts import dataset_folder, load_dataset
@@ -324,6 +317,7 @@ class Experiment:
         cfg: the options.
         dataset: images and ground truth.
         recipe: the recipe of the descriptors; None if saved ones are evaluated.
+        features: the saved descriptors, or a ranking, which is evaluated as it is; None if images are extracted.
         distractors: the distractors, or None.
         output: where descriptors and scores are kept.
         device: the device of the computations.
@@ -332,6 +326,7 @@ class Experiment:
     cfg: CfgNode
     dataset: Dataset
     recipe: Recipe | None
+    features: SavedDescriptors | Ranking | None
     distractors: Distractors | None
     output: Output
     device: torch.device
@@ -362,10 +357,11 @@ class Experiment:
         Args:
             processes: the processes of a `torchrun`, which share the extraction; by default only this one.
         """
-        if self.recipe is None:
-            with option("TEST.FEATURES"):
-                queries, rows = load_descriptors(Path(self.cfg.TEST.FEATURES), self.dataset)
-                files = [database_file(Path(self.cfg.TEST.FEATURES), self.dataset)]
+        if isinstance(self.features, Ranking):
+            raise InputError(f"TEST.FEATURES: {self.cfg.TEST.FEATURES} has a ranking; this command needs descriptors")
+        if self.features is not None:
+            queries, rows, file = self.features
+            files = [file]
         else:
             log.info("descriptors: %s", self.folder)
             *others, rows = extract(self.sets, self.recipe, self.cfg, self.device, processes)
@@ -381,24 +377,35 @@ class Experiment:
             name += "+distractors"
         return queries, with_index(self.cfg, Database(parts), self.folder / name, files, self.device)
 
-    @property
-    def features_are_a_ranking(self) -> bool:
-        """Whether TEST.FEATURES contains a ranking, which is evaluated as it is."""
-        return self.recipe is None and Path(self.cfg.TEST.FEATURES).suffix.lower() in RANKINGS
-
     def search(self, processes: Processes | None = None) -> Searched:
         """Searches for the results that the stages need; the processes of a `torchrun` share it, see descriptors."""
-        if self.features_are_a_ranking:
-            with option("TEST.FEATURES"):
-                ranking = load_ranking(Path(self.cfg.TEST.FEATURES), self.dataset)
-            return Searched(ranking, torch.empty(0, 1), Database(torch.empty(0, 1)))
+        if isinstance(self.features, Ranking):
+            return Searched(self.features, torch.empty(0, 1), Database(torch.empty(0, 1)))
         queries, database = self.descriptors(processes)
-        return search_for(self.stages.values(), queries, database, self.dataset.listed, self.device, processes)
+        everything = "ranks" in self.cfg.TEST.EXPORT
+        return search_for(
+            self.stages.values(), queries, database, self.dataset.listed, self.device, processes, everything
+        )
+
+    def export(self, folder: Path, rankings: Mapping[str, Ranking], searched: Searched) -> None:
+        """Writes rankings and descriptors into a folder for other programs, in the forms of TEST.EXPORT."""
+        dataset, forms = self.dataset, self.cfg.TEST.EXPORT
+        if not forms:
+            return
+        with option("TEST.EXPORT"):
+            queries, database = (
+                [name(number) for number in range(len(images))]
+                for name, images in ((dataset.query_name, dataset.queries), (dataset.database_name, dataset.database))
+            )
+            distractors = map(str, range(len(searched.database) - len(database)))
+            write_rankings(folder, forms, dataset.name, rankings, Names(queries, [*database, *distractors]))
+            files = Names.of_files((dataset.queries, dataset.folder), (dataset.database, dataset.folder))
+            write_descriptors(folder, forms, dataset.name, searched.queries, searched.database, files)
 
     @cached_property
     def stages(self) -> dict[str, Stage]:
         """The stages of TEST.RERANKER, by title; none for a saved ranking."""
-        if self.features_are_a_ranking:
+        if isinstance(self.features, Ranking):
             return {}
         return make_stages(self.cfg, self.output.folder, self._local_feature_stages)
 
@@ -456,9 +463,8 @@ class Experiment:
         facts: dict[str, Any] = {}
         recipe = self.recipe
         if recipe is None:
-            path = Path(self.cfg.TEST.FEATURES)
-            facts["features"] = str(path)
-            facts["made_from"] = descriptors_provenance(path, self.dataset) or None
+            facts["features"] = self.cfg.TEST.FEATURES
+            facts["made_from"] = read_provenance(getattr(self.features, "file", Path(self.cfg.TEST.FEATURES)))
         else:
             facts["network"] = {"title": recipe.title, "modules": recipe.modules_in_words}
             facts["checkpoint"] = {"path": recipe.weights_in_words, "sha256": recipe.weights_sha256}
@@ -493,8 +499,11 @@ def prepare(cfg: CfgNode, name: str, output: Output, device: torch.device) -> Ex
     dataset = find_dataset(cfg, name)
     if cfg.TEST.MAX_SIDE and name in DOWNLOADED:
         log.warning("TEST.MAX_SIDE %d is not the published protocol of %s", cfg.TEST.MAX_SIDE, name)
-    recipe = None
-    if not cfg.TEST.FEATURES:
+    recipe = features = None
+    if cfg.TEST.FEATURES:
+        with option("TEST.FEATURES"):
+            features = load_features(Path(cfg.TEST.FEATURES), dataset)
+    else:
         dataset.check_files()
         recipe = find_recipe(cfg, dataset)
     check_index(cfg, recipe.dim if recipe else None)
@@ -513,8 +522,10 @@ def prepare(cfg: CfgNode, name: str, output: Output, device: torch.device) -> Ex
                     probe(recipe.extractor(device)),
                     probe_tolerance(recipe.precision),
                 )
-    experiment = Experiment(cfg, dataset, recipe, distractors, output, device)
-    if experiment.features_are_a_ranking and (active_rerankers(cfg) or cfg.TEST.INDEX):
+    with option("TEST.EXPORT"):
+        check_forms(cfg.TEST.EXPORT, not isinstance(features, Ranking))
+    experiment = Experiment(cfg, dataset, recipe, features, distractors, output, device)
+    if isinstance(features, Ranking) and (active_rerankers(cfg) or cfg.TEST.INDEX):
         log.warning("%s contains a ranking instead of descriptors: it is not searched or reranked", cfg.TEST.FEATURES)
     _ = experiment.stages  # raises if a stage is impossible
     return experiment

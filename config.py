@@ -110,6 +110,11 @@ _SCALES = _checked(
 )  # fmt: skip
 
 
+# Forms of rankings and descriptors for other programs, see revisitop/exports.py.
+EXPORTS = ("nn", "ranks", "csv", "ames", "hloc")
+_EXPORTS = _checked(_list, f"a list of {', '.join(EXPORTS)}", lambda forms: {*forms} <= {*EXPORTS})
+
+
 def _rerankers(value: Any) -> list[str]:
     names = _checked(_list, "a list of names", bool)(value)
     if len(set(names)) < len(names) or ("none" in names and len(names) > 1):
@@ -232,13 +237,17 @@ _RUN_OPTIONS = (
     Option("TEST.DATASET_LIST", ["roxford5k", "rparis6k"],
            "datasets to evaluate: roxford5k, rparis6k, gldv2, toy, or any folder in TEST.DATA_DIR", _DATASETS),
     Option("TEST.FEATURES", "",
-           "evaluate saved descriptors (.mat, .npy, .npz, .pth, a run's folder) or a ranking (.pkl, .csv)", _TEXT),
+           "evaluate saved descriptors or a ranking, of a run or another program: docs/programs.md lists the files",
+           _TEXT),
     Option("TEST.DEVICE", "auto", "auto (a GPU if there is one), cpu, cuda or cuda:N", _DEVICE),
     Option("TEST.OUT_DIR", "./output", "folder for descriptors and the results of each run", _PATH),
     Option("SupG.onemeval", False, "add the 1M distractors, extracted by extract_rop1m.py", _FLAG),
     Option("TEST.DISTRACTORS", "", "their descriptors; default: feats_1m_RN<depth>.pth or .npy in the current folder",
            _TEXT, (_with_option("SupG.onemeval"),)),
     Option("TEST.RESUME", True, "reuse and resume descriptors of the same settings in TEST.OUT_DIR", _FLAG),
+    Option("TEST.EXPORT", [],
+           "write for other programs, into the folder of the run: rankings as nn (AMES' nn_*.pkl), ranks (revisitop's, "
+           "of all images) and csv (the challenge's), descriptors as ames and hloc (HDF5)", _EXPORTS),
     Option("TEST.REPORT", False, "write report/index.html in the folder of the run: metrics, results of each query",
            _FLAG),
 )  # fmt: skip

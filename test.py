@@ -57,6 +57,7 @@ def main(argv: list[str]) -> None:
         run = run or session.output.new_run(session.run_title)
         save_results(run, session.head, results)
         session.output.publish(run)
+        experiment.export(run, rankings, searched)
 
     session.processes.end()
     if not session.first:

@@ -4,6 +4,7 @@ Reading gives what was asked for or an InputError of one line: no file runs code
 """
 
 import errno
+import importlib.util
 import json
 import math
 import os
@@ -157,6 +158,31 @@ def read_arrays(path: Path, names: Sequence[str], kinds: str = "f") -> list[np.n
     return [_checked(array, kinds, f"{name} of {path}") for name, array in named]
 
 
+def read_numpy(path: Path) -> dict[str, np.ndarray]:
+    """Returns the arrays of numbers of a .npz file by name, or that of a .npy file, named "" and memory-mapped.
+
+    Raises:
+        InputError: as read_array and read_arrays.
+    """
+    content = _load(path)
+    if isinstance(content, np.ndarray):
+        return {"": _checked(content, "fiu", str(path))}
+    with content:
+        names = content.files
+    return dict(zip(names, read_arrays(path, names, "fiuSU"), strict=True))
+
+
+def read_hdf5(path: Path) -> dict[str, Any]:
+    """Returns the arrays of an HDF5 file by name; those of hloc's groups together, with the list `names` of the groups.
+
+    Raises:
+        InputError: if h5py is not installed, the file is missing or damaged, or takes too much time or memory.
+    """
+    if importlib.util.find_spec("h5py") is None:
+        raise InputError(f"{path} is an HDF5 file, which needs h5py: pip install h5py")
+    return _from_child("HDF5", path)
+
+
 def read_pickle(path: Path) -> Any:
     """Returns the content of a pickle: containers, numbers, text, and arrays or tensors as NumPy arrays.
 
@@ -169,7 +195,7 @@ def read_pickle(path: Path) -> Any:
 
 
 def read_mat(path: Path) -> dict[str, np.ndarray]:
-    """Returns the arrays Q and X of a MATLAB file, without those that are missing.
+    """Returns the arrays Q, X and ranks of a MATLAB file, without those that are missing.
 
     Raises:
         InputError: if it is missing, damaged or not a MATLAB file, or takes too much time or memory.

@@ -60,7 +60,8 @@ def build_backbone(name: str, weights: str | Path, depth: int = 50, reduction_di
         backbone = replace(backbone, unfilled=_load(backbone, Path(weights), name))
     elif str(weights) == UNTRAINED and not is_user_file(name):
         backbone = replace(backbone, unfilled=["all, which are random"])
-    backbone.network.eval().requires_grad_(False)
+    for parameter in backbone.network.eval().parameters():  # TorchScript has no requires_grad_ of a whole network
+        parameter.requires_grad_(False)
     return backbone
 
 

@@ -1,4 +1,4 @@
-"""Read pickles and MATLAB files of strangers, and try the pickles in PyTorch files, in a child process with limits.
+"""Read pickles, MATLAB and HDF5 files of strangers, and try the pickles in PyTorch files, in a child with limits.
 
 An allow-list of what a pickle may call is not enough: in 128 bytes, a tuple contains itself twice, 60 times over, and
 is hashed for years. So this file is also the program of a child process with limits of time and memory. It imports
@@ -32,7 +32,7 @@ def read_in_child(kind: str, path: Path) -> bytes:
     """Returns a line of JSON and the bytes of arrays, see Answer.
 
     Args:
-        kind: "pickle"; "MATLAB"; or "PyTorch", whose pickles are only tried, and whose answer is empty.
+        kind: "pickle"; "MATLAB"; "HDF5"; or "PyTorch", whose pickles are only tried, and whose answer is empty.
         path: the file.
 
     Raises:
@@ -43,7 +43,7 @@ def read_in_child(kind: str, path: Path) -> bytes:
     if not path.is_file():
         raise ValueError("is not a file")
     limits = SECONDS + size // 20_000_000, MEMORY + (16 * size if kind != "PyTorch" else 0)
-    packages = [folder for folder in sys.path if folder] if kind == "MATLAB" else []  # for SciPy
+    packages = [folder for folder in sys.path if folder] if kind in ("MATLAB", "HDF5") else []  # for SciPy and h5py
     command = [sys.executable, "-I", "-S", __file__, kind, str(path), *map(str, limits), *packages]
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # each takes memory
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False, env=environment)
@@ -238,11 +238,35 @@ def _read_mat(path: Path) -> Any:
     import scipy.io
 
     try:
-        content = scipy.io.loadmat(path, variable_names=["X", "Q"])
+        content = scipy.io.loadmat(path, variable_names=["X", "Q", "ranks"])
     except NotImplementedError:
         raise RefusedError("it has the format of MATLAB 7.3 (HDF5); save it with -v7") from None
-    arrays = {name: content[name] for name in ("Q", "X") if name in content}
-    return {name: Array().set(Dtype(each.dtype.str), each.tobytes(), each.shape) for name, each in arrays.items()}
+    return {name: _plain(content[name]) for name in ("Q", "X", "ranks") if name in content}
+
+
+def _read_hdf5(path: Path) -> Any:
+    import h5py
+    import numpy as np
+
+    content: dict[str, Any] = {}
+    rows: dict[str, Any] = {}
+
+    def visit(name: str, item: Any) -> None:
+        group, _, leaf = name.rpartition("/")
+        if isinstance(item, h5py.Dataset) and item.dtype.kind in "fiu" and leaf in ("global_descriptor", name):
+            (rows if group else content)[group or name] = item[()]
+
+    with h5py.File(path, "r") as file:
+        file.visititems(visit)
+    if rows:
+        if len({row.shape for row in rows.values()}) > 1:
+            raise RefusedError("its descriptors differ in length")
+        content["global_descriptor"] = np.stack([*rows.values()])
+    return {name: _plain(each) for name, each in content.items()} | ({"names": [*rows]} if rows else {})
+
+
+def _plain(array: Any) -> Array:
+    return Array().set(Dtype(array.dtype.str), array.tobytes(), array.shape)
 
 
 def _try_torch(path: Path) -> None:
@@ -258,7 +282,9 @@ def _try_torch(path: Path) -> None:
                     InertUnpickler(io.BytesIO(archive.read(each))).load()
 
 
-_READERS: dict[str, Any] = {"pickle": _read_pickle, "MATLAB": _read_mat, "PyTorch": _try_torch}
+_READERS: dict[str, Any] = {
+    "pickle": _read_pickle, "MATLAB": _read_mat, "HDF5": _read_hdf5, "PyTorch": _try_torch,
+}  # fmt: skip
 
 
 def _child(kind: str, name: str, seconds: str, memory: str, *packages: str) -> None:

@@ -86,6 +86,8 @@ def attach(
     for name, names in {"features": features or (), "relup": relup, "relup_ends": relup_ends}.items():
         if not isinstance(names, Sequence) or not all(isinstance(each, str) and each for each in _names(names)):
             raise ValueError(f"{name} must be the name of a submodule, or several names, got {names!r}")
+    if (relup or relup_ends) and isinstance(model, torch.jit.ScriptModule):
+        raise ValueError("relup: the layers of a TorchScript network cannot be changed; attach the original network")
     path = way_to_map(model) if features is None else _names(features)
     for name in path:
         if not callable(_attribute(model, name)):

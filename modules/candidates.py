@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import Array, as_tensor, values_can_be_seen, whole_number
+from .search import Database, search
 
 RERANK_M = 400
 
@@ -57,10 +58,15 @@ class Reranker(Protocol):
 
 
 class Reranking(NamedTuple):
-    """The new order: tensors, or NumPy arrays if the queries were one."""
+    """The new order of R results: tensors, or NumPy arrays if the queries were one.
 
-    order: Array  # (Q, M) int64: for each new place, the previous place among the candidates
-    scores: Array  # (Q, M): score of each new place, descending; -inf for an absent candidate
+    The first M results are sorted by the reranker's scores. The others follow in their previous order, with scores
+    that continue below those of the first M. Absent results come last.
+    """
+
+    ids: Array  # (Q, R): the ids in the new order, of the kind that was given; the order itself if none were given
+    scores: Array  # (Q, R): score of each new place, descending; -inf for an absent result
+    order: Array  # (Q, M) int64: for each of the first M new places, the previous place among the results
 
 
 class NotFiniteRowError(ValueError):
@@ -85,6 +91,26 @@ def check_finite(values: Tensor, q: Tensor, x: Tensor) -> None:
     """Raises a ValueError if a score is NaN or infinite; it names the query or candidate responsible."""
     if values_can_be_seen(values) and not values.isfinite().all():
         raise NotFiniteRowError(q, x)
+
+
+def reordered(ids: Tensor, scores: Tensor, new_scores: Tensor) -> Reranking:
+    """Returns the new order (Q, R) of results, of which the first were scored again; equal scores keep their order.
+
+    The scores of the others are those of the search. If these are not below the lowest new score, all are shifted
+    by the same amount, so that sorting by the scores of the whole ranking gives its order.
+
+    Args:
+        ids: (Q, R) int64, best first, -1 for an absent result.
+        scores: (Q, R), those of the search, descending.
+        new_scores: (Q, M), the new scores of the first M results; -inf for an absent result.
+    """
+    lowest = new_scores.detach().masked_fill(new_scores == -torch.inf, torch.inf).amin(dim=1, keepdim=True)
+    below = lowest.nextafter(torch.full_like(lowest, -torch.inf))
+    others = scores[:, new_scores.shape[1] :].to(new_scores)
+    others = (others + (below - others[:, :1]).clamp(max=0)).minimum(below)
+    together = torch.cat([new_scores, others], dim=1).masked_fill(ids.to(new_scores.device) < 0, -torch.inf)
+    sorted_scores, order = together.sort(dim=1, descending=True, stable=True)
+    return Reranking(ids.gather(1, order.to(ids.device)), sorted_scores, order)
 
 
 class CandidateReranker(nn.Module):
@@ -122,15 +148,17 @@ class CandidateReranker(nn.Module):
                 Absent candidates are sorted last, with score -inf.
 
         Returns:
-            order and scores of the first m, as tensors or arrays like the queries.
+            order and scores of the first m, as tensors or arrays like the queries; the ids are the order.
 
         Raises:
             ValueError: if shapes, dtypes or devices do not fit, there is no candidate to rerank, or a score is
                 not finite.
         """
         q, x = as_tensor(queries, "queries"), as_tensor(candidates, "candidates")
-        scores, order = _sorted(self._checked_scores(q, x, None if mask is None else as_tensor(mask, "mask")))
-        return Reranking(order, scores) if isinstance(queries, Tensor) else Reranking(order.numpy(), scores.numpy())
+        scores = self._checked_scores(q, x, None if mask is None else as_tensor(mask, "mask"))
+        scores, order = scores.sort(dim=1, descending=True, stable=True)
+        found = Reranking(order, scores, order)
+        return found if isinstance(queries, Tensor) else Reranking(*(each.numpy() for each in found))
 
     def _checked_scores(self, q: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
         """Returns the scores of the first m candidates, in their order. (Q, D), (Q, M', D), (Q, M') -> (Q, M)."""
@@ -177,12 +205,13 @@ class CandidateReranker(nn.Module):
         ids: Array,
         fetch: Callable[[Array], Array],
         device: torch.device | str | None = None,
+        scores: Array | None = None,
     ) -> Reranking:
         """Reranks the first m of each query's results, fetching their descriptors a few queries at a time.
 
         Args:
             queries: (Q, D), unit descriptors, tensor or NumPy array.
-            ids: (Q, R), the results of each query in ranking order; only the first m are used. Integers, with
+            ids: (Q, R), the results of each query in ranking order; the first m are sorted again. Integers, with
                 -1 where a query has no more results, as in FAISS; or any other identifiers (text, UUIDs), as an
                 array, or a list of lists of any lengths, with None for no more results.
             fetch: returns the descriptors (n, D) of the ids (n,), from any source: ``Database.rows``, FAISS's
@@ -191,16 +220,43 @@ class CandidateReranker(nn.Module):
                 never with -1 or None. A descriptor that several queries of a block share is fetched once;
                 with integer ids, only if that saves a quarter of them.
             device: where the scores are computed; by default the device of the queries.
+            scores: (Q, R), those of the search, descending, which the results after the first m continue. By
+                default, the score of each of them is 1 below that of the one before.
 
         Returns:
-            order and scores of shape (Q, min(m, R)), as tensors or arrays like the queries, on their device.
+            ids and scores (Q, R), order (Q, min(m, R)), as tensors or arrays like the queries, on their device.
 
         Raises:
-            ValueError: as forward, and if fetch does not return one descriptor per id.
+            ValueError: as forward, if fetch does not return one descriptor per id, or the scores do not fit.
         """
-        q, numbers, fetch = as_tensor(queries, "queries"), *numbered_ids(ids, fetch)
-        scores, order = _sorted(self._by_blocks(self._checked_scores, q, numbers, fetch, device, self.m))
-        return Reranking(order, scores) if isinstance(queries, Tensor) else Reranking(order.numpy(), scores.numpy())
+        q, (numbers, fetch) = as_tensor(queries, "queries"), numbered_ids(ids, fetch)
+        new_scores = self._by_blocks(self._checked_scores, q, numbers, fetch, device, self.m)
+        numbers = numbers.long().to(q.device)
+        before = -torch.arange(numbers.shape[1], device=q.device).expand(numbers.shape)
+        if scores is not None and (before := as_tensor(scores, "scores")).shape != numbers.shape:
+            raise ValueError(f"scores must be (Q, R) like ids, got {tuple(before.shape)} and {tuple(numbers.shape)}")
+        found = reordered(numbers, before, new_scores)
+        names = fetch.names_of(found.order) if isinstance(fetch, _FetchNamed) else None
+        found = found._replace(order=found.order[:, : self.m])
+        if not isinstance(queries, Tensor):
+            found = Reranking(*(each.numpy() for each in found))
+        return found if names is None else found._replace(ids=names)
+
+    def similarities(self, queries: Array, rows: Database | Array, device: torch.device | str | None = None) -> Array:
+        """Returns a score for each row of a database, higher for better ones. (Q, D), (N, D) -> (Q, N).
+
+        The first m rows by cosine similarity have the reranker's scores. The others are below, in the order of
+        their cosine similarities.
+
+        Args:
+            queries, rows: unit descriptors, tensors or NumPy arrays; the rows may be a Database.
+            device: where the scores are computed; by default the device of the queries.
+        """
+        q, database = as_tensor(queries, "queries"), rows if isinstance(rows, Database) else Database(rows)
+        near = search(q, database, len(database), device=q.device if device is None else device)
+        found = self.rerank(q, near.ids, database.rows, device, near.scores)
+        matrix = torch.empty_like(found.scores).scatter(1, found.ids, found.scores)
+        return matrix if isinstance(queries, Tensor) else matrix.numpy()
 
     def _by_blocks(
         self,
@@ -247,11 +303,6 @@ class CandidateReranker(nn.Module):
         return torch.cat(done).to(q.device)
 
 
-def _sorted(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the scores (Q, M), descending, and the previous place of each; equal scores keep their order."""
-    return scores.sort(dim=1, descending=True, stable=True)
-
-
 def numbered_ids(ids: Any, fetch: Callable) -> tuple[Tensor, Callable]:
     """Returns ids of any kind as an integer tensor (Q, R), -1 for none, and a fetch that accepts such tensors."""
     if isinstance(ids, Tensor) or not callable(fetch):
@@ -285,6 +336,18 @@ class _FetchNamed:
         array[:] = chosen
         return self.fetch(array)
 
+    def names_of(self, order: Array) -> Any:
+        """Returns the ids in a new order, (Q, R); of a list of lists, without what fills up the shorter ones."""
+        rows = [
+            [row[place] for place in places if place < len(row)]
+            for row, places in zip(self.ids, order.tolist(), strict=True)
+        ]
+        if not hasattr(self.ids, "dtype"):
+            return rows
+        array = self.ids.copy()
+        array[:] = rows
+        return array
+
 
 def _fetched(fetch: Callable, ids: Tensor, there: Tensor | None, dim: int) -> Tensor:
     """Returns the candidates with these ids, zero where a candidate is absent. (Q, M) -> (Q, M, D)."""
@@ -292,7 +355,14 @@ def _fetched(fetch: Callable, ids: Tensor, there: Tensor | None, dim: int) -> Te
     named, inverse = wanted.unique(return_inverse=True)
     once = len(named) <= 0.75 * len(wanted) or isinstance(fetch, _FetchNamed)
     asked = named if once else wanted
-    rows = as_tensor(fetch(asked), "the result of fetch")
+    try:
+        rows = as_tensor(fetch(asked), "the result of fetch")
+    except RuntimeError as error:
+        if "direct map" not in str(error):
+            raise
+        raise ValueError(
+            "the FAISS index cannot find rows by id yet: call faiss.extract_index_ivf(index).make_direct_map() once"
+        ) from error
     if rows.shape != (len(asked), dim):
         raise ValueError(f"fetch gave shape {tuple(rows.shape)} for {len(asked)} ids; queries have {dim} dimensions")
     rows = rows[inverse.to(rows.device)] if once else rows

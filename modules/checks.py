@@ -66,6 +66,15 @@ def values_can_be_seen(x: Tensor) -> bool:
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
+def refuse_tracing() -> None:
+    """Raises a RuntimeError in torch.jit.trace and the ONNX exporter that uses it: a trace fixes the size of images."""
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            "a trace would be wrong for images of other sizes; use torch.export.export(model, (images,), "
+            "dynamic_shapes=...), and torch.onnx.export(program, dynamo=True) for ONNX"
+        )
+
+
 @contextmanager
 def values_unseen() -> Iterator[None]:
     """A context in which no values are checked, to avoid waiting for a GPU; the caller checks the results instead."""

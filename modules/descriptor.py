@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .activation import Change
-from .checks import check_tensor, values_can_be_seen
+from .checks import check_tensor, refuse_tracing, values_can_be_seen
 from .pooling import SAFE_POWER, GeM, GeMPlus, RegionalGeM, ScaleGeM
 
 log = logging.getLogger(__name__)
@@ -58,6 +58,7 @@ def multi_scale_descriptor(
     Raises:
         ValueError: if x is not a floating-point tensor (N, C, H, W) without NaN, or a descriptor is not finite.
     """
+    refuse_tracing()
     check_tensor(x, "multi_scale_descriptor", "N, C, H, W")
     identity = nn.Identity()
     pooled = [pooling((rgem or identity)(feature_map(rescale(x, factor)))) for factor in scales]
@@ -171,7 +172,7 @@ class SuperGlobal(nn.Module):
             return None
         if type(self.rgem) is not RegionalGeM or type(pooling) not in (GeM, GeMPlus) or torch.compiler.is_compiling():
             return None
-        if max(self.rgem.p, pooling.p) > SAFE_POWER:
+        if any(isinstance(p, Tensor) or p > SAFE_POWER for p in (self.rgem.p, pooling.p)):
             return None
         try:
             # Imported here, because without a GPU Triton would take 0.2 s and 7 MB of each process.
@@ -205,6 +206,11 @@ class SuperGlobal(nn.Module):
             self.changes.pop().undo()
         self.detached = True
         return self.model
+
+    def __prepare_scriptable__(self) -> None:
+        raise RuntimeError(
+            "TorchScript is not supported; use torch.export.export(model, (images,), dynamic_shapes=...)"
+        )
 
     def __enter__(self) -> "SuperGlobal":
         return self

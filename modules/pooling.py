@@ -1,7 +1,8 @@
 """SuperGlobal's pooling modules: GeM, GeM+, Regional-GeM and Scale-GeM.
 
 Each is a pure function, and a small module that holds its arguments. The modules have no trained
-state, so that adding one to a network never prevents the loading of a checkpoint.
+state, so that adding one to a network never prevents the loading of a checkpoint; a power that is given
+as an nn.Parameter is trained with the network, and is part of its state.
 Shapes: N images, C channels, H x W positions, S scales.
 """
 
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import check_tensor
+from .checks import check_tensor, refuse_tracing
 
 # New in PyTorch 2.7; with older versions, compiling also takes the path for export.
 _exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
@@ -39,7 +40,9 @@ def generalized_mean(x: Tensor, p: float | Tensor, eps: float = 1e-6) -> Tensor:
     return ((values / top[..., None, None]).pow(p).mean(dim=(-2, -1)).pow(1 / p) * top).to(x.dtype)
 
 
-def regional_generalized_mean(x: Tensor, p: float = RGEM_P, window: int = RGEM_WINDOW, eps: float = GEMP_EPS) -> Tensor:
+def regional_generalized_mean(
+    x: Tensor, p: float | Tensor = RGEM_P, window: int = RGEM_WINDOW, eps: float = GEMP_EPS
+) -> Tensor:
     """Returns Regional-GeM: (x + L) / 2, where L is the generalised mean of the window around each position.
 
     (N, C, H, W) -> (N, C, H, W). L = (mean over window x window of max(x, eps)^p)^(1/p), stride 1,
@@ -60,8 +63,11 @@ def regional_generalized_mean(x: Tensor, p: float = RGEM_P, window: int = RGEM_W
 
 
 def _overflows(p: float | Tensor) -> bool:
-    """Returns whether x^p may exceed float32; then x is divided by its largest value, and the mean multiplied by it."""
-    return not isinstance(p, Tensor) and p > SAFE_POWER
+    """Returns whether x^p may exceed float32; then x is divided by its largest value, and the mean multiplied by it.
+
+    A trained power may become that large.
+    """
+    return isinstance(p, Tensor) or p > SAFE_POWER
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -71,6 +77,7 @@ def _wide(x: Tensor) -> Tensor:
 
 def _padded(x: Tensor, pad: int) -> Tensor:
     """Pads by reflection on each side, or by replication if a side of the map is not longer than pad."""
+    refuse_tracing()
     if not _exporting():
         return F.pad(x, (pad, pad, pad, pad), mode="reflect" if min(x.shape[-2:]) > pad else "replicate")
     # An exported graph has no branches and symbolic sides, so that indices are used, ten times slower.
@@ -83,7 +90,7 @@ def _padded(x: Tensor, pad: int) -> Tensor:
     return x
 
 
-def scale_generalized_mean(v: Tensor, p: float = SGEM_P) -> Tensor:
+def scale_generalized_mean(v: Tensor, p: float | Tensor = SGEM_P) -> Tensor:
     """Returns Scale-GeM over the first axis. (S, N, C) -> (N, C), not normalised.
 
     For p = inf, the elementwise maximum of the L2-normalised vectors of the scales. For finite p,
@@ -92,26 +99,35 @@ def scale_generalized_mean(v: Tensor, p: float = SGEM_P) -> Tensor:
 
     Shao et al., "Global Features are All You Need for Image Retrieval and Reranking", ICCV 2023, sec. 3.
     """
-    if math.isinf(p):
+    if not isinstance(p, Tensor) and math.isinf(p):
         return F.normalize(v, dim=-1).amax(dim=0)
     floor = v.amin(dim=(0, 2), keepdim=True)
     above = v - floor
     top = above.amax(dim=0)  # divided out before the power, which could overflow or vanish
-    share = above / top.clamp(min=torch.finfo(v.dtype).tiny)
-    return share.pow(p).mean(dim=0).pow(1 / p) * top + floor[0]
+    tiny = torch.finfo(v.dtype).tiny
+    share = torch.where(top > 0, above / top.clamp(min=tiny), 1.0)  # without variation, 1 keeps gradients finite
+    powers = torch.where(share > 0, share.clamp(min=tiny).pow(p), 0.0)  # at 0, powers below 1 have no finite gradient
+    return powers.mean(dim=0).pow(1 / p) * top + floor[0]
 
 
-def _check_power(p: float, infinite: bool = False) -> float:
-    if not p > 0 or (math.isinf(p) and not infinite):
-        raise ValueError(f"the power p must be a positive{'' if infinite else ', finite'} number, got {p}")
-    return float(p)
+def _power(p: float | nn.Parameter, infinite: bool = False) -> float | nn.Parameter:
+    if isinstance(p, Tensor) and p.numel() != 1:
+        raise ValueError(f"the power p must be a single number, got shape {tuple(p.shape)}")
+    value = p.item() if isinstance(p, Tensor) else p
+    if not value > 0 or (math.isinf(value) and not infinite):
+        raise ValueError(f"the power p must be a positive{'' if infinite else ', finite'} number, got {value}")
+    return p if isinstance(p, nn.Parameter) else float(value)
+
+
+def _shown(p: float | nn.Parameter) -> str:
+    return f"p={p.item():g}, trained" if isinstance(p, nn.Parameter) else f"p={p}"
 
 
 class GeM(nn.Module):
-    """Generalised-mean pooling with a fixed power, see :func:`generalized_mean`. (N, C, H, W) -> (N, C).
+    """Generalised-mean pooling, see :func:`generalized_mean`. (N, C, H, W) -> (N, C).
 
     Args:
-        p: the power; 1 is the average, larger values approach the maximum.
+        p: the power; 1 is the average, larger values approach the maximum. An nn.Parameter is trained.
         eps: lower bound of the values, so that the power is defined.
 
     >>> import torch
@@ -119,9 +135,9 @@ class GeM(nn.Module):
     torch.Size([2, 8])
     """
 
-    def __init__(self, p: float = 3.0, eps: float = 1e-6):
+    def __init__(self, p: float | nn.Parameter = 3.0, eps: float = 1e-6):
         super().__init__()
-        self.p = _check_power(p)
+        self.p = _power(p)
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -129,14 +145,14 @@ class GeM(nn.Module):
         return generalized_mean(x, self.p, self.eps)
 
     def extra_repr(self) -> str:
-        return f"p={self.p}, eps={self.eps}"
+        return f"{_shown(self.p)}, eps={self.eps}"
 
 
 class GeMPlus(GeM):
     """GeM+: GeM with the power that the paper found best for trained networks, and a smaller lower bound.
 
     Args:
-        p: the power, 4.6 in the paper.
+        p: the power, 4.6 in the paper. An nn.Parameter is trained.
         eps: lower bound of the values.
 
     >>> import torch
@@ -144,7 +160,7 @@ class GeMPlus(GeM):
     torch.Size([2, 8])
     """
 
-    def __init__(self, p: float = GEMP_P, eps: float = GEMP_EPS):
+    def __init__(self, p: float | nn.Parameter = GEMP_P, eps: float = GEMP_EPS):
         super().__init__(p, eps)
 
 
@@ -152,7 +168,7 @@ class RegionalGeM(nn.Module):
     """Regional-GeM, see :func:`regional_generalized_mean`. (N, C, H, W) -> (N, C, H, W), before the pooling.
 
     Args:
-        p: the power inside the window, 2.5 in the paper.
+        p: the power inside the window, 2.5 in the paper. An nn.Parameter is trained.
         window: side of the window in positions, odd.
 
     >>> import torch
@@ -160,11 +176,11 @@ class RegionalGeM(nn.Module):
     torch.Size([2, 8, 1, 9])
     """
 
-    def __init__(self, p: float = RGEM_P, window: int = RGEM_WINDOW):
+    def __init__(self, p: float | nn.Parameter = RGEM_P, window: int = RGEM_WINDOW):
         super().__init__()
         if window < 1 or window % 2 == 0:
             raise ValueError(f"the window of Regional-GeM must be odd and positive, got {window}")
-        self.p = _check_power(p)
+        self.p = _power(p)
         self.window = window
 
     def forward(self, x: Tensor) -> Tensor:
@@ -172,27 +188,27 @@ class RegionalGeM(nn.Module):
         return regional_generalized_mean(x, self.p, self.window)
 
     def extra_repr(self) -> str:
-        return f"p={self.p}, window={self.window}"
+        return f"{_shown(self.p)}, window={self.window}"
 
 
 class ScaleGeM(nn.Module):
     """Scale-GeM over the vectors of one image's scales, see :func:`scale_generalized_mean`. (S, N, C) -> (N, C).
 
     Args:
-        p: the power over scales, infinity (the maximum) in the paper.
+        p: the power over scales, infinity (the maximum) in the paper. An nn.Parameter, finite, is trained.
 
     >>> import torch
     >>> ScaleGeM()(torch.ones(3, 2, 8)).shape
     torch.Size([2, 8])
     """
 
-    def __init__(self, p: float = SGEM_P):
+    def __init__(self, p: float | nn.Parameter = SGEM_P):
         super().__init__()
-        self.p = _check_power(p, infinite=True)
+        self.p = _power(p, infinite=not isinstance(p, nn.Parameter))
 
     def forward(self, v: Tensor) -> Tensor:
         check_tensor(v, "ScaleGeM", "S, N, C")
         return scale_generalized_mean(v, self.p)
 
     def extra_repr(self) -> str:
-        return f"p={self.p}"
+        return _shown(self.p)

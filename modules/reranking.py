@@ -42,8 +42,8 @@ def neighbour_weights(candidates: Tensor, k: int, beta: float, mask: Tensor | No
 
     (Q, M, D) -> neighbours (Q, M, K+1) int64, weights (Q, M, K+1) that sum to 1. Before the division by
     the sum, the first neighbour, which is the candidate itself, has weight 1 and the others have
-    beta * (x_i . x_j). If M < K + 1, all M are taken. Candidates for which the mask (Q, M) is False are
-    no candidate's neighbours.
+    beta * (x_i . x_j), or, if these weights would not sum to more than 0, beta * max(x_i . x_j, 0). If
+    M < K + 1, all M are taken. Candidates for which the mask (Q, M) is False are no candidate's neighbours.
     """
     gram = gram_matrices(candidates)
     if mask is not None:
@@ -56,6 +56,8 @@ def neighbour_weights(candidates: Tensor, k: int, beta: float, mask: Tensor | No
     weights[..., 0] = 1
     if mask is not None:
         weights = weights.masked_fill(similarity == -torch.inf, 0)
+    # Dividing by a sum below 0 would reverse the order.
+    weights = torch.where(weights.sum(dim=-1, keepdim=True) > 0, weights, weights.clamp(min=0))
     return neighbours, weights / weights.sum(dim=-1, keepdim=True)
 
 

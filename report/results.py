@@ -15,7 +15,7 @@ from modules.matching import Match
 from revisitop.dataset import Dataset
 from revisitop.evaluate import Metrics
 from revisitop.layout_csv import write_predictions
-from revisitop.measures import CHALLENGE
+from revisitop.measures import CHALLENGE, LAST
 from revisitop.retrieve import SAVED_RANKS, Ranking
 
 
@@ -114,8 +114,9 @@ def save_results(folder: Path, head: dict[str, Any], results: list[Evaluated]) -
         path = folder / f"{latest.dataset.name}_{stage.replace(' ', '_')}_ranks.npy"
         np.save(path, ranking.ids[:, :SAVED_RANKS].numpy())
         if latest.dataset.protocols[0].measure is CHALLENGE and "distractors" not in latest.facts:
+            predictions = path.with_name(path.name.replace("_ranks.npy", "_predictions.csv"))
             write_predictions(
-                Path(str(path).replace("_ranks.npy", "_predictions.csv")), latest.dataset, ranking.ids.numpy()
+                predictions, latest.dataset.query_names, latest.dataset.names, ranking.ids[:, :LAST].numpy()
             )
     datasets = {each.dataset.name: each.as_dict() for each in results}
     write_json(folder / "results.json", {**head, "datasets": datasets})

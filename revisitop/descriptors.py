@@ -1,18 +1,23 @@
-"""Load saved descriptors and rankings: the project's own, revisitop's .mat files, and those of the distractors."""
+"""Load saved descriptors and rankings, of the project and of other programs.
+
+A file is read whatever its kind (extraction.arrays); here its arrays become the descriptors or ranking of a dataset.
+"""
 
 import logging
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from extraction.files import read_array, read_arrays, read_mat, read_pickle
+from extraction.arrays import Arrays, is_text, read_arrays_of
+from extraction.files import read_arrays, scratch_rows
+from extraction.images import ImageFile
 from extraction.store import FILE_FACTS, check_rows, differences, provenance_differences, read_provenance, sidecars
-from model.checkpoint import is_plain, is_tensor_file, load_tensors
 from model.errors import InputError, short_list
 from revisitop.dataset import Dataset
 from revisitop.evaluate import positions_in
@@ -21,55 +26,132 @@ from revisitop.retrieve import Ranking
 
 log = logging.getLogger(__name__)
 
-RANKINGS = (".pkl", ".csv")  # suffixes of files with a ranking instead of descriptors
 # Lengths in float16 files are off by up to 5e-4; a larger deviation is not rounding.
 _UNIT_TOLERANCE = 1e-3
+_ROWS = 8192  # rows whose lengths are computed at a time
+# Files of queries and of the database: the parts of their names, and the lists of images beside those of AMES.
+_PAIRS = (("_query", "_db"), ("_query", "_gallery"))
+LISTS = ("test_query.txt", "test_gallery.txt")
 
 
-def load_descriptors(path: Path, dataset: Dataset) -> tuple[Tensor, Tensor]:
-    """Returns the saved query and database descriptors of a dataset, (Q, D) and (N, D) float32, unit descriptors.
+class SavedDescriptors(NamedTuple):
+    """The saved descriptors of a dataset.
+
+    Attributes:
+        queries, database: (Q, D) and (N, D) float32, unit descriptors.
+        file: the file of the database.
+    """
+
+    queries: Tensor
+    database: Tensor
+    file: Path
+
+
+def load_features(path: Path, dataset: Dataset) -> SavedDescriptors | Ranking:
+    """Returns what a file has for a dataset: its descriptors, or a ranking.
 
     Args:
-        path: a .mat, .npz or .pth file with Q and X, with one column per image as in revisitop's files, or
-            one row per image; one of the two files <dataset>_query.npy and <dataset>_db.npy; or the folder
-            that contains both.
+        path: descriptors: a file with Q and X (queries and database), with one column per image as in revisitop's
+            .mat files, or one row per image; an HDF5 file of hloc, whose image names are those of the dataset; one of
+            two files NAME_query.npy and NAME_db.npy, or of AMES NAME_query_global.hdf5 and NAME_gallery_global.hdf5,
+            or the folder that contains both. A ranking: see load_ranking.
 
     Raises:
         InputError: if a file is missing or damaged, does not fit the dataset, or contains a zero vector
             or values that are not finite.
     """
-    if not path.exists():
-        raise InputError(f"no file or folder {path}")
-    suffix = path.suffix.lower()
-    if path.is_dir() or suffix == ".npy":
-        folder = path if path.is_dir() else path.parent
-        files = [folder / f"{dataset.name}_{kind}.npy" for kind in ("query", "db")]
-        if not path.is_dir() and path not in files:
-            raise InputError(f"{path}: for {dataset.name} it must be {files[0].name} or {files[1].name}")
-        arrays = [read_array(file) for file in files]
-        for file, images in zip(files, (dataset.queries, dataset.database), strict=True):
-            check_labels(file, [image.label(dataset.folder) for image in images])
-        for file, array in zip(files, arrays, strict=True):
-            check_rows(file, array)
-        _check_pair(*files)
-    elif suffix == ".npz":
-        arrays = read_arrays(path, ("Q", "X"))
-    elif suffix in (".mat", ".pth", ".pt"):
-        content: Any = read_mat(path) if suffix == ".mat" else load_tensors(path)
-        if not isinstance(content, dict) or not {"Q", "X"} <= content.keys():
-            raise InputError(f"{path} has no Q and X (query and database descriptors)")
-        arrays = [_array(content[name], f"{name} of {path}") for name in ("Q", "X")]
-    else:
-        raise InputError(f"{path} must be a .mat, .npz, .pth or .npy file or a folder")
-    queries, database = (
-        _rows(array, count, suffix == ".mat", f"{kind} descriptors of {path}", dataset.name)
-        for array, count, kind in zip(
-            arrays, (len(dataset.queries), len(dataset.database)), ("query", "database"), strict=True
+    if path.is_dir():
+        return _pair(_query_file(path, dataset), dataset)
+    if is_text(path):
+        return load_ranking(path, dataset)
+    found = read_arrays_of(path)
+    if _is_ranking(found):
+        return load_ranking(path, dataset)
+    if {"Q", "X"} <= found.arrays.keys():
+        queries, database = (
+            _rows(found.arrays[name], count, found.columns, f"{name} of {path}", dataset.name)
+            for name, count in (("Q", len(dataset.queries)), ("X", len(dataset.database)))
         )
-    )
+        return _saved(queries, database, path)
+    if found.only is None:
+        raise InputError(f"{found}: Q and X (queries and database), or a single array, are expected")
+    if found.names is not None:
+        queries, database = (
+            _rows(found.only[rows_by_name(found.names, images, path)], len(images), False, str(path), dataset.name)
+            for images in (dataset.queries, dataset.database)
+        )
+        return _saved(queries, database, path)
+    return _pair(path, dataset)
+
+
+def _query_file(folder: Path, dataset: Dataset) -> Path:
+    """Returns the file with the query descriptors of a dataset in a folder."""
+    file = folder / f"{dataset.name}_query.npy"
+    others = sorted(folder.glob("*_query_global.*"))
+    if not file.exists() and len(others) == 1:
+        return others[0]
+    return file
+
+
+def _pair(path: Path, dataset: Dataset) -> SavedDescriptors:
+    """Returns the descriptors in the file of the queries and that of the database, given one of the two."""
+    pairs = [
+        tuple(path.with_name(kind.join(path.name.rsplit(part, 1))) for kind in kinds)
+        for kinds in _PAIRS
+        for part in kinds
+        if part in path.name
+    ]
+    if not pairs:
+        raise InputError(
+            f"{path} has a single array; queries and database are two files, NAME_query.npy and NAME_db.npy"
+        )
+    files = next((files for files in pairs if all(file.exists() for file in files)), pairs[0])
+    parts = []
+    for file, images, names in zip(files, (dataset.queries, dataset.database), LISTS, strict=True):
+        check_labels(file, [image.label(dataset.folder) for image in images])
+        found, listed = read_arrays_of(file), file.with_name(names)
+        if found.only is None:
+            raise InputError(f"{found}: a single array is expected")
+        rows = found.only
+        check_rows(file, rows)
+        if file.suffix != ".npy" and listed.exists():
+            named = [line.partition(",")[0].strip() for line in listed.read_text(encoding="utf-8").splitlines()]
+            if len(named) != len(rows):
+                raise InputError(f"{listed} has {len(named)} lines, {file} has {len(rows)} rows")
+            rows = rows[rows_by_name(named, images, listed)]
+        parts.append(_rows(rows, len(images), found.columns, str(file), dataset.name))
+    _check_pair(*files)
+    return _saved(*parts, files[1])
+
+
+def _saved(queries: Tensor, database: Tensor, file: Path) -> SavedDescriptors:
     if queries.shape[1] != database.shape[1]:
-        raise InputError(f"{path}: queries have {queries.shape[1]} dimensions, the database {database.shape[1]}")
-    return queries, database
+        raise InputError(f"{file}: queries have {queries.shape[1]} dimensions, the database {database.shape[1]}")
+    return SavedDescriptors(queries, database, file)
+
+
+def rows_by_name(names: Sequence[str], images: Sequence[ImageFile], path: Path) -> list[int]:
+    """Returns the number of the name of each image: its path, or the end of it, with or without the suffix.
+
+    Raises:
+        InputError: if an image has no name, two images have the same, or a name is repeated.
+    """
+    places = {name: number for number, name in enumerate(names)}
+    if len(places) < len(names):
+        raise InputError(f"{path}: {next(name for name in names if names.count(name) > 1)} is there twice")
+    rows: list[int] = []
+    owners: dict[int, Path] = {}
+    for image in images:
+        ends = [image.path.parts[start:] for start in range(1, len(image.path.parts))]
+        names_of_image = ["/".join(end) for end in ends]
+        names_of_image += [name.removesuffix(image.path.suffix) for name in names_of_image]
+        name = next((name for name in names_of_image if name in places), None)
+        if name is None:
+            raise InputError(f"{path} has no {'/'.join(image.path.parts[-2:])}; its names are {short_list(names, 3)}")
+        rows.append(places[name])
+        if owners.setdefault(rows[-1], image.path) != image.path:
+            raise InputError(f"{path}: {name} fits both {owners[rows[-1]]} and {image.path}; names need their folders")
+    return rows
 
 
 def check_labels(path: Path, expected: Sequence[bytes]) -> None:
@@ -92,20 +174,22 @@ def check_labels(path: Path, expected: Sequence[bytes]) -> None:
             raise InputError(f"{path} belongs to other images: image {number} (from 0) is {found}, not {wanted}")
 
 
-def load_ranking(path: Path, dataset: Dataset) -> Ranking:
-    """Loads a saved ranking: predictions in the challenge's format, or similarities and numbers as in AMES' nn_*.pkl.
+def _is_ranking(found: Arrays) -> bool:
+    """Returns whether arrays are similarities and numbers (2, Q, R), or the numbers alone."""
+    array = found.arrays.get("ranks", found.only)
+    return array is not None and (array.ndim == 3 or array.dtype.kind in "iu" or "ranks" in found.arrays)
 
-    Images that are not among the results count as never found.
+
+def load_ranking(path: Path, dataset: Dataset) -> Ranking:
+    """Loads a saved ranking. Images that are not among the results count as never found.
 
     Args:
-        path: a .csv file `id,images`, for a dataset in GLDv2's layout (see layout_csv.read_predictions); or a .pkl file
-            with a tensor or an array (2, Q, R): for each query, the similarities of its first R results, best first,
-            and their database numbers; -1 where there are no more.
+        path: the challenge's CSV file `id,images` (see layout_csv.read_predictions), or see ranking_of.
 
     Raises:
         InputError: if the file is damaged, is not safe to load, or does not fit the dataset.
     """
-    if path.suffix.lower() == ".csv":
+    if is_text(path):
         predictions = read_predictions(path, dataset)
         ids = np.full((len(predictions), max(map(len, predictions))), -1)
         for row, numbers in zip(ids, predictions, strict=True):
@@ -116,22 +200,43 @@ def load_ranking(path: Path, dataset: Dataset) -> Ranking:
             log.warning("%d predictions repeat an earlier one or are not in the index; they never score", unknown)
         scores = np.full(ids.shape, np.nan, dtype=np.float32)
     else:
-        ids, scores = _neighbours(path, dataset)
+        ids, scores = ranking_of(read_arrays_of(path), len(dataset.queries), len(dataset.database))
+        if ids.shape[1] < len(dataset.database):
+            log.warning("%s has the first %d of %d images", path, ids.shape[1], len(dataset.database))
     positions = [torch.from_numpy(places) for places in positions_in(ids, dataset.ground_truth)]
     return Ranking(torch.from_numpy(ids), torch.from_numpy(scores), positions, 0.0)
 
 
-def _neighbours(path: Path, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
-    if not path.is_file():
-        raise InputError(f"no file {path}")
-    saved = _array(load_tensors(path) if is_tensor_file(path) else read_pickle(path), str(path))
-    if saved.ndim != 3 or len(saved) != 2:
-        raise InputError(f"{path}: expected similarities and database numbers (2, Q, R), got the shape {saved.shape}")
-    if saved.shape[1] != len(dataset.queries):
-        raise InputError(f"{path} has {saved.shape[1]} queries, but {dataset.name} has {len(dataset.queries)}")
-    if saved.shape[2] < len(dataset.database):
-        log.warning("%s has the first %d of %d images", path, saved.shape[2], len(dataset.database))
-    return check_ids(saved[1], len(dataset.database), path), saved[0].astype(np.float32)
+def ranking_of(found: Arrays, queries: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns row numbers (Q, R) int64, best first, -1 for none, and their scores (Q, R), NaN where they are unknown.
+
+    Args:
+        found: an array (2, Q, R) of similarities and row numbers, as in the nn_*.pkl of AMES; or the row numbers
+            alone, (R, Q) as in revisitop's `ranks`, or (Q, R) as in ours.
+        queries, n: the number of queries and of rows.
+
+    Raises:
+        InputError: if the array does not fit.
+    """
+    array = found.arrays.get("ranks", found.only)
+    if array is None or array.ndim not in (2, 3) or (array.ndim == 3 and len(array) != 2):
+        raise InputError(f"{found}: expected row numbers (Q, R), or similarities and row numbers (2, Q, R)")
+    ids = array[1] if array.ndim == 3 else array
+    fits = [axis for axis in range(4 - array.ndim) if ids.shape[axis] == queries]
+    if not fits:
+        raise InputError(f"{found}: there are {queries} queries")
+    if len(fits) == 2:  # numbers of one query are different, those of one rank are not
+        fits = [axis for axis in fits if _are_different(ids if axis == 0 else ids.T)]
+        if len(fits) != 1:
+            raise InputError(f"{found}: its rows or its columns can be the queries; add a last row of -1 below it")
+    ids = check_ids(ids if fits[0] == 0 else ids.T, n, found.path)
+    scores = array[0] if array.ndim == 3 else np.full(ids.shape, np.nan)
+    return ids, scores.astype(np.float32)
+
+
+def _are_different(rows: np.ndarray) -> bool:
+    ordered = np.sort(rows, axis=1)
+    return not ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()
 
 
 def check_ids(ids: np.ndarray, n: int, path: Path) -> np.ndarray:
@@ -148,17 +253,6 @@ def check_ids(ids: np.ndarray, n: int, path: Path) -> np.ndarray:
         if (found[1:] == found[:-1]).any():
             raise InputError(f"{path}: query {query} (from 0) has the same image twice among its results")
     return numbers
-
-
-def descriptors_provenance(path: Path, dataset: Dataset) -> dict[str, Any]:
-    """Returns the provenance of saved descriptors, see load_descriptors; empty if they have no provenance file."""
-    return read_provenance(database_file(path, dataset)) or {}
-
-
-def database_file(path: Path, dataset: Dataset) -> Path:
-    """Returns the file with the database descriptors of a dataset, see load_descriptors."""
-    folder = path if path.is_dir() else path.parent
-    return folder / f"{dataset.name}_db.npy" if path.is_dir() or path.suffix.lower() == ".npy" else path
 
 
 def load_distractors(path: Path) -> Tensor:
@@ -178,18 +272,49 @@ def load_distractors(path: Path) -> Tensor:
     return rows
 
 
-def load_rows(path: Path) -> Tensor:
-    """Loads vectors (N, D) in float16, float32 or float64, memory-mapped.
+def load_rows(path: Path, name: str = "X") -> Tensor:
+    """Loads vectors (N, D) in float16, float32 or float64, memory-mapped if it is a .npy or .pth file.
+
+    Args:
+        path: the file.
+        name: which of several arrays: "X" for a database, "Q" for queries.
 
     Raises:
         InputError: if the file is damaged, or contains something else.
     """
-    rows = torch.from_numpy(read_array(path, mapped=True)) if path.suffix == ".npy" else load_tensors(path)
-    if not isinstance(rows, Tensor) or rows.ndim != 2 or not rows.is_floating_point() or not is_plain(rows):
-        raise InputError(f"{path} is not a floating-point array (N, D) with one descriptor per row")
-    if not rows.numel():
-        raise InputError(f"{path} contains no descriptors: its shape is {tuple(rows.shape)}")
-    return rows.detach()
+    found = read_arrays_of(path)
+    array = found.arrays.get(name, found.only)
+    if array is None or array.ndim != 2 or array.dtype.kind != "f":
+        raise InputError(f"{found}: a floating-point array (N, D), or one named {name}, is expected")
+    if not array.size:
+        raise InputError(f"{path} contains no descriptors: its shape is {array.shape}")
+    return torch.from_numpy(array.T if found.columns else array)
+
+
+def unit_rows(rows: Tensor, what: str) -> Tensor:
+    """Returns the rows if all have length 1 or 0, or else a normalised copy on disk.
+
+    Raises:
+        InputError: if a row has NaN or infinity.
+    """
+    off = zeros = 0
+    starts = range(0, len(rows), _ROWS)
+    for start in tqdm(starts, desc=f"lengths of {Path(what).name}", unit=f"{_ROWS} rows", leave=False, disable=None):
+        lengths = rows[start : start + _ROWS].float().norm(dim=1)
+        if len(bad := (~lengths.isfinite()).nonzero()):
+            raise InputError(f"{what}: row {start + int(bad[0])} (from 0) has NaN or infinity")
+        zeros += int((lengths == 0).sum())
+        off += int(((lengths > 0) & ((lengths - 1).abs() > _UNIT_TOLERANCE)).sum())
+    if zeros:
+        log.warning("%s: %d rows are zero; their similarity to everything is 0", what, zeros)
+    if not off:
+        return rows
+    log.warning("%s: %d of %d rows are not of unit length; they are normalised", what, off, len(rows))
+    unit = scratch_rows(*rows.shape)
+    for start in starts:
+        block = rows[start : start + _ROWS].float()
+        unit[start : start + _ROWS] = block / block.norm(dim=1, keepdim=True).clamp(min=1e-30)
+    return unit
 
 
 def check_distractors(path: Path, provenance: dict[str, Any], probe: np.ndarray, tolerance: float) -> None:
@@ -222,17 +347,9 @@ def _check_pair(queries: Path, database: Path) -> None:
         )
 
 
-def _array(values: Any, what: str) -> np.ndarray:
-    if isinstance(values, Tensor) and is_plain(values):
-        return values.detach().float().numpy() if values.is_floating_point() else values.numpy()
-    if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiu":
-        raise InputError(f"{what} must be an array of numbers, but it is a {type(values).__name__}")
-    return values
-
-
 def _rows(array: np.ndarray, count: int, columns_first: bool, what: str, dataset: str) -> Tensor:
     """Returns one unit descriptor per image, as a row, whether the file has them as rows or columns."""
-    if array.ndim != 2 or not np.issubdtype(array.dtype, np.floating):
+    if array.ndim != 2 or array.dtype.kind != "f":
         raise InputError(f"{what}: expected a 2-dimensional floating-point array, got {array.dtype} {array.shape}")
     fits = [axis for axis in ((1, 0) if columns_first else (0, 1)) if array.shape[axis] == count]
     if not fits:
@@ -245,12 +362,6 @@ def _rows(array: np.ndarray, count: int, columns_first: bool, what: str, dataset
             advice = "both have unit length; add a dimension of zeros" if fits else "save them with unit length"
             raise InputError(f"{what}: rows and columns cannot be distinguished by the shape {array.shape}; {advice}")
     rows = torch.from_numpy(np.ascontiguousarray(array if fits[0] == 0 else array.T, dtype=np.float32))
-    norms = rows.norm(dim=1)
-    bad = (~(norms > 0) | ~torch.isfinite(norms)).nonzero().flatten()
-    if len(bad):
-        raise InputError(f"{what}: the descriptor of image {int(bad[0])} (from 0) is zero or not finite")
-    off = ((norms - 1).abs() > _UNIT_TOLERANCE).sum()
-    if off:
-        log.warning("%s: %d of %d are not of unit length; they are normalised", what, off, count)
-        rows = rows / norms[:, None]
-    return rows
+    if len(bad := (~rows.any(dim=1)).nonzero()):
+        raise InputError(f"{what}: row {int(bad[0])} (from 0), the descriptor of an image, is zero")
+    return unit_rows(rows, what)

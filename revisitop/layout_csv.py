@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from extraction.files import write_atomically
 from extraction.images import Box, ImageFile, image_suffixes
 from model.errors import InputError, short_list
 from revisitop.dataset import Dataset, GroundTruth, Layout
@@ -123,11 +124,12 @@ def read_predictions(path: Path, dataset: Dataset) -> list[np.ndarray]:
         InputError: if the file has no header `id,images`, a query twice, or an unknown query.
     """
     solution = _find(dataset.folder, *_SOLUTIONS)
-    if solution is None:
-        raise InputError(f"{path}: {dataset.name} has no solution.csv, so that it has no predictions of this format")
-    places = {name: number for number, name in enumerate(dataset.names)}
-    known, found = set(dataset.query_names), {}
-    ignored = {query for query, row in _rows(solution, "id", "images") if _is_ignored(row)}
+    queries = [dataset.query_name(number) for number in range(len(dataset.queries))]
+    places = {dataset.database_name(number): number for number in range(len(dataset.database))}
+    if len(places) < len(dataset.database) or len({*queries}) < len(queries):
+        raise InputError(f"{path}: names in {dataset.name} are not unique, so that they cannot be looked up")
+    known, found = set(queries), {}
+    ignored = {query for query, row in _rows(solution, "id", "images") if _is_ignored(row)} if solution else set()
     for query, row in _rows(path, "id", "images"):
         if query in found:
             raise InputError(f"{path}: query {query} has two lines")
@@ -139,17 +141,24 @@ def read_predictions(path: Path, dataset: Dataset) -> list[np.ndarray]:
             numbers.append(-1 if number in seen else number)
             seen.add(number)
         found[query] = np.array(numbers, dtype=np.int64)
-    return [found.get(query, np.empty(0, dtype=np.int64)) for query in dataset.query_names]
+    return [found.get(query, np.empty(0, dtype=np.int64)) for query in queries]
 
 
-def write_predictions(path: Path, dataset: Dataset, ids: np.ndarray) -> None:
-    """Writes the first 100 results of each query in the format of the challenge. ids (Q, R), in which -1 becomes -."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["id", "images"])
-        for query, row in zip(dataset.query_names, ids[:, :100], strict=True):
-            found = np.trim_zeros(row + 1, "b") - 1  # without -1 at the end
-            writer.writerow([query, " ".join(dataset.names[number] if number >= 0 else "-" for number in found)])
+def write_predictions(path: Path, queries: Sequence[str], names: Sequence[str], ids: np.ndarray) -> None:
+    """Writes the results of each query in the format of the challenge. ids (Q, R), in which -1 becomes -.
+
+    Raises:
+        InputError: if the name of a result contains a space, or the file cannot be written.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["id", "images"])
+    for query, row in zip(queries, ids, strict=True):
+        found = [names[number] if number >= 0 else "-" for number in np.trim_zeros(row + 1, "b") - 1]
+        if spaced := next((name for name in found if len(name.split()) != 1), None):
+            raise InputError(f"{path}: {spaced!r} contains a space, which separates results in this format")
+        writer.writerow([query, " ".join(found)])
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def _is_ignored(row: dict[str, str]) -> bool:

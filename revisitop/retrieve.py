@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from extraction.processes import Processes
 from model.errors import InputError
-from modules.candidates import Reranker, places_after
+from modules.candidates import Reranker, places_after, reordered
 from modules.search import GRID, Database, NotFiniteError, merged, search
 from revisitop.index import IndexedDatabase
 
@@ -27,7 +27,7 @@ class Ranking:
 
     Attributes:
         ids: (Q, R) int64, the first results of each query, best first.
-        scores: (Q, R), the scores that order them: the cosine or, in the first places after reranking, the new score.
+        scores: (Q, R), the scores that order them: the cosine or, after reranking, see modules.candidates.Reranking.
         positions: per query (L,) int64, the 0-based rank of each listed row among all N.
         seconds: the time for all queries.
         once: the time to prepare the database, which is not needed again for further queries.
@@ -103,9 +103,6 @@ def rerank(
     """
     start = time.perf_counter()
     new_scores = reranker.scores(queries, ranking, database.rows, device)
-    sorted_scores, order = new_scores.sort(dim=1, descending=True, stable=True)
-    ids, scores = ranking.ids.clone(), ranking.scores.clone()
-    ids[:, : order.shape[1]] = ranking.ids.gather(1, order)
-    scores[:, : order.shape[1]] = sorted_scores
-    positions = [places_after(where, new) for where, new in zip(ranking.positions, order, strict=True)]
-    return Ranking(ids, scores, positions, time.perf_counter() - start)
+    found = reordered(ranking.ids, ranking.scores, new_scores)
+    positions = [places_after(where, new) for where, new in zip(ranking.positions, found.order, strict=True)]
+    return Ranking(found.ids, found.scores, positions, time.perf_counter() - start)

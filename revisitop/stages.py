@@ -75,9 +75,10 @@ def search_for(
     listed: Sequence[Tensor] | None = None,
     device: torch.device | str = "cpu",
     processes: Processes | None = None,
+    everything: bool = False,
 ) -> Searched:
-    """Searches for as many results as the stages and the saved rankings need, see revisitop.retrieve."""
-    m = max([SAVED_RANKS, *(each.needed for each in stages)])
+    """Searches for as many results as the stages and the saved rankings need, or all rows, see revisitop.retrieve."""
+    m = len(database) if everything else max([SAVED_RANKS, *(each.needed for each in stages)])
     return Searched(retrieve(queries, database, m, listed, device, processes), queries, database, listed, device)
 
 

@@ -23,7 +23,7 @@ CHANGED = {
     "TEST.DATASET_LIST": "rparis6k", "TEST.SCALE_LIST": 5, "TEST.FEATURES": "x.mat", "TEST.DEVICE": "cuda:99",
     "TEST.PRECISION": "bf16", "TEST.BATCH_SIZE": 3, "TEST.OUT_DIR": "elsewhere", "TEST.DISTRACTORS": "x.pth",
     "TEST.RESUME": False, "TEST.RERANKER": "none", "TEST.TOPK_LIST": "[7]", "TEST.MAPS_GB": 1, "TEST.REPORT": True,
-    "DATA_LOADER.NUM_WORKERS": 1, "DATA_LOADER.MAX_PIXELS": 10**9,
+    "TEST.EXPORT": "nn", "DATA_LOADER.NUM_WORKERS": 1, "DATA_LOADER.MAX_PIXELS": 10**9,
     "DATA_LOADER.PIN_MEMORY": False, "SupG.gemp": False, "SupG.gemp_p": 3,
     "SupG.rgem": False, "SupG.rgem_p": 3, "SupG.rgem_window": 3, "SupG.sgem": False, "SupG.sgem_p": 3,
     "SupG.relup": False, "SupG.relup_threshold": 0.1, "SupG.rerank": False, "SupG.rerank_m": 20, "SupG.rerank_k": 5,

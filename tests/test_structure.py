@@ -11,14 +11,14 @@ from conftest import ROOT
 # What the files of each layer import beside Python's standard library, from the bottom up. Commands import anything.
 ALLOWED = {
     "modules": {"torch", "triton", "modules"},
-    "model": {"torch", "torchvision", "timm", "huggingface_hub", "numpy", "scipy", "modules", "model"},
+    "model": {"torch", "torchvision", "timm", "huggingface_hub", "numpy", "scipy", "h5py", "modules", "model"},
     "extraction": {
         *("torch", "numpy", "PIL", "pillow_heif", "simplejpeg", "filelock", "tqdm"),
         *("modules", "model", "extraction"),
     },
     "cvnet_rerank": {"torch", "numpy", "PIL", "tqdm", "modules", "model", "extraction", "cvnet_rerank"},
     "revisitop": {
-        *("torch", "numpy", "faiss", "scipy", "PIL", "tqdm"),
+        *("torch", "numpy", "faiss", "h5py", "scipy", "PIL", "tqdm"),
         *("modules", "model", "extraction", "cvnet_rerank", "revisitop"),
     },
     "report": {

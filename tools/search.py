@@ -32,6 +32,7 @@ from assembly import (
     find_recipe,
     image_folder_set,
     make_stages,
+    option,
     start_session,
     with_index,
 )
@@ -45,6 +46,7 @@ from model.errors import InputError, short_list
 from model.recipe import Recipe
 from modules.search import Database
 from report.page import SHOWN, Hit, Page, Query, Section, write_report
+from revisitop.exports import Names, check_forms, write_descriptors, write_rankings
 from revisitop.retrieve import SAVED_RANKS, Ranking
 from revisitop.stages import search_for
 from tools.milvus import Milvus, collection_name
@@ -81,6 +83,8 @@ def main(argv: list[str]) -> None:
     session = start_session(cfg, sys.stderr if args.json else sys.stdout)
     processes, device = session.processes, session.device
     milvus = Milvus.connect(args.index) if args.index and session.first else None
+    with option("TEST.EXPORT"):
+        check_forms(cfg.TEST.EXPORT)
     recipe = find_recipe(cfg)
     check_index(cfg, recipe.dim)
     if args.queries.is_file() and (problem := ImageFile(args.queries).problem()):
@@ -102,7 +106,10 @@ def main(argv: list[str]) -> None:
             rows = with_index(cfg, Database(database.descriptors), cache / "database", [images.path], device)
 
     stages = make_stages(cfg, session.output.folder)
-    searched = search_for(stages.values(), queries.descriptors, rows, device=device, processes=processes)
+    everything = "ranks" in cfg.TEST.EXPORT
+    searched = search_for(
+        stages.values(), queries.descriptors, rows, device=device, processes=processes, everything=everything
+    )
     processes.end()
     if not session.first:
         return
@@ -117,12 +124,20 @@ def main(argv: list[str]) -> None:
         log.info("scores: %s%s", scores, "; then the cosine similarity" if reranked else "")
         for line in in_words(queries, database, final, args.top, reranked):
             log.info("%s", line)
+    run = session.output.new_run(f"search-{args.database.resolve().name}") if args.report or cfg.TEST.EXPORT else None
+    if cfg.TEST.EXPORT:
+        names = Names.of_files((queries.images, queries.root), (database.images, database.root))
+        with option("TEST.EXPORT"):
+            write_rankings(run, cfg.TEST.EXPORT, "search", rankings, names)
+            own = Database(database.descriptors)
+            write_descriptors(run, cfg.TEST.EXPORT, "search", queries.descriptors, own, names)
+        log.info("rankings and descriptors for other programs are in %s", run)
     if args.report:
         settings = {"database": str(args.database), "queries": str(args.queries), "weights": recipe.weights_in_words}
         name = args.database.resolve().name
         page = Page(f"Search in {name}", settings, [section(queries, database, rankings)])
-        run = session.output.new_run(f"search-{name}")
         log.info("the report is %s", write_report(page, run / "report"))
+    if run:
         session.output.publish(run)
 
 
@@ -130,7 +145,7 @@ def parse(argv: list[str]) -> Parsed:
     truth = "it needs ground truth, as in test.py"
     instead = {"TEST.FEATURES": truth, "SupG.onemeval": truth, "TEST.DISTRACTORS": truth, "TEST.REPORT": "use --report"}
     instead |= {"TEST.DATA_DIR": "use --database", "TEST.DATASET_LIST": "use --database"}
-    uses = (*NETWORK, *LOADING, *INDEX, *RERANKING, "TEST.DEVICE", "TEST.OUT_DIR", "TEST.RESUME")
+    uses = (*NETWORK, *LOADING, *INDEX, *RERANKING, "TEST.DEVICE", "TEST.OUT_DIR", "TEST.RESUME", "TEST.EXPORT")
     line = CommandLine(__doc__, uses, instead)
     line.add("--database", type=Path, required=True, metavar="FOLDER", help="images, also in subfolders")
     line.add("--queries", type=Path, required=True, metavar="FOLDER|FILE", help="an image, or several")

@@ -4,9 +4,10 @@ python -m tools.whiten --from roxford5k --dim 512 --out whitening.pth
 python -m tools.whiten --from holiday/ --dim 512 --out whitening.pth --weights ./weights
 python -m tools.whiten --from rows.npy --dim 512 --out whitening.pth
 
---from takes the name of a dataset (its database; a folder in TEST.DATA_DIR), a folder of images, or a .npy or .pth file
-of descriptors, (N, D). The default is PCA whitening. With --labels FILE (a class per line and row), or with
---discriminative for a dataset in class folders, directions in which images of one class differ are shortened.
+--from takes the name of a dataset (its database; a folder in TEST.DATA_DIR), a folder of images, or a file of
+descriptors, (N, D): .npy, .npz, .mat, .pth or HDF5. The default is PCA whitening. With --labels FILE (a class per line
+and row), or with --discriminative for a dataset in class folders, directions in which images of one class differ are
+shortened.
 The memory does not grow with the number of descriptors.
 
 Jégou and Chum, "Negative Evidences and Co-occurrences in Image Retrieval", ECCV 2012; Radenović et al., TPAMI 2018.
@@ -30,7 +31,7 @@ from extraction.folder import find_images
 from model.errors import InputError
 from modules.whitening import Whitening
 from report.command import run_command
-from revisitop.descriptors import load_distractors
+from revisitop.descriptors import load_rows, unit_rows
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ def descriptors(source: str, session: Session) -> tuple[Tensor, Tensor | None, d
     """Returns the descriptors (N, D), their classes (N,) if the source has some, and their provenance."""
     path = Path(source)
     if path.is_file():
-        return load_distractors(path), None, {"source": source}
+        return unit_rows(load_rows(path), source), None, {"source": source}
     cfg, output, device = session.cfg, session.output, session.device
     if path.is_dir() and "/" in source:
         recipe = find_recipe(cfg)

@@ -31,7 +31,7 @@ from model.cvnet import ResNet
 from model.errors import InputError
 from model.whitening import load_whitening
 from modules.whitening import Whitening
-from revisitop.descriptors import load_descriptors, load_distractors, load_ranking
+from revisitop.descriptors import load_distractors, load_features, load_ranking
 from revisitop.layout_revisitop import read_ground_truth
 from revisitop.layouts import load_dataset
 from tools.compare import compare, differing_options, read_run
@@ -70,7 +70,7 @@ def test_saved_descriptors(layout, tmp_path, kind, share):
     else:
         np.save(file, rows[3:])
         np.save(tmp_path / "roxford5k_query.npy", rows[:3])
-    survives(tmp_path / f"roxford5k_db.{kind}", [file.getvalue()], lambda path: load_descriptors(path, dataset), share)
+    survives(tmp_path / f"roxford5k_db.{kind}", [file.getvalue()], lambda path: load_features(path, dataset), share)
 
 
 @pytest.mark.parametrize(("kind", "share"), [("pth", 0.7), ("npy", 7)])

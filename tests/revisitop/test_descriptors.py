@@ -8,7 +8,7 @@ import scipy.io
 
 from model.errors import InputError
 from revisitop.dataset import Dataset
-from revisitop.descriptors import load_descriptors
+from revisitop.descriptors import load_features
 from revisitop.layouts import load_dataset
 
 N = 24  # database images of the layout, and dimensions
@@ -30,8 +30,8 @@ def test_a_damaged_image_of_a_square_array_is_named_for_rows_and_columns(dataset
     rows[5] = bad
     for values in (rows, rows.T):
         np.savez(tmp_path / "features.npz", Q=unit_rows(3), X=values)
-        with pytest.raises(InputError, match="image 5"):
-            load_descriptors(tmp_path / "features.npz", dataset)
+        with pytest.raises(InputError, match="row 5"):
+            load_features(tmp_path / "features.npz", dataset)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64])
@@ -39,17 +39,17 @@ def test_rows_of_a_square_array_in_another_precision_are_recognised(dataset, tmp
     rows = unit_rows(N)
     for values in (rows, rows.T):
         np.savez(tmp_path / "features.npz", Q=unit_rows(3), X=values.astype(dtype))
-        np.testing.assert_allclose(load_descriptors(tmp_path / "features.npz", dataset)[1], rows, atol=1e-3)
+        np.testing.assert_allclose(load_features(tmp_path / "features.npz", dataset)[1], rows, atol=1e-3)
 
 
 def test_a_square_array_of_unit_length_both_ways_is_refused_and_read_after_the_advice(dataset, tmp_path):
     path, (rows, _) = tmp_path / "features.mat", np.linalg.qr(unit_rows(N))
     scipy.io.savemat(path, {"Q": unit_rows(3).T, "X": rows.T})
     with pytest.raises(InputError, match="dimension of zeros"):
-        load_descriptors(path, dataset)
+        load_features(path, dataset)
     wider = [np.pad(each, ((0, 0), (0, 1))) for each in (unit_rows(3), rows)]
     scipy.io.savemat(path, {"Q": wider[0].T, "X": wider[1].T})
-    np.testing.assert_array_equal(load_descriptors(path, dataset)[1], wider[1])
+    np.testing.assert_array_equal(load_features(path, dataset)[1], wider[1])
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def saved(dataset, tmp_path) -> Path:
 
 
 def test_descriptors_of_the_same_images_and_boxes_are_read(dataset, saved):
-    _, database = load_descriptors(saved, dataset)
+    database = load_features(saved, dataset).database
     np.testing.assert_array_equal(database, unit_rows(N))
     assert np.load(saved / "roxford5k_query.npy.images.npz")["labels"][1] == b"jpg/query_1.jpg|4,3,60,51"
 
@@ -80,4 +80,4 @@ def test_descriptors_of_a_reordered_or_changed_list_are_refused(layout, saved, c
     change(layout.gnd)
     layout.write()
     with pytest.raises(InputError, match=noun):
-        load_descriptors(saved, load_dataset("roxford5k", layout.data_dir))
+        load_features(saved, load_dataset("roxford5k", layout.data_dir))

@@ -241,14 +241,14 @@ def test_predictions_of_the_challenge_are_evaluated(own, layout, command, tmp_pa
     write_csv(tmp_path / "p.csv", "id,images", ["q9", INDEX[0]])
     with pytest.raises(InputError, match="q9"):
         load_ranking(tmp_path / "p.csv", load(own))
-    with pytest.raises(InputError, match="solution"):
+    with pytest.raises(InputError, match="q9"):
         load_ranking(tmp_path / "p.csv", load(layout.folder))
 
 
 def test_predictions_that_are_written_have_the_metrics_of_their_ranking(own, tmp_path):
     dataset = load(own)
     ids = np.array([[4, -1, 0, 1, -1], [-1, -1, -1, -1, -1]])
-    write_predictions(tmp_path / "p.csv", dataset, ids)
+    write_predictions(tmp_path / "p.csv", dataset.query_names, dataset.names, ids)
     found = load_ranking(tmp_path / "p.csv", dataset)
     assert found.ids.tolist() == [[4, -1, 0, 1], [-1, -1, -1, -1]]
     assert [where.tolist() for where in found.positions] == [[2, 3, NOT_FOUND], [NOT_FOUND]]
@@ -320,7 +320,7 @@ def test_a_saved_ranking_that_does_not_fit_is_refused(layout, tmp_path):
         path.write_bytes(pickle.dumps(changed))
         with pytest.raises(InputError):
             load_ranking(path, dataset)
-    for other in (saved[:, :2], saved[:1], saved[1], "text", [saved]):
+    for other in (saved[:, :2], saved[:1], saved[1, :2], "text", [saved]):
         path.write_bytes(pickle.dumps(other))
         with pytest.raises(InputError):
             load_ranking(path, dataset)

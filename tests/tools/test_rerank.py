@@ -71,7 +71,7 @@ def test_given_candidates_are_reranked_and_nothing_else_is_read(rerank, vectors,
     assert (ours[3, 20:] == -1).all()
 
 
-def test_rows_of_another_length_are_refused_and_the_advice_works(rerank, vectors, tmp_path):
+def test_rows_of_another_length_are_normalised_with_a_line(rerank, vectors, tmp_path):
     assert rerank().code == 0
     expected = order(tmp_path)
     long = [tmp_path / path.name for path in vectors]
@@ -79,9 +79,13 @@ def test_rows_of_another_length_are_refused_and_the_advice_works(rerank, vectors
         rows = np.load(path)
         np.save(copy, rows * np.linspace(0.5, 20, len(rows))[:, None])
     outcome = rerank(queries=long[0], database=long[1])
-    assert outcome.code == 2
-    assert "--normalize" in outcome.err
-    assert rerank("--normalize", queries=long[0], database=long[1]).code == 0
+    assert outcome.code == 0, outcome.err
+    assert f"{long[1]}: 120 of 120 rows are not of unit length; they are normalised" in outcome.out
+    assert (order(tmp_path) == expected).all()
+    np.save(tmp_path / "ids.npy", expected)
+    assert rerank("--ids", tmp_path / "ids.npy").code == 0
+    expected = order(tmp_path)
+    assert rerank("--ids", tmp_path / "ids.npy", queries=long[0], database=long[1]).code == 0
     assert (order(tmp_path) == expected).all()
 
 
@@ -102,9 +106,9 @@ def test_bad_vectors_are_refused_and_an_older_result_is_kept(rerank, vectors, tm
         ((), "absent.npy", "absent.npy"),
         (("--ids", tmp_path / "twice.npy"), vectors[1], "query 0"),
         (("--ids", tmp_path / "far.npy"), vectors[1], "119"),
-        (("--ids", vectors[0]), vectors[1], "integers"),
+        (("--ids", vectors[0]), vectors[1], "whole numbers"),
         (("--reranker", "dba", "--ids", tmp_path / "one.npy"), vectors[1], "--ids"),
-        (("--normalize", "--ids", tmp_path / "one.npy"), vectors[1], "--normalize"),
+        (("TEST.INDEX", "Flat", "--ids", tmp_path / "one.npy"), vectors[1], "TEST.INDEX"),
         (("--reranker", "cvnet"), vectors[1], "cvnet"),
     ):
         outcome = rerank(*arguments, database=tmp_path / database)

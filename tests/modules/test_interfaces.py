@@ -1,0 +1,190 @@
+"""What other programs rely on: whole rankings with scores, matrices of scores, trained powers, refusals that help."""
+
+import math
+
+import faiss
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from modules import GeM, GeMPlus, RegionalGeM, ScaleGeM, SuperGlobalReranker, attach, search
+from modules.reranking import neighbour_weights
+
+RANDOM = torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    """Queries (3, 16), a database (40, 16), and the first 30 results with their scores."""
+    rows = nn.functional.normalize(torch.randn(43, 16, generator=RANDOM, dtype=torch.float64), dim=1)
+    found = search(rows[:3], rows[3:], 30)
+    return rows[:3], rows[3:], found.ids, found.scores
+
+
+@pytest.mark.parametrize("with_scores", [True, False])
+def test_the_whole_ranking_is_returned_with_scores_that_continue(vectors, with_scores):
+    queries, rows, ids, scores = vectors
+    reranker = SuperGlobalReranker(m=12, k=4)
+    new = reranker.rerank(queries, ids, rows.__getitem__, scores=scores if with_scores else None)
+    expected = reranker(queries, rows[ids[:, :12]])
+    assert torch.equal(new.order, expected.order)
+    assert torch.equal(new.scores[:, :12], expected.scores)
+    assert torch.equal(new.ids[:, :12], ids.gather(1, expected.order))
+    assert torch.equal(new.ids[:, 12:], ids[:, 12:])
+    assert (new.scores.diff(dim=1)[:, 11:] < 0).all()
+    if with_scores:  # the differences among the others are those of the search
+        torch.testing.assert_close(
+            new.scores[:, 12:].diff(dim=1), scores[:, 12:].diff(dim=1).double(), atol=1e-6, rtol=0
+        )
+
+
+def test_scores_of_the_search_that_are_low_enough_are_kept(vectors):
+    queries, rows, ids, scores = vectors
+    new = SuperGlobalReranker(m=12, k=4).rerank(queries, ids, rows.__getitem__, scores=scores - 9)
+    assert torch.equal(new.scores[:, 12:], (scores - 9)[:, 12:].double())
+
+
+def test_absent_results_come_last_in_the_whole_ranking(vectors):
+    queries, rows, ids, scores = vectors
+    ids = ids.clone()
+    ids[0, [3, 7]], ids[1, 25:], ids[2] = -1, -1, -1
+    new = SuperGlobalReranker(m=12, k=4).rerank(queries, ids, rows.__getitem__, scores=scores)
+    assert [int((row >= 0).sum()) for row in new.ids] == [28, 25, 0]
+    for row, score, before in zip(new.ids, new.scores, ids, strict=True):
+        assert sorted(row.tolist()) == sorted(before.tolist())
+        present = int((row >= 0).sum())
+        assert (row[present:] == -1).all()
+        assert (score[present:] == -math.inf).all()
+        assert (score[:present].diff() <= 0).all()
+    assert torch.equal(new.ids[:, :12], ids.gather(1, new.order))
+
+
+def test_names_are_returned_in_the_new_order(vectors):
+    queries, rows, ids, _ = vectors
+    reranker = SuperGlobalReranker(m=12, k=4)
+    expected = reranker.rerank(queries, ids, rows.__getitem__).ids
+    names = [[f"image {number}" for number in row] for row in ids.tolist()]
+    number = lambda name: int(name.split()[1])  # noqa: E731
+
+    def fetch(wanted):
+        return rows[[number(name) for name in wanted]]
+
+    assert [[*map(number, row)] for row in reranker.rerank(queries, names, fetch).ids] == expected.tolist()
+    array = reranker.rerank(queries.numpy(), np.array(names), lambda wanted: fetch(wanted).numpy()).ids
+    assert array.dtype == np.array(names).dtype
+    assert [[*map(number, row)] for row in array] == expected.tolist()
+    ragged = reranker.rerank(queries, [names[0], names[1][:5], []], fetch).ids
+    assert [len(row) for row in ragged] == [30, 5, 0]
+    assert set(ragged[1]) == set(names[1][:5])
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, np.ndarray])
+def test_a_matrix_of_scores_sorts_the_database_as_reranking_does(vectors, kind):
+    queries, rows, *_ = vectors
+    given = (queries, rows) if kind is torch.Tensor else (queries.numpy(), rows.numpy())
+    reranker = SuperGlobalReranker(m=12, k=4)
+    matrix = reranker.similarities(*given)
+    assert isinstance(matrix, kind)
+    assert matrix.shape == (3, 40)
+    found = search(queries, rows, 40)
+    expected = reranker.rerank(queries, found.ids, rows.__getitem__, scores=found.scores).ids
+    assert torch.equal(torch.as_tensor(matrix).argsort(dim=1, descending=True, stable=True), expected)
+
+
+def test_an_index_without_a_direct_map_is_refused_and_the_advice_works(vectors):
+    queries, rows = (each.float().numpy() for each in vectors[:2])
+    index = faiss.index_factory(16, "PCA8,IVF2,Flat", faiss.METRIC_INNER_PRODUCT)
+    index.train(rows)
+    index.add(rows)
+    _, ids = index.search(queries, 10)
+    reranker = SuperGlobalReranker(m=10, k=3)
+    with pytest.raises(ValueError, match="make_direct_map"):
+        reranker.rerank(queries, ids, index.reconstruct_batch)
+    faiss.extract_index_ivf(index).make_direct_map()
+    assert reranker.rerank(queries, ids, index.reconstruct_batch).ids.shape == (3, 10)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda model, x: torch.jit.trace(model, x),
+        lambda model, x: torch.jit.script(model),
+        lambda model, x: torch.onnx.export(model, (x,), "unused.onnx", dynamo=False),
+    ],
+    ids=["trace", "script", "legacy ONNX"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_graph_that_would_be_wrong_at_other_sizes_is_refused(wrap, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = attach(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval())
+    with pytest.raises(RuntimeError, match=r"torch\.export"):
+        wrap(model, torch.rand(1, 3, 32, 48))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_of_regional_gem_is_refused():
+    with pytest.raises(RuntimeError, match=r"torch\.export"):
+        torch.jit.trace(RegionalGeM(), torch.rand(1, 2, 9, 9))
+
+
+@pytest.mark.parametrize("p", [0.7, 3.0, 9.0])
+@pytest.mark.parametrize("kind", [GeM, GeMPlus, RegionalGeM, ScaleGeM])
+def test_a_power_that_is_a_parameter_is_trained(kind, p):
+    layer = kind(nn.Parameter(torch.tensor(p, dtype=torch.float64)))
+    assert [*layer.state_dict()] == ["p"]
+    x = torch.rand(2, 3, 5, 6, generator=RANDOM, dtype=torch.float64).add(0.1)
+    x = (x[..., 0] if kind is ScaleGeM else x).requires_grad_()
+
+    def values(x, power):
+        return torch.func.functional_call(layer, {"p": power}, x)
+
+    torch.testing.assert_close(layer(x), kind(p)(x))
+    assert torch.autograd.gradcheck(values, (x, layer.p), fast_mode=True)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    layer(x).sum().backward()
+    optimizer.step()
+    assert layer.p.item() != p
+    assert f"p={layer.p.item():g}" in repr(layer)
+
+
+@pytest.mark.parametrize("bad", [torch.tensor([3.0, 4.0]), torch.tensor(-1.0), torch.tensor(math.inf)])
+@pytest.mark.parametrize("kind", [GeM, ScaleGeM])
+def test_an_invalid_parameter_is_refused(kind, bad):
+    with pytest.raises(ValueError, match="power p"):
+        kind(nn.Parameter(bad))
+
+
+@pytest.mark.parametrize("p", [0.01, 0.5, 1, 3, 40])
+@pytest.mark.parametrize(
+    "v", [torch.randn(3, 2, 8, generator=RANDOM), torch.randn(1, 2, 8, generator=RANDOM), torch.ones(3, 2, 8)]
+)
+def test_the_gradient_of_scale_gem_is_finite(p, v):
+    v = v.clone().requires_grad_()
+    out = ScaleGeM(p)(v)
+    out.sum().backward()
+    assert v.grad.isfinite().all()
+    shifted = (v - v.amin(dim=(0, 2), keepdim=True)).double()
+    expected = shifted.pow(p).mean(dim=0).pow(1 / p) + v.amin(dim=(0, 2))[:, None]
+    torch.testing.assert_close(out.double(), expected, atol=2e-5, rtol=2e-5)
+
+
+def test_training_a_network_with_poolings_that_learn():
+    torch.manual_seed(0)
+    network = torchvision.models.resnet18(num_classes=4)
+    pooling = GeM(nn.Parameter(torch.tensor(3.0)))
+    extract = attach(network.eval(), pooling=pooling, scales=(1.0, 0.7))
+    assert any(each is pooling.p for each in extract.parameters())
+    extract(torch.rand(2, 3, 64, 64)).square().sum(dim=0).amax().backward()
+    assert pooling.p.grad.abs() > 0
+
+
+@pytest.mark.parametrize("similarity", [-0.2, -1 / 3, -0.5, -1.0])
+def test_opposite_candidates_do_not_reverse_the_order(similarity):
+    exact = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    other = torch.tensor([similarity, math.sqrt(1 - similarity**2)], dtype=torch.float64)
+    found = SuperGlobalReranker(m=2, k=1, beta=3.0)(exact[None], torch.stack([other, exact])[None])
+    assert found.order[0].tolist() == [1, 0]
+    _, weights = neighbour_weights(torch.stack([exact, other])[None], 1, 3.0)
+    torch.testing.assert_close(weights.sum(dim=-1), torch.ones(1, 2, dtype=torch.float64))

@@ -20,7 +20,8 @@ QUERY = rows(1, seed=3)[0]
 
 def check(candidates, reranker, mask=None):
     """Compares the explanation of every present candidate with its sums, and with the reranker's order and scores."""
-    order, scores = (each[0] for each in reranker(QUERY[None], candidates[None], None if mask is None else mask[None]))
+    reranked = reranker(QUERY[None], candidates[None], None if mask is None else mask[None])
+    order, scores = reranked.order[0], reranked.scores[0]
     present = set(range(len(candidates)) if mask is None else mask.nonzero().flatten().tolist())
     every = {place: explain(QUERY, candidates, place, reranker, mask) for place in present}
     count = min(reranker.k + 1, len(present))

@@ -249,7 +249,8 @@ class CandidateReranker(nn.Module):
         their cosine similarities.
 
         Args:
-            queries, rows: unit descriptors, tensors or NumPy arrays; the rows may be a Database.
+            queries: unit descriptors, a tensor or a NumPy array.
+            rows: those of the database, or a Database.
             device: where the scores are computed; by default the device of the queries.
         """
         q, database = as_tensor(queries, "queries"), rows if isinstance(rows, Database) else Database(rows)

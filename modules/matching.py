@@ -49,7 +49,8 @@ def match_maps(network: SuperGlobal, first: Tensor, second: Tensor, whitening: W
 
     Args:
         network: a network with SuperGlobal's modules, the result of attach.
-        first, second: normalised images, (1, 3, H, W) each, of any two sizes.
+        first: a normalised image, (1, 3, H, W).
+        second: another one, of any size.
         whitening: the whitening that the descriptors went through, if any.
 
     Raises:

@@ -183,7 +183,7 @@ def test_a_dataset_is_a_folder_and_a_network_is_a_function(work, command):
     words = ("MODEL.NAME", "mine.py:build", "TEST.DATASET_LIST", "mine", "DATA_LOADER.NUM_WORKERS", 0)
     outcome = command("test.py", *words)
     assert outcome.code == 0, outcome.err
-    assert "recall@1,5,10" in outcome.out
+    assert "recall@1" in outcome.out
 
 
 def test_a_reranker_a_pooling_and_a_layout_are_a_file_and_a_line_each(work, tmp_path):

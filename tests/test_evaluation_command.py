@@ -229,8 +229,8 @@ def test_unit_length_is_restored_with_a_warning(evaluate_features, layout, tmp_p
     [
         (lambda q, x: (q, x[:-1]), "24 images"),
         (lambda q, x: (q[:, :-1], x), "dimensions"),
-        (lambda q, x: (q, x * (np.arange(24) != 5)[:, None]), "image 5"),
-        (lambda q, x: (q + np.nan, x), "image 0"),
+        (lambda q, x: (q, x * (np.arange(24) != 5)[:, None]), "row 5"),
+        (lambda q, x: (q + np.nan, x), "row 0"),
         (lambda q, x: ((q * 100).astype(np.int16), x), "int16"),
     ],
 )

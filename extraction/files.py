@@ -41,7 +41,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.replace(new, path)
     except (OSError, RuntimeError) as error:
         cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides the error of the disk
-        if not isinstance(cause, OSError) or isinstance(cause, ConnectionError):  # that of a process which died meanwhile
+        if not isinstance(cause, OSError) or isinstance(cause, ConnectionError):  # of a process that died meanwhile
             raise
         raise InputError(f"{path} cannot be written ({cause.strerror or cause})") from None
     finally:

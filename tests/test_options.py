@@ -116,7 +116,7 @@ def gradio(monkeypatch) -> MagicMock:
     page = gradio.Blocks.return_value.__enter__.return_value
 
     def visit() -> None:
-        opened, name = page.load.call_args_list[0].args[0], gradio.Dropdown.call_args.kwargs["value"]
+        opened, name = page.load.call_args_list[-2].args[0], gradio.Dropdown.call_args.kwargs["value"]
         *_, message = opened(None, name, list(MODULES), "", 400, 9, 0.15)
         assert message == ""
 

@@ -31,6 +31,7 @@ from PIL import Image
 
 from config import INDEX, LOADING, NETWORK, OPTIONS, RERANKING, idle_options, make_config
 from extraction.store import Store
+from model.errors import InputError
 
 NAME = "shop"  # of the dataset
 BYTES = 4096  # of each image file: decoders ignore what follows the end of a JPEG
@@ -213,7 +214,9 @@ class World:
         if self.weights:
             given["TEST.WEIGHTS"] = self.folder / "weights.pth"
         given = {key: str(value) for key, value in {**given, **more}.items() if key in keys}
-        idle = idle_options(make_config([*given.items()]))
+        idle: dict = {}
+        with contextlib.suppress(InputError):  # of options that contradict each other, which the command refuses
+            idle = idle_options(make_config([*given.items()]))
         return [word for key, value in given.items() if key not in idle for word in (key, value)]
 
     def outcome(self, where: str, makers: bool = True) -> "Outcome":

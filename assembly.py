@@ -597,10 +597,10 @@ def small_set_advice(cfg: CfgNode, dataset: Dataset) -> str | None:
     if "superglobal" not in active_rerankers(cfg) or positives >= k + 1:
         return None
     words = ["tools.tune", "--folds", "5", "--test", dataset.name, *as_words(cfg, *NETWORK, *DATASET)]
-    command = shlex.join(["python", "-m", *words])
+    command, smaller = shlex.join(["python", "-m", *words]), max(1, int(positives) - 1)
     return (
-        f"{dataset.name}: the median query has {positives:g} positive images, fewer than the K + 1 = {k + 1} results "
-        f"that the reranking averages; try SupG.rerank_k {max(1, int(positives) - 1)}, or {command}"
+        f"{dataset.name}: the median number of positive images is {positives:g}, less than the K + 1 = {k + 1} results "
+        f"that the reranking averages; try SupG.rerank{f'_k {smaller}' if smaller < k else ' False'}, or {command}"
     )
 
 

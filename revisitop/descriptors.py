@@ -106,22 +106,28 @@ def _pair(path: Path, dataset: Dataset) -> SavedDescriptors:
             f"{path} has a single array; queries and database are two files, NAME_query.npy and NAME_db.npy"
         )
     files = next((files for files in pairs if all(file.exists() for file in files)), pairs[0])
-    parts = []
-    for file, images, names in zip(files, (dataset.queries, dataset.database), LISTS, strict=True):
-        check_labels(file, [image.label(dataset.folder) for image in images])
-        found, listed = read_arrays_of(file), file.with_name(names)
-        if found.only is None:
-            raise InputError(f"{found}: a single array is expected")
-        rows = found.only
-        check_rows(file, rows)
-        if file.suffix != ".npy" and listed.exists():
-            named = [line.partition(",")[0].strip() for line in listed.read_text(encoding="utf-8").splitlines()]
-            if len(named) != len(rows):
-                raise InputError(f"{listed} has {len(named)} lines, {file} has {len(rows)} rows")
-            rows = rows[rows_by_name(named, images, listed)]
-        parts.append(_rows(rows, len(images), found.columns, str(file), dataset.name))
+    database = _rows_of_images(files[1], dataset.database, LISTS[1], dataset)
+    if dataset.in_database is not None and not files[0].exists():  # as a run leaves queries that are database images
+        return _saved(database[torch.from_numpy(dataset.in_database)], database, files[1])
+    queries = _rows_of_images(files[0], dataset.queries, LISTS[0], dataset)
     _check_pair(*files)
-    return _saved(*parts, files[1])
+    return _saved(queries, database, files[1])
+
+
+def _rows_of_images(file: Path, images: Sequence[ImageFile], names: str, dataset: Dataset) -> Tensor:
+    """Returns the rows of one of two files, in the order of the images; `names` is a list of theirs beside the file."""
+    check_labels(file, [image.label(dataset.folder) for image in images])
+    found, listed = read_arrays_of(file), file.with_name(names)
+    if found.only is None:
+        raise InputError(f"{found}: a single array is expected")
+    rows = found.only
+    check_rows(file, rows)
+    if file.suffix != ".npy" and listed.exists():
+        named = [line.partition(",")[0].strip() for line in listed.read_text(encoding="utf-8").splitlines()]
+        if len(named) != len(rows):
+            raise InputError(f"{listed} has {len(named)} lines, {file} has {len(rows)} rows")
+        rows = rows[rows_by_name(named, images, listed)]
+    return _rows(rows, len(images), found.columns, str(file), dataset.name)
 
 
 def _saved(queries: Tensor, database: Tensor, file: Path) -> SavedDescriptors:

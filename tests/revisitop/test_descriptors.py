@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.io
+from PIL import Image
 
 from model.errors import InputError
 from revisitop.dataset import Dataset
@@ -81,3 +82,17 @@ def test_descriptors_of_a_reordered_or_changed_list_are_refused(layout, saved, c
     layout.write()
     with pytest.raises(InputError, match=noun):
         load_features(saved, load_dataset("roxford5k", layout.data_dir))
+
+
+def test_queries_that_are_database_images_need_no_file_of_their_own(tmp_path):
+    for name in ("a/0", "a/1", "b/0", "b/1", "b/2", "c/0"):
+        path = tmp_path / "pets" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(path)
+    rows = unit_rows(6)
+    np.save(tmp_path / "pets_db.npy", rows)
+    dataset = load_dataset("pets", tmp_path)
+    for path in (tmp_path, tmp_path / "pets_db.npy"):
+        found = load_features(path, dataset)
+        np.testing.assert_allclose(found.database, rows, atol=1e-7)
+        np.testing.assert_allclose(found.queries, rows[:5], atol=1e-7)

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import logging
 import os
@@ -7,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -191,6 +193,22 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def running_demo(folder: Path, *words: object) -> Iterator[str]:
+    """Starts the demo in a folder, and yields its address; its errors are in errors.txt, uploads in uploads/."""
+    port = free_port()
+    command = [sys.executable, "-u", "-m", "tools.demo", "--port", str(port), *map(str, words)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GRADIO_TEMP_DIR": str(folder / "uploads")}
+    with (folder / "errors.txt").open("w") as errors, subprocess.Popen(
+        command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=errors, env=environment
+    ) as demo:  # fmt: skip
+        try:
+            assert any("the page is" in line for line in demo.stdout), (folder / "errors.txt").read_text()
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            demo.terminate()
 
 
 class Outcome(NamedTuple):

@@ -111,3 +111,16 @@ def tgz(members: dict[str, bytes], *others: tarfile.TarInfo) -> bytes:
 
 def images(layout: Layout) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((layout.folder / "jpg").iterdir())}
+
+
+def publish(site: Site, layout: Layout) -> None:
+    """Puts the ground truth and the images of a layout under the addresses, and into the archives, of the originals."""
+    truth, archives, place = {
+        "roxford5k": (OXFORD_TRUTH, [OXFORD_IMAGES], "{name}"),
+        "rparis6k": (PARIS_TRUTH, PARIS_IMAGES, "paris/{name:.2}/{name}"),
+    }[layout.name]
+    site[truth] = Answer(layout.ground_truth_file.read_bytes())
+    members = [(place.format(name=name), content) for name, content in images(layout).items()]
+    half = 10 if len(archives) > 1 else len(members)
+    for path, part in zip(archives, (members[:half], members[half:]), strict=False):
+        site[path] = Answer(tgz(dict(part)))

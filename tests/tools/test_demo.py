@@ -6,7 +6,6 @@ import io
 import json
 import os
 import re
-import subprocess
 import sys
 import urllib.error
 import urllib.request
@@ -16,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Layout, free_port
+from conftest import ROOT, Layout, running_demo
 from PIL import Image
 
 from assembly import Output
@@ -255,18 +254,9 @@ def address(two_layers, tmp_path_factory):
     layout.image("query_1").rename(layout.image(EVIL + "2"))
     layout.gnd["qimlist"][1] = EVIL + "2"
     layout.write()
-    port = free_port()
-    words = ["--port", port, *two_layers, "TEST.DATA_DIR", layout.data_dir, "TEST.DATASET_LIST", "roxford5k"]
-    with (folder / "errors.txt").open("w") as errors, subprocess.Popen(
-        [sys.executable, "-u", "-m", "tools.demo", *map(str, words)], cwd=folder, text=True,
-        stdout=subprocess.PIPE, stderr=errors,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "GRADIO_TEMP_DIR": str(folder / "uploads")},
-    ) as command:  # fmt: skip
-        try:
-            assert any("the page is" in line for line in command.stdout), (folder / "errors.txt").read_text()
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            command.terminate()
+    words = [*two_layers, "TEST.DATA_DIR", layout.data_dir, "TEST.DATASET_LIST", "roxford5k"]
+    with running_demo(folder, *words) as address:
+        yield address
     assert "Traceback" not in (folder / "errors.txt").read_text()
 
 

@@ -3,16 +3,13 @@
 import importlib.util
 import io
 import json
-import os
-import subprocess
-import sys
 import urllib.error
 import urllib.request
 import uuid
 
 import numpy as np
 import pytest
-from conftest import ROOT, Layout, free_port
+from conftest import ROOT, Layout, running_demo
 from PIL import Image
 
 NETWORK = """
@@ -27,21 +24,13 @@ def build():
 def address(tmp_path_factory):
     if importlib.util.find_spec("gradio") is None:
         pytest.skip("gradio is not installed")
-    folder, port = tmp_path_factory.mktemp("visitors"), free_port()
+    folder = tmp_path_factory.mktemp("visitors")
     layout = Layout(folder / "data")
     (folder / "mine.py").write_text(NETWORK)
-    words = ["--port", port, "MODEL.NAME", f"{folder / 'mine.py'}:build", "TEST.SCALE_LIST", 1, "TEST.DEVICE", "cpu"]
+    words = ["MODEL.NAME", f"{folder / 'mine.py'}:build", "TEST.SCALE_LIST", 1, "TEST.DEVICE", "cpu"]
     words += ["TEST.DATA_DIR", layout.data_dir, "TEST.DATASET_LIST", "roxford5k", "DATA_LOADER.NUM_WORKERS", 0]
-    with (folder / "errors.txt").open("w") as errors, subprocess.Popen(
-        [sys.executable, "-u", "-m", "tools.demo", *map(str, words)], cwd=folder, text=True,
-        stdout=subprocess.PIPE, stderr=errors,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "GRADIO_TEMP_DIR": str(folder / "uploads")},
-    ) as command:  # fmt: skip
-        try:
-            assert any("the page is" in line for line in command.stdout), (folder / "errors.txt").read_text()
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            command.terminate()
+    with running_demo(folder, *words) as address:
+        yield address
 
 
 class Visitor:

@@ -30,6 +30,7 @@ from served import (
     VGG,
     Answer,
     images,
+    publish,
     serving,
     tgz,
 )
@@ -77,19 +78,13 @@ def files(folder: Path) -> set[str]:
 
 @pytest.fixture
 def oxford(site, tmp_path) -> Layout:
-    layout = Layout(tmp_path / "origin")
-    site[OXFORD_TRUTH] = Answer(layout.ground_truth_file.read_bytes())
-    site[OXFORD_IMAGES] = Answer(tgz(images(layout)))
+    publish(site, layout := Layout(tmp_path / "origin"))
     return layout
 
 
 @pytest.fixture
 def paris(site, tmp_path) -> Layout:
-    layout = Layout(tmp_path / "origin", "rparis6k")
-    members = [(f"paris/{name[:2]}/{name}", content) for name, content in images(layout).items()]
-    site[PARIS_TRUTH] = Answer(layout.ground_truth_file.read_bytes())
-    for path, half in zip(PARIS_IMAGES, (members[:10], members[10:]), strict=True):
-        site[path] = Answer(tgz(dict(half)))
+    publish(site, layout := Layout(tmp_path / "origin", "rparis6k"))
     return layout
 
 

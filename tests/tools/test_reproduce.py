@@ -4,21 +4,7 @@ import re
 
 import pytest
 from conftest import Layout, latest
-from served import (
-    CMP,
-    FEATURES,
-    NETWORKS,
-    OXFORD_IMAGES,
-    OXFORD_TRUTH,
-    PARIS_IMAGES,
-    PARIS_TRUTH,
-    PTAK,
-    VGG,
-    Answer,
-    images,
-    serving,
-    tgz,
-)
+from served import CMP, FEATURES, NETWORKS, PARIS_IMAGES, PTAK, VGG, Answer, publish, serving
 
 from config import make_config
 from revisitop.published import published
@@ -35,15 +21,8 @@ def site(monkeypatch, tmp_path, checkpoint_50, checkpoint_101):
     """A server with tiny images under the names and in the layouts of the originals, and random weights."""
     monkeypatch.setattr(transfer, "CHUNK", 1 << 20)
     for site in serving(monkeypatch):
-        for name, truth, archives in (
-            ("roxford5k", OXFORD_TRUTH, [OXFORD_IMAGES]),
-            ("rparis6k", PARIS_TRUTH, PARIS_IMAGES),
-        ):
-            layout = Layout(tmp_path / "origin", name)
-            site[truth] = Answer(layout.ground_truth_file.read_bytes())
-            files = list(images(layout).items())
-            for number, path in enumerate(archives):
-                site[path] = Answer(tgz(dict(files[number :: len(archives)])))
+        for name in ("roxford5k", "rparis6k"):
+            publish(site, Layout(tmp_path / "origin", name))
         for path, checkpoint in zip(NETWORKS, (checkpoint_50, checkpoint_101), strict=True):
             site[path] = Answer(checkpoint.read_bytes())
         yield site

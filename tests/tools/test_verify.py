@@ -22,7 +22,7 @@ def findings_of(layout) -> list[Finding]:
     dataset = load_dataset(layout.name, layout.data_dir)
     headers, _ = read_images([image.path for image in dataset.images()])
     known = {"queries": 3, "images": 24}
-    return [*check_lists(dataset, known), check_boxes(dataset.queries, 3, headers), check_sizes(headers.values(), 80)]
+    return [*check_lists(dataset, known), check_boxes(dataset, headers), check_sizes(dataset, headers, 80)]
 
 
 def change(layout, names, make) -> None:

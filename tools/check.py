@@ -38,7 +38,7 @@ class Finding(NamedTuple):
     Attributes:
         ok: whether it is as it should be.
         text: the result in a line.
-        mistakes: the mistakes of tools.causes that a tick rules out.
+        mistakes: the mistakes of tools.causes that a tick rules out, or that a problem suggests.
     """
 
     ok: bool | None
@@ -118,7 +118,7 @@ def check_dataset(dataset: Dataset, decode: bool = False) -> Iterator[Finding]:
         yield Finding(True, f"all {count:,} images exist and {'can be decoded' if decode else 'are complete'}")
     if turned := sum(header.turned for header in headers.values()):
         yield Finding(None, f"{turned:,} images are turned by their EXIF orientation, as they are read here")
-    if any(query.box for query in dataset.queries):
+    if known or any(query.box for query in dataset.queries):
         yield check_boxes(dataset, headers, cropped=bool(known))
     if known:
         yield check_sizes(dataset, headers, known["longer_side"])
@@ -126,19 +126,18 @@ def check_dataset(dataset: Dataset, decode: bool = False) -> Iterator[Finding]:
 
 def check_lists(dataset: Dataset, known: dict) -> Iterator[Finding]:
     """Yields the findings about the counts of a published dataset, and about its junk images."""
+    again = download_again(dataset, f"gnd_{dataset.name}.pkl")
     counts, expected = (len(dataset.queries), len(dataset.database)), (known["queries"], known["images"])
     words = f"{counts[0]} queries, {counts[1]:,} database images"
     if counts == expected:
         yield Finding(True, f"{words}, as published")
     else:
-        words += f", but {expected[0]} and {expected[1]:,} are published"
-        yield Finding(False, f"{words}; {download_again(dataset, dataset.folder / f'gnd_{dataset.name}.pkl')}")
+        yield Finding(False, f"{words}, but {expected[0]} and {expected[1]:,} are published; {again}")
     junk = sum(len(truth.kinds.get("junk", ())) for truth in dataset.ground_truth)
     if junk:
         yield Finding(True, f"{junk:,} junk images are listed, which are ignored", ("junk",))
     else:
         words = "no query lists junk images, so that they count as negatives"
-        again = download_again(dataset, dataset.folder / f"gnd_{dataset.name}.pkl")
         yield Finding(False, f"{words}; {again}", ("junk",))
 
 
@@ -154,10 +153,13 @@ def check_boxes(dataset: Dataset, headers: dict[Path, Header], cropped: bool = T
                 outside.append(f"{query.path.name}, {header.width} x {header.height}")
     if outside:
         words = f"{len(outside)} query boxes leave their images ({short_list(outside)}), which were resized or rotated"
-        return Finding(False, f"{words}; {download_again(dataset, dataset.folder)}", ("EXIF", "resized"))
+        return Finding(False, f"{words}; {download_again(dataset)}", ("EXIF", "resized"))
     if whole == len(boxed):
-        words = f"boxes: all {whole:,} are their whole images, so that no query is cropped"
-        return Finding(False if cropped else None, words, ("no crop",))
+        words = f"boxes: no query is cropped: {whole:,} have a box, which is the whole image"
+        if cropped:
+            again = download_again(dataset, f"gnd_{dataset.name}.pkl")
+            return Finding(False, f"{words}; {again}", ("no crop",))
+        return Finding(None, words)
     return Finding(True, f"boxes: {len(boxed):,} of {len(dataset.queries):,} queries have one, within its image",
                    ("no crop",))  # fmt: skip
 
@@ -167,13 +169,15 @@ def check_sizes(dataset: Dataset, headers: dict[Path, Header], side: int) -> Fin
     sides = np.array([max(header.width, header.height) for header in headers.values()])
     shares = f"{(sides == side).mean():.0%} of the images have a longer side of {side}, {(sides > side).sum():,} more"
     if (sides > side).any() or (sides == side).mean() < 0.5:
-        again = download_again(dataset, dataset.folder)
-        return Finding(False, f"{shares}: these are not the original sizes; {again}", ("resized",))
+        words = f"{shares}: these are not the original sizes"
+        return Finding(False, f"{words}; {download_again(dataset)}", ("resized",))
     return Finding(True, f"{shares}, as the originals have", ("resized",))
 
 
-def download_again(dataset: Dataset, path: Path) -> str:
-    return f"delete {path} and start python -m tools.download {dataset.name} --data-dir {dataset.folder.parent}"
+def download_again(dataset: Dataset, name: str = "") -> str:
+    """Returns what to do to get a file of a published dataset again, or all of it."""
+    command = f"python -m tools.download {dataset.name} --data-dir {dataset.folder.parent}"
+    return f"delete {dataset.folder / name} and start {command}"
 
 
 def read_images(paths: Sequence[Path], decode: bool = False) -> tuple[dict[Path, Header], list[str]]:

@@ -207,10 +207,12 @@ def http_address(text: str) -> str:
     return text.rstrip("/")
 
 
-def make_item(name: str, data_dir: Path, weights_dir: Path, all_tests: bool = False) -> Item:
+def make_item(
+    name: str, data_dir: Path, weights_dir: Path, all_tests: bool = False, depths: Iterable[int] = tuple(WEIGHTS)
+) -> Item:
     """Returns an item: the addresses of its files, their folders, and how they are checked."""
     if name == "weights":
-        return weights(weights_dir)
+        return weights(weights_dir, depths)
     if name == "features":
         return Item(name, [File((CMP, PTAK), path, data_dir, read_mat) for path in FEATURES])
     folder = dataset_folder(data_dir, name) or data_dir / name
@@ -246,14 +248,14 @@ def landmarks(folder: Path, all_tests: bool) -> Item:
     return Item("gldv2", files, archives, lambda: absent(read_csv_dataset("gldv2", folder).images()))
 
 
-def weights(folder: Path) -> Item:
+def weights(folder: Path, depths: Iterable[int]) -> Item:
     """Returns the checkpoints of which the folder has none, under any name."""
     files = []
-    for depth, name in WEIGHTS.items():
+    for depth in depths:
         try:
             find_checkpoint(folder, depth)
         except InputError:
-            path, check = f"personal/sumapave/public/ames/networks/{name}", partial(check_checkpoint, depth)
+            path, check = f"personal/sumapave/public/ames/networks/{WEIGHTS[depth]}", partial(read_checkpoint, depth)
             files.append(File((PTAK,), path, folder, check, name=PUBLISHED[depth]))
     advice = f", or from the drive folder linked in weights/README.md, and put it into {folder}"
     return Item("weights", files, advice=advice)
@@ -270,11 +272,11 @@ def check_list(path: Path) -> None:
         raise InputError(f"{path} is not a list of images")
 
 
-def check_checkpoint(depth: int, path: Path) -> None:
-    """Raises InputError if the file does not load strictly into the encoder of this depth."""
+def read_checkpoint(depth: int, path: Path) -> ResNet:
+    """Returns the encoder of this depth. Raises InputError if the file does not load strictly into it."""
     with torch.device("meta"):
         encoder = ResNet(depth)
-    load_encoder(encoder, path)
+    return load_encoder(encoder, path)
 
 
 def absent(images: Iterable[ImageFile]) -> list[str]:

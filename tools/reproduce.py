@@ -132,7 +132,8 @@ def download(args: argparse.Namespace, cfg: CfgNode) -> dict[str, str]:
     names = [name for name in cfg.TEST.DATASET_LIST if name in published()["datasets"]]
     names += ["features"] if names else []
     names += ["weights"] * (not weights.is_file()) + ["revisitop1m"] * args.million
-    plan = Download([make_item(name, data, weights) for name in names], args.mirror)
+    depths = args.depth or STAGE_DEPTHS
+    plan = Download([make_item(name, data, weights, depths=depths) for name in names], args.mirror)
     if not plan.needed:
         return {}
     agreed = plan.offline or args.yes or confirmed(f"download {plan.size / 1e9:,.1f} GB to {data} and {weights}?")
@@ -231,7 +232,7 @@ def conditions(session: Session, findings: Sequence[Finding]) -> Iterator[str]:
     yield f"{head['date']}, {head['device']}; {', '.join(f'{key} {value}' for key, value in head['versions'].items())}"
     yield f"`{head['command']}`"
     yield "Hours are those of extraction and search, of all runs together; published: " + published()["source"] + "."
-    yield from (f"- {finding}" for finding in findings if finding.ok is False or "SHA-256" in finding.text)
+    yield from (f"- {finding.text}" for finding in findings if "SHA-256" in finding.text)
 
 
 def explanation(outcomes: Sequence[Outcome], cfg: CfgNode, findings: Sequence[Finding]) -> Iterator[str]:
@@ -254,12 +255,13 @@ def explanation(outcomes: Sequence[Outcome], cfg: CfgNode, findings: Sequence[Fi
         if len(affected) == 1 < len(every):
             (value,) = affected
             yield f"- only {value} differs: {'its checkpoint' if what == 'depth' else 'its images or ground truth'}"
-    ticks = {mistake for finding in findings if finding.ok for mistake in finding.mistakes}
-    ticks -= {mistake for finding in findings if finding.ok is False for mistake in finding.mistakes}
+    wrong = {mistake for finding in findings if finding.ok is False for mistake in finding.mistakes}
+    ticks = {mistake for finding in findings if finding.ok for mistake in finding.mistakes} - wrong
     ticks |= {name for name, mistake in MISTAKES.items() if mistake.option and mistake.option not in changed}
     fitting = causes([(outcome.part.dataset, outcome.pattern) for outcome in results])
-    possible = [name for name in fitting if name not in ticks][:NAMED_CAUSES]
-    yield from (f"- {MISTAKES[name].words} (fits the signs of the differences)" for name in possible)
+    possible = sorted((name for name in fitting if name not in ticks), key=lambda name: name not in wrong)
+    for name in possible[:NAMED_CAUSES]:
+        yield f"- {MISTAKES[name].words} (fits {'a check and ' * (name in wrong)}the signs of the differences)"
     excluded = "; ".join(MISTAKES[name].words for name in fitting[:NAMED_CAUSES] if name in ticks)
     if excluded:
         yield f"- the signs would also fit, but options and tools.verify rule it out here: {excluded}"

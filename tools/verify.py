@@ -32,8 +32,8 @@ from extraction.extract import extract_batch
 from extraction.images import read_image
 from extraction.jpeg import decodes_as_pillow
 from model.backbone import PRECISIONS
-from model.checkpoint import find_checkpoint, load_encoder, sha256
-from model.cvnet import STAGE_DEPTHS, ResNet
+from model.checkpoint import find_checkpoint, sha256
+from model.cvnet import STAGE_DEPTHS
 from model.device import choose_device, device_name, forbid_tf32
 from model.errors import InputError, short_list
 from model.recipe import Recipe
@@ -50,7 +50,7 @@ from revisitop.published import published
 from revisitop.retrieve import rerank, retrieve
 from revisitop.toy import seeded_checkpoint
 from tools.check import Finding, check_dataset, read_images
-from tools.download import UNPACKED
+from tools.download import UNPACKED, read_checkpoint
 
 REFERENCE = Path(revisitop.__file__).parent / "reference"  # computed by the paper's released code
 LARGEST = {"fp32": 2e-6, "bf16": 2e-3, "fp16": 5e-4}  # differences of an element of a descriptor
@@ -116,7 +116,9 @@ def check_descriptors(cfg: CfgNode) -> Iterator[Finding]:
             if largest <= LARGEST[precision]:
                 yield Finding(True, words, ("RGB", "antialias") if precision == "fp32" else ())
             else:
-                yield Finding(False, f"{words}; install another version of PyTorch, or choose another TEST.DEVICE")
+                advice = "restore the files of this project, install another PyTorch, or choose another TEST.DEVICE"
+                text = f"{words}: these are not the paper's descriptors; {advice}"
+                yield Finding(False, text, ("RGB",))  # antialiasing has a check of its own
 
 
 def check_protocol(cfg: CfgNode) -> Iterator[Finding]:
@@ -172,7 +174,7 @@ def check_environment(cfg: CfgNode) -> Iterator[Finding]:
         Image.new("RGB", (40, 20)).save(path := Path(folder) / "turned.jpg", exif=exif)
         upright = read_image(path).shape == (40, 20, 3)
     yield (
-        Finding(True, "images are turned upright by their EXIF orientation", ("EXIF",))
+        Finding(True, "images are turned upright by their EXIF orientation")
         if upright
         else Finding(False, "the EXIF orientation of images is ignored; pip install --upgrade pillow")
     )
@@ -197,15 +199,19 @@ def check_datasets(cfg: CfgNode) -> Iterator[Finding]:
         yield Finding(False, str(error))
         return
     count, expected = len(images), published()["distractors"]
-    advice = f"start python -m tools.download revisitop1m --data-dir {folder.parent}"
-    if count != expected:
-        yield Finding(False, f"revisitop1m: {count:,} images are listed, {expected:,} are published; {advice}")
+    advice = f"and start python -m tools.download revisitop1m --data-dir {folder.parent}"
+    words = f"revisitop1m: {count:,} images are listed"
+    if count == expected:
+        yield Finding(True, f"{words}, as published")
+    else:
+        text = f"{words}, but {expected:,} are published"
+        yield Finding(False, f"{text}; delete {folder / 'revisitop1m.txt'} {advice}")
     sample = [images[number].path for number in range(0, count, max(1, count // SAMPLE))]
     if damaged := read_images(sample)[1]:
         words = f"revisitop1m: of {len(sample):,} images, {len(damaged)} are bad ({short_list(damaged)})"
-        yield Finding(False, f"{words}; delete {folder / UNPACKED}, and {advice}")
+        yield Finding(False, f"{words}; delete them and {folder / UNPACKED} {advice}")
     else:
-        yield Finding(True, f"revisitop1m: {count:,} images are listed, and a sample of them is complete")
+        yield Finding(True, f"revisitop1m: a sample of {len(sample):,} images is complete")
 
 
 def check_features(dataset: Dataset, folder: Path) -> Iterator[Finding]:
@@ -243,9 +249,7 @@ def check_checkpoint(folder: Path, depth: int) -> Finding:
     except InputError as error:
         return Finding(None, f"{error}; or python -m tools.download weights --weights-dir {folder}")
     try:
-        with torch.device("meta"):
-            encoder = ResNet(depth)
-        power = load_encoder(encoder, path).head.pool["p"].item()
+        power = read_checkpoint(depth, path).head.pool["p"].item()
     except InputError as error:
         return Finding(False, str(error))
     return Finding(True, f"{path}: ResNet-{depth}, loaded strictly; GeM power {power:.3f}; SHA-256 {sha256(path)}")

@@ -32,7 +32,7 @@ from extraction.extract import extract_batch
 from extraction.images import read_image
 from extraction.jpeg import decodes_as_pillow
 from model.backbone import PRECISIONS
-from model.checkpoint import find_checkpoint, sha256
+from model.checkpoint import PUBLISHED, find_checkpoint, sha256
 from model.cvnet import STAGE_DEPTHS
 from model.device import choose_device, device_name, forbid_tf32
 from model.errors import InputError, short_list
@@ -247,7 +247,8 @@ def check_checkpoint(folder: Path, depth: int) -> Finding:
     try:
         path = find_checkpoint(folder, depth)
     except InputError as error:
-        return Finding(None, f"{error}; or python -m tools.download weights --weights-dir {folder}")
+        other = (folder / PUBLISHED[depth]).exists()  # a damaged file, or another network
+        return Finding(False if other else None, f"{error}; or python -m tools.download weights --weights-dir {folder}")
     try:
         power = read_checkpoint(depth, path).head.pool["p"].item()
     except InputError as error:

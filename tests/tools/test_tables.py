@@ -11,6 +11,7 @@ from modules.diffusion import DiffusionReranker
 from modules.reranking import SuperGlobalReranker
 from revisitop.evaluate import Metrics
 from revisitop.protocols import REVISITED_PROTOCOLS
+from revisitop.published import nearest_reproduction
 from tools import tables
 
 QUICK = ("TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0)
@@ -209,3 +210,24 @@ def test_toy_is_tabulated_reported_and_searched(command, toy_data, toy_run, tmp_
     assert outcome.code == 0, outcome.err
     (found,) = json.loads(outcome.out)["queries"]
     assert found["results"][0]["file"] == "toy_query_00.jpg"
+
+
+def test_the_nearest_independent_reproduction_stands_beside_the_published_number():
+    """Issue 3 of the paper's repository has 73.13 and 50.75 for retrieval among a million distractors."""
+    maps = {"E": 0.88, "M": 0.74, "H": 0.5}
+    metrics = {
+        each.name: Metrics(each, maps[each.name], np.zeros(1), np.zeros(3), np.zeros(101))
+        for each in REVISITED_PROTOCOLS
+    }
+    percent = {name: 100 * value for name, value in maps.items()}
+    reproduced = nearest_reproduction(50, "retrieval", True, "roxford5k", percent)
+    row = tables.Row(
+        "R50", "roxford5k", "retrieval, +1M", REVISITED_PROTOCOLS, metrics, {"M": 74.7, "H": 53.6},
+        reproduced=reproduced,
+    )  # fmt: skip
+    titles = [cell.strip() for cell in tables.heading(REVISITED_PROTOCOLS, False, True)[0].strip("|").split("|")]
+    cells = row.cells(with_costs=False, with_reproductions=True)
+    assert len(cells) == len(titles)
+    columns = [cell for title, cell in zip(titles, cells, strict=True) if title == "reproduced by others"]
+    assert columns == ["73.13", "50.75"]
+    assert cells[titles.index("published")] == "74.7"

@@ -134,7 +134,10 @@ def find_weights(cfg: CfgNode, dataset: Dataset | None = None) -> Path | str:
         with option("TEST.DATA_DIR"):
             return toy.ensure_weights(dataset.folder.parent / "toy", cfg.MODEL.DEPTH)
     with option("TEST.WEIGHTS"):
-        return find_checkpoint(Path(cfg.TEST.WEIGHTS) if given else DEFAULT_WEIGHTS, cfg.MODEL.DEPTH)
+        try:
+            return find_checkpoint(Path(cfg.TEST.WEIGHTS) if given else DEFAULT_WEIGHTS, cfg.MODEL.DEPTH)
+        except InputError as error:
+            raise InputError(f"{error}{'' if given else '; or take another network, MODEL.NAME in docs/networks.md'}")
 
 
 def has_random_weights(recipe: Recipe, cfg: CfgNode, dataset: Dataset | None = None) -> bool:

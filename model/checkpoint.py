@@ -42,7 +42,8 @@ def find_checkpoint(path: Path, depth: int) -> Path:
     Raises:
         InputError: if there is no such path, or it is a folder in which no file fits, or several do.
     """
-    where = f"see weights/README.md for the download of {PUBLISHED[depth]}"
+    folder = path.parent if path.suffix in SUFFIXES else path
+    where = f"python -m tools.download weights --weights-dir {folder} fetches {PUBLISHED[depth]}, see weights/README.md"
     if path.is_file():
         return path
     if not path.is_dir():

@@ -214,7 +214,7 @@ def check_weights(cfg: CfgNode) -> Iterator[Finding]:
         try:
             path = find_checkpoint(folder, depth)
         except InputError as error:
-            yield Finding(None, f"{error}; or python -m tools.download weights --weights-dir {folder}")
+            yield Finding(None, str(error))
             continue
         try:
             with torch.device("meta"):

@@ -253,11 +253,15 @@ def test_rerank_takes_and_writes_the_forms_of_others(exported, tmp_path, command
         "--database",
         ames / "superglobal_gallery_global.hdf5",
     )
-    words = (*words, "SupG.rerank_m", 30, "TEST.EXPORT", "nn,ranks", "--out", folder / "x.npy")
+    words = (*words, "SupG.rerank_m", 30, "TEST.EXPORT", "nn,ranks,csv,ames,hloc", "--out", folder / "x.npy")
     outcome = command("tools/rerank.py", *words)
     assert outcome.code == 0, outcome.err
     expected = np.load(run / "ranks_new_reranking.npy")
     assert (np.load(folder / "ranks_x_reranking.npy") == expected).all()
+    for form in ("ames_x/superglobal_gallery_global.hdf5", "ames_x/superglobal_query_global.hdf5"):
+        original = run / form.replace("_x", "_new")
+        np.testing.assert_array_equal(load_rows(folder / form), load_rows(original))
+    assert len(read_arrays_of(folder / "global-feats-x.h5").names) == 132
     outcome = command("tools/rerank.py", *words, "--ids", run / "nn_new_retrieval.pkl")
     assert outcome.code == 0, outcome.err
     assert (np.load(folder / "ranks_x_reranking.npy") == expected).all()

@@ -227,7 +227,7 @@ def ranking_of(found: Arrays, queries: int, n: int) -> tuple[np.ndarray, np.ndar
     array = found.arrays.get("ranks", found.only)
     if array is None or array.ndim not in (2, 3) or (array.ndim == 3 and len(array) != 2):
         raise InputError(
-            f"{found}: row numbers (Q, R), or similarities and row numbers (2, Q, R), are expected, alone or named ranks"
+            f"{found}: row numbers (Q, R), or similarities and row numbers (2, Q, R), are expected (alone, or as ranks)"
         )
     ids = array[1] if array.ndim == 3 else array
     fits = [axis for axis in range(4 - array.ndim) if ids.shape[axis] == queries]

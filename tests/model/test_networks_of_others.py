@@ -241,6 +241,16 @@ def test_an_object_in_a_checkpoint_is_named_with_the_command_that_converts_the_f
     assert torch.equal(build_backbone("torchvision:resnet18", converted).network.conv1.weight, resnet()["conv1.weight"])
 
 
+@pytest.mark.parametrize("wrapper", ["state_dict", "model_state", "model_state_dict", "model"])
+def test_wrappers_of_tensors_are_removed_and_others_are_named(tmp_path, wrapper):
+    path = tmp_path / "trained.pth"
+    torch.save({wrapper: resnet(), "epoch": 3}, path)
+    assert torch.equal(build_backbone("torchvision:resnet18", path).network.conv1.weight, resnet()["conv1.weight"])
+    torch.save({f"my_{wrapper}": resnet(), "epoch": 3}, path)
+    with pytest.raises(InputError, match=f"my_{wrapper}"):
+        build_backbone("torchvision:resnet18", path)
+
+
 def test_a_damaged_file_of_safetensors_is_refused(tmp_path):
     path = tmp_path / "trained.safetensors"
     save_file(resnet(), path)

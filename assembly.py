@@ -15,7 +15,7 @@ from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from config import DATASET, NETWORK, active_rerankers, as_words, fusion_parts, plain
+from config import DATASET, NETWORK, active_rerankers, as_words, fusion_parts, idle_options, plain, varied
 from cvnet_rerank.stage import local_feature_stages
 from extraction.extract import ImageSet, extract_sets, probe, probe_tolerance
 from extraction.images import ImageFile, limit_side, read_truncated, set_pixel_limit
@@ -26,7 +26,7 @@ from model.checkpoint import find_checkpoint
 from model.device import choose_device, device_name, prepare_process
 from model.errors import InputError, nearest
 from model.libraries import comes_with_weights, short_name
-from model.recipe import Recipe
+from model.recipe import WHOLE, Recipe
 from modules.activation import RELUP_THRESHOLD
 from modules.checks import Array
 from modules.diffusion import DiffusionReranker
@@ -104,21 +104,44 @@ def find_recipe(cfg: CfgNode, dataset: Dataset | None = None) -> Recipe:
     Raises:
         InputError: if the weights are missing or do not fit, or a threshold is given for ReLU+ that no layer has.
     """
-    recipe = make_recipe(cfg, find_weights(cfg, dataset))
-    recipe.check()
+    weights = find_weights(cfg, dataset)
+    recipe = make_recipe(cfg, weights)
+    _ = recipe.backbone  # raises for what no other option changes
+    try:
+        recipe.check()
+    except InputError as error:
+        raise InputError(f"{error}{'' if recipe.is_cvnet else _network_advice(cfg, weights)}") from None
     threshold = cfg.SupG.relup_threshold
     if threshold != RELUP_THRESHOLD and "ReLU+" in recipe.idle_modules:
         raise InputError(
             f"SupG.relup_threshold {threshold:g} has no effect: ReLU+ changes no layer of {recipe.network} by default; "
-            "name layers with SupG.relup_stages"
+            f"name layers with SupG.relup_stages {','.join(recipe.rectifier_stages)}"
         )
     return recipe
 
 
+def _network_advice(cfg: CfgNode, weights: Path | str) -> str:
+    """Returns the options with which a network is taken that these options do not suit, to be added to an error."""
+    no_rgem, one_scale = {"SupG.rgem": False}, {"TEST.SCALE_LIST": 1}
+    for changes in (
+        *(no_rgem, one_scale),
+        {"MODEL.POOLING": "average", **no_rgem},  # tokens
+        {"MODEL.POOLING": "none", **no_rgem, **one_scale},  # descriptors
+    ):
+        other = varied(cfg, changes)
+        with suppress(InputError):
+            make_recipe(other, weights).check()
+            if not idle_options(other):
+                return f"; add {' '.join(f'{key} {value}' for key, value in changes.items())}"
+    return "; see docs/networks.md"
+
+
 def log_recipe(recipe: Recipe) -> None:
-    """Logs what descriptors depend on, see Recipe.in_words."""
+    """Logs what descriptors depend on, see Recipe.in_words, and where ReLU+ could go if it is nowhere by default."""
     for line in recipe.in_words():
         log.info("%s", line)
+    if recipe.pooling != WHOLE and "ReLU+" in recipe.idle_modules and recipe.rectifier_stages:
+        log.info("ReLU+ has no place in this network; add SupG.relup_stages %s", ",".join(recipe.rectifier_stages))
 
 
 def find_weights(cfg: CfgNode, dataset: Dataset | None = None) -> Path | str:
@@ -134,7 +157,11 @@ def find_weights(cfg: CfgNode, dataset: Dataset | None = None) -> Path | str:
         with option("TEST.DATA_DIR"):
             return toy.ensure_weights(dataset.folder.parent / "toy", cfg.MODEL.DEPTH)
     with option("TEST.WEIGHTS"):
-        return find_checkpoint(Path(cfg.TEST.WEIGHTS) if given else DEFAULT_WEIGHTS, cfg.MODEL.DEPTH)
+        try:
+            return find_checkpoint(Path(cfg.TEST.WEIGHTS) if given else DEFAULT_WEIGHTS, cfg.MODEL.DEPTH)
+        except InputError as error:
+            advice = "" if given else "; or take another network, MODEL.NAME in docs/networks.md"
+            raise InputError(f"{error}{advice}") from None
 
 
 def has_random_weights(recipe: Recipe, cfg: CfgNode, dataset: Dataset | None = None) -> bool:

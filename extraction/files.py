@@ -214,8 +214,8 @@ def _load(path: Path) -> Any:
 
 def _checked(array: np.ndarray, kinds: str, what: str) -> np.ndarray:
     if array.dtype.kind not in kinds or array.dtype.char == "g":
-        names = {"f": "floating-point numbers of at most 64 bits", "i": "integers", "S": "bytes"}
-        raise InputError(f"{what}: expected {names[kinds[0]]}, got {array.dtype} {array.shape}")
+        names = {"f": "floating-point numbers of at most 64 bits", "iu": "integers", "S": "bytes"}
+        raise InputError(f"{what}: expected {names.get(kinds, 'numbers')}, got {array.dtype} {array.shape}")
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 

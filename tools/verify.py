@@ -248,7 +248,7 @@ def check_checkpoint(folder: Path, depth: int) -> Finding:
         path = find_checkpoint(folder, depth)
     except InputError as error:
         other = (folder / PUBLISHED[depth]).exists()  # a damaged file, or another network
-        return Finding(False if other else None, f"{error}; or python -m tools.download weights --weights-dir {folder}")
+        return Finding(False if other else None, str(error))
     try:
         power = read_checkpoint(depth, path).head.pool["p"].item()
     except InputError as error:

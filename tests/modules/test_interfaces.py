@@ -188,3 +188,27 @@ def test_opposite_candidates_do_not_reverse_the_order(similarity):
     assert found.order[0].tolist() == [1, 0]
     _, weights = neighbour_weights(torch.stack([exact, other])[None], 1, 3.0)
     torch.testing.assert_close(weights.sum(dim=-1), torch.ones(1, 2, dtype=torch.float64))
+
+
+def test_sorting_by_the_new_scores_gives_the_new_order_on_random_problems():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        q, n, d = (int(rng.integers(1, top)) for top in (4, 40, 9))
+        m, dtype = int(rng.integers(1, n + 3)), rng.choice([np.float32, np.float64])
+        rows = rng.standard_normal((n, d)).astype(dtype)
+        rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True))[rng.integers(0, n, n)]  # equal rows tie
+        queries, scale = rows[rng.integers(0, n, q)], rng.choice([1e-3, 1.0, 1e3])
+        found = search(queries, rows, n)
+        ids = np.where(np.arange(n) < rng.integers(0, n + 1, (q, 1)), found.ids, -1)  # an index may find fewer
+        scores = None if rng.random() < 0.3 else scale * found.scores + rng.choice([-5, 0, 5])
+        new = SuperGlobalReranker(m, min(m, 3)).rerank(queries, ids, rows.__getitem__, scores=scores)
+        for before, after, values, order in zip(ids, new.ids, new.scores, new.order, strict=True):
+            present, first = int((before >= 0).sum()), min(m, int((before >= 0).sum()))
+            assert sorted(after[:first]) == sorted(before[:first])
+            assert (after[first:] == before[first:]).all()
+            assert (after[: len(order)] == before[order]).all()
+            assert (np.diff(values[:present]) <= 0).all()
+            assert (np.argsort(-values, kind="stable")[:present] == np.arange(present)).all()
+            assert np.isneginf(values[present:]).all()
+            if first < present and first:
+                assert values[first] < values[first - 1]

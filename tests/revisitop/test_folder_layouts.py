@@ -164,6 +164,25 @@ def test_folders_that_could_mean_something_else_are_refused(request, fixture, ch
         load(folder)
 
 
+@pytest.mark.parametrize(
+    ("files", "noun"),
+    [
+        (("1.jpg", "2.jpg"), "class folders"),
+        (("query/1.jpg", "gallery/2.jpg"), "class folders of the same names"),
+        (("query/bag/1.jpg", "stock/bag/2.jpg"), "gallery/"),
+        (("database/@1@2@.jpg",), "queries/"),
+        (("queries/1.jpg", "database/2.jpg"), "@EAST@NORTH@"),
+        (("cup/query/1.jpg", "pot/query/1.jpg"), "pos/"),
+        (("train/a/1.jpg", "train/b/1.jpg"), "themselves are train"),
+    ],
+)
+def test_the_nearest_layout_and_what_it_lacks_are_named(tmp_path, files, noun):
+    for name in files:
+        image(tmp_path / "mine" / name)
+    with pytest.raises(InputError, match=noun):
+        load(tmp_path / "mine")
+
+
 # ---- revisitop's pickles ----
 
 

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -571,8 +571,6 @@ def prepare(cfg: CfgNode, name: str, output: Output, device: torch.device) -> Ex
     dataset = find_dataset(cfg, name)
     if cfg.TEST.MAX_SIDE and name in DOWNLOADED:
         log.warning("TEST.MAX_SIDE %d is not the published protocol of %s", cfg.TEST.MAX_SIDE, name)
-    if advice := small_set_advice(cfg, dataset):
-        _warn_once(advice)
     if not cfg.TEST.FUSION:
         experiment = _with_descriptors(cfg, dataset, output, device)
         check_index(cfg, experiment.recipe.dim if experiment.recipe else None)
@@ -629,11 +627,6 @@ def small_set_advice(cfg: CfgNode, dataset: Dataset) -> str | None:
         f"{dataset.name}: the median number of positive images is {positives:g}, less than the K + 1 = {k + 1} results "
         f"that the reranking averages; try SupG.rerank{f'_k {smaller}' if smaller < k else ' False'}, or {command}"
     )
-
-
-@cache
-def _warn_once(line: str) -> None:
-    log.warning("%s", line)
 
 
 def prepare_all(session: Session) -> list[Experiment]:

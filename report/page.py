@@ -300,7 +300,6 @@ def first_hits(
     rankings: Mapping[str, Ranking],
     row: int,
     distractors: Sequence[ImageFile] = (),
-    labelled: bool = True,
 ) -> dict[str, list[Hit]]:
     """Returns the first results of each stage, for one row of the rankings, without the query itself.
 
@@ -308,7 +307,6 @@ def first_hits(
 
     Args:
         query: the number of the query; None if it is not one of the dataset.
-        labelled: whether the ground truth of the query labels the results.
     """
     itself = None if query is None or dataset.in_database is None else int(dataset.in_database[query])
     ids = {stage: ranking.ids[row].tolist() for stage, ranking in rankings.items()}
@@ -324,7 +322,7 @@ def first_hits(
         scored = zip(ids[stage][: SHOWN + 1], ranking.scores[row].tolist(), strict=False)
         scores = dict([pair for pair in scored if pair[0] != itself][:SHOWN])
         other = stage if stage in later else later[0] if len(later) == 1 else None
-        found = labelled_hits(dataset, query if labelled else None, list(scores), distractors)
+        found = labelled_hits(dataset, query, list(scores), distractors)
         hits[stage] = [
             replace(hit, score=scores[number], moved=gain(number, other), place=places[first].get(number))
             for number, hit in found.items()
@@ -335,16 +333,17 @@ def first_hits(
 def labelled_hits(
     dataset: Dataset, query: int | None, ids: Sequence[int], distractors: Sequence[ImageFile] = ()
 ) -> dict[int, Hit]:
-    """Returns the results of a query by their numbers, labelled by the ground truth.
+    """Returns the results of a query by their numbers, labelled by the ground truth, if the query has one.
 
     Args:
-        query: its number; None without ground truth.
+        query: its number; None if it is not one of the dataset.
         ids: database numbers, best first, -1 for none; distractors are numbered after the database.
         distractors: the images of the distractors, as far as they are known.
     """
-    size, kinds = len(dataset.database), {} if query is None else dataset.ground_truth[query].kinds
-    labels = {number: _LABELS.get(kind, "right") for kind, numbers in kinds.items() for number in numbers.tolist()}
-    unlisted = None if query is None else "wrong"
+    size, truth = len(dataset.database), dataset.ground_truth if query is not None else []
+    kinds = truth[query].kinds.items() if truth else ()
+    labels = {number: _LABELS.get(kind, "right") for kind, numbers in kinds for number in numbers.tolist()}
+    unlisted = "wrong" if truth else None
     hits = {}
     for number in ids:
         if number < 0:  # a saved ranking may be shorter

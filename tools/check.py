@@ -6,7 +6,7 @@ python -m tools.check NAME --decode
 A dataset is a folder in TEST.DATA_DIR in one of six layouts: revisitop's (gnd_NAME.pkl, jpg/), GLDv2's (index.csv,
 queries.csv, solution.csv, index/, queries/), a folder of images per class, query/ and gallery/ with a folder per class,
 database/ and queries/ of places with UTM coordinates, or a folder per object with query/ and pos/ (ILIAS).
-ROxford5k and RParis6k are compared with what is published about them. tools.verify checks the machine and the weights,
+ROxford and RParis are compared with what is published about them. tools.verify checks the machine and the weights,
 too.
 """
 

@@ -52,6 +52,6 @@ def test_the_log_results_page_tables_and_comparisons_have_the_same_numbers(comma
         assert cells[7:10] == [" ".join(pair) for pair in at_k]
 
         for name, value, pair in zip("EMH", maps, at_k, strict=True):
-            (cells,) = re.findall(rf"\| roxford5k \| {name} \| (.*) \|", compared)
+            (cells,) = re.findall(rf"\| roxford5k \| {name} \| mAP \| (.*) \|", compared)
             assert cells.split(" | ")[column] == value
-            assert f"roxford5k, {name}, {'AB'[column]}: mP@1 {pair[0]}, mP@5 {pair[1]}\n" in compared
+            assert f"roxford5k, {name}, {'AB'[column]}: mAP {value}, mP@1 {pair[0]}, mP@5 {pair[1]}\n" in compared

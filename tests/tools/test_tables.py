@@ -7,8 +7,6 @@ import pytest
 from conftest import ROOT, latest
 
 from config import CommandLine
-from modules.diffusion import DiffusionReranker
-from modules.reranking import SuperGlobalReranker
 from revisitop.evaluate import Metrics
 from revisitop.protocols import REVISITED_PROTOCOLS
 from tools import tables
@@ -165,19 +163,17 @@ def test_published_numbers_are_shown_with_the_difference():
 
 
 def test_published_numbers_appear_only_for_the_papers_settings():
-    paper = tables.Reranked(SuperGlobalReranker())
-
-    def known(*words, stage=paper):
+    def known(*words, reranked=True):
         cfg = CommandLine("").parse([str(word) for word in words]).cfg
-        return tables.find_published(cfg, "roxford5k", stage)
+        return tables.find_published(cfg, "roxford5k", reranked)
 
     assert known() == {"M": 88.8, "H": 77.1}
     assert known("MODEL.DEPTH", 101, "SupG.onemeval") == {"M": 84.4, "H": 71.1}
-    assert known(stage=None) == {"M": 83.9, "H": 67.7}
+    assert known(reranked=False) == known("SupG.rerank_k", 5, reranked=False) == {"M": 83.9, "H": 67.7}
     assert known("SupG.gemp", "False") is None
     assert known("TEST.SCALE_LIST", 5) is None
-    assert known(stage=tables.Reranked(SuperGlobalReranker(k=5))) is None
-    assert known(stage=tables.Reranked(DiffusionReranker())) is None
+    assert known("SupG.rerank_k", 5) is None
+    assert known("TEST.RERANKER", "diffusion") is None
 
 
 def test_the_documentation_and_the_data_file_agree():

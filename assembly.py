@@ -18,7 +18,7 @@ from yacs.config import CfgNode
 from config import DATASET, NETWORK, active_rerankers, as_words, fusion_parts, plain
 from cvnet_rerank.stage import local_feature_stages
 from extraction.extract import ImageSet, extract_sets, probe, probe_tolerance
-from extraction.images import ImageFile, limit_side, read_truncated, set_pixel_limit
+from extraction.images import ImageFile, ReadingLimits, limit_side, set_reading_limits
 from extraction.loading import Loading
 from extraction.processes import Processes
 from extraction.store import content_folder, file_fingerprint, plain_name, read_provenance
@@ -210,8 +210,7 @@ def start_session(cfg: CfgNode, screen: TextIO | None = None) -> Session:
     with option("TEST.DEVICE"):
         device = choose_device(cfg.TEST.DEVICE, processes.local)
     prepare_process(device)
-    set_pixel_limit(cfg.DATA_LOADER.MAX_PIXELS)
-    read_truncated(cfg.DATA_LOADER.TRUNCATED)
+    set_reading_limits(ReadingLimits(cfg.DATA_LOADER.MAX_PIXELS, cfg.DATA_LOADER.TRUNCATED))
     head["device"] = device_name(device)
     log.info("device: %s", head["device"])
     return Session(cfg, processes, head, device)

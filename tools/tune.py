@@ -171,31 +171,30 @@ def main(argv: list[str]) -> None:
     if validation:
         method = str(validation)
         log.info("chosen on %s: %s", method, words(best))
-        judgement = judge(session, test, settings[0], [best])  # the test set is evaluated only here
+        evaluated, pairs = judge(session, test, settings[0], [best])  # the test set is evaluated only here
     else:
         method = f"{args.folds} folds of the queries of {test}"
         by_fold, fold_of_query = cross_validate(curve, test, args.folds)
-        judgement = judge(session, test, settings[0], by_fold, fold_of_query)
+        evaluated, pairs = judge(session, test, settings[0], by_fold, fold_of_query)
         log.info("chosen by all queries, for use: %s", words(best))
 
     options = as_words(varied(cfg, best))
     log.info("to use it: %s", shlex.join(["python", "test.py", "TEST.DATASET_LIST", test.name, *options]))
 
-    for line in judgement.evaluated.lines():
+    table = paired_table(pairs, "default", "chosen")
+    for line in (*evaluated.lines(), f"on {test}, in percent:", *markdown_table(table), verdict(pairs)):
         log.info("%s", line)
-    log.info("on %s, in percent:", test)
-    for line in markdown_table(judgement.table):
-        log.info("%s", line)
-    log.info("%s", judgement.verdict())
 
     run = session.output.new_run(f"tune-{test.name}")
     tuning = {"validation": method, "test": str(test), "chosen": best, "default": settings[0], "by fold": by_fold}
     tuning["settings"] = [
         {**setting, "figure": 100 * float(metric)} for setting, metric in zip(settings, curve.metrics(), strict=True)
     ]
-    save_results(run, {**session.head, "tuning": tuning}, [judgement.evaluated])
+    save_results(run, {**session.head, "tuning": tuning}, [evaluated])
     session.output.publish(run)
-    sections = [tuning_section(method, test, grid, curve, judgement), evaluated_section(judgement.evaluated)]
+    tables = {f"On {test}, in percent": table}
+    note = f"Chosen on {method}: {words(best)}. {verdict(pairs)}"
+    sections = [tuning_section(method, grid, curve, note, tables), evaluated_section(evaluated)]
     page = Page(f"Tuning for {test}", {key: session.head[key] for key in ("command", "date")}, sections)
     log.info("the page is %s", write_report(page, run / "report"))
 
@@ -277,34 +276,6 @@ def combinations(cfg: CfgNode, grid: Mapping[str, tuple]) -> list[Setting]:
     return settings
 
 
-@dataclass(frozen=True)
-class Judgement:
-    """The results on the test set with the default values and with the chosen ones.
-
-    Attributes:
-        evaluated: the rankings and metrics of the test set.
-        pairs: the values of its queries with both, per protocol.
-    """
-
-    evaluated: Evaluated
-    pairs: list[PairedValues]
-
-    @property
-    def table(self) -> list[list[str]]:
-        return paired_table(self.pairs, "default", "chosen")
-
-    def verdict(self) -> str:
-        """Returns a sentence about the differences."""
-        if all(np.array_equal(each.a, each.b, equal_nan=True) for each in self.pairs):
-            return "The chosen values are as good as the defaults for each query of the test set."
-        if beyond := [each.protocol for each in self.pairs if not each.difference.is_within_chance]:
-            return f"The {CONFIDENCE:.0%} interval of the difference does not contain 0 for {', '.join(beyond)}."
-        return (
-            f"The difference may be chance, because every {CONFIDENCE:.0%} interval contains 0: "
-            "on other queries of this kind the defaults may be just as good."
-        )
-
-
 def last_rankings(session: Session, name: str, settings: Sequence[Setting]) -> Iterator[tuple[int, Variant, Variant]]:
     """Yields the number, the search and the last ranking of each setting; those of a network share one search."""
     networks: dict[str, list[int]] = {}
@@ -361,8 +332,10 @@ def judge(
     default: Setting,
     by_fold: Sequence[Setting],
     fold_of_query: np.ndarray | None = None,
-) -> Judgement:
+) -> tuple[Evaluated, list[PairedValues]]:
     """Returns the results on the test set with the default values, and with those chosen for the fold of each query.
+
+    The pairs are the values of its queries with both, per protocol.
 
     Args:
         by_fold: the chosen setting for each fold; a single one for all queries without folds.
@@ -382,7 +355,7 @@ def judge(
     metrics = {stage: experiment.evaluate(ranking) for stage, ranking in rankings.items()}
     evaluated = Evaluated(experiment.dataset, rankings, metrics, experiment.facts())
     protocols = test.protocols(experiment) if test.usage else experiment.dataset.protocols
-    return Judgement(evaluated, [evaluated.pair(DEFAULT, CHOSEN, each.name) for each in protocols])
+    return evaluated, [evaluated.pair(DEFAULT, CHOSEN, each.name) for each in protocols]
 
 
 def combined(first: Ranking, second: Ranking, in_second: np.ndarray) -> Ranking:
@@ -391,6 +364,18 @@ def combined(first: Ranking, second: Ranking, in_second: np.ndarray) -> Ranking:
     positions = [b if take else a for a, b, take in zip(first.positions, second.positions, in_second, strict=True)]
     ids, scores = torch.where(rows, second.ids, first.ids), torch.where(rows, second.scores, first.scores)
     return Ranking(ids, scores, positions, first.seconds)
+
+
+def verdict(pairs: Sequence[PairedValues]) -> str:
+    """Returns a sentence about the differences between the defaults and the chosen values on the test set."""
+    if all(np.array_equal(each.a, each.b, equal_nan=True) for each in pairs):
+        return "The chosen values are as good as the defaults for each query of the test set."
+    if beyond := [each.protocol for each in pairs if not each.difference.is_within_chance]:
+        return f"The {CONFIDENCE:.0%} interval of the difference does not contain 0 for {', '.join(beyond)}."
+    return (
+        f"The difference may be chance, because every {CONFIDENCE:.0%} interval contains 0: "
+        "on other queries of this kind the defaults may be just as good."
+    )
 
 
 def words(setting: Setting) -> str:
@@ -407,7 +392,7 @@ def in_words(curve: Curve) -> Iterator[str]:
 
 
 def tuning_section(
-    method: str, test: QuerySet, grid: Mapping[str, tuple], curve: Curve, judgement: Judgement
+    method: str, grid: Mapping[str, tuple], curve: Curve, note: str, tables: dict[str, list[list[str]]]
 ) -> Section:
     """Returns the section on the validation set: heat maps of pairs of options, curves of each, the best settings."""
     metrics, best = curve.metrics(), curve.settings[curve.best()]
@@ -429,11 +414,7 @@ def tuning_section(
         [*map(as_typed, curve.settings[i].values()), f"{100 * metrics[i]:.2f}", "" if i else "the default"]
         for i in curve.order[:_ON_PAGE]
     ]
-    tables = {
-        f"On {test}, in percent": judgement.table,
-        f"The best settings on {method}": [[*grid, curve.title, ""], *listed],
-    }
-    note = f"Chosen on {method}: {words(best)}. {judgement.verdict()}"
+    tables = {**tables, f"The best settings on {method}": [[*grid, curve.title, ""], *listed]}
     caption = (
         f"The metric is the mean {curve.title} of the protocols on the validation set, in percent; if other options "
         "were tried, too, with their best values. Red marks the chosen values."

@@ -204,11 +204,6 @@ def test_rows_of_other_settings_are_neither_overwritten_nor_mixed(work, command,
         assert command("extract_rop1m.py", *arguments).code == 2
 
 
-def test_starting_over_keeps_the_finished_file_until_there_is_a_new_one(work, arguments, whole, copied):
-    run_until([*arguments, "--no-resume"], work, 2)
-    assert same_bytes(copied, whole)
-
-
 def test_a_full_disk_is_reported_before_the_start(command, arguments, monkeypatch):
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))

@@ -87,13 +87,6 @@ def test_a_file_of_another_kind_is_refused_with_what_is_accepted(tmp_path, conte
         load_rows(path)
 
 
-def test_nan_is_named_by_its_row(tmp_path):
-    rows = ROWS.copy()
-    rows[5, 2] = np.nan
-    with pytest.raises(InputError, match="row 5"):
-        unit_rows(load_rows(save(tmp_path / "x.npy", rows)), "x.npy")
-
-
 @pytest.mark.parametrize("order", [1, -1])
 def test_names_in_a_file_of_hloc_are_matched_with_the_dataset(dataset, tmp_path, order):
     named = {f"jpg/query_{number}.jpg": row for number, row in enumerate(QUERIES)}

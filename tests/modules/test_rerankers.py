@@ -257,14 +257,6 @@ def test_the_memory_of_the_database_is_not_overwritten():
     assert torch.equal(rows, torch.eye(6))
 
 
-@pytest.mark.parametrize("reranker", DEFAULTS, ids=repr)
-def test_an_image_that_was_skipped_is_last(reranker):
-    """Its row is zero."""
-    q, x = (each.abs() for each in problem("random", 90))
-    x[:, [0, 1, 7, 30, 64]] = 0
-    assert (reranker(q, x).order[:, 85:].sort().values == torch.tensor([0, 1, 7, 30, 64])).all()
-
-
 def test_an_image_that_was_skipped_is_last_and_has_no_effect_on_k_reciprocal():
     """With rows of both signs, its row of zeros is nearer to a query than half of the others."""
     q, x = problem("random", 90)
@@ -277,9 +269,3 @@ def test_an_image_that_was_skipped_is_last_and_has_no_effect_on_k_reciprocal():
     assert torch.equal(found.order[:, :85], others[expected.order])
     assert (found.order[:, 85:].sort().values == zeros).all()
     torch.testing.assert_close(found.scores[:, :85], expected.scores, atol=1e-12, rtol=0)
-
-
-def test_the_row_of_a_skipped_image_is_not_augmented():
-    rows = problem("random", 40, queries=1)[1][0]
-    rows[[3, 20]] = 0
-    assert augmented_rows(rows, 10).any(dim=1).logical_not().nonzero().flatten().tolist() == [3, 20]

@@ -112,19 +112,6 @@ def test_invalid_databases_queries_and_numbers_are_reported(search, folder, word
     assert re.search(f"error: .*{noun}", outcome.err.splitlines()[-1])
 
 
-def test_without_reranking_scores_are_cosines_that_do_not_depend_on_other_images(search, folder):
-    def scores() -> dict[str, float]:
-        content = json.loads(search("--json", "--top", 20, "TEST.RERANKER", "none").out)
-        assert content["scores"] == "cosine similarity"
-        (entry,) = content["queries"]
-        return {result["file"]: result["score"] for result in entry["results"]}
-
-    before = scores()
-    assert before["sub folder/c.PNG"] == pytest.approx(1, abs=1e-5)
-    (folder / NAMES[0]).unlink()
-    assert scores() == {name: value for name, value in before.items() if name != NAMES[0]}
-
-
 def test_skipped_files_are_counted_by_reason_and_named(search, folder, monkeypatch):
     (folder / "photo.HEIC").write_bytes(b"no matter")
     (folder / "raw.cr2").write_bytes(b"no matter")

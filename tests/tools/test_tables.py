@@ -1,6 +1,4 @@
 import json
-import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -182,26 +180,3 @@ def test_the_documentation_and_the_data_file_agree():
         name = f"ResNet-{entry['depth']}{', reranking' if entry['stage'] == 'reranking' else ''}"
         values = [entry[dataset][protocol] for dataset in ("roxford5k", "rparis6k") for protocol in "MH"]
         assert f"| {name} | {' | '.join(map(str, values))} |" in text
-
-
-def test_toy_is_tabulated_reported_and_searched(command, toy_data, toy_run, tmp_path):
-    shutil.copytree(toy_run[0].parents[1], tmp_path / "work" / "output", symlinks=True)
-    data = ("TEST.DATA_DIR", toy_data, "TEST.DATASET_LIST", "['toy']")
-    for words in (("main", "--depth", 50), ("rerank",)):
-        outcome = command("tools/tables.py", *words, *data, "TEST.SCALE_LIST", 1)
-        assert outcome.code == 0, outcome.err
-        assert 40 < float(rows_of(outcome.out)["R50", "toy", "retrieval"][1]) < 90
-    outcome = command("test.py", *data, "TEST.FEATURES", Path("output/descriptors", toy_run[0].name), "TEST.REPORT")
-    assert outcome.code == 0, outcome.err
-    page = (latest(tmp_path / "work" / "output") / "report" / "index.html").read_text()
-    assert page.count("data:image/jpeg") > 12 * 20
-    images, some = toy_data / "toy" / "jpg", tmp_path / "some"
-    some.mkdir()
-    for path in [images / "toy_query_00.jpg", *sorted(images.glob("*.jpg"))[:20]]:
-        (some / path.name).symlink_to(path)
-    weights = next((toy_data / "toy").glob("*.pyth"))
-    words = ("--database", some, "--queries", some / "toy_query_00.jpg", "--weights", weights)
-    outcome = command("tools/search.py", *words, "--json", "TEST.SCALE_LIST", 1)
-    assert outcome.code == 0, outcome.err
-    (found,) = json.loads(outcome.out)["queries"]
-    assert found["results"][0]["file"] == "toy_query_00.jpg"

@@ -153,7 +153,7 @@ def at_k(metrics: Metrics) -> dict[str, float]:
 
 
 def at_k_in_words(metrics: Metrics) -> str:
-    """Returns the values at k in percent as text, such as "90.00 85.50 81.20"; nothing for values that are NaN."""
+    """Returns the values at k in percent as text, such as "90.00 85.50 81.20"; "" if they are NaN."""
     return " ".join(f"{100 * value:.2f}" for value in metrics.at_k if not math.isnan(value))
 
 

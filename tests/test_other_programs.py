@@ -238,13 +238,9 @@ def test_rerank_takes_and_writes_the_forms_of_others(exported, tmp_path, command
     folder = tmp_path / "reranked"
     folder.mkdir()
     ames = run / "ames_new"
-    words = (
-        "--queries",
-        ames / "superglobal_query_global.hdf5",
-        "--database",
-        ames / "superglobal_gallery_global.hdf5",
-    )
-    words = (*words, "SupG.rerank_m", 30, "TEST.EXPORT", "nn,ranks", "--out", folder / "x.npy")
+    files = [ames / f"superglobal_{kind}_global.hdf5" for kind in ("query", "gallery")]
+    words = ("--queries", files[0], "--database", files[1], "--out", folder / "x.npy")
+    words = (*words, "SupG.rerank_m", 30, "TEST.EXPORT", "nn,ranks")
     outcome = command("tools/rerank.py", *words)
     assert outcome.code == 0, outcome.err
     expected = np.load(run / "ranks_new_reranking.npy")

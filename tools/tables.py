@@ -94,8 +94,11 @@ class Row:
                     cells.append(f"{self.reproduced[protocol.name]:.2f}" if protocol.name in self.reproduced else "")
         if with_costs:
             cells += self.costs or [""] * len(COSTS)
-        values = [at_k_in_words(self.metrics[each.name]) if self.metrics else "" for each in self.protocols]
-        return [*cells, *values, self.note]
+        for protocol in self.protocols:
+            values = at_k_in_words(self.metrics[protocol.name]).split() if self.metrics else []
+            larger = ["-"] * (len(protocol.measure.kappas) - len(values)) if values else []  # k above the database
+            cells.append(" ".join([*values, *larger]))
+        return [*cells, self.note]
 
 
 class RowGroup(NamedTuple):
@@ -116,6 +119,7 @@ def main(argv: list[str]) -> None:
     args, cfg, _ = parse(argv)
     kind, session = TABLES[args.task], start_session(cfg, sys.stderr)
     output, lines, missing, run = session.output, [], 0, None
+    revisited = [name for figures in published()["figures"] for name in figures]
 
     def say(*new: str) -> None:
         if session.first:
@@ -125,7 +129,9 @@ def main(argv: list[str]) -> None:
     for protocols, names in by_protocols(cfg).items():  # a table per kind of dataset
         say(*[""] * bool(lines), *heading(protocols, kind.costs, args.reproductions))
         for group in kind.groups(cfg, args.depth or list(STAGE_DEPTHS)):
-            for row in (row for name in names for row in rows(group, name, protocols, session)):
+            # The distractors are those of the revisited benchmarks, unless others are given.
+            listed = names if args.task != "main" or not group.cfg.SupG.onemeval or cfg.TEST.DISTRACTORS else revisited
+            for row in (row for name in names if name in listed for row in rows(group, name, protocols, session)):
                 missing += row.metrics is None
                 say(markdown(row.cells(kind.costs, args.reproductions)))
                 run = run or output.new_run(f"{args.task}-{'+'.join(cfg.TEST.DATASET_LIST)}")

@@ -157,11 +157,10 @@ def main(argv: list[str]) -> None:
     test, validation = QuerySet.of(args.test), None if args.folds else QuerySet.of(args.on)
     if validation == test:
         raise InputError(f"--on and --test are both {test}: give another dataset, or --folds")
-    settings = combinations(cfg, grid)
     session = start_session(cfg)
-    for name in {test.name, (validation or test).name}:
-        if dataset_folder(Path(cfg.TEST.DATA_DIR), name) is None:
-            find_dataset(cfg, name)  # draws toy, or reports a missing dataset; nothing is evaluated yet
+    if dataset_folder(Path(cfg.TEST.DATA_DIR), test.name) is None:
+        find_dataset(cfg, test.name)  # draws toy, or reports a missing dataset; nothing is evaluated yet
+    settings = combinations(cfg, grid, len(find_dataset(cfg, (validation or test).name).database))
     log.info("%d settings of %s", len(settings), ", ".join(grid))
 
     curve = curve_of(session, validation or test, settings)
@@ -232,7 +231,7 @@ def read_grid(tried: Sequence[Sequence[str]] | None, cfg: CfgNode) -> dict[str, 
         return {"TEST.FUSION_WEIGHTS": ([], *weights_to_try(len(cfg.TEST.FUSION)))}  # equal ones by default
     if not tried:
         for reranker in active_rerankers(cfg):
-            return GRIDS[reranker]
+            return dict(GRIDS[reranker])
         raise InputError("without a reranker there is nothing to tune by default: give --try KEY VALUES")
     allowed = [key for key in (*NETWORK, *RERANKING, "TEST.FUSION_WEIGHTS") if key not in _FIXED]
     grid: dict[str, tuple] = {}
@@ -260,10 +259,19 @@ def weights_to_try(parts: int) -> Iterator[list[float]]:
             yield [number / steps for number in numbers]
 
 
-def combinations(cfg: CfgNode, grid: Mapping[str, tuple]) -> list[Setting]:
-    """Returns all valid combinations (K <= M), that of the defaults first."""
+def combinations(cfg: CfgNode, grid: dict[str, tuple], size: int) -> list[Setting]:
+    """Returns all valid combinations (K <= M), that of the defaults first.
+
+    Args:
+        grid: the values of each option; of values of M that take in the whole database, one is left.
+        size: number of images in the database.
+    """
     default = {key: value for key, value in option_values(make_config()).items() if key in grid}
     varied(cfg, default)  # raises if the defaults do not fit the options that are not tried
+    if "SupG.rerank_m" in grid:
+        m = default["SupG.rerank_m"]
+        whole = m if m >= size else min((each for each in grid["SupG.rerank_m"] if each >= size), default=m)
+        grid["SupG.rerank_m"] = tuple(each for each in grid["SupG.rerank_m"] if each < size or each == whole)
     settings = [default]
     for values in itertools.product(*grid.values()):
         setting = dict(zip(grid, values, strict=True))

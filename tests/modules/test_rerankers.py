@@ -269,3 +269,11 @@ def test_an_image_that_was_skipped_is_last_and_has_no_effect_on_k_reciprocal():
     assert torch.equal(found.order[:, :85], others[expected.order])
     assert (found.order[:, 85:].sort().values == zeros).all()
     torch.testing.assert_close(found.scores[:, :85], expected.scores, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("reranker", DEFAULTS, ids=repr)
+def test_an_image_that_was_skipped_is_last(reranker):
+    """Its row is zero."""
+    q, x = (each.abs() for each in problem("random", 90))
+    x[:, [0, 1, 7, 30, 64]] = 0
+    assert (reranker(q, x).order[:, 85:].sort().values == torch.tensor([0, 1, 7, 30, 64])).all()

@@ -301,3 +301,5 @@ def test_folders_go_to_metrics_report_table_and_tuning(shop, town, objects, comm
     assert "| town | all | recall@1 | 50.00 | 50.00 |" in tuned.out
     content = json.loads((latest(tmp_path / "work" / "output") / "results.json").read_text())["datasets"]["town"]
     assert {*content["retrieval"]["all"]["recall@1 of each query"].values()} == {100.0, 0.0}
+    tuned = command("tools/tune.py", "--folds", 2, "--test", "shop", *words)
+    assert "30 settings" in tuned.out  # of K and beta: every M takes in the whole database

@@ -123,11 +123,8 @@ NONE = torch.zeros(2, 0, dtype=torch.long)
         (Q[0], X, None, r"got \(8,\) and \(2, 10, 8\)"),
         (Q, X[0], None, r"got \(2, 8\) and \(10, 8\)"),
         (Q, X[:, :, :4], None, r"got \(2, 8\) and \(2, 10, 4\)"),
-        (Q[:1], X, None, r"got \(1, 8\) and \(2, 10, 8\)"),
         (Q, X[:, :0], None, r"no candidates to rerank: got \(2, 8\) and \(2, 0, 8\)"),
         (Q, X.long(), None, r"floating-point, got \(2, 8\) and \(2, 10, 8\) of torch.float32 and torch.int64"),
-        (Q, X * torch.nan, None, r"candidate 0 of query 0 has NaN or infinity, .* \(2, 10, 8\)"),
-        (Q / 0, X, None, r"^query 0 has NaN or infinity, got \(2, 8\)"),
         (Q, X, torch.ones(2, 9, dtype=torch.bool), r"mask must be bool \(Q, M\), got torch.bool of shape \(2, 9\)"),
         (Q, X, torch.ones(2, 10), r"mask must be bool \(Q, M\), got torch.float32 of shape \(2, 10\)"),
         (Q.tolist(), X, None, "queries must be a tensor or a NumPy array, got list"),
@@ -155,13 +152,7 @@ def test_the_query_that_is_not_finite_is_named_in_any_block():
         (Q, NONE, X.view(-1, 8).__getitem__, r"no candidates to rerank: got queries \(2, 8\) and ids \(2, 0\)"),
         (Q, torch.zeros(3, 4, dtype=torch.long), X.view(-1, 8).__getitem__, r"got queries \(2, 8\) and ids \(3, 4\)"),
         (Q, torch.zeros(2, 4), X.view(-1, 8).__getitem__, r"ids must be integers .* \(2, 4\) of torch.float32"),
-        (Q, torch.full((2, 4), -2), X.view(-1, 8).__getitem__, "ids must be integers from 0, or -1 for none"),
-        (
-            Q,
-            torch.zeros(2, 4, dtype=torch.long),
-            lambda ids: X[0],
-            r"fetch gave shape .* ids; queries have 8 dimensions",
-        ),
+        (Q, NONE.new_zeros(2, 4), lambda ids: X[0], r"fetch gave shape .* ids; queries have 8 dimensions"),
     ],
 )
 def test_invalid_ids_and_fetch_functions_are_rejected(queries, ids, fetch, message):

@@ -1,7 +1,6 @@
 import json
 import os
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -239,7 +238,6 @@ def test_an_interrupted_insertion_is_resumed_without_duplicates(search, pymilvus
     ("words", "message"),
     [
         (("--index", "milvus:http://localhost:1"), "Milvus at http://localhost:1: Fail connecting to server"),
-        (("--index", "milvus:/nowhere/x.db"), "Milvus at /nowhere/x.db: Open local milvus failed"),
         (("--index", "faiss:x"), "argument --index: 'faiss:x' is not milvus:FILE.db or milvus:http://HOST:PORT"),
         (("--index", "milvus:x.db", "TEST.INDEX", "Flat"), "--index and TEST.INDEX cannot be combined"),
         (("--index", "milvus:x.db", "TEST.RERANKER", "dba"), "--index and TEST.RERANKER dba cannot be combined"),
@@ -262,10 +260,3 @@ def test_a_collection_of_another_database_is_refused(search, pymilvus, tmp_path)
     outcome = search(*words)
     assert outcome.code == 2
     assert re.search(rf"^error: the collection {name} in .* belongs to another database .*: drop it", outcome.err, re.M)
-
-
-def test_missing_milvus_is_reported(search, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pymilvus", None)
-    outcome = search("--index", "milvus:x.db")
-    assert outcome.code == 2
-    assert "Milvus needs its client: pip install pymilvus milvus-lite" in outcome.err

@@ -262,7 +262,7 @@ class Store:
             return
         try:
             with np.load(images) as content:
-                records, hashes = Records.read(content), np.asarray(content["hashes"])
+                records, hashes = Records.read(content), _hashes_of(content)
             rows = load_rows(file).numpy()
             if rows.shape != (len(records.labels), self.dim) or rows.dtype != np.float32:
                 raise ValueError("its shape does not fit")
@@ -391,6 +391,11 @@ def read_provenance(path: Path) -> dict | None:
     return content if isinstance(content, dict) else None
 
 
+def _hashes_of(content: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Returns the hashes of the blocks of rows, (B, KEY_BYTES) uint8."""
+    return np.asarray(content["hashes"], np.uint8).reshape(-1, KEY_BYTES)
+
+
 def damaged_rows(path: Path, rows: np.ndarray, hashes: np.ndarray) -> np.ndarray:
     """Returns which rows of a finished file differ from the hashes of their blocks, (N,) bool.
 
@@ -412,7 +417,7 @@ def check_rows(path: Path, rows: np.ndarray) -> None:
     """
     try:
         with np.load(sidecars(path)[1]) as content:
-            hashes = content["hashes"]
+            hashes = _hashes_of(content)
     except Exception:  # missing or damaged, for which NumPy raises many exceptions
         return
     if count := damaged_rows(path, rows, hashes).sum():

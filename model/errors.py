@@ -10,6 +10,9 @@ from pathlib import Path
 class InputError(ValueError):
     """Bad input; the message is one line that says what is wrong, where, and what to do."""
 
+    def __str__(self) -> str:
+        return printable(super().__str__())  # names that it quotes may contain a line break
+
 
 def printable(text: object) -> str:
     """Returns the text on one line, with control characters written as escapes."""

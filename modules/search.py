@@ -16,9 +16,8 @@ from .checks import Array, as_tensor, whole_number
 
 GRID = 1 << 15  # a range of rows that starts at a multiple of this is computed as in a search of all rows
 
-_BLOCK_BYTES = 2 << 20  # rows that a CPU multiplies at a time, so that they are in its cache after a conversion
-_COLUMNS = 512  # of a product on a CPU: MKL adds so few in the same order for any number of threads; costs 3 %
-_SCORES = 1 << 20  # scores of a chunk on a CPU: few calls, and 4 MB
+_BLOCK = 256  # rows that one thread of a CPU multiplies at a time: 2 MB, which its cache can hold
+_SCORES = 1 << 21  # scores of a chunk on a CPU: few calls, and 8 MB
 _TIES = 256  # listed rows whose ties are counted at a time
 
 
@@ -155,9 +154,9 @@ def search(
     """Returns the M best rows per query, and the ranks of the listed rows, in one pass over the database.
 
     The score is q . x in float32. Higher scores come first; among equal scores, the lower row number. The rows
-    are multiplied in blocks of one size, at multiples of it from row 0, so that the score of a row depends on
-    nothing but the row and the queries: equal rows tie wherever they are, and searches of ranges of rows merge
-    into the search of all. Other processors may order rows differently whose scores differ by less than 1e-6.
+    are multiplied in blocks of one size, so that the score of a row depends on nothing but the row and the
+    queries: equal rows tie wherever they are, and searches of ranges of rows merge into the search of all. Other
+    processors may order rows differently whose scores differ by less than 1e-6.
     Nothing of size N x Q is kept or sorted.
 
     Args:
@@ -189,7 +188,7 @@ def search(
     q = q.to(device).to(_product_type())
     ranks = None if listed is None else _ListedRanks(q, database, [as_tensor(each, "listed") for each in listed])
     best = _Best(len(q), min(whole_number(m, "m"), stop - first), q.device)
-    for start, chunk in _on_device(database, _sizes(q)[0], q.device, first, stop):
+    for start, chunk in _on_device(database, _chunk_size(q), q.device, first, stop):
         scores = _products(q, chunk)
         if not scores.sum().isfinite():  # waits for a GPU, which is then ready to count in `take`
             query, column = (~scores.isfinite()).nonzero()[0].tolist()
@@ -214,17 +213,15 @@ def _product_type() -> torch.dtype:
         return torch.float64
 
 
-def _sizes(queries: Tensor) -> tuple[int, int]:
-    """Returns the number of rows of a chunk, and of those that are multiplied at a time; both divide GRID."""
-    if queries.is_cuda:
-        return GRID, GRID
-    block = _power_of_two(_BLOCK_BYTES // (4 * max(1, queries.shape[1])), 256, 2048)
-    return _power_of_two(_SCORES // max(1, len(queries)), block, GRID), block
+def _least_rows(queries: Tensor) -> int:
+    """Returns the number of rows that are multiplied at least, by zeros if there are fewer."""
+    return GRID if queries.is_cuda else _BLOCK * max(2, torch.get_num_threads())
 
 
-def _power_of_two(most: int, lower: int, upper: int) -> int:
-    """Returns the largest power of two up to `most`, within the bounds, which are such powers."""
-    return min(upper, max(lower, 1 << max(0, most.bit_length() - 1)))
+def _chunk_size(queries: Tensor) -> int:
+    """Returns the number of rows of a chunk, which divides GRID; on a CPU enough for many blocks per thread."""
+    most = max(_SCORES // max(1, len(queries)), 8 * _least_rows(queries))
+    return min(GRID, 1 << (most.bit_length() - 1))
 
 
 def _on_device(
@@ -259,21 +256,27 @@ def _on_device(
 def _products(queries: Tensor, rows: Tensor) -> Tensor:
     """Returns the scores q . x. (Q, D), (C, D) -> (Q, C) float32.
 
-    All products have the same shapes, if necessary by zeros, so that a row has the same score wherever it is. With a
-    single query that is not so on all CPUs (in MKL, with 3 threads); 8 queries take less time than 4 to 7.
+    A row has the same score wherever it is. On a GPU, all products therefore have the same shapes. On a CPU, the rows
+    are multiplied in blocks, at least one for each thread: where threads share a block, MKL computes the rows beside
+    the border in another order.
     """
-    block, dim = _sizes(queries)[1], queries.shape[1]
-    padded = F.pad(queries, (0, 0, 0, -len(queries) % (8 if len(queries) > 1 else 2)))
-    width = dim if queries.is_cuda or len(padded) <= 8 else _COLUMNS
-    blocks = list(rows.split(block))
-    blocks[-1] = F.pad(blocks[-1], (0, 0, 0, block - len(blocks[-1])))
-    scores = padded.new_empty(len(padded), len(blocks) * block)
-    for part, out in zip(blocks, scores.split(block, dim=1), strict=True):
-        part = part.to(queries.dtype)
-        for first in range(0, dim, width):
-            some = slice(first, first + width)
-            out.addmm_(padded[:, some], part[:, some].T, beta=min(first, 1))
-    return scores[: len(queries), : len(rows)].float()
+    if queries.is_cuda:
+        padded = F.pad(rows.to(queries.dtype), (0, 0, 0, -len(rows) % GRID))
+        return (queries @ padded.T)[:, : len(rows)].float()
+    least = _least_rows(queries)
+    size = max(least, len(rows) // _BLOCK * _BLOCK)
+    if rows.dtype != queries.dtype:
+        size = least  # the converted rows are still in the caches when they are multiplied
+    scores = queries.new_empty(len(queries), len(rows) + least)
+    buffer = queries.new_empty(least, queries.shape[1])  # what it holds beyond the last row gives no score
+    for first, part in zip(range(0, len(rows), size), rows.split(size), strict=True):
+        if part.dtype != queries.dtype or len(part) < least:
+            buffer[: len(part)] = part
+            part = buffer
+        blocks = part.reshape(-1, _BLOCK, part.shape[1])
+        products = torch.bmm(queries.expand(len(blocks), -1, -1), blocks.transpose(1, 2))
+        scores[:, first : first + len(part)].unflatten(1, (-1, _BLOCK)).copy_(products.transpose(0, 1))
+    return scores[:, : len(rows)].float()
 
 
 class _Best:
@@ -323,9 +326,8 @@ class _ListedRanks:
         self.host_ids = pad_sequence(flat, batch_first=True, padding_value=-1)[1:]  # (Q, L)
         self.ids = self.host_ids.to(queries.device)
         self.scores = torch.full(self.ids.shape, torch.inf, device=queries.device)
-        numbers, block = torch.cat(flat).unique(), _sizes(queries)[1]
-        for start in range(0, len(numbers), block):
-            some = numbers[start : start + block]
+        numbers = torch.cat(flat).unique()
+        for some in numbers.split(_least_rows(queries)) if len(numbers) else ():
             query, place = ((self.host_ids >= some[0]) & (self.host_ids <= some[-1])).nonzero(as_tuple=True)
             column = torch.searchsorted(some, self.host_ids[query, place])
             scores = _products(queries, database.rows(some).to(queries.device))

@@ -152,6 +152,14 @@ def test_damaged_rows_of_a_finished_file_are_missing_and_a_copy_is_whole(path, t
         assert len(missing(open_store(path))) == 200
 
 
+def test_hashes_of_another_shape_are_damage_not_a_crash(path):
+    finished(path)
+    sidecar = sidecars(path)[1]
+    with np.load(sidecar) as content:
+        np.savez(sidecar, **{**content, "hashes": np.uint8(7)})
+    assert len(missing(open_store(path))) == 200
+
+
 def test_a_damaged_block_is_named_and_never_used(path, caplog):
     fill(fill(open_store(path), range(50)), range(50, 90))
     block = sorted(path.parent.glob("*.blocks/*.npz"))[0]

@@ -231,3 +231,7 @@ def test_command_lines(tmp_path):
             words = ["--config-file", str(config), *words]
         with contextlib.suppress(InputError):
             CommandLine("").parse(words)
+
+
+def test_a_name_with_line_breaks_makes_no_second_line():
+    assert len(str(InputError("list.csv: query a\nb\u2028c has no box")).splitlines()) == 1

@@ -77,11 +77,6 @@ def test_another_module_with_the_name_of_ours_is_reported(monkeypatch, name):
         load("reranker")
 
 
-def test_the_reranker_comes_with_its_settings():
-    reranker = load("reranker", k=5)
-    assert (reranker.m, reranker.k, reranker.beta) == (400, 5, 0.15)
-
-
 @pytest.mark.parametrize(
     ("image", "noun"),
     [

@@ -70,9 +70,9 @@ class Records(NamedTuple):
         return cls(labels, keys, stats)
 
     def items(self) -> Iterator[tuple[bytes, Identity]]:
-        """Iterates over the labels and identities."""
-        stats = map(tuple, self.stats.tolist())
-        return zip(self.labels.tolist(), map(Identity, map(bytes, self.keys), stats), strict=True)
+        """Iterates over the labels and identities, of which there may be a million."""
+        for label, key, stat in zip(self.labels, self.keys, self.stats, strict=True):
+            yield bytes(label), Identity(bytes(key), tuple(stat.tolist()))
 
 
 class Store:

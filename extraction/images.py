@@ -22,7 +22,7 @@ from torch import Tensor
 
 from extraction.identity import KEY_BYTES, NO_STAT, Box, Identity, box_in_words, file_identity, stat_record
 from extraction.jpeg import decoded_jpeg
-from model.errors import InputError
+from model.errors import InputError, reason_of
 
 log = logging.getLogger(__name__)
 
@@ -191,7 +191,7 @@ def _read(path: Path, box: Box | None) -> tuple[np.ndarray, Identity]:
         reason = error.strerror or f"cannot be decoded ({error})"
         raise ImageError(path, reason) from None
     except Exception as error:  # decoders raise any exception (SyntaxError, struct.error, ...)
-        raise ImageError(path, f"cannot be decoded ({str(error) or type(error).__name__})") from None
+        raise ImageError(path, f"cannot be decoded ({reason_of(error)})") from None
 
 
 def _read_pixels(file: BinaryIO, path: Path) -> tuple[np.ndarray, bool]:

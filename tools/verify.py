@@ -35,7 +35,7 @@ from model.backbone import PRECISIONS
 from model.checkpoint import PUBLISHED, find_checkpoint, sha256
 from model.cvnet import STAGE_DEPTHS
 from model.device import choose_device, device_name, forbid_tf32
-from model.errors import InputError, short_list
+from model.errors import InputError, reason_of, short_list
 from model.recipe import Recipe
 from modules.descriptor import rescale
 from modules.reranking import SuperGlobalReranker
@@ -108,7 +108,7 @@ def check_descriptors(cfg: CfgNode) -> Iterator[Finding]:
                 pixels = [torch.from_numpy(reference[f"image_{number}"]) for number in (0, 1)]
                 found = np.stack([extract_batch(extractor, [image])[0].cpu().numpy() for image in pixels])
             except RuntimeError as error:
-                yield Finding(None, f"{words}: not supported ({str(error).splitlines()[0]})")
+                yield Finding(None, f"{words}: not supported ({reason_of(error)})")
                 continue
             expected = np.stack([reference[f"descriptor_all_3_image_{number}"] for number in (0, 1)])
             largest, cosine = abs(found - expected).max(), (found * expected).sum(axis=1).min()

@@ -34,6 +34,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -263,10 +264,11 @@ def kill(command: list[str], folder: Path, seconds: float, a_rank: bool = False)
     try:
         process.wait(seconds)
     except subprocess.TimeoutExpired:
-        if not a_rank:
-            os.killpg(process.pid, signal.SIGKILL)
-        elif children := Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-            os.kill(int(children[-1]), signal.SIGKILL)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        groups = [process.pid, *map(int, children)]  # torchrun starts each rank in a group of its own
+        for group in groups if not a_rank else groups[1:][-1:]:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(group, signal.SIGKILL)
         process.wait()
 
 

@@ -42,8 +42,7 @@ def find_checkpoint(path: Path, depth: int) -> Path:
     Raises:
         InputError: if there is no such path, or it is a folder in which no file fits, or several do.
     """
-    folder = path.parent if path.suffix in SUFFIXES else path
-    where = f"python -m tools.download weights --weights-dir {folder} fetches {PUBLISHED[depth]}, see weights/README.md"
+    where = f"python -m tools.download weights fetches {PUBLISHED[depth]}, see weights/README.md"
     if path.is_file():
         return path
     if not path.is_dir():

@@ -214,7 +214,7 @@ def check_weights(cfg: CfgNode) -> Iterator[Finding]:
         try:
             path = find_checkpoint(folder, depth)
         except InputError as error:
-            yield Finding(None, str(error))
+            yield Finding(None, f"{error}; --weights-dir {folder} names the folder")
             continue
         try:
             with torch.device("meta"):

@@ -4,8 +4,8 @@ import logging
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import cache, cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -18,12 +18,12 @@ from yacs.config import CfgNode
 from config import DATASET, NETWORK, active_rerankers, as_words, fusion_parts, idle_options, plain, varied
 from cvnet_rerank.stage import local_feature_stages
 from extraction.extract import ImageSet, extract_sets, probe, probe_tolerance
-from extraction.images import ImageFile, limit_side, read_truncated, set_pixel_limit
+from extraction.images import ImageFile, ReadingLimits, limit_side, set_reading_limits
 from extraction.loading import Loading
 from extraction.processes import Processes
 from extraction.store import content_folder, file_fingerprint, plain_name, read_provenance
 from model.checkpoint import find_checkpoint
-from model.device import choose_device, device_name, prepare_process
+from model.device import PeakMemory, choose_device, device_name, prepare_process
 from model.errors import InputError, nearest
 from model.libraries import comes_with_weights, short_name
 from model.recipe import WHOLE, Recipe
@@ -41,7 +41,7 @@ from report.output import Output, open_output
 from revisitop import toy
 from revisitop.dataset import Dataset
 from revisitop.descriptors import SavedDescriptors, check_distractors, load_distractors, load_features
-from revisitop.evaluate import ignored_images
+from revisitop.evaluate import Metrics, evaluate, ignored_images
 from revisitop.exports import Names, check_forms, write_descriptors, write_rankings
 from revisitop.fusion import fused
 from revisitop.index import indexed, new_index
@@ -237,8 +237,7 @@ def start_session(cfg: CfgNode, screen: TextIO | None = None) -> Session:
     with option("TEST.DEVICE"):
         device = choose_device(cfg.TEST.DEVICE, processes.local)
     prepare_process(device)
-    set_pixel_limit(cfg.DATA_LOADER.MAX_PIXELS)
-    read_truncated(cfg.DATA_LOADER.TRUNCATED)
+    set_reading_limits(ReadingLimits(cfg.DATA_LOADER.MAX_PIXELS, cfg.DATA_LOADER.TRUNCATED))
     head["device"] = device_name(device)
     log.info("device: %s", head["device"])
     return Session(cfg, processes, head, device)
@@ -451,6 +450,11 @@ class Experiment:
             dataset.excluded, dataset.depth,
         )  # fmt: skip
 
+    def evaluate(self, ranking: Ranking) -> dict[str, Metrics]:
+        """Returns the metrics of a ranking by each protocol of the dataset."""
+        dataset = self.dataset
+        return evaluate(ranking, dataset.ground_truth, dataset.protocols, len(dataset.database))
+
     def export(self, folder: Path, rankings: Mapping[str, Ranking], searched: Searched) -> None:
         """Writes rankings and descriptors into a folder for other programs, in the forms of TEST.EXPORT."""
         dataset, forms = self.dataset, self.cfg.TEST.EXPORT
@@ -571,8 +575,6 @@ def prepare(cfg: CfgNode, name: str, output: Output, device: torch.device) -> Ex
     dataset = find_dataset(cfg, name)
     if cfg.TEST.MAX_SIDE and name in DOWNLOADED:
         log.warning("TEST.MAX_SIDE %d is not the published protocol of %s", cfg.TEST.MAX_SIDE, name)
-    if advice := small_set_advice(cfg, dataset):
-        _warn_once(advice)
     if not cfg.TEST.FUSION:
         experiment = _with_descriptors(cfg, dataset, output, device)
         check_index(cfg, experiment.recipe.dim if experiment.recipe else None)
@@ -631,16 +633,67 @@ def small_set_advice(cfg: CfgNode, dataset: Dataset) -> str | None:
     )
 
 
-@cache
-def _warn_once(line: str) -> None:
-    log.warning("%s", line)
-
-
 def prepare_all(session: Session) -> list[Experiment]:
     """Creates the experiments on all datasets, see prepare; of several processes the first one alone draws toy."""
     cfg = session.cfg
     with session.processes.first_alone():
         return [prepare(cfg, name, session.output, session.device) for name in cfg.TEST.DATASET_LIST]
+
+
+def prepare_variants(first: Experiment, cfgs: Iterable[CfgNode]) -> list[Experiment]:
+    """Creates experiments with the descriptors of the first, but other options of the rerankers.
+
+    Raises:
+        InputError: if a stage is impossible.
+    """
+    experiments = [replace(first, cfg=cfg) for cfg in cfgs]
+    for each in experiments:
+        _ = each.stages
+    return experiments
+
+
+class Variant(NamedTuple):
+    """The ranking of a stage of an experiment that shares its search with others.
+
+    Attributes:
+        experiment: the experiment; the first of them for the search.
+        title: "retrieval", or the title of the stage.
+        ranking: its ranking.
+        searched: the search.
+        stage: the stage; None for the search.
+        peak_bytes: the memory that it used; None if unknown.
+    """
+
+    experiment: Experiment
+    title: str
+    ranking: Ranking
+    searched: Searched
+    stage: Stage | None
+    peak_bytes: int | None
+
+
+def rankings_of(
+    first: Experiment,
+    experiments: Sequence[Experiment],
+    queries: Tensor,
+    database: Database,
+    processes: Processes | None = None,
+) -> Iterator[Variant]:
+    """Yields the ranking of a search, and that of each stage of the experiments, see prepare_variants.
+
+    The processes of a `torchrun` share the search; only the first one computes the stages.
+    """
+    stages = [stage for each in experiments for stage in each.stages.values()]
+    with PeakMemory(first.device) as peak:
+        searched = first.search_with(stages, queries, database, processes)
+    if processes and processes.rank > 0:
+        return
+    yield Variant(first, "retrieval", searched.ranking, searched, None, peak.bytes)
+    for experiment in experiments:
+        for title, stage in experiment.stages.items():
+            with PeakMemory(first.device) as peak:
+                ranking = stage(searched)
+            yield Variant(experiment, title, ranking, searched, stage, peak.bytes)
 
 
 def make_stages(

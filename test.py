@@ -1,4 +1,4 @@
-"""Evaluate SuperGlobal on ROxford5k and RParis6k (+1M distractors), or on the embedded benchmark toy.
+"""Evaluate SuperGlobal on ROxford and RParis (+1M distractors), or on the embedded benchmark toy.
 
 python test.py TEST.DATASET_LIST "['toy']"
 python test.py MODEL.DEPTH 50 TEST.WEIGHTS ./weights TEST.DATA_DIR ./revisitop SupG.rerank
@@ -18,10 +18,9 @@ def main(argv: list[str]) -> None:
     cfg = CommandLine(__doc__).parse(argv).cfg
 
     # Imported here, so that --help and errors about options appear at once.
-    from assembly import prepare_all, start_session
+    from assembly import prepare_all, small_set_advice, start_session
     from report.page import evaluated_page, explain_largest, write_report
     from report.results import Evaluated, save_results, summary
-    from revisitop.evaluate import evaluate
 
     session = start_session(cfg)
     experiments = prepare_all(session)  # everything is checked before the long computations begin
@@ -36,11 +35,10 @@ def main(argv: list[str]) -> None:
         searched = experiment.search(session.processes)
         if not session.first:
             continue
+        if stages and (advice := small_set_advice(cfg, dataset)):
+            log.warning("%s", advice)
         rankings = {"retrieval": searched.ranking, **{title: stage(searched) for title, stage in stages.items()}}
-        metrics = {
-            stage: evaluate(ranking, dataset.ground_truth, dataset.protocols, len(dataset.database))
-            for stage, ranking in rankings.items()
-        }
+        metrics = {stage: experiment.evaluate(ranking) for stage, ranking in rankings.items()}
 
         explanations = explain_largest(rankings, metrics, stages, searched) if cfg.TEST.REPORT else {}
         distractors = experiment.distractors.images if experiment.distractors else ()

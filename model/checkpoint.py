@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from model.cvnet import STAGE_DEPTHS, ResNet
-from model.errors import InputError, short_list
+from model.errors import InputError, reason_of, short_list
 from model.pickles import read_in_child
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -209,7 +209,7 @@ def load_tensors(path: Path) -> object:
             f"trust it, convert it: {_conversion(path)}"
         ) from None
     except Exception as error:  # damaged archives raise almost any exception
-        reason = str(error).splitlines()[0] if str(error) else "unexpected end of file"
+        reason = reason_of(error)
         raise InputError(f"{path} is truncated or damaged ({reason}); fetch it again") from None
 
 
@@ -221,7 +221,7 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except Exception as error:  # its reader has exceptions of its own
-        raise InputError(f"{path} is truncated or damaged ({str(error).splitlines()[0]}); fetch it again") from None
+        raise InputError(f"{path} is truncated or damaged ({reason_of(error)}); fetch it again") from None
 
 
 def _objects(error: Exception) -> str:

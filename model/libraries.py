@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from model.backbone import Backbone
 from model.checkpoint import load_encoder, load_strictly, network_state, sha256
 from model.cvnet import ResNet, cvnet_backbone
-from model.errors import InputError
+from model.errors import InputError, reason_of
 from modules.attach import way_to_map
 
 PRETRAINED, UNTRAINED = "pretrained", "untrained"
@@ -320,7 +320,7 @@ def _hub_answers_at_once() -> Iterator[None]:
 
 
 def _not_fetched(name: str, error: Exception) -> InputError:
-    reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+    reason = reason_of(error)[:200]
     place = Path(torch.hub.get_dir()) / "checkpoints"
     return InputError(
         f"{name}: its pretrained weights cannot be downloaded ({reason}); without a network connection, put the file "

@@ -167,23 +167,23 @@ def draw_match(match: Match, images: Sequence[np.ndarray], side: int = 400) -> M
 
 
 def save_match(match: Match, images: Sequence[np.ndarray], file: BinaryIO) -> None:
-    """Draws two images side by side with the maps of where they match, and their scale, into a PNG file."""
+    """Draws two images A and B side by side with the maps of where they match, and their scale, into a PNG file."""
     densities, low, high = _densities(match)
     widths = [pixels.shape[1] / pixels.shape[0] for pixels in images]
-    with rc_context({**_STYLES["light"], "figure.figsize": (4.2 * sum(widths), 4.8), "savefig.transparent": False}):
-        figure = Figure(layout="constrained")
+    with rc_context({**_STYLES["light"], "figure.figsize": (4.2 * sum(widths), 5), "savefig.transparent": False}):
+        figure = Figure()
         grid = figure.add_gridspec(2, 2, width_ratios=widths, height_ratios=(1, 0.04))
         for place, (pixels, density) in enumerate(zip(images, densities, strict=True)):
-            axes = figure.add_subplot(grid[0, place])
+            axes = figure.add_subplot(grid[0, place], title="AB"[place])
             axes.imshow(pixels)
             axes.imshow(_overlay(density, pixels.shape[1::-1], low, high))
             axes.set_axis_off()
         scale = figure.add_subplot(grid[1, :])
         legend = _overlay(np.linspace(low, high, 256)[None], (256, 1), low, high)
         scale.imshow(legend, extent=(low, high, 0, 1), aspect="auto")
-        scale.set(yticks=[], xlabel=f"added to the cosine, {match.cosine:.4f}, by a hundredth of an image")
+        scale.set(yticks=[], xlabel=f"what a hundredth of an image adds to the cosine of {match.cosine:.4f}")
         scale.spines[:].set_visible(False)
-        figure.savefig(file, format="png", dpi=150)
+        figure.savefig(file, format="png", dpi=150, bbox_inches="tight", pad_inches=0.2)
 
 
 def _densities(match: Match) -> tuple[list[np.ndarray], float, float]:

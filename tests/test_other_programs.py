@@ -89,13 +89,6 @@ def test_a_file_of_another_kind_is_refused_with_what_is_accepted(tmp_path, conte
         load_rows(path)
 
 
-def test_nan_is_named_by_its_row(tmp_path):
-    rows = ROWS.copy()
-    rows[5, 2] = np.nan
-    with pytest.raises(InputError, match="row 5"):
-        unit_rows(load_rows(save(tmp_path / "x.npy", rows)), "x.npy")
-
-
 @pytest.mark.parametrize("order", [1, -1])
 def test_names_in_a_file_of_hloc_are_matched_with_the_dataset(dataset, tmp_path, order):
     named = {f"jpg/query_{number}.jpg": row for number, row in enumerate(QUERIES)}
@@ -247,13 +240,9 @@ def test_rerank_takes_and_writes_the_forms_of_others(exported, tmp_path, command
     folder = tmp_path / "reranked"
     folder.mkdir()
     ames = run / "ames_new"
-    words = (
-        "--queries",
-        ames / "superglobal_query_global.hdf5",
-        "--database",
-        ames / "superglobal_gallery_global.hdf5",
-    )
-    words = (*words, "SupG.rerank_m", 30, "TEST.EXPORT", "nn,ranks,csv,ames,hloc", "--out", folder / "x.npy")
+    files = [ames / f"superglobal_{kind}_global.hdf5" for kind in ("query", "gallery")]
+    words = ("--queries", files[0], "--database", files[1], "--out", folder / "x.npy")
+    words = (*words, "SupG.rerank_m", 30, "TEST.EXPORT", "nn,ranks,csv,ames,hloc")
     outcome = command("tools/rerank.py", *words)
     assert outcome.code == 0, outcome.err
     expected = np.load(run / "ranks_new_reranking.npy")

@@ -64,7 +64,8 @@ def test_imports_go_down(place):
 
 def test_every_python_file_has_a_layer():
     places = {path.name for path in ROOT.iterdir() if path.suffix == ".py" or list(path.glob("*.py"))}
-    assert places - {"tests", "benchmarks", "examples", "docs"} == {*ALLOWED, *COMMANDS}
+    others = {"tests", "benchmarks", "examples", "docs", "mine.py"}  # the last is that of CONTRIBUTING.md
+    assert places - others == {*ALLOWED, *COMMANDS}
 
 
 def test_the_options_import_nothing_heavy():

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from yacs.config import CfgNode
 
-from assembly import Experiment, find_recipe, has_random_weights, image_folder_set, match_images, prepare
+from assembly import find_recipe, has_random_weights, image_folder_set, match_images, prepare
 from config import varied
 from extraction.extract import extract_batch
 from extraction.folder import find_images
@@ -29,7 +29,7 @@ from report.drawing import MatchDrawing, draw_match, jpeg_uri, read_thumbnail
 from report.output import Output
 from report.page import SHOWN, Hit, candidates_of, first_hits
 from revisitop.dataset import Dataset
-from revisitop.evaluate import evaluate, query_aps
+from revisitop.evaluate import evaluate, query_values
 from revisitop.retrieve import Ranking, rerank, retrieve
 from tools.search import extract_folders
 
@@ -89,6 +89,18 @@ class QueryImage:
         return replace(self, box=None if min(x1 - x0, y1 - y0) < _SMALLEST_BOX else (x0, y0, x1, y1))
 
 
+def numbers_of(text: str) -> list[float] | None:
+    """Parses the numbers of a text such as "1, 2, 3, 4"; None if it is empty.
+
+    Raises:
+        InputError: if it contains anything else.
+    """
+    try:
+        return [float(word) for word in text.replace(",", " ").split()] or None
+    except ValueError:
+        raise InputError("a box consists of four numbers, x0, y0, x1, y1 in pixels") from None
+
+
 @dataclass(frozen=True)
 class Gallery:
     """Images that are searched, with their descriptors, and known queries.
@@ -127,7 +139,7 @@ class Gallery:
             return self.query(0)
         before = retrieve(queries, self.database, self.largest_m, self.dataset.listed[:QUERIES_SHOWN])
         after = rerank(before, reranker, queries, self.database)
-        lost, gained = (query_aps(evaluate(each, truth, self.dataset.protocols)) for each in (before, after))
+        lost, gained = (query_values(evaluate(each, truth, self.dataset.protocols)) for each in (before, after))
         return self.query(int(np.argmax(np.nan_to_num(gained - lost, nan=-1))))
 
 
@@ -165,65 +177,57 @@ class QuerySearch:
     ranking: Ranking
     extraction_seconds: float = 0.0
 
-    @property
-    def labelled_query(self) -> int | None:
-        """The number of the query in the ground truth; None if it has none."""
-        return self.image.number if self.gallery.dataset.ground_truth else None
-
     def rerank(self, reranker: SuperGlobalReranker) -> Effect:
-        dataset, query = self.gallery.dataset, self.labelled_query
+        dataset, number = self.gallery.dataset, self.image.number
         after = rerank(self.ranking, reranker, self.descriptor, self.gallery.database)
         rankings, aps = {"before": self.ranking, "after": after}, {}
-        if query is not None:
-            truth = [dataset.ground_truth[query]]
+        if number is not None and dataset.ground_truth:
+            truth = [dataset.ground_truth[number]]
             before_after = [evaluate(each, truth, dataset.protocols) for each in rankings.values()]
             aps = {each.title: tuple(metrics[each.name].map for metrics in before_after) for each in dataset.protocols}
             aps = {title: pair for title, pair in aps.items() if not math.isnan(pair[0])}
-        hits = first_hits(dataset, self.image.number, rankings, 0, labelled=query is not None)
-        return Effect(**hits, aps=aps, seconds=after.seconds)
+        return Effect(**first_hits(dataset, number, rankings, 0), aps=aps, seconds=after.seconds)
 
-    def explain(self, reranker: SuperGlobalReranker, place: int) -> tuple[Explanation, dict[int, Hit]]:
+    def explain(self, reranker: SuperGlobalReranker, place: int) -> tuple[Explanation, dict[int, Hit]] | None:
         """Explains the new place of the result at this place (from 0) in the search; see report.page.candidates_of.
 
-        Raises:
-            InputError: if the result is not reranked.
+        Returns None if the result is not reranked.
         """
         ids = self.ranking.ids[0, : reranker.m]
         if not 0 <= place < len(ids):
-            raise InputError(f"the result at place {place + 1} keeps its place: only the first {len(ids)} are reranked")
+            return None
         explanation = explain(self.descriptor[0], self.gallery.database.rows(ids), place, reranker)
-        return explanation, candidates_of(explanation, self.gallery.dataset, self.labelled_query, ids.tolist())
+        return explanation, candidates_of(explanation, self.gallery.dataset, self.image.number, ids.tolist())
 
 
 def search_gallery(gallery: Gallery, image: QueryImage, descriptor: Tensor, extraction_seconds: float) -> QuerySearch:
-    """Searches with the descriptor (1, D) of an image."""
+    """Searches with the descriptor (1, D) of an image, which is not among its own results."""
     dataset, number = gallery.dataset, image.number
     listed = None if number is None or not dataset.ground_truth else [dataset.listed[number]]
-    # An image of a folder without ground truth finds itself, which shows that the search works.
-    excluded = None if listed is None or dataset.excluded is None else dataset.excluded[[number]]
+    excluded = None if number is None or dataset.excluded is None else dataset.excluded[[number]]
     ranking = retrieve(descriptor, gallery.database, max(gallery.largest_m, SHOWN), listed, excluded=excluded)
     return QuerySearch(image, gallery, descriptor, ranking, extraction_seconds)
 
 
-def read_upload(path: Path, name: str) -> QueryImage:
+def read_upload(path: Path) -> QueryImage:
     """Reads an uploaded image as a query, with its longer side limited to UPLOAD_SIDE.
 
     Raises:
-        InputError: if it is not a readable image, or too large; the message has its name without the path.
+        InputError: if it is not a readable image, or too large; the message has its name without the folder.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
             size = image.width * image.height
     except Exception:  # decoders raise any exception
-        raise InputError(f"{name}: not an image") from None
+        raise InputError(f"{path.name}: not an image") from None
     if size > UPLOAD_PIXELS:
-        raise InputError(f"{name} has more than {UPLOAD_PIXELS / 1e6:.0f} million pixels")
+        raise InputError(f"{path.name} has more than {UPLOAD_PIXELS / 1e6:.0f} million pixels")
     try:
         small = Image.fromarray(read_image(path))
     except ImageError as error:
-        raise InputError(f"{name}: {error.reason}") from None
+        raise InputError(f"{path.name}: {error.reason}") from None
     small.thumbnail((UPLOAD_SIDE, UPLOAD_SIDE))
-    return QueryImage(name, pixels=np.array(small))
+    return QueryImage(path.name, pixels=np.array(small))
 
 
 class Galleries:
@@ -244,26 +248,29 @@ class Galleries:
 
     def __init__(self, cfg: CfgNode, output: Output, device: torch.device, folder: Path | None = None):
         self.cfg, self.output, self.device, self.folder = cfg, output, device, folder
-        self._galleries: dict[tuple, Gallery] = {}
-        self._recipes: dict[tuple, Recipe] = {}
-        self._lock = threading.Lock()  # one extraction at a time
-        self._experiments: dict[str, Experiment] = {}
-        if folder is None:  # reports missing data before the page starts
-            self._experiments = {name: prepare(cfg, name, output, device) for name in cfg.TEST.DATASET_LIST}
-            self.datasets = {name: experiment.dataset for name, experiment in self._experiments.items()}
-        else:
-            dataset = folder_dataset(folder, find_images(folder))
-            self.datasets = {dataset.name: dataset}
         one_scale = len(cfg.TEST.SCALE_LIST) == 1  # then Scale-GeM has no effect
         self.modules = [title for title in MODULES if not (one_scale and title == "Scale-GeM")]
         self.default_modules = [title for title in self.modules if cfg.SupG[MODULES[title].split(".")[1]]]
-        random = False
-        for name, dataset in self.datasets.items():
-            recipe = find_recipe(cfg) if folder else self._experiments[name].recipe
-            self._recipes[name, frozenset(self.default_modules)] = recipe
-            random |= has_random_weights(recipe, cfg, None if folder else dataset)
+        if folder is None:  # reports missing data before the page starts
+            self._experiments = {name: prepare(cfg, name, output, device) for name in cfg.TEST.DATASET_LIST}
+            self.datasets = {name: each.dataset for name, each in self._experiments.items()}
+            recipes = {name: each.recipe for name, each in self._experiments.items()}
+        else:
+            dataset = folder_dataset(folder, find_images(folder))
+            self.datasets, recipes = {dataset.name: dataset}, {dataset.name: find_recipe(cfg)}
+        self._recipes = {(name, frozenset(self.default_modules)): recipe for name, recipe in recipes.items()}
+        self._galleries: dict[tuple, Gallery] = {}
+        self._lock = threading.Lock()  # one extraction at a time
+        random = any(
+            has_random_weights(recipe, cfg, None if folder else self.datasets[name]) for name, recipe in recipes.items()
+        )
         weights = " with random weights: this shows how the method works, not how accurate it is" if random else ""
-        self.network = f"{recipe.title}{weights}"
+        self.network = f"{next(iter(recipes.values())).title}{weights}"
+
+    def reranker(self, gallery: Gallery, m: float, k: float, beta: float) -> SuperGlobalReranker:
+        """Returns the reranker with the values of the sliders."""
+        m = min(int(m), gallery.largest_m)
+        return SuperGlobalReranker(m, min(int(k), m), float(beta), self.cfg.SupG.rerank_s2)
 
     def _cfg(self, modules: Collection[str]) -> CfgNode:
         """Returns the options with only these modules."""

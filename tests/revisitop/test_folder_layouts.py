@@ -1,11 +1,14 @@
 """Datasets that are folders of images: galleries, places, instances; and the measures that are published for them."""
 
+import json
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import latest
 from PIL import Image
 
 from model.errors import InputError
@@ -302,9 +305,22 @@ def test_folders_go_to_metrics_report_table_and_tuning(shop, town, objects, comm
     for line in ("mAP all", "our mAP all", "mAP@1000 all", "recall@1,5 all"):
         assert f"Retrieval results: {line}" in outcome.out
     assert outcome.out.count("SupG.rerank_k 2, or python -m tools.tune --folds 5 --test town") == 1
+    assert re.search(r"recall@1 in percent +All\ntown, retrieval +50\.00\n", outcome.out)
+    run = latest(tmp_path / "work" / "output").resolve()
+    compared = command("tools/compare.py", f"{run}:retrieval", run, "TEST.DATA_DIR", tmp_path)
+    assert compared.code == 0, compared.err
+    for row in ("shop | all | mAP", "town | all | recall@1", "objects | all | mAP@1000"):
+        assert f"| {row} | " in compared.out
+    assert "not on the page" not in compared.out
     table = command("tools/tables.py", "rerankers", *words, *listed, "TEST.RERANKER", "aqe")
     assert table.code == 0, table.err
-    assert "| our mAP All |" in table.out
+    assert "| recall@1 All |" in table.out
     tuned = command("tools/tune.py", "--on", "objects", "--test", "shop", *words, "--try", "SupG.rerank_k", "1,2")
     assert tuned.code == 0, tuned.err
     assert "to use it: python test.py TEST.DATASET_LIST shop MODEL.NAME torchvision:resnet18" in tuned.out
+    tuned = command("tools/tune.py", "--on", "shop", "--test", "town", *words, "--try", "SupG.rerank_k", "1,2")
+    assert "| town | all | recall@1 | 50.00 | 50.00 |" in tuned.out
+    content = json.loads((latest(tmp_path / "work" / "output") / "results.json").read_text())["datasets"]["town"]
+    assert {*content["retrieval"]["all"]["recall@1 of each query"].values()} == {100.0, 0.0}
+    tuned = command("tools/tune.py", "--folds", 2, "--test", "shop", *words)
+    assert "30 settings" in tuned.out  # of K and beta: every M takes in the whole database

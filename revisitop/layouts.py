@@ -45,7 +45,7 @@ def load_dataset(name: str, data_dir: Path, **settings: Any) -> Dataset:
         raise InputError(f"no dataset {name}: no folder {folder}")
     files = short_list([f"{path.name}{'/' * path.is_dir()}" for path in entries_of(folder)]) or "no files"
     raise InputError(
-        f"{folder} has none of the six layouts in docs/datasets.md: it has {files}{'; '.join(['', *_advice(folder)])}"
+        f"{folder} has none of the layouts in docs/datasets.md: it has {files}{'; '.join(['', *_advice(folder)])}"
     )
 
 

@@ -4,7 +4,7 @@ import logging
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -15,18 +15,18 @@ from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from config import DATASET, NETWORK, active_rerankers, as_words, fusion_parts, plain
+from config import DATASET, NETWORK, active_rerankers, as_words, fusion_parts, idle_options, plain, varied
 from cvnet_rerank.stage import local_feature_stages
 from extraction.extract import ImageSet, extract_sets, probe, probe_tolerance
-from extraction.images import ImageFile, limit_side, read_truncated, set_pixel_limit
+from extraction.images import ImageFile, ReadingLimits, limit_side, set_reading_limits
 from extraction.loading import Loading
 from extraction.processes import Processes
 from extraction.store import content_folder, file_fingerprint, plain_name, read_provenance
 from model.checkpoint import find_checkpoint
-from model.device import choose_device, device_name, prepare_process
+from model.device import PeakMemory, choose_device, device_name, prepare_process
 from model.errors import InputError, nearest
 from model.libraries import comes_with_weights, short_name
-from model.recipe import Recipe
+from model.recipe import WHOLE, Recipe
 from modules.activation import RELUP_THRESHOLD
 from modules.checks import Array
 from modules.diffusion import DiffusionReranker
@@ -41,7 +41,7 @@ from report.output import Output, open_output
 from revisitop import toy
 from revisitop.dataset import Dataset
 from revisitop.descriptors import SavedDescriptors, check_distractors, load_distractors, load_features
-from revisitop.evaluate import ignored_images
+from revisitop.evaluate import Metrics, evaluate, ignored_images
 from revisitop.exports import Names, check_forms, write_descriptors, write_rankings
 from revisitop.fusion import fused
 from revisitop.index import indexed, new_index
@@ -104,21 +104,44 @@ def find_recipe(cfg: CfgNode, dataset: Dataset | None = None) -> Recipe:
     Raises:
         InputError: if the weights are missing or do not fit, or a threshold is given for ReLU+ that no layer has.
     """
-    recipe = make_recipe(cfg, find_weights(cfg, dataset))
-    recipe.check()
+    weights = find_weights(cfg, dataset)
+    recipe = make_recipe(cfg, weights)
+    _ = recipe.backbone  # raises for what no other option changes
+    try:
+        recipe.check()
+    except InputError as error:
+        raise InputError(f"{error}{'' if recipe.is_cvnet else _network_advice(cfg, weights)}") from None
     threshold = cfg.SupG.relup_threshold
     if threshold != RELUP_THRESHOLD and "ReLU+" in recipe.idle_modules:
         raise InputError(
             f"SupG.relup_threshold {threshold:g} has no effect: ReLU+ changes no layer of {recipe.network} by default; "
-            "name layers with SupG.relup_stages"
+            f"name layers with SupG.relup_stages {','.join(recipe.rectifier_stages)}"
         )
     return recipe
 
 
+def _network_advice(cfg: CfgNode, weights: Path | str) -> str:
+    """Returns the options with which a network is taken that these options do not suit, to be added to an error."""
+    no_rgem, one_scale = {"SupG.rgem": False}, {"TEST.SCALE_LIST": 1}
+    for changes in (
+        *(no_rgem, one_scale),
+        {"MODEL.POOLING": "average", **no_rgem},  # tokens
+        {"MODEL.POOLING": "none", **no_rgem, **one_scale},  # descriptors
+    ):
+        other = varied(cfg, changes)
+        with suppress(InputError):
+            make_recipe(other, weights).check()
+            if not idle_options(other):
+                return f"; add {' '.join(f'{key} {value}' for key, value in changes.items())}"
+    return "; see docs/networks.md"
+
+
 def log_recipe(recipe: Recipe) -> None:
-    """Logs what descriptors depend on, see Recipe.in_words."""
+    """Logs what descriptors depend on, see Recipe.in_words, and where ReLU+ could go if it is nowhere by default."""
     for line in recipe.in_words():
         log.info("%s", line)
+    if recipe.pooling != WHOLE and "ReLU+" in recipe.idle_modules and recipe.rectifier_stages:
+        log.info("ReLU+ has no place in this network; add SupG.relup_stages %s", ",".join(recipe.rectifier_stages))
 
 
 def find_weights(cfg: CfgNode, dataset: Dataset | None = None) -> Path | str:
@@ -134,7 +157,11 @@ def find_weights(cfg: CfgNode, dataset: Dataset | None = None) -> Path | str:
         with option("TEST.DATA_DIR"):
             return toy.ensure_weights(dataset.folder.parent / "toy", cfg.MODEL.DEPTH)
     with option("TEST.WEIGHTS"):
-        return find_checkpoint(Path(cfg.TEST.WEIGHTS) if given else DEFAULT_WEIGHTS, cfg.MODEL.DEPTH)
+        try:
+            return find_checkpoint(Path(cfg.TEST.WEIGHTS) if given else DEFAULT_WEIGHTS, cfg.MODEL.DEPTH)
+        except InputError as error:
+            advice = "" if given else "; or take another network, MODEL.NAME in docs/networks.md"
+            raise InputError(f"{error}{advice}") from None
 
 
 def has_random_weights(recipe: Recipe, cfg: CfgNode, dataset: Dataset | None = None) -> bool:
@@ -210,8 +237,7 @@ def start_session(cfg: CfgNode, screen: TextIO | None = None) -> Session:
     with option("TEST.DEVICE"):
         device = choose_device(cfg.TEST.DEVICE, processes.local)
     prepare_process(device)
-    set_pixel_limit(cfg.DATA_LOADER.MAX_PIXELS)
-    read_truncated(cfg.DATA_LOADER.TRUNCATED)
+    set_reading_limits(ReadingLimits(cfg.DATA_LOADER.MAX_PIXELS, cfg.DATA_LOADER.TRUNCATED))
     head["device"] = device_name(device)
     log.info("device: %s", head["device"])
     return Session(cfg, processes, head, device)
@@ -424,6 +450,11 @@ class Experiment:
             dataset.excluded, dataset.depth,
         )  # fmt: skip
 
+    def evaluate(self, ranking: Ranking) -> dict[str, Metrics]:
+        """Returns the metrics of a ranking by each protocol of the dataset."""
+        dataset = self.dataset
+        return evaluate(ranking, dataset.ground_truth, dataset.protocols, len(dataset.database))
+
     def export(self, folder: Path, rankings: Mapping[str, Ranking], searched: Searched) -> None:
         """Writes rankings and descriptors into a folder for other programs, in the forms of TEST.EXPORT."""
         dataset, forms = self.dataset, self.cfg.TEST.EXPORT
@@ -607,6 +638,62 @@ def prepare_all(session: Session) -> list[Experiment]:
     cfg = session.cfg
     with session.processes.first_alone():
         return [prepare(cfg, name, session.output, session.device) for name in cfg.TEST.DATASET_LIST]
+
+
+def prepare_variants(first: Experiment, cfgs: Iterable[CfgNode]) -> list[Experiment]:
+    """Creates experiments with the descriptors of the first, but other options of the rerankers.
+
+    Raises:
+        InputError: if a stage is impossible.
+    """
+    experiments = [replace(first, cfg=cfg) for cfg in cfgs]
+    for each in experiments:
+        _ = each.stages
+    return experiments
+
+
+class Variant(NamedTuple):
+    """The ranking of a stage of an experiment that shares its search with others.
+
+    Attributes:
+        experiment: the experiment; the first of them for the search.
+        title: "retrieval", or the title of the stage.
+        ranking: its ranking.
+        searched: the search.
+        stage: the stage; None for the search.
+        peak_bytes: the memory that it used; None if unknown.
+    """
+
+    experiment: Experiment
+    title: str
+    ranking: Ranking
+    searched: Searched
+    stage: Stage | None
+    peak_bytes: int | None
+
+
+def rankings_of(
+    first: Experiment,
+    experiments: Sequence[Experiment],
+    queries: Tensor,
+    database: Database,
+    processes: Processes | None = None,
+) -> Iterator[Variant]:
+    """Yields the ranking of a search, and that of each stage of the experiments, see prepare_variants.
+
+    The processes of a `torchrun` share the search; only the first one computes the stages.
+    """
+    stages = [stage for each in experiments for stage in each.stages.values()]
+    with PeakMemory(first.device) as peak:
+        searched = first.search_with(stages, queries, database, processes)
+    if processes and processes.rank > 0:
+        return
+    yield Variant(first, "retrieval", searched.ranking, searched, None, peak.bytes)
+    for experiment in experiments:
+        for title, stage in experiment.stages.items():
+            with PeakMemory(first.device) as peak:
+                ranking = stage(searched)
+            yield Variant(experiment, title, ranking, searched, stage, peak.bytes)
 
 
 def make_stages(

@@ -379,9 +379,8 @@ def option_values(cfg: CfgNode) -> dict[str, Any]:
 
 
 def used_options(cfg: CfgNode) -> dict[str, Any]:
-    """Returns the value of each option by its key; without those of the network if saved descriptors are evaluated."""
-    unused = (*NETWORK, *LOADING) if cfg.TEST.FEATURES else ()
-    return {key: value for key, value in option_values(cfg).items() if key not in unused}
+    """Returns the value of each option that has an effect, by its key."""
+    return {key: value for key, value in option_values(cfg).items() if _missing_need(cfg, key) is None}
 
 
 def fusion_parts(cfg: CfgNode) -> list[tuple[float, CfgNode]]:
@@ -434,10 +433,14 @@ def idle_options(cfg: CfgNode) -> dict[str, str]:
     """Returns a line with the reason for each option that differs from its default but has no effect, by its key."""
     lines = {}
     for key, value in option_values(cfg).items():
-        missing = next((need.words for need in _BY_KEY[key].needs if not need.holds(cfg)), None)
+        missing = _missing_need(cfg, key)
         if missing and value != _BY_KEY[key].default:
-            lines[key] = f"{key} {as_typed(value)} has no effect {missing}"
+            lines[key] = f"{key} {as_typed(value)} has no effect {missing.words}"
     return lines
+
+
+def _missing_need(cfg: CfgNode, key: str) -> Need | None:
+    return next((need for need in _BY_KEY[key].needs if not need.holds(cfg)), None)
 
 
 def _option(key: str) -> Option:

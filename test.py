@@ -21,7 +21,6 @@ def main(argv: list[str]) -> None:
     from assembly import prepare_all, small_set_advice, start_session
     from report.page import evaluated_page, explain_largest, write_report
     from report.results import Evaluated, save_results, summary
-    from revisitop.evaluate import evaluate
 
     session = start_session(cfg)
     experiments = prepare_all(session)  # everything is checked before the long computations begin
@@ -39,10 +38,7 @@ def main(argv: list[str]) -> None:
         if stages and (advice := small_set_advice(cfg, dataset)):
             log.warning("%s", advice)
         rankings = {"retrieval": searched.ranking, **{title: stage(searched) for title, stage in stages.items()}}
-        metrics = {
-            stage: evaluate(ranking, dataset.ground_truth, dataset.protocols, len(dataset.database))
-            for stage, ranking in rankings.items()
-        }
+        metrics = {stage: experiment.evaluate(ranking) for stage, ranking in rankings.items()}
 
         explanations = explain_largest(rankings, metrics, stages, searched) if cfg.TEST.REPORT else {}
         distractors = experiment.distractors.images if experiment.distractors else ()

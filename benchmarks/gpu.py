@@ -50,7 +50,7 @@ from modules.search import Database, search
 from report.command import run_command
 
 ROOT = Path(__file__).parents[1]
-FIXTURES = ROOT / "tests" / "data" / "reference.npz"
+FIXTURES = ROOT / "revisitop" / "reference" / "reference.npz"
 CPU = torch.device("cpu")
 # What an H100 shall reach, beside the ratios: ms per query of reranking, ms of a search in a million rows.
 RERANKING, SEARCH = 0.1, 20

@@ -3,14 +3,14 @@
     python benchmarks/signatures.py --folder /tmp/signatures
 
 Each mistake is made on purpose on toy (drawn images, random weights) and on drawings of the photographs (real ones, a
-trained network, see photographs.py), and the differences from the correct run are written to
-revisitop/signatures.json, in percent. At the end, each mistake is looked up by its own pattern and, as a fairer
-test, among the signatures of the other sets only.
+trained network, see photographs.py), and its differences from the correct run are written to
+revisitop/signatures.json, in percent, as soon as they are measured. At the end, each mistake is looked up by its own
+pattern and, as a fairer test, among the signatures of the other sets only.
 """
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -105,11 +105,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--sets", nargs="+", default=["toy", "toy, one scale", "photographs_0"], help="[%(default)s]")
     args = parser.parse_args(argv)
     args.folder.mkdir(parents=True, exist_ok=True)
+    signatures = json.loads(SIGNATURES.read_text())
     for name in args.sets:
-        differences = measure(*prepare(name, args.folder), args.folder / f"{name}_mistakes")
-        signatures = json.loads(SIGNATURES.read_text()) if SIGNATURES.exists() else {}
-        signatures[name] = differences
-        SIGNATURES.write_text(in_lines(signatures))
+        signatures[name] = {}
+        for mistake, differences in measure(*prepare(name, args.folder), args.folder / f"{name}_mistakes"):
+            if any(differences.values()):
+                signatures[name][mistake] = differences
+                SIGNATURES.write_text(in_lines(signatures))
     for name, rows in signatures.items():
         others = {each: found for each, found in signatures.items() if each != name}
         for mistake, pattern in rows.items():
@@ -129,19 +131,16 @@ def prepare(name: str, folder: Path) -> tuple[Dataset, Recipe]:
     return load_dataset(name, folder), Recipe(network, relup_stages=("_blocks.1", "_blocks.2"), relup_ends=())
 
 
-def measure(dataset: Dataset, recipe: Recipe, folder: Path) -> dict[str, dict[str, float]]:
-    """Returns the differences in mAP, by "stage protocol", of each mistake that changes any."""
+def measure(dataset: Dataset, recipe: Recipe, folder: Path) -> Iterator[tuple[str, dict[str, float]]]:
+    """Yields each mistake with its differences in mAP, by "stage protocol"."""
     rows: dict[tuple, Tensor] = {}
     correct = maps(dataset, recipe, Mistake(), rows)
     print(f"{dataset.name}: {correct}", flush=True)
-    differences = {}
     for name, mistake in MISTAKES.items():
         found = maps(mistake.data(dataset, folder / name), replace(recipe, **mistake.settings), mistake, rows)
-        difference = {key: round(value - correct[key], 2) for key, value in found.items()}
-        print(f"{dataset.name}, {name}: {difference}", flush=True)
-        if any(difference.values()):
-            differences[name] = difference
-    return differences
+        differences = {key: round(value - correct[key], 2) for key, value in found.items()}
+        print(f"{dataset.name}, {name}: {differences}", flush=True)
+        yield name, differences
 
 
 def maps(dataset: Dataset, recipe: Recipe, mistake: Mistake, rows: dict[tuple, Tensor]) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """A postprocessor for open-metric-learning: reranks its RetrievalResults with the embeddings alone.
 
-pip install . open-metric-learning
+pip install . open-metric-learning omegaconf
 python examples/metric_learning_postprocessor.py
 
 Without open-metric-learning, which needs NumPy below 2, a stand-in takes its place. The embeddings are drawn.

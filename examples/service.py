@@ -1,35 +1,35 @@
 """A service: put, search, rerank and delete images. FAISS keeps the descriptors in a file: a restart loses nothing.
 
 pip install . torchvision fastapi uvicorn faiss-cpu
-python examples/service.py images.faiss 8000
-
+uvicorn --factory --app-dir examples service:application
 curl -X PUT --data-binary @tower.jpg localhost:8000/images/17; curl -X DELETE localhost:8000/images/17
 curl -X POST --data-binary @query.jpg "localhost:8000/search?top=10&rerank=true"
 """
 
 import io
 import os
-import sys
 
 import faiss
 import numpy as np
 import torch
-import uvicorn
-from fastapi import FastAPI, Request
+import torchvision
+from fastapi import FastAPI, HTTPException, Path, Request
 from PIL import Image
 from superglobal import SuperGlobalReranker, attach
-from torchvision.models import resnet18
 from torchvision.transforms.functional import normalize, to_tensor
 
 
-def application(path: str, dim: int = 512) -> FastAPI:
-    app, extract = FastAPI(), attach(resnet18(weights=None).eval())  # your network; this one has random weights
-    index = faiss.read_index(path) if os.path.exists(path) else faiss.IndexIDMap2(faiss.IndexFlatIP(dim))
+def application(path: str = "images.faiss") -> FastAPI:
+    torch.manual_seed(0)  # this network has random weights, which must be the same after a restart; take yours
+    app, extract = FastAPI(), attach(torchvision.models.resnet18().eval().requires_grad_(False))
+    index = faiss.read_index(path) if os.path.exists(path) else faiss.IndexIDMap2(faiss.IndexFlatIP(512))
 
     async def descriptor(request: Request) -> np.ndarray:
-        image = to_tensor(Image.open(io.BytesIO(await request.body())).convert("RGB"))
-        with torch.inference_mode():
-            return extract(normalize(image, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))[None]).numpy()
+        try:
+            image = to_tensor(Image.open(io.BytesIO(await request.body())).convert("RGB"))
+        except Exception as error:  # decoders raise any exception
+            raise HTTPException(400, f"the body is no image: {error}") from None
+        return extract(normalize(image, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))[None]).numpy()
 
     def change(number: int, rows: np.ndarray) -> int:  # writes the whole file; only one change runs at a time
         removed = index.remove_ids(np.array([number]))
@@ -39,12 +39,12 @@ def application(path: str, dim: int = 512) -> FastAPI:
         return removed
 
     @app.put("/images/{number}")
-    async def put(number: int, request: Request) -> dict:
+    async def put(request: Request, number: int = Path(ge=0, lt=1 << 63)) -> dict:
         return {"replaced": change(number, await descriptor(request))}
 
     @app.delete("/images/{number}")
-    async def delete(number: int) -> dict:
-        return {"deleted": change(number, np.empty((0, dim), np.float32))}
+    async def delete(number: int = Path(ge=0, lt=1 << 63)) -> dict:
+        return {"deleted": change(number, np.empty((0, index.d), np.float32))}
 
     @app.post("/search")
     async def search(request: Request, top: int = 10, rerank: bool = True) -> list[dict]:
@@ -56,7 +56,3 @@ def application(path: str, dim: int = 512) -> FastAPI:
         return [{"id": number, "score": score} for number, score in found if number >= 0]
 
     return app
-
-
-if __name__ == "__main__":
-    uvicorn.run(application(sys.argv[1]), port=int(sys.argv[2]))

@@ -66,12 +66,15 @@ def read_arrays_of(path: Path) -> Arrays:
     elif head.startswith(b"\x80") or path.suffix.lower() == ".pkl":
         found = read_pickle(path)
     else:
-        raise InputError(f"{path} is {'of another kind' if head else 'empty'}; {KINDS} can be read")
+        raise InputError(
+            f"{path} is {'of another kind' if head else 'empty'}; {KINDS} can be read; save others with numpy.save"
+        )
     names = found.pop("names", None) if isinstance(found, dict) else None
     found = found if isinstance(found, dict) else {"": found}
     arrays = {name: array for name, each in found.items() if (array := _numbers(each)) is not None}
     if not arrays:
-        raise InputError(f"{path} contains no array of numbers")
+        where = " (in HDF5: of a descriptor per image, not of local features)" if _HDF5_MAGIC in head else ""
+        raise InputError(f"{path} contains no array of numbers{where}")
     return Arrays(path, arrays, names, head.startswith(b"MATLAB") and head[512:520] != _HDF5_MAGIC)
 
 

@@ -16,7 +16,7 @@ from typing import IO, Any, BinaryIO
 import numpy as np
 import torch
 
-from model.errors import InputError
+from model.errors import InputError, reason_of
 from model.pickles import read_in_child
 
 
@@ -113,7 +113,7 @@ def read_json(path: Path) -> dict:
     except RecursionError:
         raise InputError(f"{path} is nested too deeply for a JSON file of ours") from None
     except ValueError as error:  # of the format, of the encoding, or an integer that is too long
-        raise InputError(f"{path} is damaged, not valid JSON ({_first_line(error)})") from None
+        raise InputError(f"{path} is damaged, not valid JSON ({reason_of(error)})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} must contain a JSON object, but has a {type(content).__name__}")
     return content
@@ -153,7 +153,7 @@ def read_arrays(path: Path, names: Sequence[str], kinds: str = "f") -> list[np.n
         try:
             arrays = [content[name] for name in names]  # which are decompressed here
         except Exception as error:  # exceptions of zipfile, zlib and NumPy
-            raise InputError(f"{path} is damaged ({_first_line(error)}); fetch it again") from None
+            raise InputError(f"{path} is damaged ({reason_of(error)}); fetch it again") from None
     named = zip(names, map(np.asarray, arrays), strict=True)  # bytes, where something else than an array is packed
     return [_checked(array, kinds, f"{name} of {path}") for name, array in named]
 
@@ -209,13 +209,13 @@ def _load(path: Path) -> Any:
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
     except Exception as error:  # exceptions of zipfile, zlib and NumPy
-        raise InputError(f"{path} is damaged or not a NumPy file ({_first_line(error)})") from None
+        raise InputError(f"{path} is damaged or not a NumPy file ({reason_of(error)})") from None
 
 
 def _checked(array: np.ndarray, kinds: str, what: str) -> np.ndarray:
     if array.dtype.kind not in kinds or array.dtype.char == "g":
-        names = {"f": "floating-point numbers of at most 64 bits", "i": "integers", "S": "bytes"}
-        raise InputError(f"{what}: expected {names[kinds[0]]}, got {array.dtype} {array.shape}")
+        names = {"f": "floating-point numbers of at most 64 bits", "iu": "integers", "S": "bytes"}
+        raise InputError(f"{what}: expected {names.get(kinds, 'numbers')}, got {array.dtype} {array.shape}")
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
@@ -226,7 +226,7 @@ def _from_child(kind: str, path: Path) -> Any:
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     except ValueError as error:
-        raise InputError(f"{path} {_first_line(error)}") from None
+        raise InputError(f"{path} {reason_of(error)}") from None
 
 
 def _decoded(value: Any, data: memoryview) -> Any:
@@ -244,8 +244,4 @@ def _decoded(value: Any, data: memoryview) -> Any:
         array = array.astype(array.dtype.newbyteorder("="))
         return array.tolist() if array.ndim == 0 or array.dtype.kind in "SU" else array
     except (ValueError, TypeError) as error:
-        raise ValueError(f"has a damaged array ({_first_line(error)}); fetch it again") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"has a damaged array ({reason_of(error)}); fetch it again") from None

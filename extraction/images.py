@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, overload
+from typing import BinaryIO, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from extraction.identity import KEY_BYTES, NO_STAT, Box, Identity, box_in_words, file_identity, stat_record
 from extraction.jpeg import decoded_jpeg
-from model.errors import InputError
+from model.errors import InputError, reason_of
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +35,6 @@ Image.init()
 _SAFE = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "TGA", "ICO", "AVIF", "HEIF")
 FORMATS = tuple(name for name in _SAFE if name in Image.OPEN)
 
-# A file of a few kilobytes can claim billions of pixels; the default is Pillow's own limit.
-PIXEL_LIMIT = 2 * (Image.MAX_IMAGE_PIXELS or 89478485)
-_pixel_limit = PIXEL_LIMIT
-_reads_truncated = False
 # Pillow's names of pixels with 16 bits per channel, of which it keeps the upper 8 unless the image is grey.
 _DEEP = re.compile(r";16[BLN]")
 _DARK = "16 bits per channel, but no value above 255, which would be black; save it with 8 bits per channel"
@@ -124,27 +120,31 @@ class ImageList(Sequence[ImageFile]):
         return os.fsdecode(bytes(self.names[index]))
 
 
-def set_pixel_limit(pixels: int) -> None:
-    """Sets the largest number of pixels of images that this process reads, by default PIXEL_LIMIT."""
-    global _pixel_limit
-    _pixel_limit = pixels
-    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, pixels)
+class ReadingLimits(NamedTuple):
+    """Which images a process reads.
+
+    Attributes:
+        pixels: the largest number of pixels. A file of a few kilobytes can claim billions; the default is Pillow's own.
+        truncated: whether what is there of JPEG files whose end is missing is read.
+    """
+
+    pixels: int = 2 * (Image.MAX_IMAGE_PIXELS or 89478485)
+    truncated: bool = False
 
 
-def pixel_limit() -> int:
-    """Returns the largest number of pixels of images that this process reads."""
-    return _pixel_limit
+_limits = ReadingLimits()
 
 
-def read_truncated(reads: bool) -> None:
-    """Sets whether this process reads what is there of JPEG files whose end is missing, by default not."""
-    global _reads_truncated
-    _reads_truncated = reads
+def set_reading_limits(limits: ReadingLimits) -> None:
+    """Sets which images this process reads."""
+    global _limits
+    _limits = limits
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, limits.pixels)
 
 
-def reads_truncated() -> bool:
-    """Returns whether this process reads what is there of JPEG files whose end is missing."""
-    return _reads_truncated
+def reading_limits() -> ReadingLimits:
+    """Returns which images this process reads."""
+    return _limits
 
 
 def image_suffixes() -> set[str]:
@@ -191,16 +191,16 @@ def _read(path: Path, box: Box | None) -> tuple[np.ndarray, Identity]:
         reason = error.strerror or f"cannot be decoded ({error})"
         raise ImageError(path, reason) from None
     except Exception as error:  # decoders raise any exception (SyntaxError, struct.error, ...)
-        raise ImageError(path, f"cannot be decoded ({str(error) or type(error).__name__})") from None
+        raise ImageError(path, f"cannot be decoded ({reason_of(error)})") from None
 
 
 def _read_pixels(file: BinaryIO, path: Path) -> tuple[np.ndarray, bool]:
-    """Returns the pixels, and whether the file is whole, which only a JPEG need not be, see read_truncated."""
+    """Returns the pixels, and whether the file is whole, which only a JPEG need not be, see ReadingLimits."""
     is_jpeg = file.read(2) == b"\xff\xd8"
     try:
         return _opened(file, path), True
     except OSError as error:
-        if not (_reads_truncated and is_jpeg and "truncated" in str(error)):
+        if not (_limits.truncated and is_jpeg and "truncated" in str(error)):
             raise
     PillowFile.LOAD_TRUNCATED_IMAGES = True
     try:
@@ -212,7 +212,7 @@ def _read_pixels(file: BinaryIO, path: Path) -> tuple[np.ndarray, bool]:
 def _opened(file: BinaryIO, path: Path) -> np.ndarray:
     file.seek(0)
     with Image.open(file, formats=FORMATS) as image:
-        if image.width * image.height > _pixel_limit:
+        if image.width * image.height > _limits.pixels:
             raise _too_large(path, image.width * image.height)
         return _decoded(image)
 
@@ -244,7 +244,7 @@ def probe_pixels() -> list[np.ndarray]:
 
 
 def _too_large(path: Path, pixels: int) -> ImageError:
-    return ImageError(path, f"has {pixels:,} pixels, more than the limit of {_pixel_limit:,}", pixels)
+    return ImageError(path, f"has {pixels:,} pixels, more than the limit of {_limits.pixels:,}", pixels)
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:

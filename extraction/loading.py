@@ -15,15 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from extraction.identity import Identity
-from extraction.images import (
-    ImageError,
-    ImageFile,
-    limit_side,
-    pixel_limit,
-    read_truncated,
-    reads_truncated,
-    set_pixel_limit,
-)
+from extraction.images import ImageError, ImageFile, ReadingLimits, limit_side, reading_limits, set_reading_limits
 from model.errors import InputError, short_list
 
 
@@ -71,7 +63,7 @@ class ReadAhead:
             prefetch_factor=(2 if workers <= 8 else 1) if workers else None,  # Docker's shared memory is 64 MB
             collate_fn=_unchanged,
             pin_memory=loading.pin_memory,
-            worker_init_fn=partial(_start_worker, pixels=pixel_limit(), truncated=reads_truncated()),
+            worker_init_fn=partial(_start_worker, limits=reading_limits()),
         )
 
     def __iter__(self) -> Iterator[tuple[Tensor, Identity] | ImageError]:
@@ -113,10 +105,9 @@ def _unchanged(item: Any) -> Any:
     return item
 
 
-def _start_worker(number: int, pixels: int, truncated: bool) -> None:
+def _start_worker(number: int, limits: ReadingLimits) -> None:
     """Passes on to a worker which images are read, which is needed if it is not a fork of this process."""
-    set_pixel_limit(pixels)
-    read_truncated(truncated)
+    set_reading_limits(limits)
 
 
 class _Pixels(Dataset):

@@ -35,7 +35,7 @@ from torch import Tensor
 from extraction.files import jsonable, reserve, write_array, write_atomically, write_json
 from extraction.identity import KEY_BYTES, Identity, file_identity, rows_fingerprint, stat_record
 from model.checkpoint import load_tensors
-from model.errors import InputError, short_list
+from model.errors import InputError, reason_of, short_list
 
 log = logging.getLogger(__name__)
 
@@ -219,7 +219,7 @@ class Store:
                     for each in (file, *sidecars(file)):
                         each.unlink(missing_ok=True)
             except OSError as error:
-                reason = error.strerror or str(error).splitlines()[0]
+                reason = error.strerror or reason_of(error)
                 raise InputError(f"cannot write {self.path} ({reason}); all rows are kept") from None
         self.clear()
         self._finished = records
@@ -267,7 +267,7 @@ class Store:
             if rows.shape != (len(records.labels), self.dim) or rows.dtype != np.float32:
                 raise ValueError("its shape does not fit")
         except Exception as error:  # NumPy's and PyTorch's readers raise almost any exception
-            log.warning("%s is damaged (%s); its rows are extracted again", file, str(error).splitlines()[0])
+            log.warning("%s is damaged (%s); its rows are extracted again", file, reason_of(error))
             return
         intact = ~damaged_rows(file, rows, hashes)
         if intact.all():

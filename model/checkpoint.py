@@ -1,7 +1,7 @@
 """Find, read, verify and load weights. Loading is safe (tensors only) and strict (all keys, or an error).
 
-A file is one of torch.save or safetensors. The tensors may be in state_dict, model_state or model, and their names may
-have prefixes of what the network was wrapped in.
+A file is one of torch.save or safetensors. The tensors may be in state_dict, model_state, model_state_dict or model,
+and their names may have prefixes of what the network was wrapped in.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from model.cvnet import STAGE_DEPTHS, ResNet
-from model.errors import InputError, short_list
+from model.errors import InputError, reason_of, short_list
 from model.pickles import read_in_child
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -26,7 +26,7 @@ SUFFIXES = (".pyth", ".pth", ".pt", ".safetensors")
 PUBLISHED = {50: "CVPR2022_CVNet_R50.pyth", 101: "CVPR2022_CVNet_R101.pyth"}
 
 # Where a training script keeps the tensors of the network.
-_WRAPPERS = ("state_dict", "model_state", "model")
+_WRAPPERS = ("state_dict", "model_state", "model_state_dict", "model")
 # What may precede the names of a network: DataParallel, torch.compile, Lightning modules, CVNet, DELG-pytorch.
 _PREFIXES = ("module", "_orig_mod", "model", "backbone", "encoder_q", "globalmodel")
 # The first bytes of files written by torch.save before PyTorch 1.6: its magic number as a pickle of protocol 2.
@@ -42,7 +42,8 @@ def find_checkpoint(path: Path, depth: int) -> Path:
     Raises:
         InputError: if there is no such path, or it is a folder in which no file fits, or several do.
     """
-    where = f"see weights/README.md for the download of {PUBLISHED[depth]}"
+    folder = path.parent if path.suffix in SUFFIXES else path
+    where = f"python -m tools.download weights --weights-dir {folder} fetches {PUBLISHED[depth]}, see weights/README.md"
     if path.is_file():
         return path
     if not path.is_dir():
@@ -93,7 +94,10 @@ def network_state(path: Path, used: Callable[[str], bool]) -> dict[str, Tensor]:
     Raises:
         InputError: if the file cannot be read safely or is not a checkpoint.
     """
-    state = {key: value for key, value in _model_state(path).items() if isinstance(value, Tensor)}
+    content = _model_state(path)
+    state = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    if content and not state:
+        raise InputError(f"{path} has no tensors, nor in {', '.join(_WRAPPERS)}, but {short_list([*content])}")
     counts = {"": 0}
     for key in state:
         prefix, rest = "", key
@@ -206,7 +210,7 @@ def load_tensors(path: Path) -> object:
             f"trust it, convert it: {_conversion(path)}"
         ) from None
     except Exception as error:  # damaged archives raise almost any exception
-        reason = str(error).splitlines()[0] if str(error) else "unexpected end of file"
+        reason = reason_of(error)
         raise InputError(f"{path} is truncated or damaged ({reason}); fetch it again") from None
 
 
@@ -218,7 +222,7 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except Exception as error:  # its reader has exceptions of its own
-        raise InputError(f"{path} is truncated or damaged ({str(error).splitlines()[0]}); fetch it again") from None
+        raise InputError(f"{path} is truncated or damaged ({reason_of(error)}); fetch it again") from None
 
 
 def _objects(error: Exception) -> str:

@@ -14,6 +14,11 @@ class InputError(ValueError):
         return printable(super().__str__())  # names that it quotes may contain a line break
 
 
+def reason_of(error: BaseException) -> str:
+    """Returns the first line of the message of an exception, or its type if it has no message."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def printable(text: object) -> str:
     """Returns the text on one line, with control characters written as escapes."""
     return "".join(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from model.backbone import Backbone
 from model.checkpoint import load_encoder, load_strictly, network_state, sha256
 from model.cvnet import ResNet, cvnet_backbone
-from model.errors import InputError
+from model.errors import InputError, reason_of
 from modules.attach import way_to_map
 
 PRETRAINED, UNTRAINED = "pretrained", "untrained"
@@ -228,16 +228,35 @@ def _hub(text: str) -> Backbone:
         raise InputError(f"hub:{text}: the local clone {repository} {problem}")
     torch.manual_seed(0)
     try:
-        made = torch.hub.load(
-            str(local.resolve()) if is_local else ":".join([repository, *branch]), entry,
-            source="local" if is_local else "github", trust_repo=True, skip_validation=True, verbose=False,
-            **dict(map(_setting, filter(None, settings.split(",")))),
-        )  # fmt: skip
+        with _modules_apart(local if is_local else Path(torch.hub.get_dir())):
+            made = torch.hub.load(
+                str(local.resolve()) if is_local else ":".join([repository, *branch]), entry,
+                source="local" if is_local else "github", trust_repo=True, skip_validation=True, verbose=False,
+                **dict(map(_setting, filter(None, settings.split(",")))),
+            )  # fmt: skip
     except Exception as error:  # the code of the repository raises any exception
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         advice = "" if is_local else "; without a network connection, give the path of a clone instead of OWNER/REPO"
         raise InputError(f"hub:{text}: {reason}{advice}") from None
     return _as_backbone(made, f"hub:{text}: {entry}")
+
+
+@contextmanager
+def _modules_apart(folder: Path) -> Iterator[None]:
+    """Keeps the modules of a repository apart from those of the project and of other repositories with equal names."""
+    root, before = Path(__file__).parents[1], {*sys.modules}
+    names = {path.stem for path in root.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    ours = {name: module for name, module in sys.modules.items() if name.split(".")[0] in names}
+    for name in ours:
+        del sys.modules[name]
+    try:
+        yield
+    finally:
+        for name, module in [*sys.modules.items()]:
+            file = getattr(module, "__file__", None)
+            if name in ours or (name not in before and file and Path(file).is_relative_to(folder.resolve())):
+                del sys.modules[name]
+        sys.modules.update(ours)
 
 
 def _setting(text: str) -> tuple[str, Any]:
@@ -301,7 +320,7 @@ def _hub_answers_at_once() -> Iterator[None]:
 
 
 def _not_fetched(name: str, error: Exception) -> InputError:
-    reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+    reason = reason_of(error)[:200]
     place = Path(torch.hub.get_dir()) / "checkpoints"
     return InputError(
         f"{name}: its pretrained weights cannot be downloaded ({reason}); without a network connection, put the file "

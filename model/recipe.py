@@ -19,7 +19,7 @@ from model.extractor import NetworkExtractor
 from model.folding import FoldedResNet
 from model.libraries import CVNET, build_backbone, comes_with_weights, short_name, weights_digest
 from model.whitening import load_whitening
-from modules.activation import RELUP_THRESHOLD, replace_rectifiers
+from modules.activation import RECTIFIERS, RELUP_THRESHOLD, replace_rectifiers
 from modules.attach import way_to_map
 from modules.descriptor import SCALES, SuperGlobal
 from modules.pooling import GEMP_P, RGEM_P, RGEM_WINDOW, SGEM_P, GeM, GeMPlus, RegionalGeM, ScaleGeM
@@ -139,6 +139,12 @@ class Recipe:
             places(self.relup_stages, backbone.relup_stages, ("layer1",)),
             places(self.relup_ends, backbone.relup_ends, ("layer2", "layer3")),
         )
+
+    @property
+    def rectifier_stages(self) -> list[str]:
+        """The names of the network's submodules that have a ReLU."""
+        children = self.backbone.network.named_children()
+        return [name for name, child in children if any(isinstance(each, RECTIFIERS) for each in child.modules())]
 
     @property
     def idle_modules(self) -> list[str]:

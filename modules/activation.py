@@ -11,7 +11,7 @@ from .checks import values_can_be_seen
 
 RELUP_THRESHOLD = 0.014
 
-_RELU = (nn.ReLU, nn.ReLU6)
+RECTIFIERS = (nn.ReLU, nn.ReLU6)
 
 
 def relu_plus(x: Tensor, threshold: float = RELUP_THRESHOLD) -> Tensor:
@@ -118,7 +118,7 @@ def _stage(model: Any, argument: str, stage: str) -> nn.Module:
 def _rectifiers(model: Any, stage: str) -> list[str]:
     """Returns the names of the ReLUs in a stage."""
     modules = dict(_stage(model, "relup", stage).named_modules(prefix=stage, remove_duplicate=False))
-    names = [name for name, module in modules.items() if isinstance(module, _RELU)]
+    names = [name for name, module in modules.items() if isinstance(module, RECTIFIERS)]
     if not names:
         kinds = dict.fromkeys(type(each).__name__ for each in modules.values() if "activation" in type(each).__module__)
         present = ", ".join(kinds) or "no activation module; functional ones cannot be changed"
@@ -132,7 +132,7 @@ def _blocks(model: Any, stage: str) -> list[str]:
     """Returns the names of the blocks of a stage, each of which has a ReLU of its own."""
     parent = _stage(model, "relup_ends", stage)
     for name, block in parent.named_children():
-        if not any(isinstance(child, _RELU) for child in block.children()):
+        if not any(isinstance(child, RECTIFIERS) for child in block.children()):
             raise ValueError(f"relup_ends: {stage}.{name} ({type(block).__name__}) has no ReLU of its own to end in")
     names = [f"{stage}.{name}" for name, _ in parent.named_children()]
     if not names:

@@ -25,7 +25,7 @@ from modules.reranking import SuperGlobalReranker
 from report.drawing import MatchDrawing, draw_curves, draw_match, jpeg_uri, read_thumbnail
 from report.results import Evaluated, at_k_in_words
 from revisitop.dataset import Dataset
-from revisitop.evaluate import Metrics, query_aps
+from revisitop.evaluate import Metrics, query_values
 from revisitop.protocols import REVISITED_PROTOCOLS, Protocol
 from revisitop.retrieve import Ranking
 from revisitop.stages import Reranked, Searched, Stage
@@ -115,6 +115,7 @@ class Section:
         caption: the caption of the plots.
         tables: tables below the plots, by caption: rows of cells, the first of which is the heading.
         headings: headings for the rankings of the stages; by default they name the score that sorts them.
+        value: the name of the values of the queries.
     """
 
     name: str
@@ -128,6 +129,7 @@ class Section:
     caption: str = ""
     tables: dict[str, list[list[str]]] = field(default_factory=dict)
     headings: dict[str, str] = field(default_factory=dict)
+    value: str = "AP"
 
     @property
     def labels(self) -> set[str]:
@@ -210,9 +212,9 @@ def origin_in_words(facts: Mapping[str, Any]) -> str:
 
 
 def evaluated_section(evaluated: Evaluated) -> Section:
-    """Returns the section of a dataset. AP is that of Medium, or of the only protocol of the query."""
+    """Returns the section of a dataset. Its values are those of Medium, or of the only protocol of the query."""
     dataset, facts = evaluated.dataset, evaluated.facts
-    stage_aps = {stage: query_aps(metrics) for stage, metrics in evaluated.metrics.items()}
+    stage_aps = {stage: query_values(metrics) for stage, metrics in evaluated.metrics.items()}
     queries = []
     for i, image in enumerate(dataset.queries):
         name, rankings = dataset.query_name(i), first_hits(dataset, i, evaluated.rankings, i, evaluated.distractors)
@@ -221,13 +223,15 @@ def evaluated_section(evaluated: Evaluated) -> Section:
         ids = evaluated.rankings["retrieval"].ids[i].tolist()
         candidates = candidates_of(explanation, dataset, i, ids, evaluated.distractors) if explanation else {}
         queries.append(Query(name, image, rankings, aps, explanation, candidates, _match_drawing(evaluated, i)))
+    measure = dataset.protocols[0].measure
+    value = measure.main_title if measure.main_is_at_k else "AP"
     which = " (Medium)" if dataset.protocols == REVISITED_PROTOCOLS else ""
     if len(evaluated.rankings) > 1:
         queries.sort(key=lambda query: max(map(abs, query.changes.values()), default=-1), reverse=True)
-        order = f"The queries whose AP{which} reranking changed most, up or down, come first."
+        order = f"The queries whose {value}{which} reranking changed most, up or down, come first."
     else:
         queries.sort(key=lambda query: query.aps.get("retrieval", math.inf))
-        order = f"The queries with the lowest AP{which} come first."
+        order = f"The queries with the lowest {value}{which} come first."
     note = f"{len(dataset.queries)} queries, {len(dataset.database):,} database images"
     if "distractors" in facts:
         note += f", {facts['distractors']:,} distractors"
@@ -236,8 +240,9 @@ def evaluated_section(evaluated: Evaluated) -> Section:
     if dataset.in_database is not None:
         note += "; each query is one of them, and left out of its own results"
     return Section(
-        dataset.name, queries, order, evaluated.metrics, f"{note}.", facts.get("note", ""), plots=plots, caption=caption
-    )
+        dataset.name, queries, order, evaluated.metrics, f"{note}.", facts.get("note", ""),
+        plots=plots, caption=caption, value=value,
+    )  # fmt: skip
 
 
 def _match_drawing(evaluated: Evaluated, query: int) -> MatchDrawing | None:
@@ -270,7 +275,7 @@ def explain_largest(
     title = next((title for title, each in rerankers.items() if isinstance(each, SuperGlobalReranker)), None)
     if title is None:
         return {}
-    changes = np.abs(query_aps(metrics[title]) - query_aps(metrics["retrieval"]))
+    changes = np.abs(query_values(metrics[title]) - query_values(metrics["retrieval"]))
     query = int(np.argmax(np.nan_to_num(changes, nan=-1)))
     ids = rankings["retrieval"].ids[query, : rerankers[title].m]
     ids = ids[ids >= 0]  # an index may find fewer

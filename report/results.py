@@ -1,8 +1,9 @@
 """The results of a run: its lines in the log, results.json, saved rankings, and the summary."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,63 @@ from extraction.images import ImageFile
 from extraction.store import write_json
 from modules.explanation import Explanation
 from modules.matching import Match
+from revisitop.bootstrap import CONFIDENCE, Difference, paired_difference
 from revisitop.dataset import Dataset
 from revisitop.evaluate import Metrics
 from revisitop.layout_csv import write_predictions
 from revisitop.measures import CHALLENGE, LAST
 from revisitop.retrieve import SAVED_RANKS, Ranking
+
+OF_EACH_QUERY = " of each query"  # the end of the name of a main metric that is not AP, in results.json
+_LISTED = 5  # number of queries with the largest gains and losses
+
+
+@dataclass(frozen=True)
+class PairedValues:
+    """The values of the same queries in two rankings A and B, by one protocol.
+
+    Attributes:
+        dataset, protocol, metric: their names; the metric is the mean of the values.
+        names: the names of the queries.
+        a, b: (Q,), between 0 and 1; NaN for a query without a value in this protocol.
+    """
+
+    dataset: str
+    protocol: str
+    metric: str
+    names: list[str]
+    a: np.ndarray
+    b: np.ndarray
+
+    @cached_property
+    def difference(self) -> Difference:
+        return paired_difference(self.a, self.b)
+
+    def cells(self) -> list[str]:
+        """Returns a row of a table, in percent; see paired_table."""
+        changes = self.b - self.a
+        counts = [(changes > 0).sum(), (changes < 0).sum(), (changes == 0).sum()]
+        means = [f"{100 * np.nanmean(each):.2f}" if self.difference.queries else "" for each in (self.a, self.b)]
+        mean, low, high = (f"{100 * each:+.2f}" for each in self.difference[:3])
+        words = "may be chance" if self.difference.is_within_chance and counts[0] + counts[1] else ""
+        return [
+            *(self.dataset, self.protocol, self.metric, *means, mean, f"{low} to {high}"),
+            *(*map(str, counts), words),
+        ]
+
+    def largest(self) -> Iterator[str]:
+        """Yields a line with the largest gains, and one with the largest losses."""
+        changes = np.nan_to_num(self.b - self.a)
+        order = np.argsort(-changes, kind="stable")
+        for word, numbers in (("better", order[changes[order] > 0]), ("worse", order[::-1][changes[order[::-1]] < 0])):
+            if listed := ", ".join(f"{self.names[i]} {100 * changes[i]:+.1f}" for i in numbers[:_LISTED]):
+                yield f"{self.dataset}, {self.protocol}, {word} most: {listed}"
+
+
+def paired_table(pairs: Iterable[PairedValues], a: str = "A", b: str = "B") -> list[list[str]]:
+    """Returns the cells of a table of paired values, its heading first."""
+    heading = ["dataset", "protocol", "metric", a, b, f"{b} - {a}", f"{CONFIDENCE:.0%} interval"]
+    return [[*heading, "better", "worse", "same", ""], *(each.cells() for each in pairs)]
 
 
 @dataclass(frozen=True)
@@ -38,6 +91,12 @@ class Evaluated:
     matches: Mapping[int, Match] = field(default_factory=dict)
     distractors: Sequence[ImageFile] = ()
 
+    def pair(self, a: str, b: str, protocol: str) -> PairedValues:
+        """Returns the values of the queries in two stages, by a protocol."""
+        first, second = self.metrics[a][protocol], self.metrics[b][protocol]
+        metric, names = first.protocol.measure.main_title, unique_names(self.dataset)
+        return PairedValues(self.dataset.name, protocol, metric, names, first.values, second.values)
+
     def as_dict(self) -> dict[str, Any]:
         """Returns the results for results.json, with the AP of each query in percent by its name."""
         names = unique_names(self.dataset)
@@ -51,6 +110,7 @@ class Evaluated:
                         **at_k(metrics),
                         **{f"{which} rank of the first positive": rank for which, rank in metrics.first.items()},
                         "AP": dict(zip(names, (100 * metrics.ap).tolist(), strict=True)),
+                        **self._main_values(metrics, names),
                     }
                     for name, metrics in self.metrics[stage].items()
                 },
@@ -58,6 +118,13 @@ class Evaluated:
             for stage, ranking in self.rankings.items()
         }
         return {**sizes, **self.facts, **stages}
+
+    def _main_values(self, metrics: Metrics, names: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Returns the main metric of each query in percent by its name, if it is not AP."""
+        if metrics.values is metrics.ap:
+            return {}
+        title = f"{metrics.protocol.measure.main_title}{OF_EACH_QUERY}"
+        return {title: dict(zip(names, (100 * metrics.values).tolist(), strict=True))}
 
     def lines(self) -> Iterator[str]:
         """Yields the lines for the log: mAP, values at k, and the time of each stage."""
@@ -86,7 +153,7 @@ def at_k(metrics: Metrics) -> dict[str, float]:
 
 
 def at_k_in_words(metrics: Metrics) -> str:
-    """Returns the values at k in percent as text, such as "90.00 85.50 81.20"; nothing for values that are NaN."""
+    """Returns the values at k in percent as text, such as "90.00 85.50 81.20"; "" if they are NaN."""
     return " ".join(f"{100 * value:.2f}" for value in metrics.at_k if not math.isnan(value))
 
 
@@ -123,17 +190,23 @@ def save_results(folder: Path, head: dict[str, Any], results: list[Evaluated]) -
 
 
 def summary(results: list[Evaluated]) -> Iterator[str]:
-    """Yields a line of mAP per dataset and stage, with a heading for each group of datasets with equal protocols."""
+    """Yields the main metric of each dataset and stage, with a heading for each group of equal protocols."""
     before = None
     for each in results:
         if each.dataset.protocols != before:
             before = each.dataset.protocols
             titles = "".join(f"{protocol.title:>8}" for protocol in before)
-            yield f"{f'{before[0].measure.title} in percent':<36}{titles}"
+            yield f"{f'{before[0].measure.main_title} in percent':<36}{titles}"
         title = f"{each.dataset.name}{' + distractors' if 'distractors' in each.facts else ''}"
         for stage, metrics in each.metrics.items():
-            values = "".join(f"{100 * metrics[protocol.name].map:8.2f}" for protocol in before)
+            values = "".join(f"{100 * metrics[protocol.name].main:8.2f}" for protocol in before)
             yield f"{f'{title}, {stage}':<36}{values}"
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Returns the lines of a table in Markdown, given its cells, the heading first."""
+    heading, *others = rows
+    return [markdown(each) for each in (heading, ["---"] * len(heading), *others)]
 
 
 def markdown(cells: Sequence[str]) -> str:

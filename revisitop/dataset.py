@@ -120,13 +120,19 @@ class Layout(NamedTuple):
     """A way in which a dataset lies in its folder.
 
     Attributes:
-        form: what the folder of the dataset NAME contains, in words.
-        fits: returns whether a folder looks like this, from the name of the dataset and the folder.
+        title: its name.
+        parts: what the folder of the dataset NAME contains, in words, with a function that returns whether it does.
+        fits: returns whether a folder has this layout, complete or not.
         read: returns the dataset, from its name and its folder, and the settings by their names.
         settings: the names of the settings that it has.
     """
 
-    form: str
-    fits: Callable[[str, Path], bool]
+    title: str
+    parts: Mapping[str, Callable[[Path], bool]]
+    fits: Callable[[Path], bool]
     read: Callable[..., Dataset]
     settings: tuple[str, ...] = ()
+
+    def missing(self, folder: Path) -> list[str]:
+        """Returns the parts that a folder does not have."""
+        return [words for words, exists in self.parts.items() if not exists(folder)]

@@ -226,11 +226,13 @@ def ranking_of(found: Arrays, queries: int, n: int) -> tuple[np.ndarray, np.ndar
     """
     array = found.arrays.get("ranks", found.only)
     if array is None or array.ndim not in (2, 3) or (array.ndim == 3 and len(array) != 2):
-        raise InputError(f"{found}: expected row numbers (Q, R), or similarities and row numbers (2, Q, R)")
+        raise InputError(
+            f"{found}: row numbers (Q, R), or similarities and row numbers (2, Q, R), are expected (alone, or as ranks)"
+        )
     ids = array[1] if array.ndim == 3 else array
     fits = [axis for axis in range(4 - array.ndim) if ids.shape[axis] == queries]
     if not fits:
-        raise InputError(f"{found}: there are {queries} queries")
+        raise InputError(f"{found}: one of its sides must be {queries}, the number of queries")
     if len(fits) == 2:  # numbers of one query are different, those of one rank are not
         fits = [axis for axis in fits if _are_different(ids if axis == 0 else ids.T)]
         if len(fits) != 1:

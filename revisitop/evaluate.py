@@ -30,6 +30,7 @@ class Metrics:
         at_k: the mean value at each k of the measure, or at the first of them.
         precision: (101,), mean interpolated precision at the recalls 0, 0.01, ... 1.
         first: mean and median rank, from 1, of the first positive, if the measure includes it.
+        at_first_k: the value at the first k per query, if this is the main metric, see Measure.
     """
 
     protocol: Protocol
@@ -38,6 +39,17 @@ class Metrics:
     at_k: np.ndarray
     precision: np.ndarray
     first: dict[str, float] = field(default_factory=dict)
+    at_first_k: np.ndarray | None = None
+
+    @property
+    def values(self) -> np.ndarray:
+        """The values per query whose mean is the main metric: AP or, for places, recall@1. (Q,), NaN for none."""
+        return self.ap if self.at_first_k is None else self.at_first_k
+
+    @property
+    def main(self) -> float:
+        """The metric by which results are compared; NaN if no query has a value."""
+        return self.map if self.at_first_k is None else float(np.nanmean(self.at_first_k))
 
     @property
     def at_k_title(self) -> str:
@@ -73,13 +85,13 @@ def ignored_images(truth: GroundTruth, protocol: Protocol) -> np.ndarray:
     return truth.listed[positive_and_ignored(truth, protocol)[1]]
 
 
-def query_aps(metrics: dict[str, Metrics]) -> np.ndarray:
-    """Returns the AP of each query for the report: that of Medium, or of the first protocol that has one. (Q,)."""
-    chosen = [metrics["M"]] if "M" in metrics else list(metrics.values())
-    aps = chosen[0].ap
-    for each in chosen[1:]:
-        aps = np.where(np.isnan(aps), each.ap, aps)
-    return aps
+def query_values(metrics: dict[str, Metrics]) -> np.ndarray:
+    """Returns the value of each query for the report: that of Medium, or of the first protocol that has one. (Q,)."""
+    first, *others = [metrics["M"]] if "M" in metrics else metrics.values()
+    values = first.values
+    for each in others:
+        values = np.where(np.isnan(values), each.values, values)
+    return values
 
 
 def evaluate_positions(
@@ -134,13 +146,17 @@ def summarise(ranks: Sequence[np.ndarray], ground_truth: Sequence[GroundTruth], 
     if np.isnan(ap).all():
         empty = np.full(len(measure.kappas), math.nan)
         return Metrics(protocol, math.nan, ap, empty, np.full(RECALL_LEVELS, math.nan))
-    at_k = np.nanmean([measure.at_k(own, measure.kappas) for own in counted], axis=0)
+    at_k = np.array([measure.at_k(own, measure.kappas) for own in counted])
+    at_first_k = None
+    if measure.main_is_at_k:
+        at_first_k = np.full(len(ranks), math.nan)
+        at_first_k[in_usage] = at_k[:, 0]
     precision = np.nanmean([interpolated_precision(own) for own in counted], axis=0)
     first = {}
     if measure is CHALLENGE:
         places = [first_rank(own) for own in counted if len(own)]
         first = {"mean": float(np.mean(places)), "median": float(np.median(places))}
-    return Metrics(protocol, float(np.nanmean(ap)), ap, at_k, precision, first)
+    return Metrics(protocol, float(np.nanmean(ap)), ap, np.nanmean(at_k, axis=0), precision, first, at_first_k)
 
 
 def evaluate_ranks(

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from extraction.files import jsonable, write_atomically, write_json
 from extraction.identity import stat_record
 from extraction.owner import owned
-from extraction.store import file_fingerprint, plain_name, read_provenance, sidecars
+from extraction.store import differences, file_fingerprint, plain_name, read_provenance, sidecars
 from model.errors import InputError
 from modules.search import Database, SearchResult
 from revisitop.measures import NOT_FOUND
@@ -186,16 +186,13 @@ def _kept(file: Path, provenance: dict[str, Any]) -> Any:
     before = read_provenance(file)
     if before is None or not file.is_file():
         return None
-    same_rows = {key: before.get(key) for key in provenance} == provenance
-    if not same_rows or file_fingerprint(file) != before.get("fingerprint"):
+    if differences(before, provenance) or file_fingerprint(file) != before.get("fingerprint"):
         log.info("%s: built from other rows, or damaged; it will be built again", file)
         return None
     try:
         index = _faiss().read_index(str(file))
     except (RuntimeError, MemoryError) as error:
         log.warning("%s cannot be read (%s); it will be built again", file, _reason(error))
-        return None
-    if (index.ntotal, index.d) != (provenance["rows"], provenance["dim"]):
         return None
     log.info("%s: reused, built from the same rows", file)
     return index

@@ -25,15 +25,11 @@ def has_image(folder: Path) -> bool:
     return next(image_files(folder, {}), None) is not None
 
 
-def is_of_classes(folder: Path) -> bool:
-    """Returns whether a folder has two or more class folders, with images, and without names that mean something else.
-
-    An object with its own query/ is one of instances.
-    """
+def has_classes(folder: Path) -> bool:
+    """Returns whether a folder has two or more folders, and none with a name, or a query/, as in other layouts."""
     folders = subfolders(folder)
-    if len(folders) < 2 or any(path.name.lower() in _NO_CLASSES or (path / "query").is_dir() for path in folders):
-        return False
-    return any(map(has_image, folders))
+    others = (path for path in folders if path.name.lower() in _NO_CLASSES or (path / "query").is_dir())
+    return len(folders) > 1 and not any(others)
 
 
 def images_by_class(folder: Path, left_out: LeftOut) -> dict[str, list[Path]]:
@@ -103,7 +99,11 @@ def read_classes(name: str, folder: Path) -> Dataset:
 
 
 CLASSES = Layout(
-    f"a folder of images for each of two or more classes, none of them named {', '.join(_NO_CLASSES)}",
-    lambda name, folder: is_of_classes(folder),
+    "class folders",
+    {
+        "images": has_image,
+        "two or more folders with the names of classes (not train, query, images ...)": has_classes,
+    },
+    lambda folder: any(map(has_image, subfolders(folder))) and not CLASSES.missing(folder),
     read_classes,
 )

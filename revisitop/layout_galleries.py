@@ -17,12 +17,9 @@ from revisitop.protocols import CLASS_PROTOCOLS
 _QUERIES, _DATABASE = ("query", "queries"), ("database", "gallery", "index")
 
 
-def is_gallery(name: str, folder: Path) -> bool:
+def is_gallery(folder: Path) -> bool:
     """Returns whether a folder has queries and a database in class folders, without lists or coordinates."""
-    queries, databases = ([folder / each for each in names] for names in (_QUERIES, _DATABASE))
-    if not any(has_image(path) for root in queries for path in subfolders(root)):
-        return False
-    return any(path.is_dir() for path in databases) and not any(each.fits(name, folder) for each in (CSV, PLACES))
+    return not GALLERIES.missing(folder) and not any(each.fits(folder) for each in (CSV, PLACES))
 
 
 def read_gallery(name: str, folder: Path) -> Dataset:
@@ -50,14 +47,25 @@ def read_gallery(name: str, folder: Path) -> Dataset:
 
 
 GALLERIES = Layout(
-    "query/ (or queries/) and gallery/ (or database/, index/) with class folders of the same names",
+    "queries and gallery",
+    {
+        "query/ (or queries/)": lambda folder: bool(_roots(folder, _QUERIES)),
+        "gallery/ (or database/, index/)": lambda folder: bool(_roots(folder, _DATABASE)),
+        "class folders of the same names in both": lambda folder: any(
+            has_image(path) for root in _roots(folder, _QUERIES) for path in subfolders(root)
+        ),
+    },
     is_gallery,
     read_gallery,
 )
 
 
+def _roots(folder: Path, names: tuple[str, ...]) -> list[Path]:
+    return [folder / name for name in names if (folder / name).is_dir()]
+
+
 def _only(folder: Path, names: tuple[str, ...]) -> Path:
-    roots = [folder / name for name in names if (folder / name).is_dir()]
+    roots = _roots(folder, names)
     if len(roots) > 1:
         raise InputError(f"{folder} has {roots[0].name}/ and {roots[1].name}/; leave one of them")
     return roots[0]

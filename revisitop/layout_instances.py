@@ -80,8 +80,13 @@ def _box(image: Path) -> Box:
 
 
 INSTANCES = Layout(
-    "a folder for each object with images in query/ and pos/ (ILIAS')",
-    lambda name, folder: any((path / "query").is_dir() and (path / "pos").is_dir() for path in subfolders(folder)),
+    "objects, as in ILIAS",
+    {
+        "a folder for each object": lambda folder: bool(subfolders(folder)),
+        "images in its query/": lambda folder: any((path / "query").is_dir() for path in subfolders(folder)),
+        "images in its pos/": lambda folder: any((path / "pos").is_dir() for path in subfolders(folder)),
+    },
+    lambda folder: any((path / "query").is_dir() and (path / "pos").is_dir() for path in subfolders(folder)),
     read_instances,
     ("crop_queries",),
 )

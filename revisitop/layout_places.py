@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+from scipy.spatial import KDTree
 
 from extraction.folder import LeftOut, image_files
 from extraction.images import ImageList
@@ -23,11 +24,11 @@ _COORDINATES = re.compile(r"@(-?\d+(?:\.\d*)?)@(-?\d+(?:\.\d*)?)@")
 
 def place_folders(folder: Path) -> list[Path]:
     """Returns the folders with queries/ and database/: the folder itself, and images/test in it."""
-    return [
-        root
-        for root in (folder, folder / "images" / "test")
-        if (root / "database").is_dir() and _has_coordinates(root / "queries")
-    ]
+    return [root for root in _roots(folder) if (root / "database").is_dir() and _has_coordinates(root / "queries")]
+
+
+def _roots(folder: Path) -> tuple[Path, Path]:
+    return folder, folder / "images" / "test"
 
 
 def read_places(name: str, folder: Path, radius: float = RADIUS) -> Dataset:
@@ -60,13 +61,8 @@ def read_places(name: str, folder: Path, radius: float = RADIUS) -> Dataset:
 
 def positives_within(radius: float, queries: np.ndarray, database: np.ndarray) -> list[np.ndarray]:
     """Returns, for each query, the ascending numbers of the points within the radius. (Q, 2), (N, 2) -> Q x (P,)."""
-    order = np.argsort(database[:, 0], kind="stable")
-    east, positives = database[order, 0], []
-    for point in queries:  # only points whose first coordinate is near are compared
-        some = order[slice(*np.searchsorted(east, [point[0] - radius, np.nextafter(point[0] + radius, np.inf)]))]
-        inside = ((database[some] - point) ** 2).sum(axis=1) <= radius**2
-        positives.append(np.sort(some[inside]))
-    return positives
+    near = KDTree(database).query_ball_point(queries, radius, return_sorted=True)
+    return [np.array(numbers, dtype=np.int64) for numbers in near]
 
 
 def _coordinates(path: Path) -> tuple[float, float]:
@@ -82,8 +78,17 @@ def _has_coordinates(folder: Path) -> bool:
 
 
 PLACES = Layout(
-    "database/ and queries/ (or both in images/test/) with files @EAST@NORTH@...jpg (UTM)",
-    lambda name, folder: bool(place_folders(folder)),
+    "places, with UTM coordinates",
+    {
+        "database/": lambda folder: any((root / "database").is_dir() for root in _roots(folder)),
+        "queries/ (or both in images/test/)": lambda folder: any(
+            (root / "queries").is_dir() for root in _roots(folder)
+        ),
+        "files @EAST@NORTH@...jpg": lambda folder: any(
+            _has_coordinates(root / part) for root in _roots(folder) for part in ("queries", "database")
+        ),
+    },
+    lambda folder: bool(place_folders(folder)),
     read_places,
     ("radius",),
 )

@@ -72,10 +72,19 @@ def read_ground_truth(name: str, path: Path) -> Dataset:
 
 
 REVISITOP = Layout(
-    "a file gnd_NAME.pkl and images in jpg/ (revisitop's)",
-    lambda name, folder: (folder / f"gnd_{name}.pkl").is_file(),
-    lambda name, folder: read_ground_truth(name, folder / f"gnd_{name}.pkl"),
+    "revisitop's",
+    {
+        "images in jpg/": lambda folder: (folder / "jpg").is_dir(),
+        "a file gnd_*.pkl": lambda folder: any(folder.glob("gnd_*.pkl")),
+        "its name gnd_NAME.pkl, NAME as that of the folder": lambda folder: _ground_truth_file(folder).is_file(),
+    },
+    lambda folder: _ground_truth_file(folder).is_file(),
+    lambda name, folder: read_ground_truth(name, _ground_truth_file(folder)),
 )
+
+
+def _ground_truth_file(folder: Path) -> Path:
+    return folder / f"gnd_{folder.name}.pkl"
 
 
 def load_distractor_list(folder: Path) -> tuple[str, ImageList]:

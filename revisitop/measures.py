@@ -26,6 +26,7 @@ class Measure(NamedTuple):
         ap: the average precision, a function of a query's ranks.
         at_k: the values at each k, a function of a query's ranks and the kappas.
         depth: number of results per query beyond which nothing counts; 0 if all count.
+        main_is_at_k: whether the published metric is the mean value at the first k, and not the mean average precision.
     """
 
     title: str
@@ -34,6 +35,12 @@ class Measure(NamedTuple):
     ap: Callable[[np.ndarray], float]
     at_k: Callable[[np.ndarray, Sequence[int]], np.ndarray]
     depth: int = 0
+    main_is_at_k: bool = False
+
+    @property
+    def main_title(self) -> str:
+        """The name of the metric by which results are compared, such as mAP, or recall@1 for places."""
+        return f"{self.at}@{self.kappas[0]}" if self.main_is_at_k else self.title
 
 
 def average_precision(ranks: np.ndarray) -> float:
@@ -122,4 +129,4 @@ RECALL = Measure("mAP", "recall", KAPPAS, average_precision, recall_at)
 CHALLENGE = Measure("mAP@100", "P", (1, 5, 10, 50, 100), partial(average_precision_at, last=LAST), precision_at, LAST)
 INSTANCES = Measure("mAP@1000", "recall", KAPPAS, partial(average_precision_at, last=1000), recall_at, 1000)
 # Only the recall of places is published; the mean average precision beside it is ours.
-PLACES = Measure("our mAP", "recall", (1, 5, 10, 20), average_precision, recall_of_all)
+PLACES = Measure("our mAP", "recall", (1, 5, 10, 20), average_precision, recall_of_all, main_is_at_k=True)

@@ -23,7 +23,7 @@ from revisitop import toy
 from revisitop.toy import seeded_checkpoint
 
 ROOT = Path(__file__).parents[1]
-DATA = Path(__file__).parent / "data"
+DATA = ROOT / "revisitop" / "reference"
 
 
 # Tests that share what takes long to prepare run in a single process each.
@@ -76,7 +76,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def reference() -> dict[str, np.ndarray]:
-    """Inputs and outputs of the paper's released code, see data/README.md."""
+    """Inputs and outputs of the paper's released code, see revisitop/reference/README.md."""
     with np.load(DATA / "reference.npz") as arrays:
         return dict(arrays)
 

@@ -5,17 +5,16 @@ It shows, without a GPU:
 - operations on tensors of different devices, which raise a RuntimeError as on a GPU;
 - copies to pinned memory whose values are used before they have arrived: until the host waits for the
   device, its tensor contains NaN (or the smallest integer);
-- every implicit synchronisation, with the line of the project that caused it;
 - results, which are computed by the CPU.
 
-It cannot show speed, memory, the rounding of GPU kernels, errors inside of kernels, errors that depend on
-several streams or devices (there is one of each), or a pinned source that is overwritten before it is sent.
+Copies arrive when the host waits for an event, for the device or for a blocking copy. It cannot show how often the
+host waits (benchmarks/gpu.py counts that), speed, memory, the rounding of GPU kernels, errors inside of kernels, errors
+that depend on several streams or devices (there is one of each), or a pinned source that is overwritten before it is
+sent.
 """
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,13 +23,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-ROOT = Path(__file__).parents[1]
 DEVICE = torch.device("cuda:0")
 TOTAL_BYTES = 16 << 30
-
-# How often each operation waits for the device: for the size of its result, or for a value.
-_ONCE = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive")
-_WAITS = dict.fromkeys((*_ONCE, "repeat_interleave", "equal"), 1) | {"bincount": 2}
 
 
 class OnDevice(Tensor):
@@ -70,15 +64,9 @@ class SimulatedDevice(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.reserved = self.allocated = 0
-        self._waits: list[str] = []
         self._sent: list[tuple[Tensor, Tensor]] = []  # (host, values) that have not arrived yet
         self._arrived = 0  # number of arrived copies
         self._pinned: dict[int, Any] = {}  # storages by address, kept so that addresses are not reused
-
-    def waits(self) -> list[str]:
-        """Returns where the host waited for the device since the last call: each operation, and its line."""
-        waits, self._waits = self._waits, []
-        return waits
 
     def arrive(self, upto: int | None = None) -> None:
         """Lets the first `upto` copies to the host arrive, or all."""
@@ -113,14 +101,12 @@ class SimulatedDevice(TorchDispatchMode):
         if name == "record_stream":
             return None
         if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
-            args = (args[0], self._indices(name, *args[:3]), *args[2:])
+            args = (args[0], self._indices(*args[:2]), *args[2:])
             leaves = tree_leaves((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if any(not isinstance(each, OnDevice) and each.ndim for each in tensors):
             shapes = [(str(each.device), tuple(each.shape)) for each in tensors]
             raise RuntimeError(f"Expected all tensors to be on the same device, {func} got {shapes}")
-        for _ in range(_WAITS.get(name, 0)):
-            self._wait(name)
         return self._run(func, args, kwargs)
 
     def _run(self, func: Any, args: tuple, kwargs: dict) -> Any:
@@ -149,30 +135,22 @@ class SimulatedDevice(TorchDispatchMode):
         if device is None or (device.type == "cuda") == isinstance(x, OnDevice):
             return self._run(torch.ops.aten._to_copy.default, (x,), options)
         if device.type == "cuda":
-            self._receive(x, non_blocking)
             return OnDevice(torch.ops.aten._to_copy.default(x, **options))
         values = torch.ops.aten._to_copy.default(x.held, **options)
         if not non_blocking:
-            self._wait("copy to the CPU")
+            self.arrive()
             return values
         return self._send(self.pin(torch.empty_like(values)), values)
 
     def _copy(self, to: Tensor, x: Tensor, non_blocking: bool = False) -> Tensor:
         if isinstance(to, OnDevice):
-            if not isinstance(x, OnDevice):
-                self._receive(x, non_blocking)
             to.held.copy_(_held(x))
         elif non_blocking and self._is_pinned(to):
             self._send(to, x.held.to(to.dtype, copy=True).expand(to.shape))
         else:
-            self._wait("copy to the CPU")
+            self.arrive()
             to.copy_(x.held)
         return to
-
-    def _receive(self, x: Tensor, non_blocking: bool) -> None:
-        """Copies to the device; the host waits unless the source is pinned and the copy is non-blocking."""
-        if not (non_blocking and self._is_pinned(x)):
-            self._wait("copy to the device")
 
     def _send(self, host: Tensor, values: Tensor) -> Tensor:
         if host.is_floating_point():
@@ -185,37 +163,15 @@ class SimulatedDevice(TorchDispatchMode):
     def _is_pinned(self, x: Tensor) -> bool:
         return not isinstance(x, OnDevice) and x.numel() > 0 and x.untyped_storage().data_ptr() in self._pinned
 
-    def _indices(self, name: str, x: Tensor, indices: list[Tensor | None], values: Tensor | None = None) -> list:
-        """Copies indices to the device; masks are counted, unless they only select where to set a value."""
-        if isinstance(x, OnDevice):
-            for number, index in enumerate(indices):
-                if index is not None and not isinstance(index, OnDevice):
-                    self._wait("copy to the device")
-                    indices = [*indices[:number], OnDevice(index), *indices[number + 1 :]]
-        if not (name != "index" and values is not None and values.numel() == 1 and len(indices) == 1):
-            for index in indices:
-                if index is not None and index.dtype in (torch.bool, torch.uint8):
-                    self._wait("index by a mask")
-        return indices
-
-    def _wait(self, what: str) -> None:
-        self.arrive()
-        self._waits.append(f"{what}, {_place()}")
+    def _indices(self, x: Tensor, indices: list[Tensor | None]) -> list:
+        """Copies indices to the device of the tensor, as CUDA does."""
+        move = isinstance(x, OnDevice)
+        return [OnDevice(each) if move and isinstance(each, Tensor) and not isinstance(each, OnDevice) else each
+                for each in indices]  # fmt: skip
 
 
 def _held(x: Any) -> Any:
     return x.held if isinstance(x, OnDevice) else x
-
-
-def _place() -> str:
-    """Returns the line of the innermost running function of the project, except tests."""
-    frame = sys._getframe(2)
-    while frame is not None:
-        path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] != "tests":
-            return f"{path.relative_to(ROOT)}:{frame.f_lineno}"
-        frame = frame.f_back
-    return "a test"
 
 
 @contextmanager

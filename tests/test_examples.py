@@ -64,9 +64,11 @@ def served(application, path):
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 def test_a_service_keeps_images_over_a_restart(site, monkeypatch, tmp_path):
@@ -89,4 +91,11 @@ def test_a_service_keeps_images_over_a_restart(site, monkeypatch, tmp_path):
             found = requests.post(f"{url}/search?rerank={rerank}", data=images[2], timeout=60).json()
             assert sorted(each["id"] for each in found) == [0, 10, 20, 40]
             assert [each["score"] for each in found] == sorted((each["score"] for each in found), reverse=True)
+        assert found[0]["id"] == 20  # the query itself; reranking averages all four, of which another may be nearer
+        assert found[0]["score"] == pytest.approx(1, abs=1e-5)
+        for body in (b"", b"no image", images[0][:100]):
+            for method, path in (("PUT", "images/7"), ("POST", "search")):
+                answer = requests.request(method, f"{url}/{path}", data=body, timeout=60)
+                assert answer.status_code == 400
+                assert "image" in answer.json()["detail"]
         assert len(requests.post(f"{url}/search?top=2", data=images[2], timeout=60).json()) == 2

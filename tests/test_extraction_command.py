@@ -66,18 +66,8 @@ def work(tmp_path):
 def whole(distractors, two_layers, tmp_path_factory):
     """The file of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
-    words = [
-        "--data-dir",
-        distractors,
-        "--out",
-        "feats.pth",
-        *two_layers,
-        "TEST.BATCH_SIZE",
-        1,
-        "DATA_LOADER.NUM_WORKERS",
-        2,
-    ]
-    assert Forked(ROOT / "extract_rop1m.py", words, folder).wait() == 0
+    words = ["--data-dir", distractors, "--out", "feats.pth", *two_layers, "TEST.BATCH_SIZE", 1]
+    assert Forked(ROOT / "extract_rop1m.py", [*words, "DATA_LOADER.NUM_WORKERS", 2], folder).wait() == 0
     return folder / "feats.pth"
 
 
@@ -191,22 +181,12 @@ def test_bad_arguments(command, arguments, words, noun):
     assert noun in outcome.err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("finished", [True, False])
-def test_rows_of_other_settings_are_neither_overwritten_nor_mixed(work, command, arguments, copied, finished):
-    if not finished:
-        copied.unlink()
-        run_until(arguments, work, 1)
+def test_rows_of_other_settings_are_neither_overwritten_nor_mixed(command, arguments, copied):
     outcome = command("extract_rop1m.py", *arguments, "SupG.gemp", "False")
     assert outcome.code == 2
     assert "gemp_p" in outcome.err
-    if finished:
-        sidecars(copied)[0].unlink()
-        assert command("extract_rop1m.py", *arguments).code == 2
-
-
-def test_starting_over_keeps_the_finished_file_until_there_is_a_new_one(work, arguments, whole, copied):
-    run_until([*arguments, "--no-resume"], work, 2)
-    assert same_bytes(copied, whole)
+    sidecars(copied)[0].unlink()
+    assert command("extract_rop1m.py", *arguments).code == 2
 
 
 def test_a_full_disk_is_reported_before_the_start(command, arguments, monkeypatch):
@@ -227,18 +207,10 @@ def evaluate(command, layout, tmp_path):
     saved.mkdir()
     np.save(saved / "roxford5k_query.npy", rows[:3])
     np.save(saved / "roxford5k_db.npy", rows[3:])
-    words = (
-        "TEST.FEATURES",
-        saved,
-        "TEST.DATA_DIR",
-        layout.data_dir,
-        "TEST.DATASET_LIST",
-        "roxford5k",
-        "SupG.onemeval",
-    )
+    words = ("TEST.FEATURES", saved, "TEST.DATA_DIR", layout.data_dir, "TEST.DATASET_LIST", "roxford5k")
 
     def run(*arguments):
-        return command("test.py", *words, *arguments)
+        return command("test.py", *words, "SupG.onemeval", *arguments)
 
     run.queries, run.rows = rows[:3], rows[3:]
     return run

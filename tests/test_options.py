@@ -208,9 +208,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_saved_descriptors_unchanged(comma
     ("script", "words", "noun"),
     [
         ("extract_rop1m.py", ("--depth", 101), "ResNet-50"),
-        ("tools/search.py", ("--depth", 101), "ResNet-50"),
         ("tools/search.py", ("--depth", 50, "MODEL.DEPTH", 101), "contradict"),
-        ("tools/search.py", ("TEST.WEIGHTS", "other"), "contradict"),
         ("extract_rop1m.py", ("MODEL.HEADS.REDUCTION_DIM", 512), "2048"),
         ("extract_rop1m.py", ("TEST.DEVICE", "cuda:99"), "TEST.DEVICE"),
     ],

@@ -1,6 +1,7 @@
 """Files of other programs are read, or refused with a line that helps; what we write is read by us and by them."""
 
 import csv
+import json
 import pickle
 
 import numpy as np
@@ -9,6 +10,7 @@ import scipy.io
 import torch
 from conftest import latest
 from drawn_descriptors import draw_descriptors
+from PIL import Image
 
 from extraction.arrays import read_arrays_of
 from model.errors import InputError
@@ -85,13 +87,6 @@ def test_a_file_of_another_kind_is_refused_with_what_is_accepted(tmp_path, conte
     path.write_bytes(content)
     with pytest.raises(InputError, match="HDF5"):
         load_rows(path)
-
-
-def test_nan_is_named_by_its_row(tmp_path):
-    rows = ROWS.copy()
-    rows[5, 2] = np.nan
-    with pytest.raises(InputError, match="row 5"):
-        unit_rows(load_rows(save(tmp_path / "x.npy", rows)), "x.npy")
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -245,17 +240,17 @@ def test_rerank_takes_and_writes_the_forms_of_others(exported, tmp_path, command
     folder = tmp_path / "reranked"
     folder.mkdir()
     ames = run / "ames_new"
-    words = (
-        "--queries",
-        ames / "superglobal_query_global.hdf5",
-        "--database",
-        ames / "superglobal_gallery_global.hdf5",
-    )
-    words = (*words, "SupG.rerank_m", 30, "TEST.EXPORT", "nn,ranks", "--out", folder / "x.npy")
+    files = [ames / f"superglobal_{kind}_global.hdf5" for kind in ("query", "gallery")]
+    words = ("--queries", files[0], "--database", files[1], "--out", folder / "x.npy")
+    words = (*words, "SupG.rerank_m", 30, "TEST.EXPORT", "nn,ranks,csv,ames,hloc")
     outcome = command("tools/rerank.py", *words)
     assert outcome.code == 0, outcome.err
     expected = np.load(run / "ranks_new_reranking.npy")
     assert (np.load(folder / "ranks_x_reranking.npy") == expected).all()
+    for form in ("ames_x/superglobal_gallery_global.hdf5", "ames_x/superglobal_query_global.hdf5"):
+        original = run / form.replace("_x", "_new")
+        np.testing.assert_array_equal(load_rows(folder / form), load_rows(original))
+    assert len(read_arrays_of(folder / "global-feats-x.h5").names) == 132
     outcome = command("tools/rerank.py", *words, "--ids", run / "nn_new_retrieval.pkl")
     assert outcome.code == 0, outcome.err
     assert (np.load(folder / "ranks_x_reranking.npy") == expected).all()
@@ -266,3 +261,27 @@ def test_exports_of_descriptors_are_refused_for_a_ranking(exported, command):
     outcome = command("test.py", *words, "TEST.FEATURES", run / "nn_new_retrieval.pkl", "TEST.EXPORT", "hloc")
     assert outcome.code == 2
     assert "TEST.EXPORT: hloc" in outcome.err
+
+
+def test_what_a_search_writes_is_read_back_to_the_bit(command, two_layers, tmp_path):
+    folder, rng = tmp_path / "shop", np.random.default_rng(0)
+    for name in (
+        "query/bag/1.jpg",
+        "query/hat/1.png",
+        *(f"gallery/{kind}/{n}.jpg" for kind in ("bag", "hat") for n in "234"),
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(folder / name)
+    words = ("--database", folder / "gallery", "--queries", folder / "query", *two_layers, "SupG.rerank_k", 2)
+    outcome = command("tools/search.py", *words, "--json", "TEST.EXPORT", "nn,ranks,csv,ames,hloc")
+    assert outcome.code == 0, outcome.err
+    run, dataset = latest(tmp_path / "work" / "output"), load_dataset("shop", tmp_path)
+    expected = [[each["file"] for each in query["results"]] for query in json.loads(outcome.out)["queries"]]
+    for form in ("nn_search_reranking.pkl", "ranks_search_reranking.npy", "predictions_search_reranking.csv"):
+        found = load_features(run / form, dataset)
+        assert [[dataset.names[number] for number in row] for row in found.ids.tolist()] == expected
+    saved = {path.stem: np.load(path) for path in (tmp_path / "work" / "output" / "descriptors").rglob("*.npy")}
+    for form in ("ames_search", "global-feats-search.h5"):
+        found = load_features(run / form, dataset)
+        np.testing.assert_array_equal(found.queries, saved["queries"])
+        np.testing.assert_array_equal(found.database, saved["database"])

@@ -1,13 +1,11 @@
-"""All code for GPUs on a simulated one: results equal the CPU's, and no batch of images waits for it."""
+"""All code for GPUs on a simulated one: results equal the CPU's."""
 
-import runpy
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
 from PIL import Image
 from simulated import DEVICE, OnDevice, SimulatedDevice, simulated_device
 from torch import Tensor, nn
@@ -75,22 +73,6 @@ def test_an_asynchronous_copy_arrives_when_its_event_is_waited_for(device):
     assert second.isnan().all()
     torch.cuda.synchronize()
     assert second.tolist() == [1, 2, 3]
-    assert device.waits() == []
-
-
-@pytest.mark.parametrize(
-    ("waits", "count"),
-    [
-        (lambda x: x.sum().item(), 1),
-        (lambda x: x[x > 1], 1),
-        (lambda x: torch.arange(3).to(x.device, non_blocking=True), 1),  # from pageable memory
-        (lambda x: torch.arange(3).pin_memory().to(x.device, non_blocking=True), 0),
-        (lambda x: x.masked_fill_(x > 1, 0), 0),
-    ],
-)
-def test_waits_for_the_device_are_counted(device, waits, count):
-    waits(torch.arange(3, device=DEVICE))
-    assert len(device.waits()) == count
 
 
 # ---- networks and poolings ----
@@ -175,12 +157,9 @@ def extracted(extractor, images: list[ImageFile], path, loading: Loading) -> np.
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("size", [1, 2, 5])
-def test_extraction_waits_for_no_batch_and_has_the_cpus_descriptors(device, extractor, images, tmp_path, workers, size):
+def test_extraction_has_the_cpus_descriptors(device, extractor, images, tmp_path, workers, size):
     expected = extracted(extractor, images, tmp_path / "cpu.npy", Loading(batch_size=size))
-    extractor.to(DEVICE)
-    device.waits()
-    rows = extracted(extractor, images, tmp_path / "gpu.npy", Loading(workers, True, size))
-    assert device.waits() == []
+    rows = extracted(extractor.to(DEVICE), images, tmp_path / "gpu.npy", Loading(workers, True, size))
     np.testing.assert_array_equal(rows, expected)
 
 
@@ -287,9 +266,7 @@ def test_cvnet_rerank_has_the_cpus_maps_and_scores(device, checkpoint_50, pair_n
     maps = random(4, 1024, 3, 4)
     expected = pair_network.score(pair_network.query_inputs(maps[:1]), maps[1:])
     network, maps = load_cvnet_rerank(checkpoint_50, 50, device=DEVICE), maps.to(DEVICE)
-    device.waits()
     scores = network.score(network.query_inputs(maps[:1]), maps[1:])
-    assert device.waits() == []
     torch.testing.assert_close(scores.cpu(), expected, **OTHER_ROUNDING)
     (_, expected_map), (_, found_map) = (
         next(FeatureMaps(each, {}, None, None, 0).of(images[:1])) for each in (pair_network, network)
@@ -307,16 +284,3 @@ def test_the_batch_of_keys_fits_the_device_even_if_maps_are_on_the_cpu(device):
     on_device = network.keys_per_batch(query.to(DEVICE), keys)
     assert on_device == network.keys_per_batch(query.to(DEVICE), keys.to(DEVICE))
     assert on_device > cvnet_rerank._BATCH_BYTES["cuda"] // cvnet_rerank._BATCH_BYTES["cpu"] * on_cpu / 8
-
-
-# ---- benchmarks ----
-
-
-def test_the_benchmark_of_reranking_runs_on_a_device(device, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    benchmark = runpy.run_path(str(ROOT / "benchmarks" / "rerank.py"))
-    on_cpu, on_device = (benchmark["problem"](3, 120, 16, 30, each) for each in (torch.device("cpu"), DEVICE))
-    for name in benchmark["RERANKERS"]:
-        expected = benchmark["ours"](name, *on_cpu, 4)()
-        assert torch.equal(benchmark["ours"](name, *on_device, 4)(), expected)
-        assert benchmark["baseline"](name, *on_device, 4).shape == expected.shape

@@ -12,7 +12,7 @@ too.
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +30,6 @@ from revisitop.dataset import Dataset
 from revisitop.published import published
 
 MARKS = {True: "✓", False: "✗", None: "–"}
-AGAIN = "; delete the folder and start python -m tools.download"
 
 
 class Finding(NamedTuple):
@@ -39,7 +38,7 @@ class Finding(NamedTuple):
     Attributes:
         ok: whether it is as it should be.
         text: the result in a line.
-        mistakes: the mistakes of tools.causes that a tick rules out.
+        mistakes: the mistakes of tools.causes that a tick rules out, or that a problem suggests.
     """
 
     ok: bool | None
@@ -119,54 +118,66 @@ def check_dataset(dataset: Dataset, decode: bool = False) -> Iterator[Finding]:
         yield Finding(True, f"all {count:,} images exist and {'can be decoded' if decode else 'are complete'}")
     if turned := sum(header.turned for header in headers.values()):
         yield Finding(None, f"{turned:,} images are turned by their EXIF orientation, as they are read here")
-    if boxed := [query for query in dataset.queries if query.box is not None]:
-        yield check_boxes(boxed, len(dataset.queries), headers, cropped=bool(known))
+    if known or any(query.box for query in dataset.queries):
+        yield check_boxes(dataset, headers, cropped=bool(known))
     if known:
-        yield check_sizes(headers.values(), known["longer_side"])
+        yield check_sizes(dataset, headers, known["longer_side"])
 
 
 def check_lists(dataset: Dataset, known: dict) -> Iterator[Finding]:
     """Yields the findings about the counts of a published dataset, and about its junk images."""
+    again = download_again(dataset, f"gnd_{dataset.name}.pkl")
     counts, expected = (len(dataset.queries), len(dataset.database)), (known["queries"], known["images"])
     words = f"{counts[0]} queries, {counts[1]:,} database images"
     if counts == expected:
         yield Finding(True, f"{words}, as published")
     else:
-        advice = f"replace the ground truth in {dataset.folder} by the original"
-        yield Finding(False, f"{words}, but {expected[0]} and {expected[1]:,} are published; {advice}")
+        yield Finding(False, f"{words}, but {expected[0]} and {expected[1]:,} are published; {again}")
     junk = sum(len(truth.kinds.get("junk", ())) for truth in dataset.ground_truth)
     if junk:
         yield Finding(True, f"{junk:,} junk images are listed, which are ignored", ("junk",))
     else:
         words = "no query lists junk images, so that they count as negatives"
-        yield Finding(False, f"{words}; replace the ground truth in {dataset.folder}", ("junk",))
+        yield Finding(False, f"{words}; {again}", ("junk",))
 
 
-def check_boxes(queries: Sequence[ImageFile], count: int, headers: dict[Path, Header], cropped: bool = True) -> Finding:
+def check_boxes(dataset: Dataset, headers: dict[Path, Header], cropped: bool = True) -> Finding:
     """Returns whether the boxes of queries lie within their images and, if they should, crop them."""
+    boxed = [query for query in dataset.queries if query.box]
     outside, whole = [], 0
-    for query in queries:
-        if (header := headers.get(query.path)) and query.box:
+    for query in boxed:
+        if header := headers.get(query.path):
             x0, y0, x1, y1 = query.box
             whole += x0 <= 1 and y0 <= 1 and x1 >= header.width - 1 and y1 >= header.height - 1
             if min(x0, y0) < -1 or x1 > header.width + 1 or y1 > header.height + 1:
                 outside.append(f"{query.path.name}, {header.width} x {header.height}")
     if outside:
-        words = f"{len(outside)} query boxes leave their images ({short_list(outside)})"
-        return Finding(False, f"{words}: these were resized or rotated{AGAIN}", ("EXIF", "resized"))
-    if whole == len(queries):
-        words = f"boxes: all {whole:,} are their whole images, so that no query is cropped"
-        return Finding(False if cropped else None, words, ("no crop",))
-    return Finding(True, f"boxes: {len(queries):,} of {count:,} queries have one, within its image", ("no crop",))
+        words = f"{len(outside)} query boxes leave their images ({short_list(outside)}), which were resized or rotated"
+        return Finding(False, f"{words}; {download_again(dataset)}", ("EXIF", "resized"))
+    if whole == len(boxed):
+        words = f"boxes: no query is cropped: {whole:,} have a box, which is the whole image"
+        if cropped:
+            again = download_again(dataset, f"gnd_{dataset.name}.pkl")
+            return Finding(False, f"{words}; {again}", ("no crop",))
+        return Finding(None, words)
+    return Finding(True, f"boxes: {len(boxed):,} of {len(dataset.queries):,} queries have one, within its image",
+                   ("no crop",))  # fmt: skip
 
 
-def check_sizes(headers: Iterable[Header], side: int) -> Finding:
+def check_sizes(dataset: Dataset, headers: dict[Path, Header], side: int) -> Finding:
     """Returns whether the sizes of images can be those of the originals, most of which have this longer side."""
-    sides = np.array([max(header.width, header.height) for header in headers])
+    sides = np.array([max(header.width, header.height) for header in headers.values()])
     shares = f"{(sides == side).mean():.0%} of the images have a longer side of {side}, {(sides > side).sum():,} more"
     if (sides > side).any() or (sides == side).mean() < 0.5:
-        return Finding(False, f"{shares}: not the original sizes{AGAIN}", ("resized",))
+        words = f"{shares}: these are not the original sizes"
+        return Finding(False, f"{words}; {download_again(dataset)}", ("resized",))
     return Finding(True, f"{shares}, as the originals have", ("resized",))
+
+
+def download_again(dataset: Dataset, name: str = "") -> str:
+    """Returns what to do to get a file of a published dataset again, or all of it."""
+    command = f"python -m tools.download {dataset.name} --data-dir {dataset.folder.parent}"
+    return f"delete {dataset.folder / name} and start {command}"
 
 
 def read_images(paths: Sequence[Path], decode: bool = False) -> tuple[dict[Path, Header], list[str]]:

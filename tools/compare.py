@@ -10,9 +10,8 @@ contains 0, other queries of the same kind might show the opposite. A page shows
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,11 @@ from extraction.files import read_array, read_json
 from model.errors import InputError, short_list
 from report.command import run_command
 from report.page import SHOWN, Page, Query, Section, labelled_hits, write_report
-from report.results import markdown, unique_names
-from revisitop.bootstrap import CONFIDENCE, Difference, paired_difference
+from report.results import OF_EACH_QUERY, PairedValues, markdown_table, paired_table, unique_names
+from revisitop.bootstrap import CONFIDENCE
 from revisitop.dataset import Dataset
 
 log = logging.getLogger(__name__)
-
-_NAMED = 5  # number of queries listed with the largest gains and losses
-_HEADING = ["dataset", "protocol", "A", "B", "B - A", f"{CONFIDENCE:.0%} interval", "better", "worse", "same", ""]
 
 
 @dataclass(frozen=True)
@@ -65,16 +61,23 @@ class Run:
             raise InputError(f"{self.folder}: {dataset} has no stage {self.wanted}; it has {', '.join(stages)}")
         return self.wanted or stages[-1]
 
-    def aps(self, dataset: str) -> dict[str, dict[str, float]]:
-        """Returns the AP of each query, in percent, by protocol and name."""
+    def protocols(self, dataset: str) -> dict[str, dict[str, Any]]:
+        """Returns the metrics in percent by protocol."""
         values = self.datasets[dataset][self.stage(dataset)]
-        return {name: each["AP"] for name, each in values.items() if isinstance(each, dict) and "AP" in each}
+        return {name: each for name, each in values.items() if isinstance(each, dict) and "AP" in each}
 
-    def at_k(self, dataset: str, protocol: str) -> str:
-        """Returns the values at k in percent as text: mP@1 90.00, mP@5 85.50."""
-        values = self.datasets[dataset][self.stage(dataset)][protocol]
-        found = {key: value for key, value in values.items() if "@" in key and key.partition("@")[0] != "mAP"}
-        return ", ".join(f"{key} {value:.2f}" for key, value in found.items() if isinstance(value, float))
+    def main_values(self, dataset: str, protocol: str) -> tuple[str, dict[str, float]]:
+        """Returns the name of the main metric, and its value for each query in percent by name."""
+        metrics = self.protocols(dataset)[protocol]
+        for key in metrics:
+            if key.endswith(OF_EACH_QUERY):
+                return key.removesuffix(OF_EACH_QUERY), metrics[key]
+        return next(key for key in metrics if key.startswith("mAP")), metrics["AP"]
+
+    def in_words(self, dataset: str, protocol: str) -> str:
+        """Returns the metrics in percent as text: mAP 81.00, mP@1 90.00, mP@5 85.50."""
+        values = self.protocols(dataset)[protocol].items()
+        return ", ".join(f"{key} {value:.2f}" for key, value in values if isinstance(value, float))
 
     def ids(self, dataset: str) -> np.ndarray:
         """Returns the first results, (Q, R). Raises InputError if they are not saved."""
@@ -83,43 +86,6 @@ class Run:
         if ids.ndim != 2:
             raise InputError(f"{path} has no rankings (Q, R), but the shape {ids.shape}")
         return ids
-
-
-@dataclass(frozen=True)
-class QueryPairs:
-    """The AP of the same queries in two runs, by one protocol.
-
-    Attributes:
-        dataset, protocol: their names.
-        names: the names of the queries.
-        a, b: (Q,), between 0 and 1; NaN for a query without AP in this protocol.
-    """
-
-    dataset: str
-    protocol: str
-    names: list[str]
-    a: np.ndarray
-    b: np.ndarray
-
-    @cached_property
-    def difference(self) -> Difference:
-        return paired_difference(self.a, self.b)
-
-    def cells(self) -> list[str]:
-        mean, low, high = (f"{100 * each:+.2f}" for each in self.difference[:3])
-        changes = self.b - self.a
-        counts = [(changes > 0).sum(), (changes < 0).sum(), (changes == 0).sum()]
-        means = [f"{100 * np.nanmean(each):.2f}" for each in (self.a, self.b)]
-        words = "may be chance" if self.difference.is_within_chance else ""
-        return [self.dataset, self.protocol, *means, mean, f"{low} to {high}", *map(str, counts), words]
-
-    def largest(self) -> Iterator[str]:
-        """Yields a line with the largest gains, and one with the largest losses."""
-        changes = np.nan_to_num(self.b - self.a)
-        order = np.argsort(-changes, kind="stable")
-        for word, numbers in (("better", order[changes[order] > 0]), ("worse", order[::-1][changes[order[::-1]] < 0])):
-            if listed := ", ".join(f"{self.names[i]} {100 * changes[i]:+.1f}" for i in numbers[:_NAMED]):
-                yield f"{self.dataset}, {self.protocol}, {word} most: {listed}"
 
 
 def main(argv: list[str]) -> None:
@@ -142,15 +108,14 @@ def main(argv: list[str]) -> None:
         log.info("%s: %s", key, values)
 
     results = {name: compare(a, b, name) for name in names}
-    for cells in (_HEADING, ["---"] * len(_HEADING), *(pairs.cells() for name in names for pairs in results[name])):
-        print(markdown(cells), flush=True)
-    for text in (text for name in names for pairs in results[name] for text in pairs.largest()):
-        log.info("%s", text)
-    for pairs in (each for name in names for each in results[name]):
+    every = [pairs for name in names for pairs in results[name]]
+    print("\n".join(markdown_table(paired_table(every))), flush=True)
+    for pairs in every:
+        for text in pairs.largest():
+            log.info("%s", text)
         for run in (a, b):
-            log.info(
-                "%s, %s, %s: %s", pairs.dataset, pairs.protocol, run.letter, run.at_k(pairs.dataset, pairs.protocol)
-            )
+            name, protocol = pairs.dataset, pairs.protocol
+            log.info("%s, %s, %s: %s", name, protocol, run.letter, run.in_words(name, protocol))
 
     before = {f"TEST.{key}": value for key, value in a.content.get("config", {}).get("TEST", {}).items()}
     cfg = varied(cfg, {key: before[key] for key in DATASET if key in before and key not in given})
@@ -192,22 +157,25 @@ def is_stage(value: Any) -> bool:
     return isinstance(value, dict) and "seconds" in value
 
 
-def compare(a: Run, b: Run, name: str) -> list[QueryPairs]:
+def compare(a: Run, b: Run, name: str) -> list[PairedValues]:
     """Compares the protocols that both runs have.
 
     Raises:
         InputError: if the queries differ.
     """
-    aps_a, aps_b = a.aps(name), b.aps(name)
+    protocols = [run.protocols(name) for run in (a, b)]
     compared = []
-    for protocol in (each for each in aps_a if each in aps_b):
-        names = list(aps_a[protocol])
-        if odd := sorted({*names} ^ aps_b[protocol].keys()):
+    for protocol in (each for each in protocols[0] if each in protocols[1]):
+        (metric, values_a), (other, values_b) = (run.main_values(name, protocol) for run in (a, b))
+        if metric != other:
+            continue
+        names = list(values_a)
+        if odd := sorted({*names} ^ values_b.keys()):
             raise InputError(f"the queries of {name} differ between the runs: {short_list(odd)} only in one")
-        values = (np.array([of[protocol][each] for each in names], dtype=float) / 100 for of in (aps_a, aps_b))
-        compared.append(QueryPairs(name, protocol, names, *values))
+        values = (np.array([of[each] for each in names], dtype=float) / 100 for of in (values_a, values_b))
+        compared.append(PairedValues(name, protocol, metric, names, *values))
     if not compared:
-        raise InputError(f"{name} was evaluated by different protocols: {', '.join(aps_a)} and {', '.join(aps_b)}")
+        raise InputError(f"{name} was evaluated by different protocols: {' and '.join(map(', '.join, protocols))}")
     return compared
 
 
@@ -224,7 +192,7 @@ def differing_options(a: Run, b: Run) -> dict[str, str]:
     return {key: f"A {value(a, key)}, B {value(b, key)}" for key in keys}
 
 
-def section(a: Run, b: Run, dataset: Dataset, results: Sequence[QueryPairs]) -> Section:
+def section(a: Run, b: Run, dataset: Dataset, results: Sequence[PairedValues]) -> Section:
     """Returns the section of a dataset: its queries with the results of both runs, largest changes first.
 
     Raises:
@@ -242,14 +210,14 @@ def section(a: Run, b: Run, dataset: Dataset, results: Sequence[QueryPairs]) -> 
             letter: [*labelled_hits(dataset, number, each[number, :SHOWN].tolist()).values()]
             for letter, each in ids.items()
         }
-        aps = {letter: float(ap) for letter, ap in zip("AB", pairs[query], strict=True) if not math.isnan(ap)}
-        queries.append(Query(query, image, rankings, aps))
+        values = {letter: float(each) for letter, each in zip("AB", pairs[query], strict=True) if not math.isnan(each)}
+        queries.append(Query(query, image, rankings, values))
     queries.sort(key=lambda query: max(map(abs, query.changes.values()), default=-1), reverse=True)
     lines = [f"{each.protocol}: {each.difference}" for each in results]
     note = f"B - A in percentage points, with the {CONFIDENCE:.0%} interval: {'; '.join(lines)}."
-    order = f"The queries whose AP ({shown.protocol}) differs most come first."
+    order = f"The queries whose {shown.metric} ({shown.protocol}) differs most come first."
     headings = {run.letter: f"{run.letter}: {run.stage(name)} of {run.folder.name}" for run in (a, b)}
-    return Section(name, queries, order, note=note, headings=headings)
+    return Section(name, queries, order, note=note, headings=headings, value=shown.metric.replace("mAP", "AP"))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from report.drawing import MatchDrawing, draw_match, jpeg_uri, read_thumbnail
 from report.output import Output
 from report.page import SHOWN, Hit, candidates_of, first_hits
 from revisitop.dataset import Dataset
-from revisitop.evaluate import evaluate, query_aps
+from revisitop.evaluate import evaluate, query_values
 from revisitop.retrieve import Ranking, rerank, retrieve
 from tools.search import extract_folders
 
@@ -139,7 +139,7 @@ class Gallery:
             return self.query(0)
         before = retrieve(queries, self.database, self.largest_m, self.dataset.listed[:QUERIES_SHOWN])
         after = rerank(before, reranker, queries, self.database)
-        lost, gained = (query_aps(evaluate(each, truth, self.dataset.protocols)) for each in (before, after))
+        lost, gained = (query_values(evaluate(each, truth, self.dataset.protocols)) for each in (before, after))
         return self.query(int(np.argmax(np.nan_to_num(gained - lost, nan=-1))))
 
 

@@ -9,6 +9,7 @@ are resumed, and an archive is deleted once its images are unpacked.
 
 import argparse
 import gzip
+import hashlib
 import os
 import shutil
 import sys
@@ -57,10 +58,6 @@ HELP = f"""items:
   features     revisitop's example descriptors, for TEST.FEATURES: DATA_DIR/*.mat
   weights      WEIGHTS_DIR/{PUBLISHED[50]} and {PUBLISHED[101]}
 
---mirror URL: each file is requested from URL first, with the same path as on its own host, which is the fallback:
-{CMP}/{FEATURES[0]}
-is requested as URL/{FEATURES[0]}
-
 Files and archives from other sources are used, too, if they are in the folder of the item.
 Exit codes: 0 if everything is complete; 2 if something is missing, with a line that says what to do."""
 
@@ -92,6 +89,11 @@ class Item:
         packed = self.packed()
         return missing + (packed if packed and (missing or self.bad_images()) else [])
 
+    def by_hand(self) -> str:
+        """Returns the addresses of what is to be downloaded, and where it belongs, in a line."""
+        files = [f"{file.hosts[0]}/{file.path} as {file.target}" for file in self.needed() if not file.target.exists()]
+        return f"get {short_list(files)}{self.advice}"
+
     def get(self, fetcher: Fetcher) -> list[str]:
         """Verifies, downloads and unpacks what is needed, and returns why it is not complete, a line each."""
         try:
@@ -102,6 +104,8 @@ class Item:
                 if problems := self.fetch(fetcher, packed):
                     return problems
                 bad = self.bad_images()
+        except ConnectionError as error:
+            return [f"{error}; {self.by_hand()}"]
         except (InputError, OSError) as error:
             return [str(error)]
         lists = " and ".join(dict.fromkeys(str(file.folder / UNPACKED) for file in self.archives))
@@ -145,14 +149,10 @@ class Download:
     Attributes:
         needed: whether anything is missing.
         size: the number of bytes to download, as far as the hosts tell it.
-
-    Raises:
-        InputError: if no host can be reached, or this Python cannot unpack archives safely.
+        offline: whether no host can be reached.
     """
 
     def __init__(self, items: Sequence[Item], mirror: str | None = None):
-        if not hasattr(tarfile, "data_filter"):
-            raise InputError("this Python cannot unpack archives safely; update it to 3.10.12, 3.11.4, 3.12 or later")
         self.items, self.fetcher, self.needed, self.size = items, Fetcher(mirror), False, 0
         for item in items:
             try:
@@ -161,25 +161,22 @@ class Download:
                 sizes = [self.fetcher.size(file) for file in tqdm(files, f"sizes of {item.name}", leave=False)]
             except (InputError, OSError):  # which is reported when the item is downloaded
                 self.needed = True
-                if self.fetcher.offline:
-                    host, reason = next(iter(self.fetcher.unreachable.items()))
-                    raise InputError(f"you seem to be offline: no connection to {host} ({reason})") from None
                 continue
             self.needed, size = self.needed or bool(needed), sum(filter(None, sizes))
             self.size += size
             unknown = f", {sizes.count(None)} of unknown size" if None in sizes else ""
             print(f"{item.name}: {len(files)} files, {size / 1e9:,.3f} GB{unknown}")
-        print(f"to download: {self.size / 1e9:,.3f} GB")
+        self.offline = self.fetcher.offline
+        if self.needed and not self.offline:
+            print(f"to download: {self.size / 1e9:,.3f} GB")
 
-    def get(self) -> list[str]:
-        """Downloads the items, prints what each is missing, and returns the names of those that are not complete."""
-        incomplete = []
+    def get(self) -> dict[str, str]:
+        """Downloads the items, prints what each is missing, and returns it for those that are not complete."""
+        incomplete = {}
         for item in self.items:
-            problems = item.get(self.fetcher)
-            for problem in problems:
-                print(f"{item.name}: {problem}", file=sys.stderr)
-            if problems:
-                incomplete.append(item.name)
+            if problems := item.get(self.fetcher):
+                incomplete[item.name] = "; ".join(problems)
+                print(*(f"{item.name}: {problem}" for problem in problems), sep="\n", file=sys.stderr)
             else:
                 print(f"{item.name} is complete")
         return incomplete
@@ -195,7 +192,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--data-dir", type=Path, default="revisitop", metavar="DIR", help="folder of the datasets [./revisitop]")
     add("--weights-dir", type=Path, default="weights", metavar="DIR", help="folder of the checkpoints [./weights]")
     add("--all-test-images", action="store_true", help="of gldv2, keep all 117,577 test images, not only the queries")
-    add("--mirror", type=http_address, metavar="URL", help="a mirror to try first; see below")
+    add("--mirror", type=http_address, metavar="URL", help="try URL/PATH first for each https://HOST/PATH")
     return parser.parse_args(argv)
 
 
@@ -210,10 +207,12 @@ def http_address(text: str) -> str:
     return text.rstrip("/")
 
 
-def make_item(name: str, data_dir: Path, weights_dir: Path, all_tests: bool = False) -> Item:
+def make_item(
+    name: str, data_dir: Path, weights_dir: Path, all_tests: bool = False, depths: Iterable[int] = tuple(WEIGHTS)
+) -> Item:
     """Returns an item: the addresses of its files, their folders, and how they are checked."""
     if name == "weights":
-        return weights(weights_dir)
+        return weights(weights_dir, depths)
     if name == "features":
         return Item(name, [File((CMP, PTAK), path, data_dir, read_mat) for path in FEATURES])
     folder = dataset_folder(data_dir, name) or data_dir / name
@@ -239,27 +238,26 @@ def make_item(name: str, data_dir: Path, weights_dir: Path, all_tests: bool = Fa
 
 def landmarks(folder: Path, all_tests: bool) -> Item:
     """Returns Google Landmarks v2; of its test images, only the queries are kept unless `all_tests`."""
-    archives = []
+    files, archives = [File(S3, f"google-landmark/{path}", folder) for path in LANDMARK_LISTS], []
     for kind, count in LANDMARK_ARCHIVES.items():
         lists = folder if kind == "test" and not all_tests else None
-        check = partial(unpack, folder / kind, mode="r:", queries_of=lists)
         for name in (f"images_{n:03}" for n in range(count)):
-            md5 = File(S3, f"google-landmark/md5sum/{kind}/md5.{name}.txt", folder / kind)
-            archives.append(File(S3, f"google-landmark/{kind}/{name}.tar", folder / kind, check, md5))
-    files = [File(S3, f"google-landmark/{path}", folder) for path in LANDMARK_LISTS]
+            files.append(md5 := File(S3, f"google-landmark/md5sum/{kind}/md5.{name}.txt", folder / kind))
+            check = partial(unpack, folder / kind, mode="r:", md5=md5.target, queries_of=lists)
+            archives.append(File(S3, f"google-landmark/{kind}/{name}.tar", folder / kind, check))
     return Item("gldv2", files, archives, lambda: absent(read_csv_dataset("gldv2", folder).images()))
 
 
-def weights(folder: Path) -> Item:
+def weights(folder: Path, depths: Iterable[int]) -> Item:
     """Returns the checkpoints of which the folder has none, under any name."""
     files = []
-    for depth, name in WEIGHTS.items():
+    for depth in depths:
         try:
             find_checkpoint(folder, depth)
         except InputError:
-            path, check = f"personal/sumapave/public/ames/networks/{name}", partial(check_checkpoint, depth)
+            path, check = f"personal/sumapave/public/ames/networks/{WEIGHTS[depth]}", partial(read_checkpoint, depth)
             files.append(File((PTAK,), path, folder, check, name=PUBLISHED[depth]))
-    advice = f"; get it from the drive folder linked in weights/README.md and put it into {folder}"
+    advice = f", or from the drive folder linked in weights/README.md, and put it into {folder}"
     return Item("weights", files, advice=advice)
 
 
@@ -274,11 +272,11 @@ def check_list(path: Path) -> None:
         raise InputError(f"{path} is not a list of images")
 
 
-def check_checkpoint(depth: int, path: Path) -> None:
-    """Raises InputError if the file does not load strictly into the encoder of this depth."""
+def read_checkpoint(depth: int, path: Path) -> ResNet:
+    """Returns the encoder of this depth. Raises InputError if the file does not load strictly into it."""
     with torch.device("meta"):
         encoder = ResNet(depth)
-    load_encoder(encoder, path)
+    return load_encoder(encoder, path)
 
 
 def absent(images: Iterable[ImageFile]) -> list[str]:
@@ -287,22 +285,42 @@ def absent(images: Iterable[ImageFile]) -> list[str]:
     return [f"{image.path}: no such file" for image in bar if not image.path.is_file()]
 
 
+def file_md5(path: Path) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 # What damaged archives raise; the last three if a member is both a file and a folder.
 DAMAGED = (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, ValueError)
 DAMAGED += (FileExistsError, IsADirectoryError, NotADirectoryError)
 
 
-def unpack(into: Path, archive: Path, mode: str = "r:gz", flat: bool = False, queries_of: Path | None = None) -> None:
+def unpack(
+    into: Path,
+    archive: Path,
+    mode: str = "r:gz",
+    flat: bool = False,
+    md5: Path | None = None,
+    queries_of: Path | None = None,
+) -> None:
     """Unpacks the files of an archive into a folder, without links; nothing at all if the archive is damaged.
 
     Args:
         mode: "r:gz" for .tar.gz, "r:" for .tar.
         flat: whether to leave out the folders in the archive.
+        md5: a file that begins with the MD5 of the archive.
         queries_of: a folder with the lists of gldv2, to unpack only its queries.
 
     Raises:
-        InputError: if it is damaged, or a file would be outside the folder.
+        InputError: if it is damaged, or a file would be outside the folder, or this Python cannot unpack safely.
     """
+    if not hasattr(tarfile, "data_filter"):
+        raise InputError("this Python cannot unpack archives safely; update it to 3.10.12, 3.11.4, 3.12 or later")
+    if md5 is not None and not md5.read_text().lower().startswith(file_md5(archive)):
+        raise InputError(f"{archive} does not have the MD5 in {md5}")
     queries = queries_of and {f"{name}.jpg" for name in read_csv_dataset("gldv2", queries_of).query_names}
 
     def image(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo | None:

@@ -84,7 +84,7 @@ class Outcome:
 def main(argv: list[str]) -> None:
     args, cfg, given = parse(argv)
     session = start_session(cfg, sys.stderr)
-    download(args, cfg)
+    missing = download(args, cfg)
     log.info("verifying the machine, the data and the weights")
     findings = verify(cfg)
     for finding in findings:
@@ -92,11 +92,18 @@ def main(argv: list[str]) -> None:
     outcomes = []
     for million in (False, True) if args.million else (False,):
         for depth in args.depth or list(STAGE_DEPTHS):
-            problem = extract_million(cfg, given, depth) if million else ""
+            problem = missing.get("revisitop1m", "") or extract_million(cfg, given, depth) if million else ""
             for name in cfg.TEST.DATASET_LIST:
-                part = Part(depth, name, million)
-                outcomes.append(Outcome(part, problem=problem) if problem else run_part(part, cfg, session))
-    lines = [*table(outcomes), "", *conditions(session, findings), "", *explanation(outcomes, cfg, findings)]
+                part, why = Part(depth, name, million), missing.get(name, "") or problem
+                outcomes.append(Outcome(part, problem=why) if why else run_part(part, cfg, session))
+    lines = [
+        *table(outcomes),
+        *failures(outcomes),
+        "",
+        *conditions(session, findings),
+        "",
+        *explanation(outcomes, cfg, findings),
+    ]
     text, run = "\n".join([*lines, ""]), session.output.new_run("reproduce")
     (run / "reproduce.md").write_text(text, encoding="utf-8")
     session.output.publish(run)
@@ -119,20 +126,18 @@ def parse(argv: list[str]) -> Parsed:
     return line.parse(argv)
 
 
-def download(args: argparse.Namespace, cfg: CfgNode) -> None:
-    """Downloads what is missing after a question; a download that fails is reported, and its parts fail later."""
+def download(args: argparse.Namespace, cfg: CfgNode) -> dict[str, str]:
+    """Downloads what is missing after a question, and returns why each item is not complete, if it is not."""
     data, weights = Path(cfg.TEST.DATA_DIR), weights_folder(cfg)
     names = [name for name in cfg.TEST.DATASET_LIST if name in published()["datasets"]]
     names += ["features"] if names else []
     names += ["weights"] * (not weights.is_file()) + ["revisitop1m"] * args.million
-    try:
-        wanted = Download([make_item(name, data, weights) for name in names], args.mirror)
-        if not wanted.needed or (
-            args.yes or confirmed(f"download {wanted.size / 1e9:,.1f} GB to {data} and {weights}?")
-        ):
-            wanted.get()
-    except (InputError, OSError) as error:
-        log.info("download: %s", error)
+    depths = args.depth or STAGE_DEPTHS
+    plan = Download([make_item(name, data, weights, depths=depths) for name in names], args.mirror)
+    if not plan.needed:
+        return {}
+    agreed = plan.offline or args.yes or confirmed(f"download {plan.size / 1e9:,.1f} GB to {data} and {weights}?")
+    return plan.get() if agreed else {}
 
 
 def confirmed(question: str) -> bool:
@@ -201,7 +206,7 @@ def table(outcomes: Sequence[Outcome]) -> Iterator[str]:
         depth, name, million = outcome.part
         first = [f"ResNet-{depth}", name]
         if outcome.problem:
-            yield markdown([*first, "+1M" * million, *[""] * (len(heading) - 3), f"failed: {outcome.problem}", ""])
+            yield markdown([*first, "+1M" * million, *[""] * (len(heading) - 3), "failed, see below", ""])
         for stage, maps in outcome.maps.items():
             differences = outcome.differences(stage)
             cells = [*first, f"{stage}{', +1M' * million}", f"{maps.get('E', float('nan')):.2f}"]
@@ -213,13 +218,21 @@ def table(outcomes: Sequence[Outcome]) -> Iterator[str]:
             yield markdown([*cells, verdict, f"{outcome.hours:.2f}"])
 
 
+def failures(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """Yields why parts failed: a line for each reason, after an empty one."""
+    reasons = dict.fromkeys(outcome.problem for outcome in outcomes if outcome.problem)
+    yield from [""] * bool(reasons)
+    for reason in reasons:
+        yield f"- {', '.join(str(outcome.part) for outcome in outcomes if outcome.problem == reason)}: {reason}"
+
+
 def conditions(session: Session, findings: Sequence[Finding]) -> Iterator[str]:
     """Yields date, device, versions, options and checkpoints of the results."""
     head = session.head
     yield f"{head['date']}, {head['device']}; {', '.join(f'{key} {value}' for key, value in head['versions'].items())}"
     yield f"`{head['command']}`"
     yield "Hours are those of extraction and search, of all runs together; published: " + published()["source"] + "."
-    yield from (f"- {finding}" for finding in findings if finding.ok is False or "SHA-256" in finding.text)
+    yield from (f"- {finding.text}" for finding in findings if "SHA-256" in finding.text)
 
 
 def explanation(outcomes: Sequence[Outcome], cfg: CfgNode, findings: Sequence[Finding]) -> Iterator[str]:
@@ -238,16 +251,17 @@ def explanation(outcomes: Sequence[Outcome], cfg: CfgNode, findings: Sequence[Fi
     yield from (f"- {key} is {as_typed(used[key])}, in the paper {as_typed(usual[key])}" for key in changed)
     yield from (f"- {finding.text}" for finding in findings if finding.ok is False)
     for what in ("depth", "dataset"):
-        own, every = ({getattr(each.part, what) for each in group} for group in (different, results))
-        if len(own) == 1 < len(every):
-            (value,) = own
+        affected, every = ({getattr(each.part, what) for each in group} for group in (different, results))
+        if len(affected) == 1 < len(every):
+            (value,) = affected
             yield f"- only {value} differs: {'its checkpoint' if what == 'depth' else 'its images or ground truth'}"
-    ticks = {mistake for finding in findings if finding.ok for mistake in finding.mistakes}
-    ticks -= {mistake for finding in findings if finding.ok is False for mistake in finding.mistakes}
+    wrong = {mistake for finding in findings if finding.ok is False for mistake in finding.mistakes}
+    ticks = {mistake for finding in findings if finding.ok for mistake in finding.mistakes} - wrong
     ticks |= {name for name, mistake in MISTAKES.items() if mistake.option and mistake.option not in changed}
     fitting = causes([(outcome.part.dataset, outcome.pattern) for outcome in results])
-    possible = [name for name in fitting if name not in ticks][:NAMED_CAUSES]
-    yield from (f"- {MISTAKES[name].words} (fits the signs of the differences)" for name in possible)
+    possible = sorted((name for name in fitting if name not in ticks), key=lambda name: name not in wrong)
+    for name in possible[:NAMED_CAUSES]:
+        yield f"- {MISTAKES[name].words} (fits {'a check and ' * (name in wrong)}the signs of the differences)"
     excluded = "; ".join(MISTAKES[name].words for name in fitting[:NAMED_CAUSES] if name in ticks)
     if excluded:
         yield f"- the signs would also fit, but options and tools.verify rule it out here: {excluded}"

@@ -48,6 +48,8 @@ def main(argv: list[str]) -> None:
         raise InputError(f"--reranker takes one of {', '.join(names)} or none; cvnet needs images (test.py has it)")
     if args.out.suffix != ".npy":
         raise InputError(f"--out {args.out} must end in .npy: the order is written in NumPy's format")
+    if not args.out.parent.is_dir():
+        raise InputError(f"--out {args.out}: there is no folder {args.out.parent}")
     if args.ids is not None and cfg.TEST.INDEX:
         raise InputError("--ids are the results of an index: leave TEST.INDEX out")
     with option("TEST.EXPORT"):
@@ -79,7 +81,8 @@ def main(argv: list[str]) -> None:
     with option("TEST.EXPORT"):
         names = Names(*([str(number) for number in range(len(each))] for each in (queries, rows)))
         write_rankings(args.out.parent, cfg.TEST.EXPORT, args.out.stem, {"reranking": ranking}, names)
-        write_descriptors(args.out.parent, cfg.TEST.EXPORT, args.out.stem, queries, database, names)
+        files = Names(*([f"{part}/{name}" for name in each] for part, each in zip(names._fields, names, strict=True)))
+        write_descriptors(args.out.parent, cfg.TEST.EXPORT, args.out.stem, queries, database, files)
     shape = (len(queries), min(SAVED_RANKS, ranking.ids.shape[1]), len(rows))
     log.info("%s: %d queries, the first %d of %d rows each", args.out, *shape)
 

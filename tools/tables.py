@@ -19,39 +19,35 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from yacs.config import CfgNode
 
 from assembly import (
     RERANKERS,
-    Experiment,
     Session,
+    Variant,
     find_dataset,
-    make_recipe,
     make_stages,
     network_title,
     prepare,
+    prepare_variants,
+    rankings_of,
     start_session,
 )
-from config import CommandLine, Parsed, active_rerankers, make_config, varied
+from config import FUSION, INDEX, NETWORK, RERANKING, CommandLine, Parsed, active_rerankers, as_words, varied
 from cvnet_rerank.pair_scores import map_bytes
 from model.cvnet import STAGE_DEPTHS
-from model.device import PeakMemory
 from model.errors import InputError
-from modules.reranking import SuperGlobalReranker
 from modules.search import Database
 from report.command import run_command
 from report.results import at_k_in_words, markdown
 from revisitop import toy
-from revisitop.evaluate import Metrics, evaluate
+from revisitop.evaluate import Metrics
 from revisitop.index import FaissDatabase
 from revisitop.protocols import REVISITED_PROTOCOLS, Protocol
 from revisitop.published import find_figures, nearest_reproduction, published
-from revisitop.retrieve import Ranking
-from revisitop.stages import Reranked, Stage
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +84,7 @@ class Row:
     def cells(self, with_costs: bool, with_reproductions: bool = False) -> list[str]:
         cells = [self.network, self.dataset, self.setting]
         for protocol in self.protocols:
-            value = 100 * self.metrics[protocol.name].map if self.metrics else math.nan
+            value = 100 * self.metrics[protocol.name].main if self.metrics else math.nan
             cells.append("" if math.isnan(value) else f"{value:.2f}")
             if protocol.name in PUBLISHED and not with_costs:
                 known = (self.published or {}).get(protocol.name)
@@ -98,44 +94,32 @@ class Row:
                     cells.append(f"{self.reproduced[protocol.name]:.2f}" if protocol.name in self.reproduced else "")
         if with_costs:
             cells += self.costs or [""] * len(COSTS)
-        values = [at_k_in_words(self.metrics[each.name]) if self.metrics else "" for each in self.protocols]
-        return [*cells, *values, self.note]
-
-
-class Variant(NamedTuple):
-    """A row with reranking.
-
-    Attributes:
-        title: the title of its stage.
-        words: what distinguishes it from the other rows of the table.
-        stage: the stage that reranks.
-        bytes_kept: bytes per image beside its descriptor.
-    """
-
-    title: str
-    words: str
-    stage: Stage
-    bytes_kept: int = 0
+        for protocol in self.protocols:
+            values = at_k_in_words(self.metrics[protocol.name]).split() if self.metrics else []
+            larger = ["-"] * (len(protocol.measure.kappas) - len(values)) if values else []  # k above the database
+            cells.append(" ".join([*values, *larger]))
+        return [*cells, self.note]
 
 
 class RowGroup(NamedTuple):
-    """Rows with the same network and descriptors.
+    """Rows with the same network and descriptors: retrieval, and reranking with different options.
 
     Attributes:
         cfg: the options of these rows.
         words: what distinguishes the network from the others of the table.
-        variants: returns the rows with reranking for an experiment.
+        variants: returns the options of each row with reranking, by what distinguishes it from the others.
     """
 
     cfg: CfgNode
     words: str
-    variants: Callable[[Experiment], list[Variant]]
+    variants: Callable[[CfgNode], dict[str, CfgNode]]
 
 
 def main(argv: list[str]) -> None:
     args, cfg, _ = parse(argv)
     kind, session = TABLES[args.task], start_session(cfg, sys.stderr)
     output, lines, missing, run = session.output, [], 0, None
+    revisited = [name for figures in published()["figures"] for name in figures]
 
     def say(*new: str) -> None:
         if session.first:
@@ -145,7 +129,9 @@ def main(argv: list[str]) -> None:
     for protocols, names in by_protocols(cfg).items():  # a table per kind of dataset
         say(*[""] * bool(lines), *heading(protocols, kind.costs, args.reproductions))
         for group in kind.groups(cfg, args.depth or list(STAGE_DEPTHS)):
-            for row in (row for name in names for row in rows(group, name, protocols, session)):
+            # The distractors are those of the revisited benchmarks, unless others are given.
+            listed = names if args.task != "main" or not group.cfg.SupG.onemeval or cfg.TEST.DISTRACTORS else revisited
+            for row in (row for name in names if name in listed for row in rows(group, name, protocols, session)):
                 missing += row.metrics is None
                 say(markdown(row.cells(kind.costs, args.reproductions)))
                 run = run or output.new_run(f"{args.task}-{'+'.join(cfg.TEST.DATASET_LIST)}")
@@ -188,56 +174,47 @@ def parse(argv: list[str]) -> Parsed:
 def main_table(cfg: CfgNode, depths: Sequence[int]) -> Iterator[RowGroup]:
     fast = [name for name in cfg.TEST.RERANKER if name not in ("cvnet", "dba")]  # the others take days with +1M
     for depth in depths if cfg.MODEL.NAME == "cvnet" and not cfg.TEST.FUSION else [cfg.MODEL.DEPTH]:
-        own = {"MODEL.DEPTH": depth}
-        yield RowGroup(varied(cfg, {**own, "SupG.onemeval": False}), "", active_variants)
-        yield RowGroup(varied(cfg, {**own, "TEST.RERANKER": fast or "none"}), "", active_variants)
+        network = varied(cfg, {"MODEL.DEPTH": depth})
+        yield RowGroup(varied(network, {"SupG.onemeval": False}), "", each_reranker)
+        yield RowGroup(varied(network, {"TEST.RERANKER": fast or "none"}), "", each_reranker)
 
 
 def ablation_table(cfg: CfgNode, depths: Sequence[int]) -> Iterator[RowGroup]:
     modules = {"": (), **{f"without {MODULES[name]}": (name,) for name in MODULES}, "without the four": tuple(MODULES)}
     for words, off in modules.items():
         changed = varied(cfg, {f"SupG.{name}": False for name in off})
-        yield RowGroup(changed, words, active_variants if off else both_readings)
+        yield RowGroup(changed, words, each_reranker if off else each_reading)
 
 
 def rerank_table(cfg: CfgNode, depths: Sequence[int]) -> Iterator[RowGroup]:
-    usual = {name: cfg.SupG[f"rerank_{name}"] for name in SWEEP}
-    methods = [{**usual, name: value} for name, values in SWEEP.items() for value in sorted({*values, usual[name]})]
-    rerankers = [SuperGlobalReranker(**method) for method in methods if method["k"] <= method["m"]]
-    variants = {in_words(each): Variant("reranking", in_words(each), Reranked(each)) for each in rerankers}
-    yield RowGroup(cfg, "", lambda experiment: list(variants.values()))
+    default = {name: cfg.SupG[f"rerank_{name}"] for name in SWEEP}
+    methods = [{**default, name: value} for name, values in SWEEP.items() for value in sorted({*values, default[name]})]
+    variants = {}
+    for method in (method for method in methods if method["k"] <= method["m"]):
+        words = f"M = {method['m']}, K = {method['k']}, beta = {method['beta']:g}"
+        words += ", S2 of the original rows" if method["s2"] == "original" else ""
+        variants[words] = varied(cfg, {f"SupG.rerank_{name}": value for name, value in method.items()})
+    yield RowGroup(cfg, "", lambda cfg: variants)
 
 
 def rerankers_table(cfg: CfgNode, depths: Sequence[int]) -> Iterator[RowGroup]:
-    yield RowGroup(cfg, "", both_readings)
+    yield RowGroup(cfg, "", each_reading)
 
 
-def in_words(reranker: SuperGlobalReranker) -> str:
-    s2 = ", S2 of the original rows" if reranker.s2 == "original" else ""
-    return f"M = {reranker.m}, K = {reranker.k}, beta = {reranker.beta:g}{s2}"
+def each_reranker(cfg: CfgNode) -> dict[str, CfgNode]:
+    """Returns the options of each reranker by its title; SuperGlobal has none."""
+    titles = {**RERANKERS, "superglobal": ""}
+    return {titles[name]: varied(cfg, {"TEST.RERANKER": [name]}) for name in active_rerankers(cfg)}
 
 
-def active_variants(experiment: Experiment) -> list[Variant]:
-    """Returns the rows of TEST.RERANKER; that of SuperGlobal has the usual title, the others their own."""
-    variants = []
-    for name in active_rerankers(experiment.cfg):
-        stages = replace(experiment, cfg=varied(experiment.cfg, {"TEST.RERANKER": [name]})).stages
-        words = "" if name == "superglobal" else RERANKERS[name]
-        kept = map_bytes(experiment.database_images) if name == "cvnet" else 0
-        variants += [Variant(title, words, stage, kept) for title, stage in stages.items()]
-    return variants
-
-
-def both_readings(experiment: Experiment) -> list[Variant]:
-    """Returns these rows, and after SuperGlobal's the one with the other form of S2."""
-    variants = []
-    for each in active_variants(experiment):
-        variants.append(each)
-        if not each.words:
-            usual = each.stage.reranker
-            other = "original" if usual.s2 == "refined" else "refined"
-            stage = Reranked(SuperGlobalReranker(usual.m, usual.k, usual.beta, other))
-            variants.append(Variant(each.title, f"S2 of the {other} rows", stage))
+def each_reading(cfg: CfgNode) -> dict[str, CfgNode]:
+    """Returns these options, and after SuperGlobal's those with the other form of S2."""
+    variants = {}
+    for words, each in each_reranker(cfg).items():
+        variants[words] = each
+        if not words:
+            other = "original" if cfg.SupG.rerank_s2 == "refined" else "refined"
+            variants[f"S2 of the {other} rows"] = varied(each, {"SupG.rerank_s2": other})
     return variants
 
 
@@ -261,8 +238,8 @@ def heading(protocols: Sequence[Protocol], costs: bool, reproductions: bool = Fa
     """
     cells = ["network", "dataset", "setting"]
     for protocol in protocols:
-        usual = protocol in REVISITED_PROTOCOLS
-        cells.append(protocol.title if usual else f"{protocol.measure.title} {protocol.title}")
+        revisited = protocol in REVISITED_PROTOCOLS
+        cells.append(protocol.title if revisited else f"{protocol.measure.main_title} {protocol.title}")
         if protocol.name in PUBLISHED and not costs:
             cells += ["published", "difference", *["reproduced by others"] * reproductions]
     cells += COSTS if costs else ()
@@ -276,7 +253,7 @@ def rows(group: RowGroup, name: str, protocols: Sequence[Protocol], session: Ses
 
     The processes of a `torchrun` share extraction and search; only the first one yields rows.
     """
-    cfg, processes, device = group.cfg, session.processes, session.device
+    cfg, processes = group.cfg, session.processes
     network = network_title(cfg)
 
     def setting(stage: str, words: str = "") -> str:
@@ -284,7 +261,9 @@ def rows(group: RowGroup, name: str, protocols: Sequence[Protocol], session: Ses
 
     try:
         with processes.agreeing():
-            experiment = prepare(cfg, name, session.output, device)
+            experiment = prepare(cfg, name, session.output, session.device)
+            variants = group.variants(cfg)
+            experiments = prepare_variants(experiment, variants.values())
             if processes.count == 1:
                 queries, database = experiment.descriptors()
     except InputError as error:
@@ -294,29 +273,16 @@ def rows(group: RowGroup, name: str, protocols: Sequence[Protocol], session: Ses
         return
     if processes.count > 1:  # an error in only one of them, such as a damaged image, ends all of them
         queries, database = experiment.descriptors(processes)
-    variants, truth = group.variants(experiment), experiment.dataset.ground_truth
-    size = len(experiment.dataset.database)
-    with PeakMemory(device) as peak:
-        stages = [each.stage for each in variants]
-        searched = experiment.search_with(stages, queries, database, processes)
-    if not session.first:
-        return
+    words_of = {id(each): words for each, words in zip(experiments, variants, strict=True)}
     whitening = experiment.facts().get("whitening", {})
     note = "whitening learnt on this database itself" if whitening.get("learnt_on_the_test_set") else ""
-    kept, metrics = bytes_per_row(database), evaluate(searched.ranking, truth, protocols, size)
-    yield Row(
-        network, name, setting("retrieval"), protocols, metrics, find_published(cfg, name), note,
-        costs_of(searched.ranking, peak, kept), find_reproduced(cfg, name, metrics),
-    )  # fmt: skip
-    for variant in variants:
-        with PeakMemory(device) as peak:
-            ranking = variant.stage(searched)
+    for each in rankings_of(experiment, experiments, queries, database, processes):
+        ranking, metrics = each.ranking, experiment.evaluate(each.ranking)
         once = f"{ranking.once:.1f} s once for the database" if ranking.once else ""
-        metrics = evaluate(ranking, truth, protocols, size)
         yield Row(
-            network, name, setting(variant.title, variant.words), protocols, metrics,
-            find_published(cfg, name, variant.stage), ", ".join(filter(None, [note, once])),
-            costs_of(ranking, peak, kept + variant.bytes_kept), find_reproduced(cfg, name, metrics, variant.stage),
+            network, name, setting(each.title, words_of.get(id(each.experiment), "")), protocols, metrics,
+            find_published(each.experiment.cfg, name, each.stage is not None), ", ".join(filter(None, [note, once])),
+            costs_of(each), find_reproduced(each.experiment.cfg, name, each.stage is not None, metrics),
         )  # fmt: skip
 
 
@@ -328,10 +294,14 @@ def bytes_per_row(database: Database) -> int:
     return own + round(database.size / len(database))
 
 
-def costs_of(ranking: Ranking, peak: PeakMemory, bytes_kept: int) -> tuple[str, ...]:
+def costs_of(variant: Variant) -> tuple[str, ...]:
     """Returns the cells of COSTS."""
-    memory = "" if peak.bytes is None else f"{peak.bytes / 1e6:.0f}"
-    return f"{1000 * ranking.seconds / len(ranking.ids):.1f}", memory, f"{bytes_kept:,}"
+    ranking, experiment = variant.ranking, variant.experiment
+    memory = "" if variant.peak_bytes is None else f"{variant.peak_bytes / 1e6:.0f}"
+    kept = bytes_per_row(variant.searched.database)
+    if variant.stage and experiment.cfg.TEST.RERANKER == ["cvnet"]:
+        kept += map_bytes(experiment.database_images)
+    return f"{1000 * ranking.seconds / len(ranking.ids):.1f}", memory, f"{kept:,}"
 
 
 def costs_explained(cfg: CfgNode) -> str:
@@ -348,30 +318,22 @@ def costs_explained(cfg: CfgNode) -> str:
     return "\n".join(lines)
 
 
-def find_published(cfg: CfgNode, name: str, stage: Stage | None = None) -> dict[str, float] | None:
-    """Returns the paper's numbers, which apply only to the paper's settings and exact search (in any precision).
-
-    Args:
-        stage: the reranking; None for retrieval.
-    """
-    usual = make_config([("MODEL.DEPTH", cfg.MODEL.DEPTH), ("TEST.PRECISION", cfg.TEST.PRECISION)])
-    anywhere = Path()
-    if make_recipe(cfg, anywhere) != make_recipe(usual, anywhere) or cfg.TEST.INDEX or cfg.TEST.FUSION:
+def find_published(cfg: CfgNode, name: str, reranked: bool) -> dict[str, float] | None:
+    """Returns the paper's numbers, which apply only to the paper's settings and exact search (in any precision)."""
+    settings = {*NETWORK, *FUSION, *INDEX, *(RERANKING if reranked else ())}
+    if as_words(cfg, *settings - {"MODEL.DEPTH", "TEST.WEIGHTS", "TEST.PRECISION"}):
         return None
-    if stage and repr(stage) != repr(Reranked(SuperGlobalReranker())):
-        return None
-    setting = (cfg.MODEL.DEPTH, "reranking" if stage else "retrieval", cfg.SupG.onemeval, name)
+    setting = (cfg.MODEL.DEPTH, "reranking" if reranked else "retrieval", cfg.SupG.onemeval, name)
     return find_figures(published()["figures"], *setting) or None
 
 
-def find_reproduced(
-    cfg: CfgNode, name: str, metrics: Mapping[str, Metrics], stage: Stage | None = None
-) -> dict[str, float]:
+def find_reproduced(cfg: CfgNode, name: str, reranked: bool, metrics: Mapping[str, Metrics]) -> dict[str, float]:
     """Returns the independent reproductions of the paper's numbers that are nearest to ours, see find_published."""
-    if find_published(cfg, name, stage) is None:
+    if find_published(cfg, name, reranked) is None:
         return {}
     maps = {protocol: 100 * each.map for protocol, each in metrics.items()}
-    return nearest_reproduction(cfg.MODEL.DEPTH, "reranking" if stage else "retrieval", cfg.SupG.onemeval, name, maps)
+    stage = "reranking" if reranked else "retrieval"
+    return nearest_reproduction(cfg.MODEL.DEPTH, stage, cfg.SupG.onemeval, name, maps)
 
 
 class TableKind(NamedTuple):

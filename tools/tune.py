@@ -7,7 +7,7 @@ python -m tools.tune --on NAME --test NAME --try SupG.rerank_k 5,9,15 --try SupG
 
 Every combination of the values is evaluated on the validation set: another dataset, the queries of one usage, or the
 other folds of the test set's own queries. With TEST.FUSION, the weights are tried by default. The chosen values are
-compared with the paper's on the test set, with the 95 % interval of a paired bootstrap over its queries. Images are
+compared with the defaults on the test set, with the 95 % interval of a paired bootstrap over its queries. Images are
 extracted once for each setting of the network, and their descriptors are kept like those of test.py; rerankers need no
 further extraction. TEST.FEATURES takes a folder with the saved descriptors of both sets instead.
 """
@@ -17,8 +17,7 @@ import itertools
 import logging
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +26,16 @@ import torch
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from assembly import Experiment, Session, find_dataset, prepare, start_session
+from assembly import (
+    Experiment,
+    Session,
+    Variant,
+    find_dataset,
+    prepare,
+    prepare_variants,
+    rankings_of,
+    start_session,
+)
 from config import (
     DATASET,
     FUSION,
@@ -48,9 +56,8 @@ from model.errors import InputError
 from report.command import run_command
 from report.drawing import draw_heat_map, draw_lines
 from report.page import Page, Section, evaluated_section, write_report
-from report.results import Evaluated, markdown, save_results
-from revisitop.bootstrap import CONFIDENCE, Difference, paired_difference
-from revisitop.evaluate import evaluate
+from report.results import Evaluated, PairedValues, markdown_table, paired_table, save_results
+from revisitop.bootstrap import CONFIDENCE
 from revisitop.layouts import dataset_folder
 from revisitop.protocols import Protocol
 from revisitop.retrieve import Ranking
@@ -78,7 +85,7 @@ GRIDS: dict[str, dict[str, tuple]] = {
 _FIXED = ("TEST.RERANKER", "SupG.rerank", "MODEL.NAME", "TEST.WEIGHTS")
 _SHOWN = 10  # number of settings in the log
 _ON_PAGE = 30
-PAPER, CHOSEN = "reranking with the paper's values", "reranking with the chosen values"
+DEFAULT, CHOSEN = "reranking with the default values", "reranking with the chosen values"
 
 Setting = dict[str, Any]
 
@@ -118,27 +125,29 @@ class Curve:
     """The results of all settings on the validation set.
 
     Attributes:
-        settings: the S settings, the paper's first.
-        aps: (S, P, Q), AP by setting, protocol and query; NaN for a query without AP in a protocol.
+        settings: the S settings, that of the defaults first.
+        values: (S, P, Q), the main metric (AP or recall@1) by setting, protocol and query; NaN for a query without one.
+        title: the name of the mean of the values.
     """
 
     settings: list[Setting]
-    aps: np.ndarray
+    values: np.ndarray
+    title: str
 
     def metrics(self, queries: np.ndarray | None = None) -> np.ndarray:
-        """Returns the metric of each setting, (S,): the mean mAP over the protocols, for these queries."""
-        aps = self.aps if queries is None else self.aps[:, :, queries]
-        with np.errstate(invalid="ignore"):  # a protocol without queries has no mAP
-            maps = np.nansum(aps, axis=2) / (~np.isnan(aps)).sum(axis=2)
-        return np.nanmean(maps, axis=1)
+        """Returns the metric of each setting, (S,): the mean over the protocols of that over these queries."""
+        values = self.values if queries is None else self.values[:, :, queries]
+        with np.errstate(invalid="ignore"):  # a protocol without queries has no mean
+            means = np.nansum(values, axis=2) / (~np.isnan(values)).sum(axis=2)
+        return np.nanmean(means, axis=1)
 
     @property
     def order(self) -> list[int]:
-        """The numbers of the settings, best first; equal ones keep their order, so that the paper's is preferred."""
+        """The numbers of the settings, best first; equal ones keep their order, so that the defaults are preferred."""
         return np.argsort(-np.nan_to_num(self.metrics(), nan=-1), kind="stable").tolist()
 
     def best(self, queries: np.ndarray | None = None) -> int:
-        """Returns the number of the best setting, the first among equals, so that the paper's is preferred."""
+        """Returns the number of the best setting, the first among equals, so that the defaults are preferred."""
         return int(np.nanargmax(self.metrics(queries)))
 
 
@@ -148,11 +157,10 @@ def main(argv: list[str]) -> None:
     test, validation = QuerySet.of(args.test), None if args.folds else QuerySet.of(args.on)
     if validation == test:
         raise InputError(f"--on and --test are both {test}: give another dataset, or --folds")
-    settings = combinations(cfg, grid)
     session = start_session(cfg)
-    for name in {test.name, (validation or test).name}:
-        if dataset_folder(Path(cfg.TEST.DATA_DIR), name) is None:
-            find_dataset(cfg, name)  # draws toy, or reports a missing dataset; nothing is evaluated yet
+    if dataset_folder(Path(cfg.TEST.DATA_DIR), test.name) is None:
+        find_dataset(cfg, test.name)  # draws toy, or reports a missing dataset; nothing is evaluated yet
+    settings = combinations(cfg, grid, len(find_dataset(cfg, (validation or test).name).database))
     log.info("%d settings of %s", len(settings), ", ".join(grid))
 
     curve = curve_of(session, validation or test, settings)
@@ -162,30 +170,30 @@ def main(argv: list[str]) -> None:
     if validation:
         method = str(validation)
         log.info("chosen on %s: %s", method, words(best))
-        judgement = judge(session, test, settings[0], [best])  # the test set is evaluated only here
+        evaluated, pairs = judge(session, test, settings[0], [best])  # the test set is evaluated only here
     else:
         method = f"{args.folds} folds of the queries of {test}"
         by_fold, fold_of_query = cross_validate(curve, test, args.folds)
-        judgement = judge(session, test, settings[0], by_fold, fold_of_query)
+        evaluated, pairs = judge(session, test, settings[0], by_fold, fold_of_query)
         log.info("chosen by all queries, for use: %s", words(best))
 
     options = as_words(varied(cfg, best))
     log.info("to use it: %s", shlex.join(["python", "test.py", "TEST.DATASET_LIST", test.name, *options]))
 
-    log.info("on %s, %s in percent:", test, judgement.measure)
-    heading, *rows = judgement.rows()
-    for row in (heading, ["---"] * len(heading), *rows):
-        log.info("%s", markdown(row))
-    log.info("%s", judgement.verdict())
+    table = paired_table(pairs, "default", "chosen")
+    for line in (*evaluated.lines(), f"on {test}, in percent:", *markdown_table(table), verdict(pairs)):
+        log.info("%s", line)
 
     run = session.output.new_run(f"tune-{test.name}")
-    tuning = {"validation": method, "test": str(test), "chosen": best, "paper": settings[0], "by fold": by_fold}
+    tuning = {"validation": method, "test": str(test), "chosen": best, "default": settings[0], "by fold": by_fold}
     tuning["settings"] = [
         {**setting, "figure": 100 * float(metric)} for setting, metric in zip(settings, curve.metrics(), strict=True)
     ]
-    save_results(run, {**session.head, "tuning": tuning}, [judgement.evaluated])
+    save_results(run, {**session.head, "tuning": tuning}, [evaluated])
     session.output.publish(run)
-    sections = [tuning_section(method, test, grid, curve, judgement), evaluated_section(judgement.evaluated)]
+    tables = {f"On {test}, in percent": table}
+    note = f"Chosen on {method}: {words(best)}. {verdict(pairs)}"
+    sections = [tuning_section(method, grid, curve, note, tables), evaluated_section(evaluated)]
     page = Page(f"Tuning for {test}", {key: session.head[key] for key in ("command", "date")}, sections)
     log.info("the page is %s", write_report(page, run / "report"))
 
@@ -212,7 +220,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, CfgNode]:
 
 
 def read_grid(tried: Sequence[Sequence[str]] | None, cfg: CfgNode) -> dict[str, tuple]:
-    """Returns the values to try for each option, including the paper's.
+    """Returns the values to try for each option, including the default.
 
     By default, these are the weights of a fusion, or else the options of the reranker.
 
@@ -223,7 +231,7 @@ def read_grid(tried: Sequence[Sequence[str]] | None, cfg: CfgNode) -> dict[str, 
         return {"TEST.FUSION_WEIGHTS": ([], *weights_to_try(len(cfg.TEST.FUSION)))}  # equal ones by default
     if not tried:
         for reranker in active_rerankers(cfg):
-            return GRIDS[reranker]
+            return dict(GRIDS[reranker])
         raise InputError("without a reranker there is nothing to tune by default: give --try KEY VALUES")
     allowed = [key for key in (*NETWORK, *RERANKING, "TEST.FUSION_WEIGHTS") if key not in _FIXED]
     grid: dict[str, tuple] = {}
@@ -251,103 +259,58 @@ def weights_to_try(parts: int) -> Iterator[list[float]]:
             yield [number / steps for number in numbers]
 
 
-def combinations(cfg: CfgNode, grid: Mapping[str, tuple]) -> list[Setting]:
-    """Returns all valid combinations (K <= M), the paper's values first."""
-    paper = {key: value for key, value in option_values(make_config()).items() if key in grid}
-    varied(cfg, paper)  # raises if the paper's values do not fit the options that are not tried
-    settings = [paper]
+def combinations(cfg: CfgNode, grid: dict[str, tuple], size: int) -> list[Setting]:
+    """Returns all valid combinations (K <= M), that of the defaults first.
+
+    Args:
+        grid: the values of each option; of values of M that take in the whole database, one is left.
+        size: number of images in the database.
+    """
+    default = {key: value for key, value in option_values(make_config()).items() if key in grid}
+    varied(cfg, default)  # raises if the defaults do not fit the options that are not tried
+    if "SupG.rerank_m" in grid:
+        m = default["SupG.rerank_m"]
+        whole = m if m >= size else min((each for each in grid["SupG.rerank_m"] if each >= size), default=m)
+        grid["SupG.rerank_m"] = tuple(each for each in grid["SupG.rerank_m"] if each < size or each == whole)
+    settings = [default]
     for values in itertools.product(*grid.values()):
         setting = dict(zip(grid, values, strict=True))
         try:
             varied(cfg, setting)
         except InputError:  # K above M
             continue
-        if setting != paper:
+        if setting != default:
             settings.append(setting)
     return settings
 
 
-@dataclass(frozen=True)
-class Judgement:
-    """The results on the test set with the paper's values and with the chosen ones.
-
-    Attributes:
-        evaluated: the rankings and metrics of the test set.
-        protocols: its P protocols.
-    """
-
-    evaluated: Evaluated
-    protocols: list[Protocol]
-
-    @property
-    def measure(self) -> str:
-        """The name of the mean average precision of the test set, such as mAP@100."""
-        return self.protocols[0].measure.title
-
-    def aps(self, stage: str) -> list[np.ndarray]:
-        """Returns the AP of each query, (Q,) per protocol."""
-        return [self.evaluated.metrics[stage][each.name].ap for each in self.protocols]
-
-    @cached_property
-    def differences(self) -> list[Difference]:
-        """The differences between the chosen and the paper's values, per protocol."""
-        return [paired_difference(a, b) for a, b in zip(self.aps(PAPER), self.aps(CHOSEN), strict=True)]
-
-    def rows(self) -> list[list[str]]:
-        """Returns the cells of a table, with its heading first."""
-        rows = [["protocol", "paper's", "chosen", "difference", f"{CONFIDENCE:.0%} interval", ""]]
-        for protocol, *aps, by in zip(self.protocols, self.aps(PAPER), self.aps(CHOSEN), self.differences, strict=True):
-            means = [f"{100 * np.nanmean(each):.2f}" if by.queries else "" for each in aps]
-            mean, low, high = (f"{100 * each:+.2f}" for each in by[:3])
-            words = "same" if by.low == by.high == 0 else "may be chance" if by.is_within_chance else ""
-            rows.append([protocol.title, *means, mean, f"{low} to {high}", words])
-        return rows
-
-    def verdict(self) -> str:
-        """Returns a sentence about the differences."""
-        pairs = zip(self.protocols, self.differences, strict=True)
-        beyond = [protocol.title for protocol, difference in pairs if not difference.is_within_chance]
-        aps = zip(self.aps(PAPER), self.aps(CHOSEN), strict=True)
-        if all(np.array_equal(a, b, equal_nan=True) for a, b in aps):
-            return "The chosen values give the same rankings of the test set as the paper's."
-        if beyond:
-            return f"The {CONFIDENCE:.0%} interval of the difference does not contain 0 for {', '.join(beyond)}."
-        return (
-            f"The difference may be chance, because every {CONFIDENCE:.0%} interval contains 0: "
-            "on other queries of this kind the paper's values may be just as good."
-        )
-
-
-def rankings_of(
-    session: Session, name: str, settings: Sequence[Setting]
-) -> Iterator[tuple[int, Experiment, Ranking, Ranking]]:
-    """Yields the number, experiment, search and last ranking of each setting; those of a network share one search."""
+def last_rankings(session: Session, name: str, settings: Sequence[Setting]) -> Iterator[tuple[int, Variant, Variant]]:
+    """Yields the number, the search and the last ranking of each setting; those of a network share one search."""
     networks: dict[str, list[int]] = {}
     for number, setting in enumerate(settings):
         network = words({key: value for key, value in setting.items() if key in (*NETWORK, *FUSION)})
         networks.setdefault(network, []).append(number)
     for numbers in networks.values():
-        first = prepare(varied(session.cfg, settings[numbers[0]]), name, session.output, session.device)
-        experiments = [replace(first, cfg=varied(session.cfg, settings[number])) for number in numbers]
-        stages = [stage for each in experiments for stage in each.stages.values()]
-        searched = first.search_with(stages, *first.descriptors())
+        cfgs = [varied(session.cfg, settings[number]) for number in numbers]
+        first = prepare(cfgs[0], name, session.output, session.device)
+        experiments = prepare_variants(first, cfgs)
+        rankings = rankings_of(first, experiments, *first.descriptors())
+        search = next(rankings)
         for number, experiment in zip(numbers, experiments, strict=True):
-            ranking = searched.ranking
-            for stage in experiment.stages.values():
-                ranking = stage(searched)
-            yield number, experiment, searched.ranking, ranking
+            *_, last = [search, *(next(rankings) for _ in experiment.stages)]
+            yield number, search, last
 
 
 def curve_of(session: Session, queries: QuerySet, settings: list[Setting]) -> Curve:
-    """Returns the AP of all settings on a dataset."""
-    aps: list[np.ndarray | None] = [None] * len(settings)
+    """Returns the results of all settings on a dataset."""
+    values: list[np.ndarray | None] = [None] * len(settings)
     with tqdm(total=len(settings), desc=f"settings on {queries}", dynamic_ncols=True) as bar:
-        for number, experiment, _, ranking in rankings_of(session, queries.name, settings):
-            metrics = evaluate(ranking, experiment.dataset.ground_truth, queries.protocols(experiment))
-            aps[number] = np.stack([each.ap for each in metrics.values()])
+        for number, search, last in last_rankings(session, queries.name, settings):
+            protocols, metrics = queries.protocols(search.experiment), search.experiment.evaluate(last.ranking)
+            values[number] = np.stack([metrics[each.name].values for each in protocols])
             bar.update()
-    curve = Curve(settings, np.stack(aps))
-    if np.isnan(curve.aps).all():
+    curve = Curve(settings, np.stack(values), protocols[0].measure.main_title)
+    if np.isnan(curve.values).all():
         raise InputError(f"{queries} has no query with a positive image")
     return curve
 
@@ -358,11 +321,11 @@ def cross_validate(curve: Curve, test: QuerySet, folds: int) -> tuple[list[Setti
     Raises:
         InputError: if there are fewer queries with positive images than folds.
     """
-    positive = np.flatnonzero(~np.isnan(curve.aps[0]).all(axis=0))
+    positive = np.flatnonzero(~np.isnan(curve.values[0]).all(axis=0))
     if len(positive) < folds:
         raise InputError(f"--folds {folds}: {test} has {len(positive)} queries with positive images; give fewer")
     order, by_fold = np.random.default_rng(0).permutation(positive), []
-    fold_of_query = np.zeros(curve.aps.shape[2], dtype=np.int64)
+    fold_of_query = np.zeros(curve.values.shape[2], dtype=np.int64)
     for fold in range(folds):
         queries = order[fold::folds]
         by_fold.append(curve.settings[curve.best(np.setdiff1d(positive, queries))])
@@ -374,30 +337,33 @@ def cross_validate(curve: Curve, test: QuerySet, folds: int) -> tuple[list[Setti
 def judge(
     session: Session,
     test: QuerySet,
-    paper: Setting,
+    default: Setting,
     by_fold: Sequence[Setting],
     fold_of_query: np.ndarray | None = None,
-) -> Judgement:
-    """Returns the results on the test set with the paper's values, and with those chosen for the fold of each query.
+) -> tuple[Evaluated, list[PairedValues]]:
+    """Returns the results on the test set with the default values, and with those chosen for the fold of each query.
+
+    The pairs are the values of its queries with both, per protocol.
 
     Args:
         by_fold: the chosen setting for each fold; a single one for all queries without folds.
         fold_of_query: (Q,), the number of the fold of each query; None without folds.
     """
-    settings = [paper, *(setting for place, setting in enumerate(by_fold) if setting not in [paper, *by_fold[:place]])]
-    evaluated = {number: rest for number, *rest in rankings_of(session, test.name, settings)}
-    experiment, searched, first = evaluated[0]
-    chosen = first
+    settings: list[Setting] = []
+    for setting in (default, *by_fold):
+        if setting not in settings:
+            settings.append(setting)
+    variants = {number: (search, last) for number, search, last in last_rankings(session, test.name, settings)}
+    search, first = variants[0]
+    experiment, chosen = search.experiment, first.ranking
     for fold, setting in enumerate(by_fold):
-        ranking = evaluated[settings.index(setting)][-1]
+        ranking = variants[settings.index(setting)][1].ranking
         chosen = ranking if fold_of_query is None else combined(chosen, ranking, fold_of_query == fold)
-    rankings, dataset = {"retrieval": searched, PAPER: first, CHOSEN: chosen}, experiment.dataset
-    size = len(dataset.database)
-    metrics = {
-        stage: evaluate(ranking, dataset.ground_truth, dataset.protocols, size) for stage, ranking in rankings.items()
-    }
-    protocols = test.protocols(experiment) if test.usage else list(dataset.protocols)
-    return Judgement(Evaluated(dataset, rankings, metrics, experiment.facts()), protocols)
+    rankings = {"retrieval": search.ranking, DEFAULT: first.ranking, CHOSEN: chosen}
+    metrics = {stage: experiment.evaluate(ranking) for stage, ranking in rankings.items()}
+    evaluated = Evaluated(experiment.dataset, rankings, metrics, experiment.facts())
+    protocols = test.protocols(experiment) if test.usage else experiment.dataset.protocols
+    return evaluated, [evaluated.pair(DEFAULT, CHOSEN, each.name) for each in protocols]
 
 
 def combined(first: Ranking, second: Ranking, in_second: np.ndarray) -> Ranking:
@@ -408,21 +374,33 @@ def combined(first: Ranking, second: Ranking, in_second: np.ndarray) -> Ranking:
     return Ranking(ids, scores, positions, first.seconds)
 
 
+def verdict(pairs: Sequence[PairedValues]) -> str:
+    """Returns a sentence about the differences between the defaults and the chosen values on the test set."""
+    if all(np.array_equal(each.a, each.b, equal_nan=True) for each in pairs):
+        return "The chosen values are as good as the defaults for each query of the test set."
+    if beyond := [each.protocol for each in pairs if not each.difference.is_within_chance]:
+        return f"The {CONFIDENCE:.0%} interval of the difference does not contain 0 for {', '.join(beyond)}."
+    return (
+        f"The difference may be chance, because every {CONFIDENCE:.0%} interval contains 0: "
+        "on other queries of this kind the defaults may be just as good."
+    )
+
+
 def words(setting: Setting) -> str:
     return ", ".join(f"{key} {as_typed(value) or 'default'}" for key, value in setting.items())
 
 
 def in_words(curve: Curve) -> Iterator[str]:
-    """Yields lines with the best settings and the paper's, and their metrics in percent."""
+    """Yields lines with the best settings and the default one, and their metrics in percent."""
     metrics = curve.metrics()
     for place, number in enumerate(curve.order, start=1):
         if place <= _SHOWN or number == 0:
-            mark = "  (the paper's)" if number == 0 else ""
+            mark = "  (the default)" if number == 0 else ""
             yield f"{place:5d}  {100 * metrics[number]:6.2f}  {words(curve.settings[number])}{mark}"
 
 
 def tuning_section(
-    method: str, test: QuerySet, grid: Mapping[str, tuple], curve: Curve, judgement: Judgement
+    method: str, grid: Mapping[str, tuple], curve: Curve, note: str, tables: dict[str, list[list[str]]]
 ) -> Section:
     """Returns the section on the validation set: heat maps of pairs of options, curves of each, the best settings."""
     metrics, best = curve.metrics(), curve.settings[curve.best()]
@@ -441,17 +419,13 @@ def tuning_section(
     for key, values in several.items():
         plots.append(draw_lines(key, values, [best_with(**{key: each}) for each in values], best[key]))
     listed = [
-        [*map(as_typed, curve.settings[i].values()), f"{100 * metrics[i]:.2f}", "" if i else "the paper's"]
+        [*map(as_typed, curve.settings[i].values()), f"{100 * metrics[i]:.2f}", "" if i else "the default"]
         for i in curve.order[:_ON_PAGE]
     ]
-    tables = {
-        f"On {test}, {judgement.measure} in percent": judgement.rows(),
-        f"The best settings on {method}": [[*grid, "mAP", ""], *listed],
-    }
-    note = f"Chosen on {method}: {words(best)}. {judgement.verdict()}"
+    tables = {**tables, f"The best settings on {method}": [[*grid, curve.title, ""], *listed]}
     caption = (
-        "The metric is the mean mAP of the protocols on the validation set, in percent; if other options were tried, "
-        "too, with their best values. Red marks the chosen values."
+        f"The metric is the mean {curve.title} of the protocols on the validation set, in percent; if other options "
+        "were tried, too, with their best values. Red marks the chosen values."
     )
     return Section("Validation", [], note=note, plots=plots, caption=caption, tables=tables)
 

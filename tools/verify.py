@@ -14,25 +14,28 @@ weights      the checkpoints in TEST.WEIGHTS
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import PIL.features
 import torch
 from PIL import ExifTags, Image
+from torch.nn.functional import avg_pool2d, conv2d
 from yacs.config import CfgNode
 
+import revisitop
 from assembly import DEFAULT_WEIGHTS, find_dataset, option
 from config import CommandLine
 from extraction.extract import extract_batch
 from extraction.images import read_image
 from extraction.jpeg import decodes_as_pillow
 from model.backbone import PRECISIONS
-from model.checkpoint import find_checkpoint, load_encoder, sha256
-from model.cvnet import STAGE_DEPTHS, ResNet
+from model.checkpoint import PUBLISHED, find_checkpoint, sha256
+from model.cvnet import STAGE_DEPTHS
 from model.device import choose_device, device_name, forbid_tf32
-from model.errors import InputError, short_list
+from model.errors import InputError, reason_of, short_list
 from model.recipe import Recipe
 from modules.descriptor import rescale
 from modules.reranking import SuperGlobalReranker
@@ -47,12 +50,14 @@ from revisitop.published import published
 from revisitop.retrieve import rerank, retrieve
 from revisitop.toy import seeded_checkpoint
 from tools.check import Finding, check_dataset, read_images
+from tools.download import UNPACKED, read_checkpoint
 
-REFERENCE = Path(__file__).parents[1] / "tests" / "data"  # computed by the paper's released code
+REFERENCE = Path(revisitop.__file__).parent / "reference"  # computed by the paper's released code
 LARGEST = {"fp32": 2e-6, "bf16": 2e-3, "fp16": 5e-4}  # differences of an element of a descriptor
+PRODUCT_ERROR = 1e-5  # of products in float32; those in TF32 are wrong by 1e-4
 SAMPLE = 1000  # distractors whose files are looked at
 
-Check = Callable[[CfgNode], Iterator[Finding]]
+Check = Callable[[CfgNode], Iterable[Finding]]
 
 
 def main(argv: list[str]) -> None:
@@ -75,23 +80,35 @@ def verify(cfg: CfgNode) -> list[Finding]:
     return [finding for check in CHECKS.values() for finding in check(cfg)]
 
 
-def check_descriptors(cfg: CfgNode) -> Iterator[Finding]:
-    """Yields how far descriptors are from those of the paper's released code, for each device and precision."""
+def devices(cfg: CfgNode) -> list[torch.device]:
+    """Returns the devices to verify, without TF32 as in every command: that of TEST.DEVICE, with auto the CPU, too."""
     with option("TEST.DEVICE"):
         device = choose_device(cfg.TEST.DEVICE)
     if device.type == "cuda":
         forbid_tf32()
-    devices = dict.fromkeys((torch.device("cpu"), device) if cfg.TEST.DEVICE == "auto" else (device,))
+    return list(dict.fromkeys((torch.device("cpu"), device) if cfg.TEST.DEVICE == "auto" else (device,)))
+
+
+def product_error(device: torch.device) -> float:
+    """Returns the largest relative error of a matrix product and a convolution in float32, in the current settings."""
+    x = torch.linspace(1, 2, 64 * 64).reshape(64, 64)
+    exact, y = x.double() @ x.double(), x.to(device)
+    results = y @ y, conv2d(y.reshape(1, 64, 8, 8), y.reshape(64, 64, 1, 1)).reshape(64, 64)
+    return max((result.double().cpu() / exact - 1).abs().max().item() for result in results)
+
+
+def check_descriptors(cfg: CfgNode) -> Iterator[Finding]:
+    """Yields how far descriptors are from those of the paper's released code, for each device and precision."""
     with tempfile.TemporaryDirectory() as folder, np.load(REFERENCE / "reference.npz") as reference:
         torch.save(seeded_checkpoint(50, prefix=""), weights := Path(folder) / "seeded.pyth")
-        for place, precision in ((place, precision) for place in devices for precision in PRECISIONS):
-            words = f"{device_name(place)}, {precision}"
+        for device, precision in product(devices(cfg), PRECISIONS):
+            words = f"{device_name(device)}, {precision}"
             try:
-                extractor = Recipe(weights=weights, precision=precision).extractor(place)
+                extractor = Recipe(weights=weights, precision=precision).extractor(device)
                 pixels = [torch.from_numpy(reference[f"image_{number}"]) for number in (0, 1)]
                 found = np.stack([extract_batch(extractor, [image])[0].cpu().numpy() for image in pixels])
             except RuntimeError as error:
-                yield Finding(None, f"{words}: not supported ({str(error).splitlines()[0]})")
+                yield Finding(None, f"{words}: not supported ({reason_of(error)})")
                 continue
             expected = np.stack([reference[f"descriptor_all_3_image_{number}"] for number in (0, 1)])
             largest, cosine = abs(found - expected).max(), (found * expected).sum(axis=1).min()
@@ -99,7 +116,9 @@ def check_descriptors(cfg: CfgNode) -> Iterator[Finding]:
             if largest <= LARGEST[precision]:
                 yield Finding(True, words, ("RGB", "antialias") if precision == "fp32" else ())
             else:
-                yield Finding(False, f"{words}; install another version of PyTorch, or choose another TEST.DEVICE")
+                advice = "restore the files of this project, install another PyTorch, or choose another TEST.DEVICE"
+                text = f"{words}: these are not the paper's descriptors; {advice}"
+                yield Finding(False, text, ("RGB",))  # antialiasing has a check of its own
 
 
 def check_protocol(cfg: CfgNode) -> Iterator[Finding]:
@@ -123,12 +142,18 @@ def check_protocol(cfg: CfgNode) -> Iterator[Finding]:
 
 
 def check_environment(cfg: CfgNode) -> Iterator[Finding]:
-    """Yields versions, and whether matrix products, resizing and decoding are those of the paper."""
+    """Yields versions, and whether products, resizing and decoding are those of the paper."""
     versions = package_versions()
     yield Finding(True, ", ".join(f"{name} {version}" for name, version in versions.items()))
-    yield Finding(True, "TF32 is off on GPUs: prepare_process of model/device.py forbids it in every command")
+    for device in devices(cfg):
+        error = product_error(device)
+        words = f"products in float32 on {device_name(device)}: largest relative error {error:.0e}"
+        if error <= PRODUCT_ERROR:
+            yield Finding(True, words)
+        else:
+            yield Finding(False, f"{words}, as with TF32; remove NVIDIA_TF32_OVERRIDE from the environment")
     x = torch.arange(16.0).square().reshape(1, 1, 4, 4)
-    halved = torch.allclose(rescale(x, 0.5), torch.nn.functional.avg_pool2d(x, 2))
+    halved = torch.allclose(rescale(x, 0.5), avg_pool2d(x, 2))
     yield (
         Finding(True, "images are resized without antialiasing", ("antialias",))
         if halved
@@ -149,7 +174,7 @@ def check_environment(cfg: CfgNode) -> Iterator[Finding]:
         Image.new("RGB", (40, 20)).save(path := Path(folder) / "turned.jpg", exif=exif)
         upright = read_image(path).shape == (40, 20, 3)
     yield (
-        Finding(True, "images are turned upright by their EXIF orientation", ("EXIF",))
+        Finding(True, "images are turned upright by their EXIF orientation")
         if upright
         else Finding(False, "the EXIF orientation of images is ignored; pip install --upgrade pillow")
     )
@@ -174,16 +199,19 @@ def check_datasets(cfg: CfgNode) -> Iterator[Finding]:
         yield Finding(False, str(error))
         return
     count, expected = len(images), published()["distractors"]
-    advice = "start python -m tools.download revisitop1m"
-    if count != expected:
-        yield Finding(False, f"revisitop1m: {count:,} images are listed, {expected:,} are published; {advice}")
-    _, damaged = read_images([images[number].path for number in range(0, count, max(1, count // SAMPLE))])
-    if damaged:
-        yield Finding(
-            False, f"revisitop1m: of {SAMPLE} images, {len(damaged)} are bad ({short_list(damaged)}); {advice}"
-        )
+    advice = f"and start python -m tools.download revisitop1m --data-dir {folder.parent}"
+    words = f"revisitop1m: {count:,} images are listed"
+    if count == expected:
+        yield Finding(True, f"{words}, as published")
     else:
-        yield Finding(True, f"revisitop1m: {count:,} images are listed, and a sample of them is complete")
+        text = f"{words}, but {expected:,} are published"
+        yield Finding(False, f"{text}; delete {folder / 'revisitop1m.txt'} {advice}")
+    sample = [images[number].path for number in range(0, count, max(1, count // SAMPLE))]
+    if damaged := read_images(sample)[1]:
+        words = f"revisitop1m: of {len(sample):,} images, {len(damaged)} are bad ({short_list(damaged)})"
+        yield Finding(False, f"{words}; delete them and {folder / UNPACKED} {advice}")
+    else:
+        yield Finding(True, f"revisitop1m: a sample of {len(sample):,} images is complete")
 
 
 def check_features(dataset: Dataset, folder: Path) -> Iterator[Finding]:
@@ -207,23 +235,25 @@ def check_features(dataset: Dataset, folder: Path) -> Iterator[Finding]:
         yield Finding(False, f"{words}, but {values} is published; replace {path} and the gnd_{dataset.name}.pkl")
 
 
-def check_weights(cfg: CfgNode) -> Iterator[Finding]:
-    """Yields whether there is a checkpoint of each depth that loads strictly, and its GeM power."""
-    folder = DEFAULT_WEIGHTS if cfg.TEST.WEIGHTS == "auto" else Path(cfg.TEST.WEIGHTS)
-    for depth in STAGE_DEPTHS:
-        try:
-            path = find_checkpoint(folder, depth)
-        except InputError as error:
-            yield Finding(None, f"{error}; or python -m tools.download weights --weights-dir {folder}")
-            continue
-        try:
-            with torch.device("meta"):
-                encoder = ResNet(depth)
-            power = load_encoder(encoder, path).head.pool["p"].item()
-        except InputError as error:
-            yield Finding(False, str(error))
-            continue
-        yield Finding(True, f"{path}: ResNet-{depth}, loaded strictly; GeM power {power:.3f}; SHA-256 {sha256(path)}")
+def check_weights(cfg: CfgNode) -> list[Finding]:
+    """Returns whether the checkpoints of each depth, or that of the file given, load strictly, and their GeM power."""
+    path = DEFAULT_WEIGHTS if cfg.TEST.WEIGHTS == "auto" else Path(cfg.TEST.WEIGHTS)
+    findings = [check_checkpoint(path, depth) for depth in STAGE_DEPTHS]
+    return [each for each in findings if each.ok] or findings if path.is_file() else findings
+
+
+def check_checkpoint(folder: Path, depth: int) -> Finding:
+    """Returns whether the checkpoint of this depth in a folder, or a file, loads strictly, and its GeM power."""
+    try:
+        path = find_checkpoint(folder, depth)
+    except InputError as error:
+        other = (folder / PUBLISHED[depth]).exists()  # a damaged file, or another network
+        return Finding(False if other else None, str(error))
+    try:
+        power = read_checkpoint(depth, path).head.pool["p"].item()
+    except InputError as error:
+        return Finding(False, str(error))
+    return Finding(True, f"{path}: ResNet-{depth}, loaded strictly; GeM power {power:.3f}; SHA-256 {sha256(path)}")
 
 
 CHECKS: dict[str, Check] = {

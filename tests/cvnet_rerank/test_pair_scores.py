@@ -5,21 +5,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import latest
-from oracles import all_protocols, full_ranking
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from cvnet_rerank.network import load_cvnet_rerank
 from cvnet_rerank.pair_scores import FeatureMaps, PairScores
-from cvnet_rerank.stage import local_feature_stages
 from extraction.images import ImageFile, limit_side
 from model.errors import InputError
 from model.recipe import Recipe
-from modules.search import Database
-from revisitop.evaluate import evaluate, ignored_images
 from revisitop.layouts import load_dataset
-from revisitop.protocols import REVISITED_PROTOCOLS
-from revisitop.stages import search_for
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[0, 5, 7, 3], [2, 7, -1, -1], [23, 1, 0, 5]])
@@ -53,45 +46,6 @@ def all_pairs(network, dataset, max_side: int | None = None) -> np.ndarray:
     keys = [feature_map(image) for image in dataset.database]
     queries = [network.query_inputs(feature_map(image)) for image in dataset.queries]
     return np.array([[network.score(query, key).item() for key in keys] for query in queries])
-
-
-def by_the_book(ranking, cosine, scores, ground_truth, topk) -> dict[str, float]:
-    """Returns the metrics of each protocol, from a ranking that is sorted separately for it."""
-    metrics = {}
-    for name, ignored in {"E": ("junk", "hard"), "M": ("junk",), "H": ("junk", "easy")}.items():
-        rankings = []
-        for query, truth in enumerate(ground_truth):
-            out = {number for kind in ignored for number in truth[kind]}
-            kept = [number for number in ranking[query] if number not in out]
-            first = sorted(kept[:topk], key=lambda n, q=query: -(cosine[q, n] + 0.5 * scores[q, n]))
-            rankings.append([*first, *kept[topk:], *sorted(out)])
-        metrics[name] = all_protocols(np.array(rankings), ground_truth)[name]
-    return metrics
-
-
-def test_metrics_follow_the_protocol_for_each_number_of_candidates(layout, dataset, network, pairs):
-    random = torch.Generator().manual_seed(0)
-    queries, rows = (normalize(torch.randn(n, 8, generator=random)) for n in (3, 24))
-    ignored = {
-        each.name: [ignored_images(truth, each) for truth in dataset.ground_truth] for each in REVISITED_PROTOCOLS
-    }
-    stages = local_feature_stages(
-        (6, 400), ignored, recipe=pairs.recipe, queries=dataset.queries, database=dataset.database, path=pairs.path
-    )
-    searched = search_for(stages.values(), queries, Database(rows), dataset.listed)
-    scores, ranking, cosine = all_pairs(network, dataset), full_ranking(queries.numpy(), rows.numpy()), queries @ rows.T
-    files = set()
-    for topk, stage in stages.items():
-        found = stage(searched)
-        files.add(pairs.path.stat().st_ino)
-        metrics = evaluate(found, dataset.ground_truth)
-        assert found.scores.shape == found.ids.shape
-        expected = by_the_book(ranking, cosine.numpy(), scores, layout.gnd["gnd"], topk)
-        assert {name: 100 * each.map for name, each in metrics.items()} == pytest.approx(expected, abs=1e-6)
-        first = torch.from_numpy(ranking[:, :topk].copy())  # without a protocol
-        order = (cosine + 0.5 * torch.from_numpy(scores)).gather(1, first).argsort(dim=1, descending=True)
-        assert torch.equal(found.ids[:, :topk], first.gather(1, order))
-    assert len(files) == 1  # the scores were computed once
 
 
 @pytest.mark.parametrize("max_side", [None, 50])

@@ -9,7 +9,7 @@ from PIL import Image
 from extraction import batching
 from extraction.extract import ImageSet, extract_images, extract_sets
 from extraction.images import ImageFile
-from extraction.loading import Loading, ReadAhead
+from extraction.loading import Loading
 from extraction.store import Store
 from model.errors import InputError
 from model.extractor import NetworkExtractor
@@ -93,25 +93,6 @@ def test_rows_do_not_depend_on_the_batches(model, tmp_path, monkeypatch, batch_s
     assert_close(run(model, images, batch_size=batch_size, workers=workers), one_by_one)
 
 
-def test_a_device_that_runs_out_of_memory_gets_smaller_batches(model, tmp_path):
-    tried = []
-
-    def small_memory(_, inputs):
-        tried.append(len(inputs[0]))
-        if len(inputs[0]) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-
-    images = [write(tmp_path, f"{i}.png") for i in range(9)]
-    one_by_one = run(model, images, batch_size=1)
-    hook = model.register_forward_pre_hook(small_memory)
-    try:
-        rows = run(model, images)
-    finally:
-        hook.remove()
-    assert max(tried) > 2
-    assert_close(rows, one_by_one)
-
-
 def test_an_image_too_large_for_the_memory_is_skipped_or_named(model, tmp_path, caplog):
     def small_memory(_, inputs):
         if max(inputs[0].shape) > 100:
@@ -142,22 +123,6 @@ def test_a_worker_that_dies_is_reported_with_its_file_and_nothing_is_lost(model,
     with pytest.raises(InputError, match=r"9\.png"):
         run(model, images, workers=1, batch_size=2)
     assert 2 <= len(run.rows) <= 9
-
-
-@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
-def test_a_worker_that_dies_while_transferring_pixels_is_reported_with_its_file(model, tmp_path, monkeypatch, error):
-    iterate = ReadAhead.__iter__
-
-    def interrupted(decoded: ReadAhead):
-        try:
-            yield from iterate(decoded)
-        except RuntimeError:
-            raise error from None
-
-    monkeypatch.setattr(ReadAhead, "__iter__", interrupted)
-    images = [write(tmp_path, "0.png"), DeadlyFile(write(tmp_path, "1.png").path)]
-    with pytest.raises(InputError, match=r"1\.png"):
-        run(model, images, workers=1)
 
 
 def test_a_descriptor_that_is_not_finite_is_reported_with_its_image_and_possible_reasons(tmp_path):

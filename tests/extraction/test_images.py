@@ -8,7 +8,15 @@ import torch
 from PIL import Image
 
 from extraction.identity import NO_STAT
-from extraction.images import ImageError, ImageFile, image_suffixes, limit_side, read_image, read_truncated
+from extraction.images import (
+    ImageError,
+    ImageFile,
+    ReadingLimits,
+    image_suffixes,
+    limit_side,
+    read_image,
+    set_reading_limits,
+)
 from extraction.loading import Loading, ReadAhead
 
 RGB = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
@@ -172,7 +180,7 @@ def test_a_jpeg_whose_end_is_missing_is_read_only_on_request(tmp_path, caplog):
     (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(20))
     with pytest.raises(ImageError, match="truncated"):
         read_image(path)
-    read_truncated(True)
+    set_reading_limits(ReadingLimits(truncated=True))
     try:
         pixels, identity = ImageFile(path).read_identified()
         assert whole.name not in caplog.text
@@ -180,7 +188,7 @@ def test_a_jpeg_whose_end_is_missing_is_read_only_on_request(tmp_path, caplog):
             read_image(tmp_path / "cut.png")
         assert ImageFile(whole).read_identified()[1].key == ImageFile(whole).identity().key
     finally:
-        read_truncated(False)
+        set_reading_limits(ReadingLimits())
     expected = read_image(whole)
     assert pixels.shape == expected.shape
     np.testing.assert_array_equal(pixels[:40], expected[:40])

@@ -1,6 +1,5 @@
 import itertools
 import logging
-import multiprocessing
 import os
 import shutil
 
@@ -211,24 +210,6 @@ def test_the_fingerprint_of_a_file_is_that_of_its_rows(tmp_path):
     shutil.copyfile(tmp_path / "c.npy", tmp_path / "a.npy")
     os.utime(tmp_path / "a.npy", ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert file_fingerprint(tmp_path / "a.npy") != first
-
-
-def test_several_processes_add_rows_at_once(tmp_path):
-    def add(part: int) -> None:
-        store = Store(tmp_path / "rows.npy", 4, SETTINGS, PROBE)
-        for number in range(part, 200, 4):
-            store.write(LABELS[number], IDENTITIES[number], ROWS[number])
-            store.flush()
-
-    processes = [multiprocessing.get_context("fork").Process(target=add, args=(part,)) for part in range(4)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0, 0, 0]
-    store = open_store(tmp_path / "rows.npy")
-    store.finish(LABELS, IDENTITIES)
-    np.testing.assert_array_equal(np.load(tmp_path / "rows.npy"), ROWS)
 
 
 def killed_at(monkeypatch, moment: int, step) -> bool:

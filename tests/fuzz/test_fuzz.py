@@ -24,7 +24,7 @@ from PIL import Image
 
 from config import OPTIONS, CommandLine
 from extraction.identity import NO_STAT, Identity
-from extraction.images import read_image
+from extraction.images import ReadingLimits, read_image
 from extraction.store import Store
 from model.checkpoint import encoder_state, load_encoder
 from model.cvnet import ResNet
@@ -46,7 +46,7 @@ def test_ground_truth(layout):
 
 def test_images(tmp_path, monkeypatch):
     """A small file can claim as many pixels as the limit allows, which bounds its memory."""
-    monkeypatch.setattr("extraction.images._pixel_limit", 1_000_000)
+    monkeypatch.setattr("extraction.images._limits", ReadingLimits(1_000_000))
     samples = []
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
     for kind in ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM"):

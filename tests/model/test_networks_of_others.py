@@ -1,6 +1,7 @@
 """Networks of PyTorch Hub and networks that return descriptors, and checkpoints as others save them."""
 
 import argparse
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import NETWORK
 from safetensors.torch import save_file
 from torch.nn.functional import normalize
 
+from assembly import find_recipe, log_recipe
+from config import make_config, pair_options
 from extraction.extract import extract_batch
 from model.backbone import IMAGENET_MEAN, IMAGENET_STD
 from model.checkpoint import encoder_state
@@ -48,6 +52,12 @@ def patches():
             assert x.shape[2] % 14 == x.shape[3] % 14 == 0, "sides must be multiples of 14"
             return super().forward(x)
     return Patches(8)
+
+def sized():
+    return {"network": Descriptor(8).backbone, "size": (32, 48)}
+
+def tokens():
+    return {"network": Descriptor(8).backbone, "tokens": True}
 
 def nothing():
     return 5
@@ -135,6 +145,40 @@ def test_networks_that_do_not_fit_are_refused(clone, name, settings, noun):
         Recipe(f"hub:{name.replace('CLONE', str(clone))}", **{**WHOLE, **settings}).check()
 
 
+def test_repositories_may_have_modules_with_the_names_of_ours_and_of_each_other(clone, tmp_path):
+    ours = {
+        name: module for name, module in sys.modules.items() if name.split(".")[0] in ("model", "modules", "config")
+    }
+    for dim in (3, 4):
+        folder = shutil.copytree(clone, tmp_path / str(dim))
+        for name in ("model", "modules"):
+            (folder / name).mkdir()
+            (folder / name / "__init__.py").touch()
+        (folder / "model/net.py").write_text("from helper import Descriptor\nfrom modules.size import SIZE\n")
+        (folder / "modules/size.py").write_text("from config import SIZE\n")
+        (folder / "config.py").write_text(f"SIZE = {dim}\n")
+        (folder / "hubconf.py").write_text("from model.net import *\ndef place(): return Descriptor(SIZE)\n")
+        assert Recipe(f"hub:{folder}:place", **WHOLE).dim == dim
+    assert {name: sys.modules[name] for name in ours} == ours
+
+
+@pytest.mark.parametrize("entry", ["place", "sized", "tokens"])
+def test_options_that_suit_a_network_are_named_and_work(clone, entry):
+    words = ["MODEL.NAME", f"hub:{clone}:{entry}"]
+    with pytest.raises(InputError, match="add ") as raised:
+        find_recipe(make_config([*pair_options(words)]))
+    find_recipe(make_config([*pair_options([*words, *str(raised.value).rpartition("add ")[2].split()])]))
+
+
+def test_the_log_names_where_relup_can_go(tmp_path, caplog):
+    (tmp_path / "mine.py").write_text(NETWORK)
+    words = ["MODEL.NAME", f"{tmp_path}/mine.py:build", "TEST.SCALE_LIST", "1"]
+    with caplog.at_level("INFO"):
+        log_recipe(find_recipe(make_config([*pair_options(words)])))
+    advice = caplog.messages[-1].rpartition("add ")[2].split()
+    assert find_recipe(make_config([*pair_options([*words, *advice])])).descriptor.changes
+
+
 def test_the_requirements_of_cvnet_are_its_own(checkpoint_50):
     for settings in ({"mean": (0.5,) * 3}, {"size": (224, 224)}):
         with pytest.raises(InputError, match="CVNet"):
@@ -195,6 +239,16 @@ def test_an_object_in_a_checkpoint_is_named_with_the_command_that_converts_the_f
     subprocess.run(f"{sys.executable}{command}", shell=True, check=True)
     converted = path.with_suffix(".tensors.pth")
     assert torch.equal(build_backbone("torchvision:resnet18", converted).network.conv1.weight, resnet()["conv1.weight"])
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict", "model_state", "model_state_dict", "model"])
+def test_wrappers_of_tensors_are_removed_and_others_are_named(tmp_path, wrapper):
+    path = tmp_path / "trained.pth"
+    torch.save({wrapper: resnet(), "epoch": 3}, path)
+    assert torch.equal(build_backbone("torchvision:resnet18", path).network.conv1.weight, resnet()["conv1.weight"])
+    torch.save({f"my_{wrapper}": resnet(), "epoch": 3}, path)
+    with pytest.raises(InputError, match=f"my_{wrapper}"):
+        build_backbone("torchvision:resnet18", path)
 
 
 def test_a_damaged_file_of_safetensors_is_refused(tmp_path):

@@ -148,6 +148,10 @@ def test_unknown_settings_are_refused(small, checkpoint_50, network, settings):
         recipe.check()
 
 
+def test_the_power_of_gem_is_not_recorded_for_another_pooling(small):
+    assert small(pooling="average", gemp_p=3.0).provenance() == small(pooling="average", gemp_p=4.6).provenance()
+
+
 @pytest.mark.parametrize("name", ["cvnet", "timm:resnet18", "torchvision:convnext_tiny", "FILE"])
 def test_what_applies_to_any_network_is_in_words(name, small, checkpoint_50):
     others = {"cvnet": Recipe(weights=checkpoint_50), "FILE": small(relup_stages=("1",), scales=(1.0,))}
@@ -161,7 +165,3 @@ def test_what_applies_to_any_network_is_in_words(name, small, checkpoint_50):
     idle = {"cvnet": [], "timm:resnet18": ["GeM+"], "torchvision:convnext_tiny": ["GeM+", "ReLU+"]}
     assert recipe.idle_modules == idle.get(name, ["Scale-GeM"])
     assert ("without effect" in words) == bool(recipe.idle_modules)
-
-
-def test_the_power_of_gem_is_not_recorded_for_another_pooling(small):
-    assert small(pooling="average", gemp_p=3.0).provenance() == small(pooling="average", gemp_p=4.6).provenance()

@@ -89,14 +89,6 @@ def test_whitening_is_p_times_x_minus_m():
         torch.testing.assert_close(found, normalize(expected))
 
 
-def test_repr_lists_the_changed_layers():
-    text = repr(attach(resnet18(), **PAPER))
-    assert "layer1.0.relu: ReLU(inplace=True) -> ReLUPlus(threshold=0.014)" in text
-    assert "layer2.1: ends in ReLUPlus(threshold=0.014)" in text
-    assert "layer4" not in text.split("changed layers")[1]
-    assert "changed layers: none" in repr(attach(resnet18()))
-
-
 def test_relu6_keeps_its_ceiling():
     network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU6())
     nn.init.constant_(network[0].weight, 10)
@@ -193,14 +185,9 @@ class ChannelsLast(nn.Module):
         ("resnet18", {}, "str"),
         (torchvision.models.ResNet, {}, "the class ResNet"),
         (resnet18, {"pooling": None}, "pooling"),
-        (resnet18, {"pooling": nn.AdaptiveAvgPool2d}, "pooling"),
         (resnet18, {"rgem": True}, "rgem"),
-        (resnet18, {"relup": ""}, "relup"),
         (resnet18, {"relup": None}, "relup"),
-        (resnet18, {"features": print}, "features"),
         (resnet18, {"features": "layer9"}, "it has conv1, bn1"),
-        (resnet18, {"projection": "head"}, "it has conv1"),
-        (resnet18, {"projection": torch.rand(4)}, "projection"),
         (resnet18, {"projection": (torch.rand(4, 8), torch.rand(4))}, "whitening"),
         (resnet18, {"relup": "layer9"}, "it has conv1"),
         (resnet18, {"relup": "bn1"}, "no ReLU"),
@@ -208,7 +195,6 @@ class ChannelsLast(nn.Module):
         (resnet18, {"relup": "layer1", "relup_threshold": -1}, "threshold"),
         (nn.Sequential(nn.GELU()), {"relup": "0"}, "GELU"),
         (nn.Sequential(ReLUPlus()), {"relup": "0"}, r"detach\(\)"),
-        (lambda x: x, {"relup": "layer1"}, "layer1"),
         *((resnet18, {"scales": scales}, "scales") for scales in (3, (), (1, 0))),
     ],
 )

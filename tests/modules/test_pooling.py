@@ -41,13 +41,6 @@ def test_regional_gem_pads_a_small_map_by_replication():
     torch.testing.assert_close(RegionalGeM()(x)[0, 0, 0, 1], (x[0, 0, 0, 1] + local) / 2)
 
 
-def test_scale_gem_takes_the_minimum_per_image():
-    v = torch.randn(3, 4, 16)
-    together = ScaleGeM(p=5)(v)
-    alone = torch.cat([ScaleGeM(p=5)(v[:, i : i + 1]) for i in range(4)])
-    torch.testing.assert_close(together, alone)
-
-
 @pytest.mark.parametrize("layer", [GeM(), GeMPlus(), RegionalGeM(), ScaleGeM(), ReLUPlus()])
 def test_layers_have_no_state_to_load(layer):
     assert layer.state_dict() == {}
@@ -112,13 +105,6 @@ def test_half_precision_neither_overflows_nor_underflows(layer, scale):
     torch.testing.assert_close(out.float(), layer(x), rtol=2e-3, atol=0)
 
 
-@pytest.mark.parametrize("layer", [GeMPlus(), RegionalGeM(), ScaleGeM(p=3.0)])
-def test_layers_have_gradients(layer):
-    x = torch.rand(2, 3, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).add(0.1)
-    x = (x[..., 0] if isinstance(layer, ScaleGeM) else x).requires_grad_()
-    torch.autograd.gradcheck(layer, x, fast_mode=True)
-
-
 POWERS = [0.5, 2.5, 4.6, 8, 9, 30, 60, 300, 1e4]
 
 
@@ -141,11 +127,3 @@ def test_every_power_is_computed_as_in_float64(p):
     floor = v.amin(dim=(0, 2), keepdim=True)
     expected = in_float64((v - floor).clamp(min=1e-30), p, 0) + floor[0]
     torch.testing.assert_close(ScaleGeM(p)(v), expected, rtol=2e-5, atol=2e-5, check_dtype=False)
-
-
-def test_growing_powers_approach_the_maximum():
-    x, v = torch.rand(2, 3, 5, 6), torch.randn(3, 2, 8)
-    torch.testing.assert_close(GeM(1e6)(x), x.amax(dim=(2, 3)), rtol=1e-4, atol=0)
-    torch.testing.assert_close(ScaleGeM(1e6)(v), v.amax(dim=0), rtol=1e-4, atol=1e-5)
-    largest = torch.nn.functional.max_pool2d(torch.nn.functional.pad(x, (2, 2, 2, 2), mode="reflect"), 5, 1)
-    torch.testing.assert_close(RegionalGeM(1e6)(x), (x + largest) / 2, rtol=1e-4, atol=0)

@@ -187,20 +187,15 @@ def test_scores_have_the_right_gradients(reranker):
         (partial(QueryExpansion, n=0), "n must"),
         (partial(QueryExpansion, n=401), "n <= m"),
         (partial(QueryExpansion, alpha=-1), "alpha"),
-        (partial(QueryExpansion, m=1.5), "m must"),
         (partial(SuperGlobalReranker, 5, 6), "k <= m"),
-        (partial(SuperGlobalReranker, 5, 3, "x"), "beta"),
         (partial(SuperGlobalReranker, 5, 3, -0.1), "beta"),
         (partial(SuperGlobalReranker, s2="released"), "s2"),
         (partial(KReciprocalReranker, k1=0), "k1"),
-        (partial(KReciprocalReranker, k2=0), "k2"),
         (partial(KReciprocalReranker, lambda_value=1.1), "lambda_value"),
         (partial(DiffusionReranker, k=0), "k must"),
-        (partial(DiffusionReranker, kq="x"), "kq"),
         (partial(DiffusionReranker, alpha=1), "alpha"),
         (partial(DiffusionReranker, gamma=0), "gamma"),
         (partial(augmented_rows, torch.eye(3), k=0), "k must"),
-        (partial(augmented_rows, torch.eye(3), alpha=None, k=None), "k must"),
         (partial(augmented_rows, torch.eye(3), out=torch.eye(2)), "(3, 3)"),
         (partial(augmented_rows, torch.eye(3) / 0), "query 0 and database row 0"),
     ],
@@ -257,14 +252,6 @@ def test_the_memory_of_the_database_is_not_overwritten():
     assert torch.equal(rows, torch.eye(6))
 
 
-@pytest.mark.parametrize("reranker", DEFAULTS, ids=repr)
-def test_an_image_that_was_skipped_is_last(reranker):
-    """Its row is zero."""
-    q, x = (each.abs() for each in problem("random", 90))
-    x[:, [0, 1, 7, 30, 64]] = 0
-    assert (reranker(q, x).order[:, 85:].sort().values == torch.tensor([0, 1, 7, 30, 64])).all()
-
-
 def test_an_image_that_was_skipped_is_last_and_has_no_effect_on_k_reciprocal():
     """With rows of both signs, its row of zeros is nearer to a query than half of the others."""
     q, x = problem("random", 90)
@@ -279,7 +266,9 @@ def test_an_image_that_was_skipped_is_last_and_has_no_effect_on_k_reciprocal():
     torch.testing.assert_close(found.scores[:, :85], expected.scores, atol=1e-12, rtol=0)
 
 
-def test_the_row_of_a_skipped_image_is_not_augmented():
-    rows = problem("random", 40, queries=1)[1][0]
-    rows[[3, 20]] = 0
-    assert augmented_rows(rows, 10).any(dim=1).logical_not().nonzero().flatten().tolist() == [3, 20]
+@pytest.mark.parametrize("reranker", DEFAULTS, ids=repr)
+def test_an_image_that_was_skipped_is_last(reranker):
+    """Its row is zero."""
+    q, x = (each.abs() for each in problem("random", 90))
+    x[:, [0, 1, 7, 30, 64]] = 0
+    assert (reranker(q, x).order[:, 85:].sort().values == torch.tensor([0, 1, 7, 30, 64])).all()

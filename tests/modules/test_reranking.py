@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from modules.reranking import SuperGlobalReranker, largest, neighbour_weights, refined_scores
+from modules.reranking import SuperGlobalReranker, largest
 from modules.search import Database, search
 
 SETTINGS = [(50, 9, 0.15), (400, 9, 0.15), (30, 3, 0.5)]
@@ -24,14 +24,6 @@ def test_reranking_gives_the_papers_ranking(reference, m, k, beta):
     order = SuperGlobalReranker(m, k, beta).rerank(queries, ids, Database(rows).rows).order
     ids[:, :m] = ids.gather(1, order)
     np.testing.assert_array_equal(ids.T, reference[f"rerank_ranks_M{m}_K{k}_b{beta}"])
-
-
-@pytest.mark.parametrize(("m", "k", "beta"), SETTINGS)
-def test_refined_scores_are_the_papers(reference, m, k, beta):
-    queries, rows = (torch.from_numpy(reference[name]) for name in ("rerank_Q", "rerank_X"))
-    candidates = rows[search(queries, rows, m=m).ids]
-    s1 = refined_scores(queries, candidates, *neighbour_weights(candidates, k, beta))
-    np.testing.assert_allclose(s1.numpy(), reference[f"rerank_refined_scores_M{m}_K{k}_b{beta}"], atol=1e-5, rtol=0)
 
 
 def test_a_zero_row_does_not_borrow_the_score_of_another():
@@ -80,25 +72,6 @@ def test_ids_of_any_kind_are_accepted_and_each_is_fetched_once(kind):
     found = SuperGlobalReranker(m=20).rerank(queries, given, fetch)
     assert torch.equal(found.order, expected.order)
     assert len(asked) == len(set(asked)) == len(ids[ids >= 0].unique())
-
-
-def test_ids_of_minus_one_are_not_candidates_and_never_fetched():
-    rows, queries = clustered(60, 32), clustered(2, 32, seed=1)
-    ids = search(queries, rows, m=20).ids
-    ids[0, 12:] = -1
-    ids[1, 3] = -1
-    given = []
-
-    def fetch(wanted):
-        given.append(wanted)
-        return rows[wanted]
-
-    reranker = SuperGlobalReranker(m=20)
-    found = reranker.rerank(queries, ids, fetch)
-    expected = reranker(queries, rows[ids], ids >= 0)
-    assert torch.equal(found.order, expected.order)
-    assert torch.cat(given).min() >= 0
-    assert ids.gather(1, found.order)[0, 12:].tolist() == [-1] * 8
 
 
 def test_numpy_input_gives_numpy_output():
@@ -150,11 +123,8 @@ NONE = torch.zeros(2, 0, dtype=torch.long)
         (Q[0], X, None, r"got \(8,\) and \(2, 10, 8\)"),
         (Q, X[0], None, r"got \(2, 8\) and \(10, 8\)"),
         (Q, X[:, :, :4], None, r"got \(2, 8\) and \(2, 10, 4\)"),
-        (Q[:1], X, None, r"got \(1, 8\) and \(2, 10, 8\)"),
         (Q, X[:, :0], None, r"no candidates to rerank: got \(2, 8\) and \(2, 0, 8\)"),
         (Q, X.long(), None, r"floating-point, got \(2, 8\) and \(2, 10, 8\) of torch.float32 and torch.int64"),
-        (Q, X * torch.nan, None, r"candidate 0 of query 0 has NaN or infinity, .* \(2, 10, 8\)"),
-        (Q / 0, X, None, r"^query 0 has NaN or infinity, got \(2, 8\)"),
         (Q, X, torch.ones(2, 9, dtype=torch.bool), r"mask must be bool \(Q, M\), got torch.bool of shape \(2, 9\)"),
         (Q, X, torch.ones(2, 10), r"mask must be bool \(Q, M\), got torch.float32 of shape \(2, 10\)"),
         (Q.tolist(), X, None, "queries must be a tensor or a NumPy array, got list"),
@@ -182,13 +152,7 @@ def test_the_query_that_is_not_finite_is_named_in_any_block():
         (Q, NONE, X.view(-1, 8).__getitem__, r"no candidates to rerank: got queries \(2, 8\) and ids \(2, 0\)"),
         (Q, torch.zeros(3, 4, dtype=torch.long), X.view(-1, 8).__getitem__, r"got queries \(2, 8\) and ids \(3, 4\)"),
         (Q, torch.zeros(2, 4), X.view(-1, 8).__getitem__, r"ids must be integers .* \(2, 4\) of torch.float32"),
-        (Q, torch.full((2, 4), -2), X.view(-1, 8).__getitem__, "ids must be integers from 0, or -1 for none"),
-        (
-            Q,
-            torch.zeros(2, 4, dtype=torch.long),
-            lambda ids: X[0],
-            r"fetch gave shape .* ids; queries have 8 dimensions",
-        ),
+        (Q, NONE.new_zeros(2, 4), lambda ids: X[0], r"fetch gave shape .* ids; queries have 8 dimensions"),
     ],
 )
 def test_invalid_ids_and_fetch_functions_are_rejected(queries, ids, fetch, message):

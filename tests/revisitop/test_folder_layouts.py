@@ -1,11 +1,14 @@
 """Datasets that are folders of images: galleries, places, instances; and the measures that are published for them."""
 
+import json
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import latest
 from PIL import Image
 
 from model.errors import InputError
@@ -164,6 +167,25 @@ def test_folders_that_could_mean_something_else_are_refused(request, fixture, ch
         load(folder)
 
 
+@pytest.mark.parametrize(
+    ("files", "noun"),
+    [
+        (("1.jpg", "2.jpg"), "class folders"),
+        (("query/1.jpg", "gallery/2.jpg"), "class folders of the same names"),
+        (("query/bag/1.jpg", "stock/bag/2.jpg"), "gallery/"),
+        (("database/@1@2@.jpg",), "queries/"),
+        (("queries/1.jpg", "database/2.jpg"), "@EAST@NORTH@"),
+        (("cup/query/1.jpg", "pot/query/1.jpg"), "pos/"),
+        (("train/a/1.jpg", "train/b/1.jpg"), "themselves are train"),
+    ],
+)
+def test_the_nearest_layout_and_what_it_lacks_are_named(tmp_path, files, noun):
+    for name in files:
+        image(tmp_path / "mine" / name)
+    with pytest.raises(InputError, match=noun):
+        load(tmp_path / "mine")
+
+
 # ---- revisitop's pickles ----
 
 
@@ -283,9 +305,22 @@ def test_folders_go_to_metrics_report_table_and_tuning(shop, town, objects, comm
     for line in ("mAP all", "our mAP all", "mAP@1000 all", "recall@1,5 all"):
         assert f"Retrieval results: {line}" in outcome.out
     assert outcome.out.count("SupG.rerank_k 2, or python -m tools.tune --folds 5 --test town") == 1
+    assert re.search(r"recall@1 in percent +All\ntown, retrieval +50\.00\n", outcome.out)
+    run = latest(tmp_path / "work" / "output").resolve()
+    compared = command("tools/compare.py", f"{run}:retrieval", run, "TEST.DATA_DIR", tmp_path)
+    assert compared.code == 0, compared.err
+    for row in ("shop | all | mAP", "town | all | recall@1", "objects | all | mAP@1000"):
+        assert f"| {row} | " in compared.out
+    assert "not on the page" not in compared.out
     table = command("tools/tables.py", "rerankers", *words, *listed, "TEST.RERANKER", "aqe")
     assert table.code == 0, table.err
-    assert "| our mAP All |" in table.out
+    assert "| recall@1 All |" in table.out
     tuned = command("tools/tune.py", "--on", "objects", "--test", "shop", *words, "--try", "SupG.rerank_k", "1,2")
     assert tuned.code == 0, tuned.err
     assert "to use it: python test.py TEST.DATASET_LIST shop MODEL.NAME torchvision:resnet18" in tuned.out
+    tuned = command("tools/tune.py", "--on", "shop", "--test", "town", *words, "--try", "SupG.rerank_k", "1,2")
+    assert "| town | all | recall@1 | 50.00 | 50.00 |" in tuned.out
+    content = json.loads((latest(tmp_path / "work" / "output") / "results.json").read_text())["datasets"]["town"]
+    assert {*content["retrieval"]["all"]["recall@1 of each query"].values()} == {100.0, 0.0}
+    tuned = command("tools/tune.py", "--folds", 2, "--test", "shop", *words)
+    assert "30 settings" in tuned.out  # of K and beta: every M takes in the whole database

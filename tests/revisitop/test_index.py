@@ -112,7 +112,6 @@ def test_an_index_is_reused_only_for_the_same_rows(database, tmp_path, caplog):
         ("HNSW0", "", "'HNSW0' has a count of 0"),
         ("IVF4096,Flat", "", "1500 rows are too few, or unsuitable, to train the index IVF4096,Flat"),
         ("IVF8,Flat", "efSearch=3", "invalid parameters 'efSearch=3' for the index IVF8,Flat"),
-        ("IVF8,Flat", "nprobe", "invalid parameters 'nprobe'"),
     ],
 )
 def test_an_invalid_index_is_rejected(database, tmp_path, factory, parameters, message):
@@ -163,20 +162,6 @@ def evaluate(command, tmp_path):
     return run
 
 
-def metrics(outcome) -> list[str]:
-    return re.findall(r"results: .*", outcome.out)
-
-
-def test_a_flat_index_gives_the_metrics_of_exact_search(evaluate):
-    exact, ranks = evaluate("TEST.RERANKER", "superglobal,alpha-qe")
-    flat, found = evaluate("TEST.RERANKER", "superglobal,alpha-qe", "TEST.INDEX", "Flat")
-    assert flat.code == 0, flat.err
-    assert metrics(flat) == metrics(exact)
-    assert all((a == b).all() for a, b in zip(ranks, found, strict=True))
-    assert "0 of 120 images that metrics need are not among the first 120 of the index" in flat.out
-    assert "reused, built from the same rows" in evaluate("TEST.INDEX", "Flat")[0].out
-
-
 def test_images_that_the_index_misses_count_as_never_found(evaluate, tmp_path):
     exact, _ = evaluate("TEST.RERANKER", "none")
     outcome, (ranks,) = evaluate("TEST.RERANKER", "none", "TEST.INDEX", "IVF12,Flat", "TEST.INDEX_SEARCH", "nprobe=1")
@@ -194,32 +179,10 @@ def test_images_that_the_index_misses_count_as_never_found(evaluate, tmp_path):
     ("words", "message"),
     [
         (("TEST.INDEX", "IVF8;Flat"), "TEST.INDEX: FAISS has no index 'IVF8;Flat' for 32 dimensions"),
-        (("TEST.INDEX", "IVF512,Flat"), "TEST.INDEX: 120 rows are too few, or unsuitable, to train"),
         (("TEST.INDEX", "Flat", "TEST.RERANKER", "dba"), "TEST.RERANKER dba replaces all rows"),
-        (("TEST.INDEX_ROWS", "decoded"), "TEST.INDEX_ROWS decoded has no effect without TEST.INDEX"),
-        (("TEST.INDEX_SEARCH", "nprobe=4"), "TEST.INDEX_SEARCH nprobe=4 has no effect without TEST.INDEX"),
     ],
 )
 def test_an_index_that_a_run_cannot_use_is_reported_in_one_line(evaluate, words, message):
     outcome, _ = evaluate(*words)
     assert outcome.code == 2
     assert outcome.err.splitlines()[-1].startswith(f"error: {message}")
-
-
-def test_rerank_searches_with_an_index_beside_the_file(evaluate, command, tmp_path):
-    files = [tmp_path / "features" / f"new_{kind}.npy" for kind in ("query", "db")]
-    words = ("--queries", files[0], "--database", files[1], "--out", tmp_path / "ranks.npy")
-    assert command("tools/rerank.py", *words).code == 0
-    exact = np.load(tmp_path / "ranks.npy")
-    outcome = command("tools/rerank.py", *words, "TEST.INDEX", "IVF4,Flat", "TEST.INDEX_SEARCH", "nprobe=4")
-    assert outcome.code == 0, outcome.err
-    assert (np.load(tmp_path / "ranks.npy") == exact).all()
-    assert (tmp_path / "features" / "new_db.npy.IVF4_Flat.faiss").is_file()
-    np.save(files[1], np.load(files[1])[::-1])
-    outcome = command("tools/rerank.py", *words, "TEST.INDEX", "IVF4,Flat", "TEST.INDEX_SEARCH", "nprobe=4")
-    assert "built from other rows, or damaged; it will be built again" in outcome.out
-    assert (np.load(tmp_path / "ranks.npy") == 119 - exact).all()
-    np.save(tmp_path / "ids.npy", exact)
-    outcome = command("tools/rerank.py", *words, "--ids", tmp_path / "ids.npy", "TEST.INDEX", "Flat")
-    assert outcome.code == 2
-    assert "leave TEST.INDEX out" in outcome.err

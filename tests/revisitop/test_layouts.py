@@ -182,7 +182,7 @@ def test_folders_that_are_no_classes_are_refused(classes, names):
 
 def test_a_folder_with_no_layout_or_with_two_is_refused(own, classes, tmp_path):
     (tmp_path / "data" / "nothing").mkdir()
-    with pytest.raises(InputError, match=r"gnd_nothing\.pkl"):
+    with pytest.raises(InputError, match=r"docs/datasets\.md"):
         load_dataset("nothing", tmp_path / "data")
     for folder in (own, classes):
         (folder / f"gnd_{folder.name}.pkl").write_bytes(pickle.dumps({}))

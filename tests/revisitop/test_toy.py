@@ -6,10 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from extraction.extract import extract_batch
 from model.checkpoint import load_encoder
 from model.cvnet import ResNet
-from model.recipe import Recipe
 from modules.search import Database
 from revisitop import toy
 from revisitop.evaluate import evaluate, ignored_images, positive_and_ignored
@@ -112,18 +110,3 @@ def test_positives_and_negatives_of_a_query_never_nearly_tie(toy_run, data_dir):
             positive = truth.listed[positive_and_ignored(truth, protocol)[0]]
             negative = np.setdiff1d(np.arange(len(rows)), [*positive, *ignored_images(truth, protocol)])
             assert np.abs(cosines[positive][:, None] - cosines[negative]).min() >= 1e-6
-
-
-def test_every_module_changes_the_metrics(data_dir, checkpoint_50):
-    dataset = load_dataset("toy", data_dir)
-    chosen = dataset.ground_truth[0].listed.tolist()
-
-    def descriptors(**changes) -> torch.Tensor:
-        extractor = Recipe(weights=checkpoint_50, **changes).extractor()
-        images = [torch.from_numpy(dataset.database[number].read()[::4, ::4].copy()) for number in chosen]
-        return torch.cat([extract_batch(extractor, [view]) for view in images])
-
-    all_on = descriptors()
-    for name in ("relup_threshold", "gemp_p", "rgem_p", "sgem_p"):
-        similarity = all_on @ descriptors(**{name: None}).T
-        assert not torch.equal(similarity.argsort(), (all_on @ all_on.T).argsort()), name

@@ -36,7 +36,7 @@ def test_differences_are_those_of_the_queries(command, evaluate):
     assert "SupG.rerank_k: A 9, B 3" in outcome.out
     for name in "EMH":
         before, after = (np.array(list(aps(run, "reranking")[name].values())) for run in (a, b))
-        (cells,) = re.findall(rf"\| new \| {name} \| (.*) \|", outcome.out)
+        (cells,) = re.findall(rf"\| new \| {name} \| mAP \| (.*) \|", outcome.out)
         cells = cells.split(" | ")
         assert cells[:3] == [f"{before.mean():.2f}", f"{after.mean():.2f}", f"{(after - before).mean():+.2f}"]
         assert list(map(int, cells[4:7])) == [(after > before).sum(), (after < before).sum(), (after == before).sum()]

@@ -110,6 +110,7 @@ def test_bad_vectors_are_refused_and_an_older_result_is_kept(rerank, vectors, tm
         (("--reranker", "dba", "--ids", tmp_path / "one.npy"), vectors[1], "--ids"),
         (("TEST.INDEX", "Flat", "--ids", tmp_path / "one.npy"), vectors[1], "TEST.INDEX"),
         (("--reranker", "cvnet"), vectors[1], "cvnet"),
+        (("--out", tmp_path / "none" / "x.npy"), vectors[1], "none"),
     ):
         outcome = rerank(*arguments, database=tmp_path / database)
         assert outcome.code == 2, noun

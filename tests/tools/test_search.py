@@ -1,7 +1,6 @@
 import json
 import os
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -110,19 +109,6 @@ def test_invalid_databases_queries_and_numbers_are_reported(search, folder, word
     outcome = search(*words, **{key: value.replace("FOLDER", str(folder)) for key, value in change.items()})
     assert outcome.code == 2
     assert re.search(f"error: .*{noun}", outcome.err.splitlines()[-1])
-
-
-def test_without_reranking_scores_are_cosines_that_do_not_depend_on_other_images(search, folder):
-    def scores() -> dict[str, float]:
-        content = json.loads(search("--json", "--top", 20, "TEST.RERANKER", "none").out)
-        assert content["scores"] == "cosine similarity"
-        (entry,) = content["queries"]
-        return {result["file"]: result["score"] for result in entry["results"]}
-
-    before = scores()
-    assert before["sub folder/c.PNG"] == pytest.approx(1, abs=1e-5)
-    (folder / NAMES[0]).unlink()
-    assert scores() == {name: value for name, value in before.items() if name != NAMES[0]}
 
 
 def test_skipped_files_are_counted_by_reason_and_named(search, folder, monkeypatch):
@@ -252,7 +238,6 @@ def test_an_interrupted_insertion_is_resumed_without_duplicates(search, pymilvus
     ("words", "message"),
     [
         (("--index", "milvus:http://localhost:1"), "Milvus at http://localhost:1: Fail connecting to server"),
-        (("--index", "milvus:/nowhere/x.db"), "Milvus at /nowhere/x.db: Open local milvus failed"),
         (("--index", "faiss:x"), "argument --index: 'faiss:x' is not milvus:FILE.db or milvus:http://HOST:PORT"),
         (("--index", "milvus:x.db", "TEST.INDEX", "Flat"), "--index and TEST.INDEX cannot be combined"),
         (("--index", "milvus:x.db", "TEST.RERANKER", "dba"), "--index and TEST.RERANKER dba cannot be combined"),
@@ -275,10 +260,3 @@ def test_a_collection_of_another_database_is_refused(search, pymilvus, tmp_path)
     outcome = search(*words)
     assert outcome.code == 2
     assert re.search(rf"^error: the collection {name} in .* belongs to another database .*: drop it", outcome.err, re.M)
-
-
-def test_missing_milvus_is_reported(search, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pymilvus", None)
-    outcome = search("--index", "milvus:x.db")
-    assert outcome.code == 2
-    assert "Milvus needs its client: pip install pymilvus milvus-lite" in outcome.err

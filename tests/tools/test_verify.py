@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import scipy.io
+import torch
 import torch.nn.functional as F
 from PIL import Image
 
@@ -13,7 +14,7 @@ from extraction.images import ImageFile
 from modules import descriptor
 from revisitop.layouts import load_dataset
 from tools.check import Finding, check_boxes, check_dataset, check_lists, check_sizes, read_images
-from tools.verify import check_datasets, check_descriptors, check_weights
+from tools.verify import PRODUCT_ERROR, check_datasets, check_descriptors, check_weights, product_error
 
 
 def findings_of(layout) -> list[Finding]:
@@ -22,7 +23,7 @@ def findings_of(layout) -> list[Finding]:
     dataset = load_dataset(layout.name, layout.data_dir)
     headers, _ = read_images([image.path for image in dataset.images()])
     known = {"queries": 3, "images": 24}
-    return [*check_lists(dataset, known), check_boxes(dataset.queries, 3, headers), check_sizes(headers.values(), 80)]
+    return [*check_lists(dataset, known), check_boxes(dataset, headers), check_sizes(dataset, headers, 80)]
 
 
 def change(layout, names, make) -> None:
@@ -109,6 +110,26 @@ def test_checkpoints_are_loaded_with_their_depth_and_power(checkpoint_50):
     assert "ResNet-50" in known.text
     assert "3.000" in known.text
     assert missing.ok is None
+    assert check_weights(make_config([("TEST.WEIGHTS", str(checkpoint_50))])) == [known]
+
+
+def test_a_checkpoint_of_another_network_or_a_damaged_one_is_wrong(checkpoint_50, tmp_path):
+    (tmp_path / "CVPR2022_CVNet_R50.pyth").write_bytes(b"damaged")
+    (tmp_path / "CVPR2022_CVNet_R101.pyth").symlink_to(checkpoint_50)
+    right, wrong = check_weights(make_config([("TEST.WEIGHTS", str(tmp_path))]))
+    assert right.ok  # R50, under the other's name
+    assert wrong.ok is False
+    (tmp_path / "CVPR2022_CVNet_R101.pyth").unlink()
+    damaged, missing = check_weights(make_config([("TEST.WEIGHTS", str(tmp_path))]))
+    assert damaged.ok is False
+    assert missing.ok is None
+
+
+def test_products_in_less_than_float32_are_noticed():
+    cpu = torch.device("cpu")
+    assert product_error(cpu) < PRODUCT_ERROR
+    with torch.autocast("cpu", torch.bfloat16):
+        assert product_error(cpu) > 1e-4
 
 
 @pytest.mark.slow  # draws a checkpoint, and computes descriptors in three precisions

@@ -50,8 +50,8 @@ UNPACKED = "unpacked.txt"  # lists the archives in its folder that are unpacked
 ITEMS = (*IMAGES, "revisitop1m", "gldv2", "features", "weights")
 
 HELP = f"""items:
-  roxford5k    ground truth and images of ROxford5k: DATA_DIR/roxford5k/
-  rparis6k     ground truth and images of RParis6k: DATA_DIR/rparis6k/
+  roxford5k    ground truth and images of ROxford: DATA_DIR/roxford5k/
+  rparis6k     ground truth and images of RParis: DATA_DIR/rparis6k/
   revisitop1m  list and 100 archives of the million distractors: DATA_DIR/revisitop1m/
   gldv2        Google Landmarks v2: lists, solution, 100 archives of index images (about 85 GB) and 20 of test images
                (10 GB), of which only the 1,129 queries are kept: DATA_DIR/gldv2/

@@ -5,7 +5,7 @@ python -m tools.reproduce --million --yes TEST.DATA_DIR DIR TEST.WEIGHTS DIR
 python -m tools.reproduce --depth 50 TEST.DATASET_LIST roxford5k TEST.PRECISION bf16
 
 Missing datasets and weights are downloaded after a question, the machine and the data are verified (tools.verify), and
-ResNet-50 and ResNet-101 are evaluated on ROxford5k and RParis6k, with and without reranking, and with --million among a
+ResNet-50 and ResNet-101 are evaluated on ROxford and RParis, with and without reranking, and with --million among a
 million distractors, too. The command can be interrupted at any moment, and resumes when it is started again; a part
 that fails does not stop the others. The table is printed as Markdown, and is in TEST.OUT_DIR/runs/latest/reproduce.md.
 """

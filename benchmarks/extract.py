@@ -151,17 +151,18 @@ def compiled(engine: str, network: nn.Module, images: Tensor) -> Callable[[Tenso
     if engine == "openvino":
         import openvino
 
-        model = openvino.convert_model(network, example_input=images, input=[list(images.shape)])
+        model = openvino.convert_model(torch.export.export(network, (images,)))
         settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
         run = openvino.compile_model(model, "CPU", settings)
         return lambda images: torch.from_numpy(run(images.numpy())[0])
     import onnxruntime
 
-    torch.onnx.export(network, (images,), file := io.BytesIO(), input_names=["images"], dynamo=False)
+    program = torch.onnx.export(torch.export.export(network, (images,)), dynamo=True)
+    program.save(file := io.BytesIO())
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    return lambda images: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: images.numpy()})[0])
 
 
 def one_by_one(network: Callable[[Tensor], Tensor], images: list[Tensor], device: torch.device) -> Tensor:

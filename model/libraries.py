@@ -1,7 +1,6 @@
 """Backbones by name: CVNet's, timm's, torchvision's, those of PyTorch Hub, and of a user's own function."""
 
 import ast
-import difflib
 import hashlib
 import importlib.util
 import re
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from model.backbone import Backbone
 from model.checkpoint import load_encoder, load_strictly, network_state, sha256
 from model.cvnet import ResNet, cvnet_backbone
-from model.errors import InputError, reason_of
+from model.errors import InputError, nearest, reason_of, short_list
 from modules.attach import way_to_map
 
 PRETRAINED, UNTRAINED = "pretrained", "untrained"
@@ -110,7 +109,7 @@ def _timm(name: str, pretrained: bool) -> Backbone:
         raise InputError(f"timm:{name} needs the package timm; pip install timm") from None
     known = timm.list_models() + timm.list_pretrained()
     if name not in known:
-        raise InputError(f"timm has no network {name!r}{_nearest(name, known)}")
+        raise InputError(f"timm has no network {name!r}; {nearest(name, known) or 'timm.list_models() lists all'}")
     torch.manual_seed(0)  # makes random weights reproducible
     with _hub_answers_at_once() if pretrained else nullcontext():
         try:
@@ -152,8 +151,8 @@ def _torchvision(name: str, pretrained: bool) -> Backbone:
     import torchvision
     from torchvision import models
 
-    if name not in models.list_models(module=models):
-        raise InputError(f"torchvision has no network {name!r}{_nearest(name, models.list_models(module=models))}")
+    if name not in (known := models.list_models(module=models)):
+        raise InputError(f"torchvision has no network {name!r}; {nearest(name, known) or short_list(known)}")
     weights = models.get_model_weights(name).DEFAULT
     torch.manual_seed(0)  # makes random weights reproducible
     network = _fetching(lambda: models.get_model(name, weights=weights if pretrained else None), f"torchvision:{name}")
@@ -186,8 +185,9 @@ def _own(path: str, function: str) -> Backbone:
         raise _failed(file, error) from None
     maker = getattr(module, function, None)
     if not callable(maker):
-        there = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        raise InputError(f"{file} has no function {function}{_nearest(function, there)}")
+        functions = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        hint = nearest(function, functions) or f"it has {short_list(functions) or 'none'}"
+        raise InputError(f"{file} has no function {function}; {hint}")
     torch.manual_seed(0)
     try:
         made = maker()
@@ -338,11 +338,6 @@ def _failed(file: Path, error: Exception) -> InputError:
     lines = lines or [getattr(error, "lineno", None)]
     where = f", line {lines[-1]}" if lines[-1] else ""
     return InputError(f"{file}{where}: {type(error).__name__}: {' '.join(str(error).split())}")
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, 1, 0.5)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _load(backbone: Backbone, path: Path, name: str, whole: bool) -> list[str]:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from extraction.images import ReadingLimits, set_reading_limits
 from model.backbone import Backbone
 from model.cvnet import MEAN_BGR, STD_BGR
 from revisitop import toy
@@ -235,6 +236,7 @@ def command(monkeypatch, capsys, tmp_path):
             for handler in set(logging.root.handlers) - set(handlers):
                 handler.close()
             logging.root.handlers[:] = handlers
+            set_reading_limits(ReadingLimits())
         return Outcome(code, *capsys.readouterr())
 
     return run

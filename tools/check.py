@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from assembly import find_dataset, small_set_advice
 from config import DATASET, CommandLine
-from extraction.images import FORMATS, ImageFile
+from extraction.images import FORMATS, ImageFile, ReadingLimits, set_reading_limits
 from model.errors import InputError, printable, short_list
 from report.command import run_command
 from revisitop.dataset import Dataset
@@ -58,10 +58,11 @@ class Header(NamedTuple):
 
 
 def main(argv: list[str]) -> None:
-    line = CommandLine(__doc__, DATASET)
+    line = CommandLine(__doc__, (*DATASET, "DATA_LOADER.MAX_PIXELS", "DATA_LOADER.TRUNCATED"))
     line.add("name", metavar="NAME", help="name of the dataset's folder")
     line.add("--decode", action="store_true", help="decode every image, which may take long, not only its header")
     args, cfg, _ = line.parse(argv)
+    set_reading_limits(ReadingLimits(cfg.DATA_LOADER.MAX_PIXELS, cfg.DATA_LOADER.TRUNCATED))
     dataset = find_dataset(cfg, args.name)
     for text in in_words(dataset):
         print(printable(text))

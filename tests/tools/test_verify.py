@@ -92,6 +92,15 @@ def test_damaged_images_are_named_and_turned_ones_counted(layout):
     assert [str(cut) in problem for problem in damaged] == [True]
 
 
+def test_images_that_a_run_reads_without_their_end_are_no_problem(layout, command):
+    cut = layout.image("db_5")
+    cut.write_bytes(cut.read_bytes()[:-20])
+    words = ("roxford5k", "TEST.DATA_DIR", layout.data_dir)
+    refused, read = (command("tools/check.py", *words, *more) for more in ((), ("DATA_LOADER.TRUNCATED",)))
+    assert str(cut) in refused.out
+    assert "cannot be used" not in read.out
+
+
 def test_published_descriptors_check_the_ground_truth(layout):
     rows = np.random.default_rng(0).standard_normal((27, 16))
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)

@@ -15,7 +15,7 @@ from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from config import DATASET, NETWORK, active_rerankers, as_words, fusion_parts, idle_options, plain, varied
+from config import DATASET, FUSION, NETWORK, active_rerankers, as_words, fusion_parts, idle_options, plain, varied
 from cvnet_rerank.stage import local_feature_stages
 from extraction.extract import ImageSet, extract_sets, probe, probe_tolerance
 from extraction.images import ImageFile, ReadingLimits, limit_side, set_reading_limits
@@ -625,7 +625,7 @@ def small_set_advice(cfg: CfgNode, dataset: Dataset) -> str | None:
     positives, k = dataset.median_positives, cfg.SupG.rerank_k
     if "superglobal" not in active_rerankers(cfg) or positives >= k + 1:
         return None
-    words = ["tools.tune", "--folds", "5", "--test", dataset.name, *as_words(cfg, *NETWORK, *DATASET)]
+    words = ["tools.tune", "--folds", "5", "--test", dataset.name, *as_words(cfg, *NETWORK, *DATASET, *FUSION)]
     command, smaller = shlex.join(["python", "-m", *words]), max(1, int(positives) - 1)
     return (
         f"{dataset.name}: the median number of positive images is {positives:g}, less than the K + 1 = {k + 1} results "

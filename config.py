@@ -161,8 +161,9 @@ def _with_reranker(*names: str) -> Need:
     )
 
 
-_CVNET_NETWORK = Need("without MODEL.NAME cvnet", lambda cfg: cfg.MODEL.NAME == "cvnet")
-_OTHER_NETWORK = Need("with MODEL.NAME cvnet", lambda cfg: cfg.MODEL.NAME != "cvnet")
+# The networks of a fusion are named in its files.
+_CVNET_NETWORK = Need("without MODEL.NAME cvnet", lambda cfg: cfg.MODEL.NAME == "cvnet" or bool(cfg.TEST.FUSION))
+_OTHER_NETWORK = Need("with MODEL.NAME cvnet", lambda cfg: cfg.MODEL.NAME != "cvnet" or bool(cfg.TEST.FUSION))
 _IMAGES = Need("with TEST.FEATURES", lambda cfg: not cfg.TEST.FEATURES)
 _NAME_OF_DISTRACTORS = Need(  # the default file of the distractors is named after the network
     _IMAGES.words, lambda cfg: not cfg.TEST.FEATURES or (cfg.SupG.onemeval and not cfg.TEST.DISTRACTORS)

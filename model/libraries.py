@@ -173,12 +173,14 @@ def _own(path: str, function: str) -> Backbone:
     """Returns the backbone from a user's function; the file is executed, since it is the user's own."""
     file = Path(path)
     if not file.is_file():
-        raise InputError(f"no file {file}")
+        raise InputError(f"no file {file}, in which the network should be")
     spec = importlib.util.spec_from_file_location(f"_own_{file.stem}", file)
     if spec is None or spec.loader is None:
         raise InputError(f"{file} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
+    if (folder := str(file.resolve().parent)) not in sys.path:
+        sys.path.append(folder)  # last, so that a file there does not hide a module of the project
     try:
         spec.loader.exec_module(module)
     except Exception as error:

@@ -160,7 +160,9 @@ class Recipe:
     def modules_in_words(self) -> str:
         """The modules after the feature map, and the scales, as text."""
         modules, scales = self.descriptor, ", ".join(f"{factor:g}" for factor in self.scales)
-        parts = [modules.rgem, modules.pooling, modules.sgem or "mean over the scales"]
+        parts = [modules.rgem, "the network's own descriptors" if self.pooling == WHOLE else modules.pooling]
+        if len(self.scales) > 1:
+            parts.append(modules.sgem or "mean over the scales")
         return f"{', '.join(str(each) for each in parts if each is not None)}, scales {scales}"
 
     def in_words(self) -> Iterator[str]:

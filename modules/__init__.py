@@ -5,6 +5,7 @@ Once installed (``pip install .``), the package is called `superglobal`; in the 
 
 from .activation import ReLUPlus
 from .attach import attach
+from .candidates import CandidateReranker, Reranker, Reranking
 from .descriptor import multi_scale_descriptor
 from .diffusion import DiffusionReranker
 from .expansion import QueryExpansion, augmented_rows, expanded_queries
@@ -13,10 +14,11 @@ from .matching import Match, match_maps
 from .pooling import GeM, GeMPlus, RegionalGeM, ScaleGeM
 from .reciprocal import KReciprocalReranker
 from .reranking import SuperGlobalReranker
-from .search import Database, search
+from .search import Database, SearchResult, merged, search
 from .whitening import Whitening
 
 __all__ = [
+    "CandidateReranker",
     "Database",
     "DiffusionReranker",
     "Explanation",
@@ -27,7 +29,10 @@ __all__ = [
     "QueryExpansion",
     "ReLUPlus",
     "RegionalGeM",
+    "Reranker",
+    "Reranking",
     "ScaleGeM",
+    "SearchResult",
     "SuperGlobalReranker",
     "Whitening",
     "attach",
@@ -35,6 +40,7 @@ __all__ = [
     "expanded_queries",
     "explain",
     "match_maps",
+    "merged",
     "multi_scale_descriptor",
     "search",
 ]

@@ -193,7 +193,8 @@ def evaluated_page(head: dict[str, Any], results: Sequence[Evaluated], options: 
         settings[f"descriptors of {each.dataset.name}"] = origin_in_words(each.facts)
     settings |= {key: str(value) for key, value in options.items()}
     sections = [evaluated_section(each) for each in results]
-    networks = dict.fromkeys(tuple(each.facts["network"].values()) for each in results if "network" in each.facts)
+    parts = [part for each in results for part in each.facts.get("fusion", [each.facts])]
+    networks = dict.fromkeys(tuple(part["network"].values()) for part in parts if "network" in part)
     title = ", ".join(network for network, _ in networks) or "Saved descriptors"
     title = f"{title} on {', '.join(each.dataset.name for each in results)}"
     stages = dict.fromkeys(stage for each in results for stage in each.facts.get("stages", ()))

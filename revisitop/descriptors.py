@@ -236,7 +236,10 @@ def ranking_of(found: Arrays, queries: int, n: int) -> tuple[np.ndarray, np.ndar
     if len(fits) == 2:  # numbers of one query are different, those of one rank are not
         fits = [axis for axis in fits if _are_different(ids if axis == 0 else ids.T)]
         if len(fits) != 1:
-            raise InputError(f"{found}: its rows or its columns can be the queries; add a last row of -1 below it")
+            raise InputError(
+                f"{found}: its rows or its columns can be the queries; add a row of -1 if each column is a query, "
+                "a column of -1 if each row is"
+            )
     ids = check_ids(ids if fits[0] == 0 else ids.T, n, found.path)
     scores = array[0] if array.ndim == 3 else np.full(ids.shape, np.nan)
     return ids, scores.astype(np.float32)

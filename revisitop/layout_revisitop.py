@@ -99,7 +99,7 @@ def load_distractor_list(folder: Path) -> tuple[str, ImageList]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; python -m tools.download revisitop1m fetches it") from None
+        raise InputError(f"{path}: {error.strerror}; tools.download fetches revisitop1m, see docs/million.md") from None
     names = [line.strip() for line in content.splitlines() if line.strip()]
     if not names:
         raise InputError(f"{path} lists no image")

@@ -123,7 +123,13 @@ def parse(argv: list[str]) -> Parsed:
     line.add("--depth", type=int, action="append", choices=STAGE_DEPTHS, help="only this network [both]")
     line.add("--yes", action="store_true", help="download what is missing without a question")
     line.add("--mirror", metavar="URL", help="a mirror to try first, see tools.download")
-    return line.parse(argv)
+    parsed = line.parse(argv)
+    for key in ("MODEL.DEPTH", "SupG.onemeval"):
+        if key in parsed.given:
+            raise InputError(
+                f"{key} is not an option of this command; --depth selects a network, --million distractors"
+            )
+    return parsed
 
 
 def download(args: argparse.Namespace, cfg: CfgNode) -> dict[str, str]:

@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
             ids = load_ids(args.ids, len(queries), len(rows))
         numbers = ids[ids >= 0].unique()
         database = Database(unit_rows(rows[numbers], f"the {len(numbers)} candidates in {args.database}"))
-        places = torch.searchsorted(numbers, ids)
+        places = torch.searchsorted(numbers, ids.contiguous())
         ranking = reranked(cfg, queries, database, places.masked_fill(ids < 0, -1), device)
         found = numbers[ranking.ids.clamp(min=0)].masked_fill(ranking.ids < 0, -1)
         ranking, database = replace(ranking, ids=found), Database(rows)

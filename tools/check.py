@@ -71,7 +71,7 @@ def main(argv: list[str]) -> None:
     findings = list(check_dataset(dataset, args.decode))
     print(*findings, sep="\n")
     if problems := [finding.text for finding in findings if finding.ok is False]:
-        raise InputError(f"{args.name}: {len(problems)} problems: {short_list(problems, 20)}")
+        raise InputError(f"{args.name}: {short_list(problems, 20)}")
 
 
 def in_words(dataset: Dataset) -> Iterator[str]:

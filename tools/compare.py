@@ -142,7 +142,9 @@ def read_run(letter: str, text: str) -> Run:
     path = Path(folder or text)
     path = path.parent if path.name == "results.json" else path
     if not (path / "results.json").exists():
-        raise InputError(f"{path} is not a run, which has a results.json; runs are folders in output/runs")
+        runs = sorted(each.parent for each in path.parent.glob("2*/results.json"))  # by their dates
+        hint = f"the newest there is {runs[-1]}" if runs else "runs are folders in output/runs"
+        raise InputError(f"{path} is not a run, which has a results.json; {hint}")
     content = read_json(path / "results.json")
     try:
         stages = [value for dataset in content["datasets"].values() for value in dataset.values() if is_stage(value)]

@@ -380,8 +380,11 @@ def option_values(cfg: CfgNode) -> dict[str, Any]:
 
 
 def used_options(cfg: CfgNode) -> dict[str, Any]:
-    """Returns the value of each option that has an effect, by its key."""
-    return {key: value for key, value in option_values(cfg).items() if _missing_need(cfg, key) is None}
+    """Returns the value of each option that has an effect, by its key; of fused networks, their files have the rest."""
+    used = {key: value for key, value in option_values(cfg).items() if _missing_need(cfg, key) is None}
+    if cfg.TEST.FUSION:
+        used = {key: value for key, value in used.items() if key not in NETWORK or value != _BY_KEY[key].default}
+    return used
 
 
 def fusion_parts(cfg: CfgNode) -> list[tuple[float, CfgNode]]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import latest
 
-from config import fusion_parts, make_config
+from config import CommandLine, fusion_parts, make_config, used_options
 from model.errors import InputError
 from revisitop.fusion import fused
 
@@ -122,3 +122,9 @@ def test_networks_are_fused_in_tables_and_with_distractors(command, layout, tmp_
     lines = [line for line in table.out.splitlines() if line.startswith("| a+b | roxford5k |")]
     assert len(lines) == 4
     assert "+1M" in lines[-1]
+
+
+def test_options_of_a_network_apply_to_fused_networks_and_those_of_none_are_not_listed():
+    cfg = CommandLine("").parse(["TEST.FUSION", "a.yaml,b.yaml", "SupG.relup_stages", "1", "MODEL.SIZE", "322"]).cfg
+    assert {"SupG.relup_stages", "MODEL.SIZE"} <= used_options(cfg).keys()
+    assert "MODEL.NAME" not in used_options(cfg)

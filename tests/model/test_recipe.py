@@ -99,6 +99,12 @@ def test_a_users_function_runs_once_for_a_recipe_and_its_weights_are_not_called_
     assert (tmp_path / "calls").read_text() == "x"
 
 
+def test_a_users_file_may_import_another_beside_it(tmp_path):
+    (tmp_path / "layers_of_mine.py").write_text("import torch\n\nLAYER = torch.nn.Conv2d(3, 4, 8, 8)\n")
+    (tmp_path / "net.py").write_text("from layers_of_mine import LAYER\n\n\ndef build():\n    return LAYER\n")
+    assert Recipe(f"{tmp_path / 'net.py'}:build", pooling="average", gemp_p=None, rgem_p=None).dim == 4
+
+
 def test_relu_plus_that_changes_no_layer_is_not_recorded(small):
     for recipe in (small("GELU"), small(), small(relup_stages=("1",), relup_threshold=None)):
         assert recipe.provenance()["relup_threshold"] is None

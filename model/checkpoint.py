@@ -209,8 +209,7 @@ def load_tensors(path: Path) -> object:
             f"trust it, convert it: {_conversion(path)}"
         ) from None
     except Exception as error:  # damaged archives raise almost any exception
-        reason = reason_of(error)
-        raise InputError(f"{path} is truncated or damaged ({reason}); fetch it again") from None
+        raise InputError(f"{path} is truncated or damaged ({reason_of(error)}); fetch it again") from None
 
 
 def _load_safetensors(path: Path) -> dict[str, Tensor]:

@@ -377,9 +377,8 @@ def _fetched(fetch: Callable, ids: Tensor, there: Tensor | None, dim: int) -> Te
 def _warn_of_long_rows(q: Tensor, x: Tensor) -> None:
     if not (values_can_be_seen(x) and len(x)):
         return
-    some = x[:, :: max(1, x.shape[1] // 8)].flatten(
-        0, 1
-    )  # eight or more of each query; all would take 10 % of the time
+    # Eight or more candidates of each query; all would take 10 % of the time of reranking.
+    some = x[:, :: max(1, x.shape[1] // 8)].flatten(0, 1)
     lengths = torch.stack([rows.norm(dim=1).max() for rows in (q, some)]).tolist()  # one wait for a GPU
     for name, longest in zip(("queries", "candidates"), lengths, strict=True):
         if longest > _LONGEST:

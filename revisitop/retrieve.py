@@ -79,8 +79,7 @@ def retrieve(
         return Ranking(*database.search(queries, m, listed), time.perf_counter() - start)
     rank, count = (processes.rank, processes.count) if processes else (0, 1)
     part = tuple(min(len(database), -(-len(database) * each // (count * GRID)) * GRID) for each in (rank, rank + 1))
-    bar_settings: dict = {"desc": "search", "unit": "img", "dynamic_ncols": True, "delay": 1, "disable": rank > 0}
-    with tqdm(total=part[1] - part[0], **bar_settings) as bar:
+    with tqdm(desc="search", total=part[1] - part[0], unit="img", dynamic_ncols=True, delay=1, disable=rank > 0) as bar:
         try:
             found = search(queries, database, m, listed, device=device, on_chunk=bar.update, rows=part)
         except NotFiniteError as error:

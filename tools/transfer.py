@@ -82,7 +82,6 @@ class Fetcher:
                 return file.check(file.target)
             except InputError as error:
                 raise InputError(f"{error}; delete {file.target} to have it downloaded again") from None
-        file.target.parent.mkdir(parents=True, exist_ok=True)
         part = Path(f"{file.target}.part")
         self._try_hosts(file, lambda host: self._fetch_from(host, file, part))
         os.replace(part, file.target)
@@ -150,6 +149,7 @@ class Fetcher:
             total = None if rest is None else start + rest
             bar = {"desc": file.target.name, "total": total, "initial": start, "dynamic_ncols": True}
             cut = contextlib.suppress(urllib3.exceptions.HTTPError)
+            part.parent.mkdir(parents=True, exist_ok=True)  # not before there is something to put into it
             with part.open("ab" if start else "wb") as output, tqdm.wrapattr(output, "write", **bar) as output, cut:
                 shutil.copyfileobj(answer.raw, output, CHUNK)
         if total not in (None, _size(part)):

@@ -4,23 +4,19 @@ Shapes: Q queries, M candidates per query in ranking order, D dimensions. The ca
 any database, index or vector store: only their descriptors are needed.
 """
 
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .checks import Array, as_tensor, values_can_be_seen, whole_number
+from .checks import Array, as_tensor, values_can_be_seen, warn_of_long_rows, whole_number
 from .search import Database, search
 
 RERANK_M = 400
 
 # Bytes of candidate descriptors processed at a time: what fits in the caches of a CPU, or keeps a GPU busy.
 _CPU_BYTES, _GPU_BYTES = 16 << 20, 1 << 30
-
-# Descriptors this much longer than 1 were certainly never normalised; lossy indexes only shorten them.
-_LONGEST = 1.05
 
 
 class Found(Protocol):
@@ -163,7 +159,9 @@ class CandidateReranker(nn.Module):
     def _checked_scores(self, q: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
         """Returns the scores of the first m candidates, in their order. (Q, D), (Q, M', D), (Q, M') -> (Q, M)."""
         q, x, mask = self.checked(q, x, mask)
-        _warn_of_long_rows(q, x)
+        # Eight or more candidates of each query; all would take 10 % of the time of reranking.
+        some = x[:, :: max(1, x.shape[1] // 8)].flatten(0, 1)
+        warn_of_long_rows("reranking", {"queries": q, "candidates": some}, stacklevel=6)
         scores = self._scores(q, x, mask)
         return scores if mask is None else scores.masked_fill(~mask, -torch.inf)
 
@@ -372,21 +370,6 @@ def _fetched(fetch: Callable, ids: Tensor, there: Tensor | None, dim: int) -> Te
     candidates = rows.new_zeros(*ids.shape, dim)
     candidates[there.to(rows.device)] = rows
     return candidates
-
-
-def _warn_of_long_rows(q: Tensor, x: Tensor) -> None:
-    if not (values_can_be_seen(x) and len(x)):
-        return
-    # Eight or more candidates of each query; all would take 10 % of the time of reranking.
-    some = x[:, :: max(1, x.shape[1] // 8)].flatten(0, 1)
-    lengths = torch.stack([rows.norm(dim=1).max() for rows in (q, some)]).tolist()  # one wait for a GPU
-    for name, longest in zip(("queries", "candidates"), lengths, strict=True):
-        if longest > _LONGEST:
-            warnings.warn(
-                f"reranking expects descriptors of unit length, got {name} of length {longest:.3g}; "
-                "torch.nn.functional.normalize(rows, dim=-1) normalises them",
-                stacklevel=6,
-            )
 
 
 def places_after(positions: Tensor, order: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model.errors import InputError
-from modules.checks import as_tensor
 from revisitop.index import IndexedDatabase, by_cosine
 
 log = logging.getLogger(__name__)
@@ -28,8 +27,7 @@ log = logging.getLogger(__name__)
 _FIELDS = {"key", "name", "content", "vector"}
 _ASKED = 16000  # entities per request; Milvus allows 16384, and Milvus Lite reads all of them for each request
 _SENT_BYTES = 4 << 20  # of vectors per upload
-_GOT_BYTES = 32 << 20  # of vectors per download
-_KEPT_BYTES = 1 << 30  # of vectors of candidates that are kept after a search
+_QUERIES = 100  # per search
 _NAME_BYTES = 16384
 _TIMEOUT = 20.0  # seconds until a server counts as unreachable
 
@@ -134,7 +132,7 @@ class Milvus:
 
 
 class MilvusDatabase(IndexedDatabase):
-    """A collection as a database: candidates and rows come from Milvus, numbered like the images.
+    """A database whose candidates come from a collection; their rows are read from the files of the descriptors.
 
     Args:
         milvus: the connection.
@@ -145,57 +143,20 @@ class MilvusDatabase(IndexedDatabase):
 
     def __init__(self, milvus: Milvus, collection: str, rows: Tensor, keys: Sequence[str]):
         super().__init__(rows)
-        self.milvus, self.collection, self.keys = milvus, collection, list(keys)
+        self.milvus, self.collection = milvus, collection
         self.numbers = {key: number for number, key in enumerate(keys)}
-        self._recent: dict[int, Tensor] = {}
 
     def find(self, queries: Tensor, m: int) -> tuple[Tensor, Tensor]:
         """Returns the candidates of Milvus, sorted by their exact cosine, see IndexedDatabase."""
         ids = torch.full((len(queries), m), -1, dtype=torch.int64)
-        self._recent = {}
-        block = max(1, _GOT_BYTES // (4 * self.dim * m))
         with _milvus_errors(self.milvus.uri):
-            for start in range(0, len(queries), block):
-                data = list(queries[start : start + block].numpy())
-                found = self.milvus.client.search(self.collection, data=data, limit=m, output_fields=["key", "vector"])
+            for start in range(0, len(queries), _QUERIES):
+                data = list(queries[start : start + _QUERIES].numpy())
+                found = self.milvus.client.search(self.collection, data=data, limit=m, output_fields=["key"])
                 for row, hits in zip(ids[start:], found, strict=False):
-                    known = [hit["entity"] for hit in hits if hit["key"] in self.numbers]
-                    row[: len(known)] = torch.tensor([self.numbers[each["key"]] for each in known], dtype=torch.int64)
-                    self._keep(known)
+                    numbers = [self.numbers[hit["key"]] for hit in hits if hit["key"] in self.numbers]
+                    row[: len(numbers)] = torch.tensor(numbers, dtype=torch.int64)
         return by_cosine(queries, ids, self)
-
-    def rows(self, ids: Any) -> Any:
-        """Returns the rows with these numbers from Milvus, see Database.rows."""
-        if not isinstance(ids, Tensor):
-            return self.rows(as_tensor(ids, "ids")).numpy()
-        unique, inverse = ids.flatten().cpu().unique(return_inverse=True)
-        rows = torch.empty(len(unique), self.dim)
-        block = max(1, min(_ASKED, _GOT_BYTES // (4 * self.dim)))
-        for part, out in zip(unique.split(block), rows.split(block), strict=True):
-            numbers = part.tolist()
-            known = {number: self._recent[number] for number in numbers if number in self._recent}
-            known |= self._got([number for number in numbers if number not in known])
-            for place, number in enumerate(numbers):
-                out[place] = known[number]
-        return rows[inverse].view(*ids.shape, self.dim)
-
-    def _keep(self, entities: Sequence[Mapping[str, Any]]) -> None:
-        """Keeps the vectors of candidates, which a reranker will need, while there is room."""
-        for entity in entities:
-            if len(self._recent) * 4 * self.dim < _KEPT_BYTES:
-                self._recent[self.numbers[entity["key"]]] = torch.as_tensor(entity["vector"], dtype=torch.float32)
-
-    def _got(self, numbers: list[int]) -> dict[int, Tensor]:
-        """Requests the rows with these numbers from Milvus."""
-        if not numbers:
-            return {}
-        keys = [self.keys[number] for number in numbers]
-        with _milvus_errors(self.milvus.uri):
-            got = self.milvus.client.get(self.collection, ids=keys, output_fields=["key", "vector"])
-        rows = {self.numbers[each["key"]]: torch.as_tensor(each["vector"], dtype=torch.float32) for each in got}
-        if len(rows) < len(numbers):
-            raise InputError(f"{self.milvus.uri} has lost images of {self.collection}; start again to restore them")
-        return rows
 
 
 def collection_name(name: str) -> str:

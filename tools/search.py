@@ -7,7 +7,7 @@ python -m tools.search --database holiday/ --queries tower.jpg --index milvus:ht
 torchrun --nproc-per-node=8 -m tools.search --database holiday/ --queries details/
 
 The folder is extracted once; the next search extracts only new and changed images. With --index, the folder is also
-kept in a vector database, which is updated in place and provides the candidates and their descriptors.
+kept in a vector database, which is updated in place and provides the candidates.
 """
 
 from report.command import run_command  # isort: skip  # first, see there

@@ -80,7 +80,7 @@ def test_one_command_goes_from_nothing_to_the_table_and_resumes_after_a_failure(
     assert {*site.asked()} == {f"{VGG}{PARIS_IMAGES[1]}", *features, *distractors}
     final = rows(outcome.out)
     assert len(final) == 8
-    assert "100 images are listed, but 1,001,001 are published" in outcome.out
+    assert "100 images are listed, 1,001,001 are published" in outcome.out
     for (network, name, setting), cells in final.items():
         if setting.endswith("+1M"):
             assert float(cells[1]) < float(final[network, name, setting.removesuffix(", +1M")][1])

@@ -42,7 +42,7 @@ from model.cvnet import STAGE_DEPTHS
 from model.errors import InputError
 from modules.search import Database
 from report.command import run_command
-from report.results import at_k_in_words, markdown
+from report.results import at_k_in_words, markdown_table
 from revisitop import toy
 from revisitop.evaluate import Metrics
 from revisitop.index import FaissDatabase
@@ -76,29 +76,33 @@ class Row:
     setting: str
     protocols: Sequence[Protocol]
     metrics: dict[str, Metrics] | None = None
-    published: dict[str, float] | None = None
+    published: dict[str, float] = field(default_factory=dict)
     note: str = ""
-    costs: tuple[str, ...] = ()
+    costs: tuple[str, ...] = ("",) * len(COSTS)
     reproduced: dict[str, float] = field(default_factory=dict)
 
-    def cells(self, with_costs: bool, with_reproductions: bool = False) -> list[str]:
-        cells = [self.network, self.dataset, self.setting]
+    def cells(self, with_costs: bool, with_reproductions: bool = False) -> Iterator[tuple[str, str]]:
+        """Yields the title of each column, and the text in it; costs replace the published numbers."""
+        yield from (("network", self.network), ("dataset", self.dataset), ("setting", self.setting))
         for protocol in self.protocols:
             value = 100 * self.metrics[protocol.name].main if self.metrics else math.nan
-            cells.append("" if math.isnan(value) else f"{value:.2f}")
+            metric = "" if protocol in REVISITED_PROTOCOLS else f"{protocol.measure.main_title} "
+            yield f"{metric}{protocol.title}", "" if math.isnan(value) else f"{value:.2f}"
             if protocol.name in PUBLISHED and not with_costs:
-                known = (self.published or {}).get(protocol.name)
-                cells.append("" if known is None else f"{known:.1f}")
-                cells.append("" if known is None or math.isnan(value) else f"{value - known:+.2f}")
+                known = self.published.get(protocol.name)
+                yield "published", "" if known is None else f"{known:.1f}"
+                yield "difference", "" if known is None or math.isnan(value) else f"{value - known:+.2f}"
                 if with_reproductions:
-                    cells.append(f"{self.reproduced[protocol.name]:.2f}" if protocol.name in self.reproduced else "")
+                    nearest = self.reproduced.get(protocol.name)
+                    yield "reproduced by others", "" if nearest is None else f"{nearest:.2f}"
         if with_costs:
-            cells += self.costs or [""] * len(COSTS)
+            yield from zip(COSTS, self.costs, strict=True)
         for protocol in self.protocols:
+            kappas = protocol.measure.kappas
             values = at_k_in_words(self.metrics[protocol.name]).split() if self.metrics else []
-            larger = ["-"] * (len(protocol.measure.kappas) - len(values)) if values else []  # k above the database
-            cells.append(" ".join([*values, *larger]))
-        return [*cells, self.note]
+            larger = ["-"] * (len(kappas) - len(values)) if values else []  # k above the database
+            yield f"{protocol.title} {protocol.measure.at}@{','.join(map(str, kappas))}", " ".join([*values, *larger])
+        yield "note", self.note
 
 
 class RowGroup(NamedTuple):
@@ -127,13 +131,16 @@ def main(argv: list[str]) -> None:
             print("\n".join(new), flush=True)
 
     for protocols, names in by_protocols(cfg).items():  # a table per kind of dataset
-        say(*[""] * bool(lines), *heading(protocols, kind.costs, args.reproductions))
+        table: list[str] = []
         for group in kind.groups(cfg, args.depth or list(STAGE_DEPTHS)):
             # The distractors are those of the revisited benchmarks, unless others are given.
             listed = names if args.task != "main" or not group.cfg.SupG.onemeval or cfg.TEST.DISTRACTORS else revisited
             for row in (row for name in names if name in listed for row in rows(group, name, protocols, session)):
                 missing += row.metrics is None
-                say(markdown(row.cells(kind.costs, args.reproductions)))
+                titles, cells = zip(*row.cells(kind.costs, args.reproductions), strict=True)
+                new = markdown_table([titles, cells])[2 * bool(table) :]  # the heading once
+                say(*[""] * bool(lines and not table), *new)
+                table += new
                 run = run or output.new_run(f"{args.task}-{'+'.join(cfg.TEST.DATASET_LIST)}")
                 (run / f"{args.task}.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
                 output.publish(run)
@@ -230,24 +237,6 @@ def by_protocols(cfg: CfgNode) -> dict[tuple[Protocol, ...], list[str]]:
     return tables
 
 
-def heading(protocols: Sequence[Protocol], costs: bool, reproductions: bool = False) -> list[str]:
-    """Returns the first two lines of a table, with columns for the costs or for the published numbers.
-
-    Args:
-        reproductions: whether to have columns for independent reproductions beside the published numbers.
-    """
-    cells = ["network", "dataset", "setting"]
-    for protocol in protocols:
-        revisited = protocol in REVISITED_PROTOCOLS
-        cells.append(protocol.title if revisited else f"{protocol.measure.main_title} {protocol.title}")
-        if protocol.name in PUBLISHED and not costs:
-            cells += ["published", "difference", *["reproduced by others"] * reproductions]
-    cells += COSTS if costs else ()
-    for protocol in protocols:
-        cells.append(f"{protocol.title} {protocol.measure.at}@{','.join(map(str, protocol.measure.kappas))}")
-    return [markdown([*cells, "note"]), markdown(["---"] * (len(cells) + 1))]
-
-
 def rows(group: RowGroup, name: str, protocols: Sequence[Protocol], session: Session) -> Iterator[Row]:
     """Yields a row for retrieval and one per reranker, from a single search; or a row that says what is missing.
 
@@ -279,10 +268,12 @@ def rows(group: RowGroup, name: str, protocols: Sequence[Protocol], session: Ses
     for each in rankings_of(experiment, experiments, queries, database, processes):
         ranking, metrics = each.ranking, experiment.evaluate(each.ranking)
         once = f"{ranking.once:.1f} s once for the database" if ranking.once else ""
+        key = paper_setting(each.experiment.cfg, name, each.stage is not None)
+        maps = {protocol: 100 * of.map for protocol, of in metrics.items()}
         yield Row(
             network, name, setting(each.title, words_of.get(id(each.experiment), "")), protocols, metrics,
-            find_published(each.experiment.cfg, name, each.stage is not None), ", ".join(filter(None, [note, once])),
-            costs_of(each), find_reproduced(each.experiment.cfg, name, each.stage is not None, metrics),
+            find_figures(published()["figures"], *key) if key else {}, ", ".join(filter(None, [note, once])),
+            costs_of(each), nearest_reproduction(*key, maps) if key else {},
         )  # fmt: skip
 
 
@@ -318,22 +309,15 @@ def costs_explained(cfg: CfgNode) -> str:
     return "\n".join(lines)
 
 
-def find_published(cfg: CfgNode, name: str, reranked: bool) -> dict[str, float] | None:
-    """Returns the paper's numbers, which apply only to the paper's settings and exact search (in any precision)."""
+def paper_setting(cfg: CfgNode, name: str, reranked: bool) -> tuple[int, str, bool, str] | None:
+    """Returns what identifies a result of the paper, see find_figures; None for other settings than the paper's.
+
+    Its settings are its exact search, and its network, in any precision.
+    """
     settings = {*NETWORK, *FUSION, *INDEX, *(RERANKING if reranked else ())}
     if as_words(cfg, *settings - {"MODEL.DEPTH", "TEST.WEIGHTS", "TEST.PRECISION"}):
         return None
-    setting = (cfg.MODEL.DEPTH, "reranking" if reranked else "retrieval", cfg.SupG.onemeval, name)
-    return find_figures(published()["figures"], *setting) or None
-
-
-def find_reproduced(cfg: CfgNode, name: str, reranked: bool, metrics: Mapping[str, Metrics]) -> dict[str, float]:
-    """Returns the independent reproductions of the paper's numbers that are nearest to ours, see find_published."""
-    if find_published(cfg, name, reranked) is None:
-        return {}
-    maps = {protocol: 100 * each.map for protocol, each in metrics.items()}
-    stage = "reranking" if reranked else "retrieval"
-    return nearest_reproduction(cfg.MODEL.DEPTH, stage, cfg.SupG.onemeval, name, maps)
+    return cfg.MODEL.DEPTH, "reranking" if reranked else "retrieval", cfg.SupG.onemeval, name
 
 
 class TableKind(NamedTuple):

@@ -500,6 +500,13 @@ class CommandLine:
         self._flags[flag] = key
         self.add(flag, dest=key, **how)
 
+    def add_weights(self, default: str = "./weights") -> None:
+        """Adds the flag --weights for TEST.WEIGHTS."""
+        words = (
+            f"the checkpoint, or a folder in which exactly one fits the depth; TEST.WEIGHTS means the same [{default}]"
+        )
+        self.add_flag("--weights", "TEST.WEIGHTS", metavar="PATH", help=words)
+
     def parse(self, argv: list[str], defaults: Callable[[Any], Mapping[str, Any]] = lambda args: {}) -> Parsed:
         """Returns the arguments and the config: defaults, then the YAML file, then KEY VALUE pairs, then flags.
 

@@ -87,10 +87,7 @@ def parse(argv: list[str]) -> Parsed:
     instead = {"TEST.RERANKER": f"the page shows SuperGlobal; {here}", "TEST.REPORT": here}
     line = CommandLine(__doc__, uses, instead)
     line.add("--database", type=Path, metavar="FOLDER", help="your own images, also in subfolders [toy]")
-    line.add_flag(
-        "--weights", "TEST.WEIGHTS", metavar="PATH",
-        help="the checkpoint, or a folder in which exactly one fits the depth [./weights; random for toy]",
-    )  # fmt: skip
+    line.add_weights("./weights; random for toy")
     line.add("--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on; 0.0.0.0 for all [127.0.0.1]")
     line.add("--port", type=int, default=7860, metavar="N", help="port [7860]")
     line.add(

@@ -31,7 +31,7 @@ from report.page import SHOWN, Hit, candidates_of, first_hits
 from revisitop.dataset import Dataset
 from revisitop.evaluate import evaluate, query_values
 from revisitop.retrieve import Ranking, rerank, retrieve
-from tools.search import extract_folders
+from tools.search import extract_folders, folder_dataset
 
 MODULES = {"GeM+": "SupG.gemp", "Regional-GeM": "SupG.rgem", "Scale-GeM": "SupG.sgem", "ReLU+": "SupG.relup"}
 MOST_CANDIDATES = 1000  # largest M
@@ -344,13 +344,6 @@ class Galleries:
         with self._lock:
             match = match_images(self._recipe(gallery.key), self.device, *images)
         return draw_match(match, images)
-
-
-def folder_dataset(folder: Path, images: Sequence[ImageFile]) -> Dataset:
-    """Returns the images of a folder as a dataset without ground truth, in which each image is a query."""
-    names = [str(image.path.relative_to(folder)) for image in images]
-    title = folder.resolve().name or str(folder)
-    return Dataset(title, folder, images, images, [], (), "folder", names, names, np.arange(len(names)))
 
 
 @lru_cache(maxsize=20_000)

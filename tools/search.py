@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from yacs.config import CfgNode
@@ -46,7 +47,8 @@ from extraction.processes import Processes
 from model.errors import InputError, short_list
 from model.recipe import Recipe
 from modules.search import Database
-from report.page import SHOWN, Hit, Page, Query, Section, write_report
+from report.page import Page, Query, Section, first_hits, write_report
+from revisitop.dataset import Dataset
 from revisitop.exports import Names, check_forms, write_descriptors, write_rankings
 from revisitop.fusion import fused
 from revisitop.retrieve import SAVED_RANKS, Ranking
@@ -131,15 +133,22 @@ def main(argv: list[str]) -> None:
         return
     rankings = {"retrieval": searched.ranking, **{title: stage(searched) for title, stage in stages.items()}}
 
-    title, final = list(rankings.items())[-1]
+    final = [*rankings.values()][-1]
     reranked = final is not searched.ranking
-    scores = f"those of the {title}, which depend on the other results" if reranked else "cosine similarity"
+    scores = "the reranker's own, which only order the results and may exceed 1" if reranked else "cosine similarity"
+    found = {queries.name(i): list(results(queries, database, final, i, args.top)) for i in range(len(queries.images))}
     if args.json:
-        print(json.dumps({"scores": scores, **as_dict(queries, database, final, args.top)}, indent=1))
+        unreadable = {"database": database.unreadable, "queries": queries.unreadable}
+        listed = [{"query": name, "results": [each._asdict() for each in hits]} for name, hits in found.items()]
+        content = {"scores": scores, "database": str(database.root), "unreadable": unreadable, "queries": listed}
+        print(json.dumps(content, indent=1))
     else:
         log.info("scores: %s%s", scores, "; then the cosine similarity" if reranked else "")
-        for line in in_words(queries, database, final, args.top, reranked):
-            log.info("%s", line)
+        for name, hits in found.items():
+            log.info("")
+            log.info("%s", name)
+            for rank, file, score, cosine in hits:
+                log.info("%4d  %s%7.4f  %s", rank, f"{score:7.4f}  " if reranked else "", cosine, file)
     run = session.output.new_run(f"search-{args.database.resolve().name}") if args.report or cfg.TEST.EXPORT else None
     if cfg.TEST.EXPORT:
         names = Names.of_files((queries.images, queries.root), (database.images, database.root))
@@ -162,24 +171,11 @@ def parse(argv: list[str]) -> Parsed:
     truth = "it needs ground truth, as in test.py"
     instead = {"TEST.FEATURES": truth, "SupG.onemeval": truth, "TEST.DISTRACTORS": truth, "TEST.REPORT": "use --report"}
     instead |= {"TEST.DATA_DIR": "use --database", "TEST.DATASET_LIST": "use --database"}
-    uses = (
-        *NETWORK,
-        *FUSION,
-        *LOADING,
-        *INDEX,
-        *RERANKING,
-        "TEST.DEVICE",
-        "TEST.OUT_DIR",
-        "TEST.RESUME",
-        "TEST.EXPORT",
-    )
-    line = CommandLine(__doc__, uses, instead)
+    uses = ("TEST.DEVICE", "TEST.OUT_DIR", "TEST.RESUME", "TEST.EXPORT")
+    line = CommandLine(__doc__, (*NETWORK, *FUSION, *LOADING, *INDEX, *RERANKING, *uses), instead)
     line.add("--database", type=Path, required=True, metavar="FOLDER", help="images, also in subfolders")
     line.add("--queries", type=Path, required=True, metavar="FOLDER|FILE", help="an image, or several")
-    line.add_flag(
-        "--weights", "TEST.WEIGHTS", metavar="PATH",
-        help="the checkpoint, or a folder in which exactly one fits the depth [./weights]",
-    )  # fmt: skip
+    line.add_weights()
     line.add_flag("--depth", "MODEL.DEPTH", type=int, choices=(50, 101), help="layers of the ResNet encoder [50]")
     line.add_flag(
         "--max-pixels", "DATA_LOADER.MAX_PIXELS", type=int, metavar="N", help="skip images with more pixels [178956970]"
@@ -264,48 +260,24 @@ def results(queries: Folder, database: Folder, final: Ranking, query: int, count
     cosines = (database.descriptors[ids].double() @ queries.descriptors[query].double()).float()
     ranked = zip(ids.tolist(), final.scores[query, : len(ids)].tolist(), cosines.tolist(), strict=True)
     for rank, (number, score, cosine) in enumerate(ranked, start=1):
-        yield Result(rank, database.name(number), score, cosine)
-
-
-def in_words(queries: Folder, database: Folder, final: Ranking, count: int, reranked: bool) -> Iterator[str]:
-    for query in range(len(queries.images)):
-        yield ""
-        yield queries.name(query)
-        for rank, file, score, cosine in results(queries, database, final, query, count):
-            scores = f"{score:7.4f}  {cosine:7.4f}" if reranked else f"{score:7.4f}"
-            yield f"{rank:4d}  {scores}  {file}"
-
-
-def as_dict(queries: Folder, database: Folder, final: Ranking, count: int) -> dict:
-    return {
-        "database": str(database.root),
-        "unreadable": {"database": database.unreadable, "queries": queries.unreadable},
-        "queries": [
-            {
-                "query": queries.name(query),
-                "results": [
-                    {**each._asdict(), "score": round(each.score, 6), "cosine": round(each.cosine, 6)}
-                    for each in results(queries, database, final, query, count)
-                ],
-            }
-            for query in range(len(queries.images))
-        ],
-    }
+        yield Result(rank, database.name(number), round(score, 6), round(cosine, 6))
 
 
 def section(queries: Folder, database: Folder, rankings: dict[str, Ranking]) -> Section:
     """Returns the section of the report: the queries in their order, with their results."""
+    images = folder_dataset(database.root, database.images)
+    shown = [
+        Query(queries.name(row), image, first_hits(images, None, rankings, row))
+        for row, image in enumerate(queries.images)
+    ]
+    return Section(images.name, shown, note=f"{len(shown)} queries, {len(database.images):,} images.")
 
-    def hits(ranking: Ranking, query: int) -> list[Hit]:
-        pairs = zip(ranking.ids[query, :SHOWN].tolist(), ranking.scores[query].tolist(), strict=False)
-        return [Hit(database.name(number), database.images[number], score) for number, score in pairs if number >= 0]
 
-    shown = []
-    for number, image in enumerate(queries.images):
-        found = {stage: hits(ranking, number) for stage, ranking in rankings.items()}
-        shown.append(Query(queries.name(number), image, found))
-    note = f"{len(shown)} queries, {len(database.images):,} images."
-    return Section(database.root.resolve().name, shown, note=note)
+def folder_dataset(folder: Path, images: Sequence[ImageFile]) -> Dataset:
+    """Returns the images of a folder as a dataset without ground truth, in which each image is a query."""
+    names = [_name(image, folder) for image in images]
+    title = folder.resolve().name or str(folder)
+    return Dataset(title, folder, images, images, [], (), "folder", names, names, np.arange(len(names)))
 
 
 def _name(image: ImageFile, root: Path) -> str:

@@ -82,7 +82,7 @@ def parse(argv: list[str]) -> Parsed:
     line.add("--labels", type=Path, metavar="FILE", help="the class of each descriptor, a line each")
     line.add("--discriminative", action="store_true", help="use the classes of a dataset in class folders")
     line.add("--shrinkage", type=float, default=0.0, metavar="S", help="0 to 1, for few descriptors per class [0]")
-    line.add_flag("--weights", "TEST.WEIGHTS", metavar="PATH", help="the checkpoint, see TEST.WEIGHTS")
+    line.add_weights()
     return line.parse(argv)
 
 

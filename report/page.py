@@ -22,7 +22,7 @@ from extraction.images import ImageError, ImageFile
 from model.errors import InputError, short_list
 from modules.explanation import Explanation, explain
 from modules.reranking import SuperGlobalReranker
-from report.drawing import MatchDrawing, draw_curves, draw_match, jpeg_uri, read_thumbnail
+from report.drawing import MatchDrawing, draw_curves, jpeg_uri, read_thumbnail
 from report.results import Evaluated, at_k_in_words
 from revisitop.dataset import Dataset
 from revisitop.evaluate import Metrics, query_values
@@ -223,10 +223,13 @@ def evaluated_section(evaluated: Evaluated) -> Section:
         explanation = evaluated.explanations.get(i)
         ids = evaluated.rankings["retrieval"].ids[i].tolist()
         candidates = candidates_of(explanation, dataset, i, ids, evaluated.distractors) if explanation else {}
-        queries.append(Query(name, image, rankings, aps, explanation, candidates, _match_drawing(evaluated, i)))
+        queries.append(Query(name, image, rankings, aps, explanation, candidates, evaluated.matches.get(i)))
     measure = dataset.protocols[0].measure
     value = measure.main_title if measure.main_is_at_k else "AP"
     which = " (Medium)" if dataset.protocols == REVISITED_PROTOCOLS else ""
+    aps = [metrics.get("M", next(iter(metrics.values()))).ap for metrics in evaluated.metrics.values()]
+    ties = np.nan_to_num(aps[0] if len(aps) == 1 else -np.abs(aps[-1] - aps[0]), nan=math.inf)
+    queries = [queries[i] for i in np.argsort(ties, kind="stable")]  # of equal recall@1, and of equal rounded values
     if len(evaluated.rankings) > 1:
         queries.sort(key=lambda query: max(map(abs, query.changes.values()), default=-1), reverse=True)
         order = f"The queries whose {value}{which} reranking changed most, up or down, come first."
@@ -244,17 +247,6 @@ def evaluated_section(evaluated: Evaluated) -> Section:
         dataset.name, queries, order, evaluated.metrics, f"{note}.", facts.get("note", ""),
         plots=plots, caption=caption, value=value,
     )  # fmt: skip
-
-
-def _match_drawing(evaluated: Evaluated, query: int) -> MatchDrawing | None:
-    """Draws where the explained result matches its query; None if it is unknown, or an image cannot be read."""
-    if query not in evaluated.matches:
-        return None
-    dataset, place = evaluated.dataset, evaluated.explanations[query].before
-    number = int(evaluated.rankings["retrieval"].ids[query, place])
-    size = len(dataset.database)
-    result = dataset.database[number] if number < size else evaluated.distractors[number - size]
-    return draw_match(evaluated.matches[query], [dataset.queries[query].read(), result.read()])
 
 
 def explain_largest(

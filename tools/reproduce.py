@@ -85,14 +85,15 @@ def main(argv: list[str]) -> None:
     session = start_session(cfg, sys.stderr)
     for name in {*cfg.TEST.DATASET_LIST} - published()["datasets"].keys():
         find_dataset(cfg, name)  # raises before the work; the published ones are downloaded
-    missing = download(args, cfg)
+    depths = [cfg.MODEL.DEPTH] if "MODEL.DEPTH" in given else list(STAGE_DEPTHS)
+    missing = download(args, cfg, depths)
     log.info("verifying the machine, the data and the weights")
     findings = verify(cfg)
     for finding in findings:
         log.info("%s", finding)
     outcomes = []
     for million in (False, True) if args.million else (False,):
-        for depth in args.depth or list(STAGE_DEPTHS):
+        for depth in depths:
             failure = extract_million(cfg, given, depth) if million and "revisitop1m" not in missing else ""
             for name in cfg.TEST.DATASET_LIST:
                 part, lacks = (
@@ -114,25 +115,24 @@ def main(argv: list[str]) -> None:
 
 
 def parse(argv: list[str]) -> Parsed:
-    instead = dict.fromkeys(("MODEL.DEPTH", "SupG.onemeval", "TEST.DISTRACTORS"), "it has --depth and --million")
+    instead = dict.fromkeys(("SupG.onemeval", "TEST.DISTRACTORS"), "it has --million")
     instead |= dict.fromkeys(("MODEL.NAME", "TEST.FEATURES", "TEST.REPORT", "TEST.RERANKER"), "use test.py")
     line = CommandLine(__doc__, instead=instead)
     line.add(
         "--million", action="store_true", help="also with a million distractors, which are downloaded and extracted"
     )
-    line.add("--depth", type=int, action="append", choices=STAGE_DEPTHS, help="only this network [both]")
+    line.add_flag("--depth", "MODEL.DEPTH", type=int, choices=STAGE_DEPTHS, help="only this network [both]")
     line.add("--yes", action="store_true", help="download what is missing without a question")
     line.add("--mirror", metavar="URL", help="a mirror to try first, see tools.download")
     return line.parse(argv)
 
 
-def download(args: argparse.Namespace, cfg: CfgNode) -> list[str]:
+def download(args: argparse.Namespace, cfg: CfgNode, depths: Sequence[int]) -> list[str]:
     """Downloads what is missing after a question, and returns the names of the items that are not complete."""
     data, weights = Path(cfg.TEST.DATA_DIR), weights_folder(cfg)
     names = [name for name in cfg.TEST.DATASET_LIST if name in published()["datasets"]]
     names += ["features"] if names else []
     names += ["weights"] * (not weights.is_file()) + ["revisitop1m"] * args.million
-    depths = args.depth or STAGE_DEPTHS
     plan = Download([make_item(name, data, weights, depths=depths) for name in names], args.mirror)
     if not plan.needed:
         return []
@@ -154,7 +154,7 @@ def weights_folder(cfg: CfgNode) -> Path:
 
 def extract_million(cfg: CfgNode, given: set[str], depth: int) -> str:
     """Extracts the distractors, or finds that they exist, and returns why this failed; "" if it did not."""
-    keys = given & {*NETWORK, *LOADING, "TEST.DEVICE"} - {"TEST.WEIGHTS"}
+    keys = given & {*NETWORK, *LOADING, "TEST.DEVICE"} - {"TEST.WEIGHTS", "MODEL.DEPTH"}
     options = [word for key in sorted(keys) for word in (key, as_typed(option_values(cfg)[key]))]
     command = [sys.executable, Path(__file__).parents[1] / "extract_rop1m.py", "--depth", str(depth)]
     command += ["--weight", weights_folder(cfg), "--data-dir", Path(cfg.TEST.DATA_DIR) / "revisitop1m", *options]

@@ -5,8 +5,9 @@ python -m tools.tables ablation MODEL.DEPTH 50
 python -m tools.tables rerank TEST.DATASET_LIST "['roxford5k']" SupG.onemeval
 python -m tools.tables rerankers TEST.DATASET_LIST "['roxford5k']"
 
-main       ResNet-50 and ResNet-101, or the network of MODEL.NAME, with and without reranking and +1M distractors;
-           with TEST.RERANKER cvnet also reranking by local features (hours to days, without +1M)
+main       ResNet-50 and ResNet-101, or the network of MODEL.NAME, with and without reranking and +1M distractors, or
+           only those of MODEL.DEPTH and SupG.onemeval, if they are given; with TEST.RERANKER cvnet also reranking by
+           local features (hours to days, without +1M)
 ablation   each of the four modules switched off, all four off, and reranking with both forms of S2
 rerank     reranking with other values of M, K and beta, one at a time
 rerankers  SuperGlobal's reranking and the alternatives, or those of TEST.RERANKER: metrics, time, memory, bytes
@@ -120,7 +121,7 @@ class RowGroup(NamedTuple):
 
 
 def main(argv: list[str]) -> None:
-    args, cfg, _ = parse(argv)
+    args, cfg, given = parse(argv)
     kind, session = TABLES[args.task], start_session(cfg, sys.stderr)
     output, lines, missing, run = session.output, [], 0, None
     revisited = [name for figures in published()["figures"] for name in figures]
@@ -132,7 +133,7 @@ def main(argv: list[str]) -> None:
 
     for protocols, names in by_protocols(cfg).items():  # a table per kind of dataset
         table: list[str] = []
-        for group in kind.groups(cfg, args.depth or list(STAGE_DEPTHS)):
+        for group in kind.groups(cfg, given):
             # The distractors are those of the revisited benchmarks, unless others are given.
             listed = names if args.task != "main" or not group.cfg.SupG.onemeval or cfg.TEST.DISTRACTORS else revisited
             for row in (row for name in names if name in listed for row in rows(group, name, protocols, session)):
@@ -160,14 +161,9 @@ def parse(argv: list[str]) -> Parsed:
     instead = {"TEST.FEATURES": "the tables extract the images themselves", "TEST.REPORT": "use test.py"}
     line = CommandLine(__doc__, instead=instead)
     line.add("task", choices=TABLES, help="the table, see above")
-    line.add("--depth", type=int, action="append", choices=STAGE_DEPTHS, help="only this part of main [both]")
+    line.add_flag("--depth", "MODEL.DEPTH", type=int, choices=STAGE_DEPTHS, help="network [50; of main both]")
     line.add("--reproductions", action="store_true", help="also the independent reproductions nearest to the results")
     args, cfg, given = line.parse(argv, lambda args: TABLES[args.task].defaults)
-    for key in ("MODEL.DEPTH", "SupG.onemeval"):
-        if args.task == "main" and key in given:
-            raise InputError(f"{key} is not an option of the table main, which has both; --depth selects a network")
-    if args.depth and args.task != "main":
-        raise InputError(f"--depth is for main; {args.task} takes MODEL.DEPTH {args.depth[0]}")
     if args.task == "rerank" and active_rerankers(cfg) != ["superglobal"]:
         raise InputError("rerank varies SuperGlobal's reranking: leave TEST.RERANKER and SupG.rerank at their defaults")
     names = cfg.TEST.RERANKER
@@ -178,22 +174,24 @@ def parse(argv: list[str]) -> Parsed:
     return Parsed(args, varied(cfg, {"TEST.RERANKER": names}), given)
 
 
-def main_table(cfg: CfgNode, depths: Sequence[int]) -> Iterator[RowGroup]:
+def main_table(cfg: CfgNode, given: set[str]) -> Iterator[RowGroup]:
     fast = [name for name in cfg.TEST.RERANKER if name not in ("cvnet", "dba")]  # the others take days with +1M
-    for depth in depths if cfg.MODEL.NAME == "cvnet" and not cfg.TEST.FUSION else [cfg.MODEL.DEPTH]:
-        network = varied(cfg, {"MODEL.DEPTH": depth})
-        yield RowGroup(varied(network, {"SupG.onemeval": False}), "", each_reranker)
-        yield RowGroup(varied(network, {"TEST.RERANKER": fast or "none"}), "", each_reranker)
+    one_network = "MODEL.DEPTH" in given or cfg.MODEL.NAME != "cvnet" or cfg.TEST.FUSION
+    for depth in [cfg.MODEL.DEPTH] if one_network else STAGE_DEPTHS:
+        for million in [cfg.SupG.onemeval] if "SupG.onemeval" in given else (False, True):
+            names = fast or "none" if million else cfg.TEST.RERANKER
+            changes = {"MODEL.DEPTH": depth, "SupG.onemeval": million, "TEST.RERANKER": names}
+            yield RowGroup(varied(cfg, changes), "", each_reranker)
 
 
-def ablation_table(cfg: CfgNode, depths: Sequence[int]) -> Iterator[RowGroup]:
+def ablation_table(cfg: CfgNode, given: set[str]) -> Iterator[RowGroup]:
     modules = {"": (), **{f"without {MODULES[name]}": (name,) for name in MODULES}, "without the four": tuple(MODULES)}
     for words, off in modules.items():
         changed = varied(cfg, {f"SupG.{name}": False for name in off})
         yield RowGroup(changed, words, each_reranker if off else each_reading)
 
 
-def rerank_table(cfg: CfgNode, depths: Sequence[int]) -> Iterator[RowGroup]:
+def rerank_table(cfg: CfgNode, given: set[str]) -> Iterator[RowGroup]:
     default = {name: cfg.SupG[f"rerank_{name}"] for name in SWEEP}
     methods = [{**default, name: value} for name, values in SWEEP.items() for value in sorted({*values, default[name]})]
     variants = {}
@@ -204,7 +202,7 @@ def rerank_table(cfg: CfgNode, depths: Sequence[int]) -> Iterator[RowGroup]:
     yield RowGroup(cfg, "", lambda cfg: variants)
 
 
-def rerankers_table(cfg: CfgNode, depths: Sequence[int]) -> Iterator[RowGroup]:
+def rerankers_table(cfg: CfgNode, given: set[str]) -> Iterator[RowGroup]:
     yield RowGroup(cfg, "", each_reading)
 
 
@@ -324,12 +322,12 @@ class TableKind(NamedTuple):
     """A kind of table.
 
     Attributes:
-        groups: returns its groups of rows, given the options and the depths of the networks.
+        groups: returns its groups of rows, from the options, and the keys of those that are given.
         defaults: defaults of options that differ from those of test.py.
         costs: whether it has columns for time and memory instead of published numbers.
     """
 
-    groups: Callable[[CfgNode, Sequence[int]], Iterator[RowGroup]]
+    groups: Callable[[CfgNode, set[str]], Iterator[RowGroup]]
     defaults: Mapping[str, Any]
     costs: bool = False
 

@@ -1,6 +1,7 @@
 """How a command of this project ends: its exit code, its errors in one line, and output that cannot be written.
 
-Exit codes: 0 success, 1 internal error, 2 bad input, 130 Ctrl-C, 141 the reader of the output has gone.
+Exit codes: 0 success, 1 internal error, 2 bad input, 130 Ctrl-C, 141 the reader of the output has gone. A command may
+exit with 1 itself, as tools.reproduce does for a result that differs.
 
 A command imports this file first, so that Ctrl-C ends it without a traceback from the beginning.
 """

@@ -91,8 +91,9 @@ def in_words(dataset: Dataset) -> Iterator[str]:
         yield f"queries by usage: {', '.join(f'{usage} {count:,}' for usage, count in sorted(usages.items()))}"
     for kind in dataset.ground_truth[0].kinds:
         counts = np.array([len(truth.kinds[kind]) for truth in dataset.ground_truth])
-        each = f"{counts.min():,} to {counts.max():,}, median {np.median(counts):g}," if np.ptp(counts) else counts[0]
-        yield f"{kind}: {counts.sum():,} in all, {each} per query; {(counts == 0).sum():,} queries without"
+        each = f"{counts.min():,} to {counts.max():,} per query, median {np.median(counts):g}"
+        each = each if np.ptp(counts) else f"{counts[0]:,} per query"
+        yield f"{kind}: {counts.sum():,} in all, {each}; {(counts == 0).sum():,} queries without"
     measured = dict.fromkeys(each.measure for each in dataset.protocols)
     size = len(dataset.database)
     values = [f"{each.title}, {each.at}@{','.join(str(k) for k in each.kappas if k <= size)}" for each in measured]

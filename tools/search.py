@@ -7,7 +7,8 @@ python -m tools.search --database holiday/ --queries tower.jpg --index milvus:ht
 torchrun --nproc-per-node=8 -m tools.search --database holiday/ --queries details/
 
 The folder is extracted once; the next search extracts only new and changed images. With --index, the folder is also
-kept in a vector database, which is updated in place and provides the candidates.
+kept in a vector database, which is updated in place and provides the candidates. After a reranking, the score of a
+result is the reranker's own, which only orders the results and may exceed 1; the cosine similarity follows it.
 """
 
 from report.command import run_command  # isort: skip  # first, see there

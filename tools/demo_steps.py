@@ -285,23 +285,16 @@ class Galleries:
         key = name, frozenset(modules)
         with self._lock:
             if key not in self._galleries:
-                rows = self._folder_rows(key) if self.folder else self._dataset_rows(key)
+                recipe, cfg = self._recipe(key), self._cfg(modules)
+                if self.folder is None:
+                    rows = replace(self._experiments[name], cfg=cfg, recipe=recipe).descriptors()
+                else:  # whose dataset then contains the readable images only
+                    images = image_folder_set(self.folder, self.datasets[name].database, recipe, self.output)
+                    (readable,) = extract_folders([images], recipe, self.device, cfg)
+                    self.datasets[name] = folder_dataset(self.folder, readable.images)
+                    rows = readable.descriptors, Database(readable.descriptors)
                 self._galleries[key] = Gallery(self.datasets[name], *rows, key)
             return self._galleries[key]
-
-    def _dataset_rows(self, key: tuple) -> tuple[Tensor, Database]:
-        name, modules = key
-        experiment = replace(self._experiments[name], cfg=self._cfg(modules), recipe=self._recipe(key))
-        return experiment.descriptors()
-
-    def _folder_rows(self, key: tuple) -> tuple[Tensor, Database]:
-        """Returns the descriptors of the folder, whose dataset then contains the readable images only."""
-        name, modules = key
-        recipe = self._recipe(key)
-        images = image_folder_set(self.folder, self.datasets[name].database, recipe, self.output)
-        (readable,) = extract_folders([images], recipe, self.device, self._cfg(modules))
-        self.datasets[name] = folder_dataset(self.folder, readable.images)
-        return readable.descriptors, Database(readable.descriptors)
 
     def _recipe(self, key: tuple) -> Recipe:
         """Returns the recipe for a gallery; only few keep their network in memory."""

@@ -366,8 +366,11 @@ def write_report(page: Page, folder: Path) -> Path:
     """
     page = replace(page, sections=_first_queries(page.sections))
     originals = _read_images(page.sections)
+    template = environment().get_template("page.html")
     for side, quality in _SIZES:
-        html = _render(page, originals, side, quality)
+        uris = {key: jpeg_uri(original, key[1] * side, quality) for key, original in originals.items()}
+        text = template.render(page=page, uri=lambda *key, uris=uris: uris.get(key), query_scale=_QUERY_SCALE)
+        html = text.encode("utf-8", errors="replace")  # a file name need not be valid UTF-8
         if len(html) < PAGE_BYTES:
             break
     path = folder / "index.html"
@@ -377,19 +380,6 @@ def write_report(page: Page, folder: Path) -> Path:
     except (InputError, OSError) as error:
         raise InputError(f"the report {path} is missing, all other results are kept ({error})") from None
     return path
-
-
-def _render(page: Page, originals: Mapping[tuple[ImageFile, int], Image.Image], side: int, quality: int) -> bytes:
-    """Returns the page with thumbnails of this size."""
-    thumbnails = {
-        (image, scale): jpeg_uri(original, scale * side, quality) for (image, scale), original in originals.items()
-    }
-
-    def uri(image: ImageFile, scale: int) -> str | None:
-        return thumbnails.get((image, scale))
-
-    html = environment().get_template("page.html").render(page=page, uri=uri, query_scale=_QUERY_SCALE)
-    return html.encode("utf-8", errors="replace")  # a file name need not be valid UTF-8
 
 
 def environment() -> jinja2.Environment:

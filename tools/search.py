@@ -99,10 +99,11 @@ def main(argv: list[str]) -> None:
         raise InputError(f"queries: {problem}")
 
     database_images, query_images = find_images(args.database), find_images(args.queries)
+    query_folder = args.queries if args.queries.is_dir() else args.queries.parent
     extracted, files = [], []
     for each, recipe in zip(configs, recipes, strict=True):
         images = image_folder_set(args.database, database_images, recipe, session.output)
-        queried = ImageSet(images.path.with_name("queries.npy"), "queries", query_images, folder_of(args.queries))
+        queried = ImageSet(images.path.with_name("queries.npy"), "queries", query_images, query_folder)
         extracted.append(extract_folders([images, queried], recipe, device, each, processes))
         files.append(images.path)
     database, queries = (
@@ -205,10 +206,6 @@ def top(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= SAVED_RANKS:
         raise argparse.ArgumentTypeError(f"{text!r} is not between 1 and {SAVED_RANKS}")
     return int(text)
-
-
-def folder_of(path: Path) -> Path:
-    return path if path.is_dir() else path.parent
 
 
 def extract_folders(

@@ -41,7 +41,6 @@ from config import FUSION, INDEX, NETWORK, RERANKING, CommandLine, Parsed, activ
 from cvnet_rerank.pair_scores import map_bytes
 from model.cvnet import STAGE_DEPTHS
 from model.errors import InputError
-from modules.search import Database
 from report.command import run_command
 from report.results import at_k_in_words, markdown_table
 from revisitop import toy
@@ -275,19 +274,13 @@ def rows(group: RowGroup, name: str, protocols: Sequence[Protocol], session: Ses
         )  # fmt: skip
 
 
-def bytes_per_row(database: Database) -> int:
-    """Returns the bytes of a float32 descriptor and its share of an index; only the latter if rows are decoded."""
-    if not isinstance(database, FaissDatabase):
-        return 4 * database.dim
-    own = 0 if database.decoded else 4 * database.dim
-    return own + round(database.size / len(database))
-
-
 def costs_of(variant: Variant) -> tuple[str, ...]:
-    """Returns the cells of COSTS."""
-    ranking, experiment = variant.ranking, variant.experiment
+    """Returns the cells of COSTS. A descriptor that is decoded from an index takes no bytes of its own."""
+    ranking, experiment, database = variant.ranking, variant.experiment, variant.searched.database
     memory = "" if variant.peak_bytes is None else f"{variant.peak_bytes / 1e6:.0f}"
-    kept = bytes_per_row(variant.searched.database)
+    kept = 4 * database.dim
+    if isinstance(database, FaissDatabase):
+        kept = round(database.size / len(database)) + (0 if database.decoded else kept)
     if variant.stage and experiment.cfg.TEST.RERANKER == ["cvnet"]:
         kept += map_bytes(experiment.database_images)
     return f"{1000 * ranking.seconds / len(ranking.ids):.1f}", memory, f"{kept:,}"

@@ -162,7 +162,7 @@ def main(argv: list[str]) -> None:
     log.info("%d settings of %s", len(settings), ", ".join(grid))
 
     curve = curve_of(session, validation or test, settings)
-    for line in in_words(curve):
+    for line in markdown_table(settings_table(curve, _SHOWN)):
         log.info("%s", line)
     best = settings[curve.order()[0]]
     method = str(validation or f"{args.folds} folds of the queries of {test}")
@@ -179,9 +179,8 @@ def main(argv: list[str]) -> None:
 
     run = session.output.new_run(f"tune-{test.name}")
     tuning = {"validation": method, "test": str(test), "chosen": best, "default": settings[0], "by fold": by_fold}
-    tuning["settings"] = [
-        {**setting, "figure": 100 * float(metric)} for setting, metric in zip(settings, curve.metrics(), strict=True)
-    ]
+    metrics = (100 * curve.metrics()).tolist()
+    tuning["settings"] = [{**setting, "figure": metric} for setting, metric in zip(settings, metrics, strict=True)]
     save_results(run, {**session.head, "tuning": tuning}, [evaluated])
     session.output.publish(run)
     tables = {f"On {test}, in percent": table}
@@ -382,13 +381,14 @@ def words(setting: Setting) -> str:
     return ", ".join(f"{key} {as_typed(value) or 'default'}" for key, value in setting.items())
 
 
-def in_words(curve: Curve) -> Iterator[str]:
-    """Yields lines with the best settings and the default one, and their metrics in percent."""
-    metrics = curve.metrics()
-    for place, number in enumerate(curve.order(), start=1):
-        if place <= _SHOWN or number == 0:
-            mark = "  (the default)" if number == 0 else ""
-            yield f"{place:5d}  {100 * metrics[number]:6.2f}  {words(curve.settings[number])}{mark}"
+def settings_table(curve: Curve, shown: int) -> list[list[str]]:
+    """Returns the cells of a table of the best settings, and the default one, with their metrics in percent."""
+    metrics, numbers = curve.metrics(), dict.fromkeys([*curve.order()[:shown], 0])
+    rows = [
+        [*map(as_typed, curve.settings[i].values()), f"{100 * metrics[i]:.2f}", "" if i else "the default"]
+        for i in numbers
+    ]
+    return [[*curve.settings[0], curve.title, ""], *rows]
 
 
 def tuning_section(
@@ -410,11 +410,7 @@ def tuning_section(
         )
     for key, values in several.items():
         plots.append(draw_lines(key, values, [best_with(**{key: each}) for each in values], best[key]))
-    listed = [
-        [*map(as_typed, curve.settings[i].values()), f"{100 * metrics[i]:.2f}", "" if i else "the default"]
-        for i in curve.order()[:_ON_PAGE]
-    ]
-    tables = {**tables, f"The best settings on {method}": [[*grid, curve.title, ""], *listed]}
+    tables = {**tables, f"The best settings on {method}": settings_table(curve, _ON_PAGE)}
     caption = (
         f"The metric is the mean {curve.title} of the protocols on the validation set, in percent; if other options "
         "were tried, too, with their best values. Red marks the chosen values."

@@ -94,13 +94,9 @@ def main(argv: list[str]) -> None:
     outcomes = []
     for million in (False, True) if args.million else (False,):
         for depth in depths:
-            failure = extract_million(cfg, given, depth) if million and "revisitop1m" not in missing else ""
+            failure = missing.get("revisitop1m", "") or extract_million(cfg, given, depth) if million else ""
             for name in cfg.TEST.DATASET_LIST:
-                part, lacks = (
-                    Part(depth, name, million),
-                    [each for each in (name, "revisitop1m" * million) if each in missing],
-                )
-                problem = f"{lacks[0]} is not complete, see above" if lacks else failure
+                part, problem = Part(depth, name, million), missing.get(name, "") or failure
                 outcomes.append(Outcome(part, problem=problem) if problem else run_part(part, cfg, session))
     parts = table(outcomes), failures(outcomes), conditions(session, findings), explanation(outcomes, cfg, findings)
     text, run = "\n\n".join("\n".join(part) for part in parts if part) + "\n", session.output.new_run("reproduce")
@@ -127,17 +123,18 @@ def parse(argv: list[str]) -> Parsed:
     return line.parse(argv)
 
 
-def download(args: argparse.Namespace, cfg: CfgNode, depths: Sequence[int]) -> list[str]:
-    """Downloads what is missing after a question, and returns the names of the items that are not complete."""
+def download(args: argparse.Namespace, cfg: CfgNode, depths: Sequence[int]) -> dict[str, str]:
+    """Downloads what is missing after a question, and returns what to say of each item that is not complete."""
     data, weights = Path(cfg.TEST.DATA_DIR), weights_folder(cfg)
     names = [name for name in cfg.TEST.DATASET_LIST if name in published()["datasets"]]
     names += ["features"] if names else []
     names += ["weights"] * (not weights.is_file()) + ["revisitop1m"] * args.million
     plan = Download([make_item(name, data, weights, depths=depths) for name in names], args.mirror)
     if not plan.needed:
-        return []
+        return {}
     agreed = plan.offline or args.yes or confirmed(f"download {plan.size / 1e9:,.1f} GB to {data} and {weights}?")
-    return plan.get() if agreed else []
+    incomplete = plan.get() if agreed else []
+    return {name: f"{name} could not be downloaded; python -m tools.download {name} says why" for name in incomplete}
 
 
 def confirmed(question: str) -> bool:

@@ -227,10 +227,8 @@ def extract_folders(
     extracted = extract(sets, recipe, cfg, device, processes, on_error="skip")
     for each, descriptors in zip(sets, extracted, strict=True):
         readable = descriptors.any(dim=1)  # an unreadable image has a row of zeros
-        images = [image for image, good in zip(each.images, readable.tolist(), strict=True) if good]
-        bad = [
-            _name(image, each.folder) for image, good in zip(each.images, readable.tolist(), strict=True) if not good
-        ]
+        images = [each.images[i] for i in readable.nonzero().flatten().tolist()]
+        bad = [_name(each.images[i], each.folder) for i in (~readable).nonzero().flatten().tolist()]
         if not images:
             problem = each.images[0].problem() or f"{each.images[0].path} has no descriptor"
             raise InputError(f"{each.title}: {problem}{' and more' if len(bad) > 1 else ''}")

@@ -107,10 +107,7 @@ def descriptors(source: str, session: Session) -> tuple[Tensor, Tensor | None, d
 
 def read_classes(path: Path, count: int) -> Tensor:
     """Reads the class of each of `count` descriptors, a line each, see numbered."""
-    try:
-        names = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(getattr(error, "strerror", None) or str(error)) from None
+    names = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()  # names may be in any encoding
     if len(names) != count:
         raise InputError(f"it has {len(names)} lines for {count} descriptors")
     return numbered(names)

@@ -240,7 +240,7 @@ def test_a_mistake_in_the_code_is_named_first_or_second(monkeypatch, benchmark, 
 
 
 def test_a_misspelt_dataset_is_reported_before_anything_is_downloaded(site, command, tmp_path):
-    (tmp_path / "work" / "revisitop").mkdir()
+    (tmp_path / "work" / "revisitop").mkdir(parents=True)
     outcome = command("tools/reproduce.py", "--yes", "TEST.DATASET_LIST", "roxford")
     assert outcome.code == 2
     assert "roxford5k" in outcome.err

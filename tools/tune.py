@@ -283,15 +283,19 @@ def last_rankings(session: Session, name: str, settings: Sequence[Setting]) -> I
     for number, setting in enumerate(settings):
         network = words({key: value for key, value in setting.items() if key in (*NETWORK, *FUSION)})
         networks.setdefault(network, []).append(number)
-    for numbers in networks.values():
-        cfgs = [varied(session.cfg, settings[number]) for number in numbers]
-        first = prepare(cfgs[0], name, session.output, session.device)
-        experiments = prepare_variants(first, cfgs)
-        rankings = rankings_of(first, experiments, *first.descriptors())
-        search = next(rankings)
-        for number, experiment in zip(numbers, experiments, strict=True):
-            *_, last = [search, *(next(rankings) for _ in experiment.stages)]
-            yield number, search, last
+    try:
+        for numbers in networks.values():
+            cfgs = [varied(session.cfg, settings[number]) for number in numbers]
+            first = prepare(cfgs[0], name, session.output, session.device)
+            experiments = prepare_variants(first, cfgs)
+            rankings = rankings_of(first, experiments, *first.descriptors())
+            logging.getLogger("assembly").setLevel(logging.WARNING)  # a recipe is logged once, not for each setting
+            search = next(rankings)
+            for number, experiment in zip(numbers, experiments, strict=True):
+                *_, last = [search, *(next(rankings) for _ in experiment.stages)]
+                yield number, search, last
+    finally:
+        logging.getLogger("assembly").setLevel(logging.NOTSET)
 
 
 def curve_of(session: Session, queries: QuerySet, settings: list[Setting]) -> Curve:

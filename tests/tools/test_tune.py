@@ -150,6 +150,7 @@ def test_another_reranker_and_options_of_the_network_are_tuned(command, layout, 
     outcome = command("tools/tune.py", *words, *two_layers)
     assert outcome.code == 0, outcome.err
     assert outcome.out.count("roxford5k database: 24 images extracted") == 2
+    assert outcome.out.count("descriptors: ") == 2  # a recipe for the validation, and one for the test
     assert len(results(tmp_path)["tuning"]["settings"]) == 6  # including the one with the paper's 10 results
 
 

@@ -527,7 +527,7 @@ class CommandLine:
         if len(files) > 1:
             raise InputError(f"--config-file is given {len(files)} times; put all options into one file")
         settings = [*(setting for file in files for setting in _read_yaml(file)), *written]
-        typed = dict(written)  # of a file, which may list all options, other values than the defaults are refused
+        typed = dict(written)  # a file may list all options, so that only values other than the defaults are refused
         for key, value in settings:
             if key not in self.uses and (key in typed or _parsed(key, value) != _BY_KEY[key].default):
                 hint = f"; {self.instead[key]}" if key in self.instead else ""

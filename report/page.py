@@ -227,9 +227,9 @@ def evaluated_section(evaluated: Evaluated) -> Section:
     measure = dataset.protocols[0].measure
     value = measure.main_title if measure.main_is_at_k else "AP"
     which = " (Medium)" if dataset.protocols == REVISITED_PROTOCOLS else ""
-    aps = [metrics.get("M", next(iter(metrics.values()))).ap for metrics in evaluated.metrics.values()]
-    ties = np.nan_to_num(aps[0] if len(aps) == 1 else -np.abs(aps[-1] - aps[0]), nan=math.inf)
-    queries = [queries[i] for i in np.argsort(ties, kind="stable")]  # of equal recall@1, and of equal rounded values
+    first, *_, last = 2 * [metrics.get("M", next(iter(metrics.values()))).ap for metrics in evaluated.metrics.values()]
+    ties = np.nan_to_num(first if len(evaluated.metrics) == 1 else -np.abs(last - first), nan=math.inf)
+    queries = [queries[i] for i in np.argsort(ties, kind="stable")]  # AP orders those of equal recall@1
     if len(evaluated.rankings) > 1:
         queries.sort(key=lambda query: max(map(abs, query.changes.values()), default=-1), reverse=True)
         order = f"The queries whose {value}{which} reranking changed most, up or down, come first."

@@ -54,7 +54,7 @@ from revisitop.exports import Names, check_forms, write_descriptors, write_ranki
 from revisitop.fusion import fused
 from revisitop.retrieve import SAVED_RANKS, Ranking
 from revisitop.stages import search_for
-from tools.milvus import Milvus, collection_name
+from tools.milvus import MilvusDatabase, collection_name, connect
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def main(argv: list[str]) -> None:
         raise InputError(f"--database {args.database}: there is no such folder")
     session = start_session(cfg, sys.stderr if args.json else sys.stdout)
     processes, device = session.processes, session.device
-    milvus = Milvus.connect(args.index) if args.index and session.first else None
+    milvus = connect(args.index) if args.index and session.first else None
     with option("TEST.EXPORT"):
         check_forms(cfg.TEST.EXPORT)
     weights, configs = zip(*(fusion_parts(cfg) if cfg.TEST.FUSION else [(1.0, cfg)]), strict=True)
@@ -117,7 +117,7 @@ def main(argv: list[str]) -> None:
     if milvus:
         names = [database.name(number) for number in range(len(database.images))]
         with owned(cache):
-            rows = milvus.update(collection_name(cache.name), names, database.descriptors)
+            rows = MilvusDatabase(milvus, args.index, collection_name(cache.name), names, database.descriptors)
     elif args.index:  # only one process updates and searches the vector database
         processes.end()
         return

@@ -41,14 +41,11 @@ def main(argv: list[str]) -> None:
     from assembly import start_session
     from tools.demo_steps import Galleries
 
-    if args.database is None:
-        if "TEST.DATASET_LIST" not in given:
-            cfg = varied(cfg, {"TEST.DATASET_LIST": ["toy"]})
-        if "TEST.SCALE_LIST" not in given and cfg.TEST.DATASET_LIST == ["toy"]:
-            cfg = varied(cfg, {"TEST.SCALE_LIST": 1})
-    elif not args.database.is_dir():
+    if args.database is None and "TEST.SCALE_LIST" not in given and cfg.TEST.DATASET_LIST == ["toy"]:
+        cfg = varied(cfg, {"TEST.SCALE_LIST": 1})
+    if args.database is not None and not args.database.is_dir():
         raise InputError(f"--database {args.database}: there is no such folder")
-    elif "TEST.DATASET_LIST" in given:
+    if args.database is not None and "TEST.DATASET_LIST" in given:
         raise InputError("--database and TEST.DATASET_LIST both select what is searched; give only one")
 
     session = start_session(cfg)
@@ -93,7 +90,7 @@ def parse(argv: list[str]) -> Parsed:
     line.add(
         "--share", action="store_true", help="create a public address on Gradio's servers, for everybody who knows it"
     )
-    return line.parse(argv)
+    return line.parse(argv, lambda args: {"TEST.DATASET_LIST": "toy"})
 
 
 def styles() -> str:

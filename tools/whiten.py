@@ -216,10 +216,8 @@ def _rank(variances: np.ndarray) -> int:
 
 
 def _descending(axes: np.ndarray) -> Tensor:
-    """Returns ascending axes (D, dim) as (dim, D), descending, the largest component of each positive."""
-    projection = torch.from_numpy(axes.T[::-1].copy())
-    largest = projection.gather(1, projection.abs().argmax(dim=1, keepdim=True))
-    return projection * largest.sign()
+    """Returns ascending axes (D, dim) as (dim, D), descending."""
+    return torch.from_numpy(axes.T[::-1].copy())
 
 
 if __name__ == "__main__":

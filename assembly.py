@@ -15,7 +15,18 @@ from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from config import DATASET, FUSION, NETWORK, active_rerankers, as_words, fusion_parts, idle_options, plain, varied
+from config import (
+    DATASET,
+    FUSION,
+    NETWORK,
+    active_rerankers,
+    as_words,
+    fusion_parts,
+    idle_options,
+    option_values,
+    plain,
+    varied,
+)
 from cvnet_rerank.stage import local_feature_stages
 from extraction.extract import ImageSet, extract_sets, probe, probe_tolerance
 from extraction.images import ImageFile, ReadingLimits, limit_side, set_reading_limits
@@ -110,7 +121,8 @@ def find_recipe(cfg: CfgNode, dataset: Dataset | None = None) -> Recipe:
     try:
         recipe.check()
     except InputError as error:
-        raise InputError(f"{error}{'' if recipe.is_cvnet else _network_advice(cfg, weights)}") from None
+        advice = "" if recipe.is_cvnet else _network_advice(cfg, weights)
+        raise InputError(f"this network needs {advice}: {error}" if advice else str(error)) from None
     threshold = cfg.SupG.relup_threshold
     if threshold != RELUP_THRESHOLD and "ReLU+" in recipe.idle_modules:
         raise InputError(
@@ -121,7 +133,7 @@ def find_recipe(cfg: CfgNode, dataset: Dataset | None = None) -> Recipe:
 
 
 def _network_advice(cfg: CfgNode, weights: Path | str) -> str:
-    """Returns the options with which a network is taken that these options do not suit, to be added to an error."""
+    """Returns the options that a network needs which these options do not suit."""
     no_rgem, one_scale = {"SupG.rgem": False}, {"TEST.SCALE_LIST": 1}
     for changes in (
         *(no_rgem, one_scale),
@@ -132,8 +144,10 @@ def _network_advice(cfg: CfgNode, weights: Path | str) -> str:
         with suppress(InputError):
             make_recipe(other, weights).check()
             if not idle_options(other):
-                return f"; add {' '.join(f'{key} {value}' for key, value in changes.items())}"
-    return "; see docs/networks.md"
+                before, after = option_values(cfg), option_values(other)
+                words = [f"{key} {value}" for key, value in changes.items() if after[key] != before[key]]
+                return " ".join(words)
+    return "a function around it, see docs/networks.md"
 
 
 def log_recipe(recipe: Recipe) -> None:
@@ -141,7 +155,10 @@ def log_recipe(recipe: Recipe) -> None:
     for line in recipe.in_words():
         log.info("%s", line)
     if recipe.pooling != WHOLE and "ReLU+" in recipe.idle_modules and recipe.rectifier_stages:
-        log.info("ReLU+ has no place in this network; add SupG.relup_stages %s", ",".join(recipe.rectifier_stages))
+        log.info(
+            "ReLU+ has no place in this network (in the paper: the first stages); to try it, add SupG.relup_stages %s",
+            ",".join(recipe.rectifier_stages),
+        )
 
 
 def find_weights(cfg: CfgNode, dataset: Dataset | None = None) -> Path | str:
@@ -627,8 +644,11 @@ def small_set_advice(cfg: CfgNode, dataset: Dataset) -> str | None:
     positives, k = dataset.median_positives, cfg.SupG.rerank_k
     if "superglobal" not in active_rerankers(cfg) or positives >= k + 1:
         return None
-    words = ["tools.tune", "--folds", "5", "--test", dataset.name, *as_words(cfg, *NETWORK, *DATASET, *FUSION)]
-    command, smaller = shlex.join(["python", "-m", *words]), max(1, int(positives) - 1)
+    smaller, keys = max(1, int(positives) - 1), (*NETWORK, *DATASET, "TEST.FEATURES", *FUSION)
+    words = ["tools.tune", "--folds", "5", "--test", dataset.name, *as_words(cfg, *keys)]
+    if cfg.TEST.FUSION:  # whose weights are tried by default
+        words += ["--try", "SupG.rerank_k", f"{smaller},{k}"]
+    command = shlex.join(["python", "-m", *words])
     return (
         f"{dataset.name}: the median number of positive images is {positives:g}, less than the K + 1 = {k + 1} results "
         f"that the reranking averages; try SupG.rerank{f'_k {smaller}' if smaller < k else ' False'}, or {command}"

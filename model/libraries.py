@@ -332,14 +332,18 @@ def _not_fetched(name: str, error: Exception) -> InputError:
 
 def _failed(file: Path, error: Exception) -> InputError:
     """Returns the error for an exception in a user's function, with its message and line."""
+    return InputError(f"{place_in(file, error)}: {type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def place_in(file: Path, error: Exception) -> str:
+    """Returns the name of a file, and the line in it from which an exception comes, if it comes from there."""
     lines = [
         frame.lineno
         for frame in traceback.extract_tb(error.__traceback__)
         if Path(frame.filename).resolve() == file.resolve()
     ]
     lines = lines or [getattr(error, "lineno", None)]
-    where = f", line {lines[-1]}" if lines[-1] else ""
-    return InputError(f"{file}{where}: {type(error).__name__}: {' '.join(str(error).split())}")
+    return f"{file}, line {lines[-1]}" if lines[-1] else str(file)
 
 
 def _load(backbone: Backbone, path: Path, name: str, whole: bool) -> list[str]:

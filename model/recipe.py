@@ -17,7 +17,15 @@ from model.cvnet import ResNet
 from model.errors import InputError, nearest, short_list
 from model.extractor import NetworkExtractor
 from model.folding import FoldedResNet
-from model.libraries import CVNET, build_backbone, comes_with_weights, short_name, weights_digest
+from model.libraries import (
+    CVNET,
+    build_backbone,
+    comes_with_weights,
+    is_user_file,
+    place_in,
+    short_name,
+    weights_digest,
+)
 from model.whitening import load_whitening
 from modules.activation import RECTIFIERS, RELUP_THRESHOLD, replace_rectifiers
 from modules.attach import way_to_map
@@ -200,6 +208,8 @@ class Recipe:
             settings["relup_threshold"] = None
         if self.pooling != "gem":
             settings["gemp_p"] = None
+        if len(self.scales) == 1:
+            settings["sgem_p"] = None
         if not self.is_cvnet:
             settings |= dict(zip(("relup_stages", "relup_ends"), self.relup_places, strict=True))
         return settings
@@ -229,11 +239,13 @@ class Recipe:
         except ValueError as error:
             raise InputError(f"{self.network}: {' '.join(str(error).split())}") from None
         except Exception as error:  # the code of a network raises any exception
-            sizes = (
-                "" if self.backbone.size else "; if it takes only one size of images, or multiples of a patch, give it"
-            )
+            where = self.network
+            if is_user_file(where):
+                where = place_in(Path(where.rpartition(":")[0]), error)
             text = " ".join(str(error).split())[:300] or type(error).__name__
-            raise InputError(f"{self.network} fails for an image of 64 x 64 pixels: {text}{sizes}") from None
+            if not self.backbone.size:
+                text += "; if it takes only one size of images, or multiples of a patch, give its size or multiple"
+            raise InputError(f"{where} fails for an image of 64 x 64 pixels: {text}") from None
 
     @cached_property
     def dim(self) -> int:
@@ -285,7 +297,7 @@ class Recipe:
                 (),
                 pooling(self.gemp_p, backbone.gem_p or _PLAIN_GEM),
                 None if self.rgem_p is None else RegionalGeM(self.rgem_p, self.rgem_window),
-                None if self.sgem_p is None else ScaleGeM(self.sgem_p),
+                None if self.sgem_p is None or len(self.scales) == 1 else ScaleGeM(self.sgem_p),
                 self.scales,
                 _projection(backbone),
                 changes,

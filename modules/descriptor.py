@@ -86,15 +86,16 @@ def rescale(x: Tensor, factor: float) -> Tensor:
 
 def _at_scale(feature_map: Step, x: Tensor, factor: float) -> Tensor:
     """Returns the feature map of resized images; an error of a network that supports one size only says so."""
-    x = rescale(x, factor)
+    resized = rescale(x, factor)
     try:
-        return feature_map(x)
+        return feature_map(resized)
     except (AssertionError, RuntimeError) as error:
         if factor == 1 or torch.compiler.is_compiling() or isinstance(error, torch.OutOfMemoryError):
             raise
+        feature_map(x)  # raises if it is not the size
         raise RuntimeError(
-            f"the network fails for images of {tuple(x.shape[-2:])} pixels, resized by {factor:g} ({error}); "
-            "if it needs one size, or multiples of a patch, use scales=(1.0,)"
+            f"the network supports images of {tuple(x.shape[-2:])} pixels, but not of {tuple(resized.shape[-2:])}, "
+            f"resized by {factor:g} ({error}); if it needs one size, or multiples of a patch, use scales=(1.0,)"
         ) from error
 
 

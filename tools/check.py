@@ -66,13 +66,17 @@ def main(argv: list[str]) -> None:
     line = CommandLine(__doc__, (*DATASET, "DATA_LOADER.MAX_PIXELS", "DATA_LOADER.TRUNCATED"))
     line.add("name", metavar="NAME", help="name of the dataset's folder")
     line.add("--decode", action="store_true", help="decode every image, which may take long, not only its header")
+    line.add("--list", action="store_true", help="print the files in the order of the rows of descriptors")
     args, cfg, _ = line.parse(argv)
     set_reading_limits(ReadingLimits(cfg.DATA_LOADER.MAX_PIXELS, cfg.DATA_LOADER.TRUNCATED))
     dataset = find_dataset(cfg, args.name)
     for text in in_words(dataset):
         print(printable(text))
     if advice := small_set_advice(cfg, dataset):
-        print(advice)
+        print(f"{advice}, with the options of your network")
+    for part, images in (("query", dataset.queries), ("database", dataset.database)) if args.list else ():
+        for number, image in enumerate(images):
+            print(printable(f"{part} {number} {image.path}"))
     findings = list(check_dataset(dataset, args.decode))
     print(*findings, sep="\n")
     if any(finding.ok is False for finding in findings):
@@ -89,7 +93,7 @@ def in_words(dataset: Dataset) -> Iterator[str]:
     usages = Counter(truth.usage for truth in dataset.ground_truth)
     if usages.keys() != {""}:
         yield f"queries by usage: {', '.join(f'{usage} {count:,}' for usage, count in sorted(usages.items()))}"
-    for kind in dataset.ground_truth[0].kinds:
+    for kind in (kind for kind in dataset.ground_truth[0].kinds if kind != "itself"):
         counts = np.array([len(truth.kinds[kind]) for truth in dataset.ground_truth])
         each = f"{counts.min():,} to {counts.max():,} per query, median {np.median(counts):g}"
         each = each if np.ptp(counts) else f"{counts[0]:,} per query"

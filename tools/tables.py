@@ -21,6 +21,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from yacs.config import CfgNode
@@ -124,6 +125,7 @@ def main(argv: list[str]) -> None:
     kind, session = TABLES[args.task], start_session(cfg, sys.stderr)
     output, lines, missing, run = session.output, [], 0, None
     revisited = [name for figures in published()["figures"] for name in figures]
+    seen: dict[Path, str] = {}
 
     def say(*new: str) -> None:
         if session.first:
@@ -135,7 +137,7 @@ def main(argv: list[str]) -> None:
         for group in kind.groups(cfg, given):
             # The distractors are those of the revisited benchmarks, unless others are given.
             listed = names if args.task != "main" or not group.cfg.SupG.onemeval or cfg.TEST.DISTRACTORS else revisited
-            for row in (row for name in names if name in listed for row in rows(group, name, protocols, session)):
+            for row in (row for name in names if name in listed for row in rows(group, name, protocols, session, seen)):
                 missing += row.metrics is None
                 titles, cells = zip(*row.cells(kind.costs, args.reproductions), strict=True)
                 new = markdown_table([titles, cells])[2 * bool(table) :]  # the heading once
@@ -147,7 +149,10 @@ def main(argv: list[str]) -> None:
     session.processes.end()
     if not session.first:
         return
-    print(f"\n{costs_explained(cfg) if kind.costs else 'Published: ' + published()['source'] + '.'}")
+    if kind.costs:
+        print(f"\n{costs_explained(cfg)}")
+    elif any(name in revisited for name in cfg.TEST.DATASET_LIST):
+        print(f"\nPublished: {published()['source']}.")
     if args.reproductions:
         print(f"Reproduced by others: {', '.join(each['source'] for each in published()['reproductions'])}.")
     if "toy" in cfg.TEST.DATASET_LIST:
@@ -234,10 +239,15 @@ def by_protocols(cfg: CfgNode) -> dict[tuple[Protocol, ...], list[str]]:
     return tables
 
 
-def rows(group: RowGroup, name: str, protocols: Sequence[Protocol], session: Session) -> Iterator[Row]:
+def rows(
+    group: RowGroup, name: str, protocols: Sequence[Protocol], session: Session, seen: dict[Path, str]
+) -> Iterator[Row]:
     """Yields a row for retrieval and one per reranker, from a single search; or a row that says what is missing.
 
     The processes of a `torchrun` share extraction and search; only the first one yields rows.
+
+    Args:
+        seen: the words of the group for which descriptors were extracted first, by their folder.
     """
     cfg, processes = group.cfg, session.processes
     network = network_title(cfg)
@@ -262,6 +272,8 @@ def rows(group: RowGroup, name: str, protocols: Sequence[Protocol], session: Ses
     words_of = {id(each): words for each, words in zip(experiments, variants, strict=True)}
     whitening = experiment.facts().get("whitening", {})
     note = "whitening learnt on this database itself" if whitening.get("learnt_on_the_test_set") else ""
+    if (same := seen.setdefault(experiment.folder, group.words)) != group.words:
+        note = f"no effect: the descriptors are those {same or 'of all modules'}"
     for each in rankings_of(experiment, experiments, queries, database, processes):
         ranking, metrics = each.ranking, experiment.evaluate(each.ranking)
         once = f"{ranking.once:.1f} s once for the database" if ranking.once else ""

@@ -174,7 +174,10 @@ def main(argv: list[str]) -> None:
     log.info("to use it: %s", shlex.join(["python", "test.py", "TEST.DATASET_LIST", test.name, *options]))
 
     table = paired_table(pairs, "default", "chosen")
-    for line in (*evaluated.lines(), f"on {test}, in percent:", *markdown_table(table), verdict(pairs)):
+    pairs_with_retrieval = [evaluated.pair("retrieval", CHOSEN, each.protocol) for each in pairs]
+    conclusion = " ".join(filter(None, [verdict(pairs), without_reranking(pairs_with_retrieval)]))
+    log.info("on %s; retrieval has the default values:", test)
+    for line in (*evaluated.lines(), f"on {test}, in percent:", *markdown_table(table), conclusion):
         log.info("%s", line)
 
     run = session.output.new_run(f"tune-{test.name}")
@@ -184,7 +187,7 @@ def main(argv: list[str]) -> None:
     save_results(run, {**session.head, "tuning": tuning}, [evaluated])
     session.output.publish(run)
     tables = {f"On {test}, in percent": table}
-    note = f"Chosen on {method}: {words(best)}. {verdict(pairs)}"
+    note = f"Chosen on {method}: {words(best)}. {conclusion}"
     sections = [tuning_section(method, grid, curve, note, tables), evaluated_section(evaluated)]
     page = Page(f"Tuning for {test}", {key: session.head[key] for key in ("command", "date")}, sections)
     log.info("the page is %s", write_report(page, run / "report"))
@@ -379,6 +382,19 @@ def verdict(pairs: Sequence[PairedValues]) -> str:
         f"The difference may be chance, because every {CONFIDENCE:.0%} interval contains 0: "
         "on other queries of this kind the defaults may be just as good."
     )
+
+
+def without_reranking(pairs: Sequence[PairedValues]) -> str:
+    """Returns a sentence if the results before reranking, with the default values, are better; "" otherwise."""
+    means = {
+        each.protocol: [float(100 * np.nanmean(values)) for values in (each.a, each.b)]
+        for each in pairs
+        if each.difference.queries
+    }
+    if not (better := {name: before for name, (before, after) in means.items() if before > after}):
+        return ""
+    figures = ", ".join(f"{name} {before:.2f}" for name, before in better.items())
+    return f"Without reranking, the default values are better ({figures}): compare with TEST.RERANKER none."
 
 
 def words(setting: Setting) -> str:

@@ -276,6 +276,11 @@ def test_each_layout_goes_from_folder_to_metrics_and_report(own, classes, comman
     outcome = command("tools/check.py", "own", "TEST.DATA_DIR", own.parent, "--decode")
     assert outcome.code == 0, outcome.err
     assert "relevant: 4 in all, 1 to 3 per query, median 2; 0 queries without" in outcome.out
+    outcome = command("tools/check.py", "own", "TEST.DATA_DIR", own.parent, "--list")
+    dataset = load_dataset("own", own.parent)
+    images = [("query", dataset.queries), ("database", dataset.database)]
+    listed = [f"{part} {number} {image.path}" for part, each in images for number, image in enumerate(each)]
+    assert [line for line in outcome.out.splitlines() if re.match(r"(query|database) \d", line)] == listed
 
 
 def test_toy_in_the_layout_of_gldv2_has_the_ground_truth_of_toy(toy_data, command):

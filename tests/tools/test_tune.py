@@ -101,6 +101,11 @@ def test_a_gain_within_the_interval_is_reported_as_possible_chance(tune, tmp_pat
     content = results(tmp_path)
     assert ("may be chance" in outcome.out) == (content["tuning"]["chosen"] != content["tuning"]["default"])
     assert ("as good as the defaults" in outcome.out) != ("may be chance" in outcome.out)
+    stages = content["datasets"]["new"]
+    lost = any(
+        stages["reranking with the chosen values"][name]["mAP"] < stages["retrieval"][name]["mAP"] for name in "EMH"
+    )
+    assert ("TEST.RERANKER none" in outcome.out) == lost
 
 
 def test_queries_of_one_usage_choose_for_those_of_the_other(command, tmp_path):

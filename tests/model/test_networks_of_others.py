@@ -18,7 +18,6 @@ from assembly import find_recipe, log_recipe
 from config import make_config, pair_options
 from extraction.extract import extract_batch
 from model.backbone import IMAGENET_MEAN, IMAGENET_STD
-from model.checkpoint import encoder_state
 from model.errors import InputError
 from model.libraries import build_backbone
 from model.recipe import Recipe
@@ -207,14 +206,6 @@ def test_prefixes_of_what_wrapped_a_network_are_removed(tmp_path, prefix, suffix
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
     network = build_backbone("torchvision:resnet18", path).network
     assert torch.equal(network.layer4[1].conv2.weight, state[f"{prefix}layer4.1.conv2.weight"])
-
-
-@pytest.mark.parametrize("wrapper", ["state_dict", "model_state", "model"])
-def test_wrappers_and_plain_values_beside_the_tensors_are_accepted(tmp_path, wrapper, checkpoint_50):
-    state = torch.load(checkpoint_50, weights_only=True)["model_state"]
-    torch.save({wrapper: state, "epoch": 3, "args": {"lr": 0.1}, "optimizer": {"state": {}}}, tmp_path / "a.pth")
-    found = encoder_state(tmp_path / "a.pth")
-    assert found.keys() == encoder_state(checkpoint_50).keys()
 
 
 def test_what_the_descriptor_uses_must_come_from_the_file(tmp_path, clone):

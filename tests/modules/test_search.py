@@ -76,8 +76,8 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("dim", [3, 777, 2048])
-@pytest.mark.parametrize("queries", [1, 5, 16, 40, 70, 129])
+@pytest.mark.parametrize("dim", [3, 777])
+@pytest.mark.parametrize("queries", [1, 5, 16, 70, 129])
 def test_equal_rows_tie_wherever_they_are_for_any_number_of_threads(queries, dim, threads):
     n, listed, found = 2100, torch.tensor([2099, 0, 255, 256, 1000]), []
     for count in (1, 2, 3):

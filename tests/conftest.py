@@ -34,19 +34,14 @@ DATA = ROOT / "revisitop" / "reference"
 _TOGETHER = ("toy", "test_package", "test_demo", "test_page", "test_export")
 
 
-# Files of tests that start commands, programs or browsers, or compute for long.
-_SLOW = (
-    *("benchmarks", "documentation", "notebook", "examples", "options", "package"),
-    *("evaluation_command", "extraction_command", "second_run", "together", "any_network", "hub", "toy", "page"),
-    *("tune", "tables", "demo", "search", "whiten", "download", "index", "layouts", "fuzz", "simulated_device"),
-    *("fused_pooling", "export", "pair_scores", "recipe", "libraries"),
-)
+# What starts a server or a browser, installs the package, runs on toy, or draws the larger checkpoint.
+_SLOW_FIXTURES = {"address", "browser", "built", "toy_data", "checkpoint_101"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests of _SLOW as slow."""
+    """Marks tests as slow that use one of _SLOW_FIXTURES; others say it themselves."""
     for item in items:
-        if item.path.stem.removeprefix("test_") in _SLOW:
+        if _SLOW_FIXTURES & {*getattr(item, "fixturenames", ())}:
             item.add_marker("slow")
 
 

@@ -10,6 +10,8 @@ from conftest import ROOT
 
 from revisitop.layouts import load_dataset
 
+pytestmark = pytest.mark.slow  # runs the benchmarks
+
 
 @pytest.fixture(autouse=True)
 def _benchmarks(monkeypatch):

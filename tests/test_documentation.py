@@ -18,6 +18,8 @@ from PIL import Image
 
 import modules
 
+pytestmark = pytest.mark.slow  # runs every block of the documentation
+
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 BLOCK = re.compile(
     r"(?:<!-- not run: (?P<reason>.+?) -->\n)?^```(?P<language>bash|python)\n(?P<code>.*?)^```", re.M | re.S

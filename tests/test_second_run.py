@@ -10,6 +10,8 @@ from conftest import kept
 from PIL import Image
 from sequences import World, play
 
+pytestmark = pytest.mark.slow  # hundreds of runs
+
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_second_run_equals_a_first_run_after_a_sequence_of_changes(seed, tmp_path):

@@ -29,6 +29,8 @@ from modules.reciprocal import KReciprocalReranker
 from modules.reranking import SuperGlobalReranker
 from modules.search import Database, search
 
+pytestmark = pytest.mark.slow  # CVNet's networks
+
 OTHER_ROUNDING = {"atol": 2e-6, "rtol": 1e-5}  # CVNet's ResNet adds biases in another order, see model/folding.py
 
 

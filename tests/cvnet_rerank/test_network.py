@@ -96,7 +96,6 @@ def test_half_precision_moves_a_score_by_little(checkpoint_50, reference, precis
     assert 1e-7 < abs(out[0] - reference["cvnet_scores"][0, 1]) < 5e-3
 
 
-@pytest.mark.slow  # draws its checkpoint
 def test_depth_101_loads(checkpoint_101):
     assert len(load_cvnet_rerank(checkpoint_101, 101).encoder.blocks) == 3 + 4 + 23
 

@@ -6,6 +6,8 @@ from torch import nn
 
 from modules import Whitening, attach
 
+pytestmark = pytest.mark.slow  # exports to ONNX
+
 ANY = torch.export.Dim.DYNAMIC
 SIZES = [(96, 128), (200, 131), (90, 290)]  # on the feature maps of the last, reflection is undefined
 

@@ -23,6 +23,8 @@ from report.page import Hit, Page, Query, Section, first_hits, write_report
 from revisitop.layouts import load_dataset
 from revisitop.retrieve import Ranking
 
+pytestmark = pytest.mark.slow  # runs test.py and opens a browser
+
 VOID = {"meta", "link", "img", "source"}
 
 

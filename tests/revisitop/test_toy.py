@@ -15,6 +15,8 @@ from revisitop.layouts import load_dataset
 from revisitop.protocols import REVISITED_PROTOCOLS
 from revisitop.retrieve import retrieve
 
+pytestmark = pytest.mark.slow  # toy's first run
+
 
 @pytest.fixture
 def data_dir(toy_data):

@@ -7,7 +7,6 @@ import oracles
 import pytest
 import torch
 from conftest import kept, latest
-from sklearn.decomposition import PCA
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.errors import InputError
@@ -38,11 +37,16 @@ def assert_axes_equal(got: torch.Tensor, expected: np.ndarray, atol: float) -> N
     assert (got.amax(dim=1) == got.abs().amax(dim=1)).all()
 
 
+@pytest.fixture
+def PCA():  # noqa: N802 - scikit-learn's name; it takes a second to import
+    return pytest.importorskip("sklearn.decomposition").PCA
+
+
 @pytest.mark.parametrize(
     ("dtype", "offset"), [(torch.float16, 0.3), (torch.float32, 0.3), (torch.float64, 0.3), (torch.float64, 2.0**20)]
 )
 @pytest.mark.parametrize("dim", [1, 5, D])
-def test_pca_whitening_equals_scikit_learns(dim, dtype, offset):
+def test_pca_whitening_equals_scikit_learns(PCA, dim, dtype, offset):  # noqa: N803
     rows = some_rows(5000, offset).to(dtype)  # more than are added at a time
     whitening = pca_whitening(rows, dim)
     expected = PCA(dim, whiten=True, svd_solver="full").fit(rows.double().numpy())
@@ -148,7 +152,7 @@ def words(layout, two_layers) -> tuple:
     return ("TEST.DATA_DIR", layout.data_dir, *two_layers)
 
 
-def test_a_whitening_of_a_dataset_is_pca_applied_and_labelled(command, words, tmp_path):
+def test_a_whitening_of_a_dataset_is_pca_applied_and_labelled(command, words, PCA, tmp_path):  # noqa: N803
     output = tmp_path / "work" / "output"
     learn = ("tools/whiten.py", "--from", "roxford5k", "--out", "w.pth", *words)
     outcome = command(*learn, "--dim", 8)

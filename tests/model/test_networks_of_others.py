@@ -225,6 +225,7 @@ def test_what_the_descriptor_uses_must_come_from_the_file(tmp_path, clone):
     assert build_backbone(name, path, whole=True).network.head.weight.shape == (8, 6)
 
 
+@pytest.mark.slow  # starts the command
 def test_an_object_in_a_checkpoint_is_named_with_the_command_that_converts_the_file(tmp_path, loaded):
     path = tmp_path / "it's trained.pth"
     torch.save({"state_dict": STATE, "args": argparse.Namespace(lr=0.1)}, path)

@@ -161,6 +161,7 @@ def options(layout, checkpoint_50):
     ]  # fmt: skip
 
 
+@pytest.mark.slow  # CVNet's network
 def test_descriptors_follow_the_modules_and_the_box(options, tmp_path):
     galleries = Galleries(make_config(options), Output(tmp_path / "out"), torch.device("cpu"))
     modules = galleries.modules
@@ -181,6 +182,7 @@ def test_descriptors_follow_the_modules_and_the_box(options, tmp_path):
     torch.testing.assert_close(descriptor(upload), gallery.queries[1:2], atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow  # CVNet's network
 def test_a_folder_is_extracted_without_unreadable_images(layout, options, tmp_path):
     layout.image("db_3").write_text("no image")
     galleries = Galleries(make_config(options), Output(tmp_path / "out"), torch.device("cpu"), layout.folder / "jpg")
@@ -203,6 +205,7 @@ def test_the_page_opens_with_the_query_that_gains_most(gallery):
     assert replace(gallery, dataset=replace(gallery.dataset, ground_truth=[])).opening_query(RERANKER).number == 0
 
 
+@pytest.mark.slow  # CVNet's network
 def test_a_match_is_that_of_the_result_and_the_box_of_the_query(options, tmp_path):
     galleries = Galleries(make_config(options), Output(tmp_path / "out"), torch.device("cpu"))
     gallery = galleries.gallery("roxford5k", galleries.modules)

@@ -500,7 +500,7 @@ def forked(world: World, prepare: Callable = lambda: None) -> Forked:
 
 # The changes, by how often each is made.
 CHANGES: dict[Callable, float] = {
-    content: 3, copy: 1, exchange: 2, rename: 2, order: 1, length: 4, box: 1, truth: 0.5, place: 0.5, network: 4,
+    content: 3, copy: 1, exchange: 2, rename: 2, order: 1, length: 4, box: 3, truth: 0.5, place: 0.5, network: 4,
     code: 2, option: 6, command: 2, rows: 6, index: 1, stopped: 4, together: 1,
 }  # fmt: skip
 

@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from simulated import DEVICE, OnDevice, SimulatedDevice, simulated_device
+from simulated import DEVICE, SimulatedDevice, simulated_device
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from cvnet_rerank.network import load_cvnet_rerank
 from extraction.batching import GPU_PIXELS, first_batch_size
 from extraction.extract import ImageSet, extract_images
-from extraction.hub import ImageDescriptor
 from extraction.images import ImageFile
 from extraction.loading import Loading
 from extraction.store import Store
@@ -114,15 +113,6 @@ def test_memory_that_pytorch_reserves_without_using_it_is_free(monkeypatch):
     free = first_batch_size(SimpleNamespace(device=DEVICE, scales=(4.0,))).pixels
     values["memory_allocated"] = 15 << 30
     assert first_batch_size(SimpleNamespace(device=DEVICE, scales=(4.0,))).pixels < free / 10 < GPU_PIXELS / 10
-
-
-def test_the_hubs_module_takes_images_and_tensors_of_any_device(device, extractor, images):
-    opened = [Image.open(image.path) for image in images[:3]]
-    tensors = [torch.rand(3, 24, 32, generator=torch.Generator().manual_seed(i)) for i in range(2)]
-    expected = ImageDescriptor(extractor)([*opened, *tensors])
-    found = ImageDescriptor(extractor.to(DEVICE))([*opened, *(each.to(DEVICE) for each in tensors)])
-    assert isinstance(found, OnDevice)
-    assert torch.equal(found.cpu(), expected)
 
 
 @pytest.fixture(scope="module")

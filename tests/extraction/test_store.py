@@ -193,7 +193,8 @@ def killed_at(monkeypatch, moment: int, step) -> bool:
     return False
 
 
-def test_a_kill_at_any_step_of_finishing_loses_no_row(path, monkeypatch):
+def test_a_kill_at_any_step_of_finishing_loses_no_row(tmp_path, monkeypatch):
+    path = tmp_path / "rows.npy"
     for moment in itertools.count():
         finished(path, range(100, 200))
         store = fill(open_store(path), range(100))

@@ -161,6 +161,7 @@ def test_the_power_of_gem_is_not_recorded_for_another_pooling(small):
     assert small(pooling="average", gemp_p=3.0).provenance() == small(pooling="average", gemp_p=4.6).provenance()
 
 
+@pytest.mark.slow  # builds networks of timm and torchvision
 @pytest.mark.parametrize("name", ["cvnet", "timm:resnet18", "torchvision:convnext_tiny", "FILE"])
 def test_what_applies_to_any_network_is_in_words(name, small, checkpoint_50):
     others = {"cvnet": Recipe(weights=checkpoint_50), "FILE": small(relup_stages=("1",), scales=(1.0,))}

@@ -56,7 +56,7 @@ def test_the_ranking_is_that_of_float64_but_for_scores_closer_than_1e_6(seed):
         assert (positions < (row > scores - 1e-6).sum(dim=1)).all()
 
 
-@pytest.mark.parametrize("queries", [1, 3, 70])
+@pytest.mark.parametrize("queries", [1, 70])
 @pytest.mark.parametrize("n", [1, 2047, 2048, 2049, GRID + 1])
 def test_ties_and_edges_of_chunks_are_the_oracles(queries, n):
     queries, rows = coarse(queries, 4), coarse(n, 4, seed=1)

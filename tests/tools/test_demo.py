@@ -21,7 +21,6 @@ from PIL import Image
 
 from assembly import Output
 from config import make_config
-from extraction.images import ImageFile
 from model.errors import InputError
 from modules.reranking import SuperGlobalReranker
 from modules.search import Database
@@ -39,7 +38,6 @@ from tools.demo_steps import (
     numbers_of,
     read_upload,
     search_gallery,
-    thumbnail_uri,
 )
 
 EVIL = "<script>window.evil=1"
@@ -143,14 +141,6 @@ def test_an_upload_is_reduced_and_a_damaged_one_is_named(tmp_path, monkeypatch):
         with pytest.raises(InputError, match=f"^{name}") as raised:
             read_upload(tmp_path / name)
         assert str(tmp_path) not in str(raised.value)
-
-
-def test_a_thumbnail_is_kept_even_if_its_image_is_removed(layout):
-    image = ImageFile(layout.image("db_0"))
-    uri = thumbnail_uri(image)
-    image.path.unlink()
-    assert thumbnail_uri(image) == uri is not None
-    assert thumbnail_uri(ImageFile(layout.folder / "none.jpg")) is None
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import math
 
+import faiss
 import numpy as np
 import pytest
 import torch
@@ -58,7 +59,6 @@ def test_a_matrix_of_scores_sorts_the_database_as_reranking_does(vectors, kind):
 
 
 def test_an_index_without_a_direct_map_is_refused_and_the_advice_works(vectors):
-    faiss = pytest.importorskip("faiss")
     queries, rows = (each.float().numpy() for each in vectors[:2])
     index = faiss.index_factory(16, "PCA8,IVF2,Flat", faiss.METRIC_INNER_PRODUCT)
     index.train(rows)

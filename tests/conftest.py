@@ -1,4 +1,6 @@
 import contextlib
+import gc
+import io
 import json
 import logging
 import os
@@ -8,9 +10,10 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -31,20 +34,21 @@ DATA = ROOT / "revisitop" / "reference"
 _TOGETHER = ("toy", "test_package", "test_demo", "test_page", "test_export")
 
 
-# Files of tests that start commands, programs or browsers, or compute for long.
-_SLOW = (
-    *("benchmarks", "documentation", "notebook", "examples", "options", "package"),
-    *("evaluation_command", "extraction_command", "second_run", "together", "any_network", "hub", "toy", "page"),
-    *("tune", "tables", "demo", "search", "whiten", "download", "index", "layouts", "fuzz", "simulated_device"),
-    *("fused_pooling", "export", "pair_scores", "recipe", "libraries"),
-)
+# What starts a server or a browser, installs the package, runs on toy, or draws the larger checkpoint.
+_SLOW_FIXTURES = {"address", "browser", "built", "toy_data", "checkpoint_101"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests of _SLOW as slow."""
+    """Marks tests as slow that use one of _SLOW_FIXTURES; others say it themselves."""
     for item in items:
-        if item.path.stem.removeprefix("test_") in _SLOW:
+        if _SLOW_FIXTURES & {*getattr(item, "fixturenames", ())}:
             item.add_marker("slow")
+
+
+def pytest_collection_finish() -> None:
+    """Leaves what the imports made out of later garbage collections, which take a quarter of a second otherwise."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -218,26 +222,36 @@ class Outcome(NamedTuple):
     err: str
 
 
-@pytest.fixture
-def command(monkeypatch, capsys, tmp_path):
-    """Runs a top-level script in an empty folder, as `python SCRIPT ARGUMENTS` would."""
-
-    def run(script: str, *arguments: str) -> Outcome:
-        work = tmp_path / "work"
-        work.mkdir(exist_ok=True)
-        monkeypatch.chdir(work)
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        code, handlers = 0, logging.root.handlers[:]
-        try:
+def run_script(script: str, arguments: Sequence[object], folder: Path) -> Outcome:
+    """Runs a script in a folder, as `python SCRIPT ARGUMENTS` would, but in this process."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    before, handlers = os.getcwd(), logging.root.handlers[:]
+    os.chdir(folder)
+    try:
+        with (
+            contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
+            patch.object(sys, "argv", [script, *map(str, arguments)]),
+        ):  # fmt: skip
             runpy.run_path(str(ROOT / script), run_name="__main__")
-        except SystemExit as stop:
-            code = stop.code
-        finally:  # the next command must not write to this one's screen and log
-            for handler in set(logging.root.handlers) - set(handlers):
-                handler.close()
-            logging.root.handlers[:] = handlers
-            set_reading_limits(ReadingLimits())
-        return Outcome(code, *capsys.readouterr())
+    except SystemExit as stop:
+        code = stop.code
+    finally:  # the next command must not write to this one's screen and log
+        os.chdir(before)
+        for handler in set(logging.root.handlers) - set(handlers):
+            handler.close()
+        logging.root.handlers[:] = handlers
+        set_reading_limits(ReadingLimits())
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    """Runs a top-level script in an empty folder, which becomes the current one."""
+
+    def run(script: str, *arguments: object) -> Outcome:
+        (tmp_path / "work").mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / "work")
+        return run_script(script, arguments, tmp_path / "work")
 
     return run
 

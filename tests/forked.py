@@ -85,8 +85,10 @@ class Forked:
         return self._files[1].read_text()
 
 
-def ranks(count: int, script: Path, arguments: list, folder: Path) -> list[Forked]:
-    """Starts the processes of a torchrun without its launcher."""
+def ranks(
+    count: int, script: Path, arguments: list, folder: Path, prepare: Callable[[], object] = lambda: None
+) -> list[Forked]:
+    """Starts the processes of a torchrun without its launcher; one process is started without any."""
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
     numbers = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count))
-    return [Forked(script, arguments, folder, place | own) for own in numbers]
+    return [Forked(script, arguments, folder, place | own if count > 1 else None, prepare) for own in numbers]

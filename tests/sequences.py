@@ -9,23 +9,20 @@ import contextlib
 import io
 import itertools
 import json
-import logging
 import os
 import pickle
 import random
-import runpy
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
-from conftest import ROOT, latest
+from conftest import ROOT, Outcome, latest, run_script
 from forked import Forked
 from PIL import Image
 
@@ -43,7 +40,7 @@ from {helper} import Power
 
 def build():
     torch.manual_seed({seed})
-    power = json.loads(pathlib.Path(__file__).with_suffix(".json").read_text())["power"]
+    power = json.loads(pathlib.Path(__file__).with_suffix(".json").read_text())
     layer1 = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 5, 4), torch.nn.ReLU())
     return torch.nn.Sequential(__import__("collections").OrderedDict(layer1=layer1, last=Power(power))).eval()
 """
@@ -72,6 +69,12 @@ VALUES = {
     "RERANK.DIFFUSION_KQ": ("2",), "RERANK.DIFFUSION_GAMMA": ("1",), "RERANK.DIFFUSION_ALPHA": ("0.5",),
     "TEST.INDEX": ("Flat", "IVF2,Flat", "SQ8"), "TEST.INDEX_ROWS": ("decoded",), "TEST.INDEX_SEARCH": ("nprobe=1",),
 }  # fmt: skip
+# What the user's network depends on: the seeds of its parameters and of a checkpoint, and what its helper and its file
+# of settings say.
+NETWORKS = {
+    "seed": (0, 1, 2, 3), "weights": (0, 1, 2, 3), "power": (1.0, 0.5, 2.0),
+    "factor": ("1", "x.sigmoid() ** 4", "x.mean(dim=1, keepdim=True).relu()"),
+}  # fmt: skip
 # Changes of our own code: of a module, of what images go through before, and of how they are read.
 CODE = {
     "modules.pooling.generalized_mean": lambda x, p, eps: x.amax(dim=(-2, -1)),
@@ -81,37 +84,27 @@ CODE = {
 }
 
 
-class Outcome(NamedTuple):
-    """The end of a command: its exit code, its output and errors, and what it computed, by name."""
-
-    code: int
-    out: str
-    err: str
-    figures: dict[str, Any]
-
-
 class World:
     """A folder with all that a run depends on, drawn from a seed.
 
     Attributes:
-        layout: that of the dataset, "revisitop", "csv" or "classes".
+        layout: that of the dataset, "revisitop" or "classes".
         command: what is run, one of COMMANDS.
-        options, code: the options, and our changed functions, by name.
+        options, code, network: the options, our changed functions, and the values of NETWORKS, by name.
         database, queries, truth: the names of the images, the boxes of the queries, and their positives.
         makers: whether the next run in the old folder starts with the commands that make files for the last one.
     """
 
     def __init__(self, folder: Path, seed: int, layout: str | None = None, command: str | None = None):
         self.folder, self.rng, self.makers = folder, random.Random(seed), True
-        self.layout = layout or self.rng.choice(("revisitop", "csv", "classes"))
+        self.layout = layout or self.rng.choice(("revisitop", "classes"))
         self.command = command or self.rng.choice([*COMMANDS])
         # In a batch of other images, a network may round differently.
         self.options: dict[str, str] = {"TEST.SCALE_LIST": "1", "TEST.BATCH_SIZE": "1"}
         self.code: dict[str, Callable] = {}
-        self.data, self.helper, self.network = folder / "data", f"helper_{folder.name}_{seed}", folder / "mine.py"
+        self.data, self.helper, self.file = folder / "data", f"helper_{folder.name}_{seed}", folder / "mine.py"
         self.step_ns = self.rng.choice((-1, 2_000_000_000))  # images are old, or as young as their stat records
-        self.network_seed = self.weights = 0
-        self.factor, self.power = "1", 1.0
+        self.network = {name: values[0] for name, values in NETWORKS.items()}
         self.database = [f"a{number}" for number in range(10)]
         self.queries: dict[str, tuple | None] = {"a0": None, "q1": (2, 2, 20, 20), "q2": None}
         self.truth = {name: self.rng.sample(self.database[1:], 3) for name in self.queries}
@@ -121,7 +114,7 @@ class World:
             for folder_name in ("c0", "c1"):  # equal names in two folders
                 self.draw(self.dataset / folder_name / "0.jpg")
         else:
-            for path in {*map(self.image, self.database), *map(self.query, self.queries)}:
+            for path in map(self.image, {*self.database, *self.queries}):
                 self.draw(path)
         for number in range(6):
             self.draw(self.data / "revisitop1m" / f"{number}.jpg")
@@ -134,10 +127,7 @@ class World:
         return self.data / NAME
 
     def image(self, name: str) -> Path:
-        return self.dataset / ("index" if self.layout == "csv" else "jpg") / f"{name}.jpg"
-
-    def query(self, name: str) -> Path:
-        return self.dataset / ("queries" if self.layout == "csv" else "jpg") / f"{name}.jpg"
+        return self.dataset / "jpg" / f"{name}.jpg"
 
     def images(self) -> list[Path]:
         """The images that the command uses."""
@@ -168,23 +158,14 @@ class World:
             ]  # fmt: skip
             content = {"imlist": self.database, "qimlist": [*self.queries], "gnd": truth}
             (self.dataset / f"gnd_{NAME}.pkl").write_bytes(pickle.dumps(content))
-        elif self.layout == "csv":
-            boxes = {query: ",".join(map(str, box or (0, 0, 50, 50))) for query, box in self.queries.items()}
-            lists = {
-                "index": ["id", *self.database],
-                "queries": ["id,x0,y0,x1,y1", *(f"{query},{box}" for query, box in boxes.items())],
-                "solution": ["id,images", *(f"{query},{' '.join(names)}" for query, names in positives.items())],
-            }
-            for name, lines in lists.items():
-                (self.dataset / f"{name}.csv").write_text("\n".join([*lines, ""]))
         distractors = self.data / "revisitop1m"
         names = sorted(path.name for path in distractors.glob("*.jpg"))
         (distractors / "revisitop1m.txt").write_text("\n".join([*names, ""]))
-        (self.folder / f"{self.helper}.py").write_text(HELPER_FILE.format(factor=self.factor))
-        self.network.write_text(NETWORK_FILE.format(helper=self.helper, seed=self.network_seed))
-        self.network.with_suffix(".json").write_text(json.dumps({"power": self.power}))
-        if self.weights:
-            torch.manual_seed(self.weights)
+        (self.folder / f"{self.helper}.py").write_text(HELPER_FILE.format(**self.network))
+        self.file.write_text(NETWORK_FILE.format(helper=self.helper, **self.network))
+        self.file.with_suffix(".json").write_text(json.dumps(self.network["power"]))
+        if self.network["weights"]:
+            torch.manual_seed(self.network["weights"])
             conv = torch.nn.Conv2d(3, 16, 5, 4)
             state = {"layer1.0.weight": conv.weight.data, "layer1.0.bias": conv.bias.data}
             torch.save(state, self.folder / "weights.pth")
@@ -210,8 +191,8 @@ class World:
 
     def words(self, keys: Sequence[str], **more: Any) -> list[str]:
         """The words of a command line, of the options among these that have an effect."""
-        given: dict[str, Any] = {"MODEL.NAME": f"{self.network}:build", "DATA_LOADER.NUM_WORKERS": 0, **self.options}
-        if self.weights:
+        given: dict[str, Any] = {"MODEL.NAME": f"{self.file}:build", "DATA_LOADER.NUM_WORKERS": 0, **self.options}
+        if self.network["weights"]:
             given["TEST.WEIGHTS"] = self.folder / "weights.pth"
         given = {key: str(value) for key, value in {**given, **more}.items() if key in keys}
         idle: dict = {}
@@ -219,38 +200,23 @@ class World:
             idle = idle_options(make_config([*given.items()]))
         return [word for key, value in given.items() if key not in idle for word in (key, value)]
 
-    def outcome(self, where: str, makers: bool = True) -> "Outcome":
-        """Runs the command in a folder, after the commands that make files for it unless they are left out."""
+    def outcome(self, where: str, makers: bool = True) -> tuple[Outcome, dict[str, Any]]:
+        """Runs the command in a folder, after the commands that make files for it unless they are left out.
+
+        Returns its end, and what it computed.
+        """
         place = self.folder / where
         place.mkdir(exist_ok=True)
-        before, last = COMMANDS[self.command]
-        outcome = None
+        *before, last = COMMANDS[self.command]
         with self.surroundings():
             for command in (*(before if makers else ()), last):
-                outcome = run(place, *command(self, place))
+                script, *words = command(self, place)
+                outcome = run_script(script, words, place)
                 if command is extract and outcome.code == 2:  # as its error advises
-                    outcome = run(place, *extract(self, place), "--no-resume")
+                    outcome = run_script(script, [*words, "--no-resume"], place)
                 if outcome.code:
-                    break
-        return outcome
-
-
-def run(folder: Path, script: str, *words: str) -> Outcome:
-    """Runs a command in a folder, in this process, and collects what it computed."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    current, handlers = os.getcwd(), logging.root.handlers[:]
-    os.chdir(folder)
-    try:
-        with redirect_stdout(out), redirect_stderr(err), patch.object(sys, "argv", [script, *words]):
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-    except SystemExit as stop:
-        code = stop.code
-    finally:
-        os.chdir(current)
-        for handler in set(logging.root.handlers) - set(handlers):
-            handler.close()
-        logging.root.handlers[:] = handlers
-    return Outcome(code, out.getvalue(), err.getvalue(), {} if code else figures(folder, script, out.getvalue()))
+                    return outcome, {}
+        return outcome, figures(place, script, outcome.out)
 
 
 def figures(folder: Path, script: str, out: str) -> dict[str, Any]:
@@ -260,8 +226,6 @@ def figures(folder: Path, script: str, out: str) -> dict[str, Any]:
         return {"found": json.loads(out)["queries"]}
     if script == "tools/tables.py":
         return {"table": out}
-    if script != "test.py":
-        return {}
     (entry,) = json.loads((latest(output) / "results.json").read_text())["datasets"].values()
     stages = {name: value for name, value in entry.items() if isinstance(value, dict) and "seconds" in value}
     found = {f"{stage} {key}": value for stage, values in stages.items() for key, value in values.items()}
@@ -318,9 +282,10 @@ def table(world: World, place: Path) -> list[str]:
     return ["tools/tables.py", "main", *test(world, place)[1:]]
 
 
-COMMANDS: dict[str, tuple[Sequence[Callable], Callable]] = {
-    "test": ((), test), "features": ((test,), features), "distractors": ((extract,), distractors),
-    "whitened": ((whiten,), whitened), "search": ((), search), "table": ((), table),
+# The last function makes the command that is compared; those before it make files for it.
+COMMANDS: dict[str, Sequence[Callable]] = {
+    "test": (test,), "features": (test, features), "distractors": (extract, distractors),
+    "whitened": (whiten, whitened), "search": (search,), "table": (table,),
 }  # fmt: skip
 
 
@@ -381,8 +346,11 @@ def order(world: World) -> str:
     return ""
 
 
-def length(world: World) -> str:
-    """Adds or removes an image."""
+def length(world: World) -> str | None:
+    """Adds or removes an image of the dataset, a distractor, or an image of a search for folders."""
+    folders = {"distractors": "revisitop1m", "search": "asked"}
+    if world.command in folders and world.rng.random() < 0.5:
+        return add_or_remove(world, world.data / folders[world.command], f"{world.rng.randrange(20)}.jpg")
     number = world.rng.randrange(20, 60)
     if world.layout == "classes":
         return add_or_remove(world, world.dataset / world.rng.choice(("c0", "c1")), f"{number}.jpg")
@@ -393,17 +361,6 @@ def length(world: World) -> str:
         world.draw(world.image(f"a{number}"))
         world.database.insert(world.rng.randrange(len(world.database)), f"a{number}")
     return f"{len(world.database)} images"
-
-
-def distractor(world: World) -> str | None:
-    if world.command == "distractors":
-        return add_or_remove(world, world.data / "revisitop1m", f"{world.rng.randrange(20)}.jpg")
-
-
-def query(world: World) -> str | None:
-    """Adds or removes an image of a search for folders."""
-    if world.command == "search":
-        return add_or_remove(world, world.data / "asked", f"{world.rng.randrange(4)}.jpg")
 
 
 def add_or_remove(world: World, folder: Path, name: str) -> str:
@@ -442,24 +399,10 @@ def other(world: World, value: Any, values: Sequence) -> Any:
     return world.rng.choice([each for each in values if each != value])
 
 
-def weights(world: World) -> str:
-    world.weights = other(world, world.weights, range(4))
-    return str(world.weights)
-
-
-def network(world: World) -> str:
-    world.network_seed = other(world, world.network_seed, range(4))
-    return str(world.network_seed)
-
-
-def helper(world: World) -> str:
-    world.factor = other(world, world.factor, ("1", "x.sigmoid() ** 4", "x.mean(dim=1, keepdim=True).relu()"))
-    return world.factor
-
-
-def settings(world: World) -> str:
-    world.power = other(world, world.power, (1.0, 0.5, 2.0))
-    return str(world.power)
+def network(world: World, name: str | None = None) -> str:
+    name = name or world.rng.choice([*NETWORKS])
+    world.network[name] = other(world, world.network[name], NETWORKS[name])
+    return f"{name} {world.network[name]}"
 
 
 def code(world: World) -> str:
@@ -516,15 +459,17 @@ def index(world: World) -> str | None:
     return f"{target.relative_to(world.folder)} is {source.relative_to(world.folder)}"
 
 
-def killed(world: World) -> str:
-    """Kills a run at one of its steps in the file system."""
-    moment = world.rng.randrange(40)
+def stopped(world: World) -> str:
+    """Kills a run at one of its steps in the file system, or raises an exception there."""
+    moment, kill = world.rng.randrange(40), world.rng.random() < 0.5
     countdown = itertools.count(moment, -1)
 
     def deadly(step: Callable) -> Callable:
         def attempt(*arguments: Any, **named: Any) -> Any:
             if next(countdown) == 0:
-                os._exit(137)
+                if kill:
+                    os._exit(137)
+                raise KeyboardInterrupt
             return step(*arguments, **named)
 
         return attempt
@@ -532,24 +477,9 @@ def killed(world: World) -> str:
     def prepare() -> None:
         for name in ("replace", "fsync", "unlink", "rmdir"):
             setattr(os, name, deadly(getattr(os, name)))
+        Store.write = deadly(Store.write)
 
-    code = forked(world, prepare).wait()
-    return f"{'at' if code == 137 else 'not at'} step {moment}"
-
-
-def interrupted(world: World) -> str:
-    """Ends a run by an exception."""
-    moment, write = world.rng.randrange(12), Store.write
-    countdown = itertools.count(moment, -1)
-
-    def failing(*arguments: Any) -> None:
-        if next(countdown) == 0:
-            raise KeyboardInterrupt
-        write(*arguments)
-
-    with patch.object(Store, "write", failing):
-        code = world.outcome("old").code
-    return f"{'at' if code == 130 else 'not at'} row {moment}"
+    return f"at step {moment}, exit code {forked(world, prepare).wait()}"
 
 
 def together(world: World) -> str:
@@ -562,18 +492,16 @@ def together(world: World) -> str:
 
 def forked(world: World, prepare: Callable = lambda: None) -> Forked:
     """Starts the first command in the old folder, in a process of its own."""
-    before, last = COMMANDS[world.command]
     folder = world.folder / "old"
     with world.surroundings():
-        script, *words = next(iter((*before, last)))(world, folder)
+        script, *words = COMMANDS[world.command][0](world, folder)
         return Forked(ROOT / script, words, folder, prepare=prepare)
 
 
 # The changes, by how often each is made.
 CHANGES: dict[Callable, float] = {
-    content: 3, copy: 1, exchange: 2, rename: 2, order: 1, length: 2, distractor: 2, query: 1, box: 1, truth: 0.5,
-    place: 0.5, weights: 1, network: 1, helper: 1, settings: 1, code: 2, option: 6, command: 2, rows: 6, index: 1,
-    killed: 2, interrupted: 2, together: 1,
+    content: 3, copy: 1, exchange: 2, rename: 2, order: 1, length: 4, box: 3, truth: 0.5, place: 0.5, network: 4,
+    code: 2, option: 6, command: 2, rows: 6, index: 1, stopped: 4, together: 1,
 }  # fmt: skip
 
 
@@ -609,18 +537,18 @@ def compared(world: World) -> str | None:
     shutil.rmtree(world.folder / "new", ignore_errors=True)
     new = world.outcome("new")
     old = world.outcome("old", world.makers)
-    if old.code == 2 and not world.makers:  # damage is reported, and what made the file mends it
+    if old[0].code == 2 and not world.makers:  # damage is reported, and what made the file mends it
         old = world.outcome("old")
     return difference(old, new) and f"{world.command}: {difference(old, new)}"
 
 
-def difference(old: Outcome, new: Outcome) -> str | None:
+def difference(old: tuple[Outcome, dict[str, Any]], new: tuple[Outcome, dict[str, Any]]) -> str | None:
     """Returns the first difference of two ends of a command, or None. An internal error is one, too."""
-    if old.code != new.code or old.code not in (0, 2):
-        return f"exit codes {old.code} and {new.code}: {old.err}{new.err}"
-    if old.figures.keys() != new.figures.keys():
-        return f"only one has {sorted(old.figures.keys() ^ new.figures.keys())}"
-    return next((name for name, value in old.figures.items() if not np.array_equal(value, new.figures[name])), None)
+    if old[0].code != new[0].code or old[0].code not in (0, 2):
+        return f"exit codes {old[0].code} and {new[0].code}: {old[0].err}{new[0].err}"
+    if old[1].keys() != new[1].keys():
+        return f"only one has {sorted(old[1].keys() ^ new[1].keys())}"
+    return next((name for name, value in old[1].items() if not np.array_equal(value, new[1][name])), None)
 
 
 def shrunk(folder: Path, seed: int, numbers: Sequence[int]) -> list[str]:

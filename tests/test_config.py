@@ -141,7 +141,7 @@ def test_a_yaml_file_is_merged_before_the_command_line(yaml_file):
         "TEST: {BATCH_SIZE: 3}\nTEST: {MAX_SIDE: 5}\n",
         "TEST: {DATASET_LIST: [toy, null]}",
         f"TEST: {{BATCH_SIZE: {'9' * 6000}}}",
-        "[" * 5000,
+        "[" * 1500,
         "a: &a [x, x]\n"
         + "".join(f"b{i}: &b{i} [{'*a, ' * 9 if i == 0 else f'*b{i - 1}, ' * 9}]\n" for i in range(30)),
         "open('ran', 'w')\ncfg = {}\n",

@@ -17,6 +17,8 @@ from forked import ranks
 from oracles import all_protocols, dense_reranking, full_ranking
 from PIL import Image
 
+pytestmark = pytest.mark.slow  # runs commands on CVNet's network and in several processes
+
 MODULES = ("SupG.gemp", "SupG.rgem", "SupG.sgem", "SupG.relup", "SupG.rerank", "SupG.onemeval", "False")
 
 

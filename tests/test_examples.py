@@ -12,6 +12,8 @@ import requests
 from conftest import ROOT
 from PIL import Image
 
+pytestmark = pytest.mark.slow  # installs the package and runs the examples
+
 EXPECTED = {
     "delg_cirtorch.py": r"(?s)DELG-pytorch: \(2, 32\).*s3.1: ends in ReLUPlus.*cirtorch, whitened: \(2, 24\)",
     "faiss_index.py": r"mAP, reranked: +(?P<after>[\d.]+)",
@@ -39,9 +41,7 @@ def test_every_example_is_run():
     assert {path.name for path in (ROOT / "examples").glob("*.py")} == {*EXPECTED, "service.py"}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "fine_tuning.py")) for name in EXPECTED]
-)
+@pytest.mark.parametrize("name", EXPECTED)
 def test_an_example_runs_with_the_installed_package(name, site, monkeypatch, capsys):
     if name == "fine_tuning.py":
         pytest.importorskip("pytorch_metric_learning", reason="optional")

@@ -1,8 +1,10 @@
 """The command line of extract_rop1m.py, killed and restarted, and the evaluation that uses its file."""
 
+import itertools
 import json
 import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -12,27 +14,12 @@ from forked import Forked, ranks
 from oracles import all_protocols, dense_reranking, full_ranking
 from PIL import Image
 
+from extraction import store
 from extraction.store import sidecars
 
+pytestmark = pytest.mark.slow  # starts, kills and restarts commands
+
 COUNT = 40
-
-# Writes blocks of three rows; the first argument is the number of the block after which it kills itself, 0 for none.
-DRIVER = f"""
-import os, runpy, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-import extraction.store as store
-
-last, flush = int(sys.argv.pop(1)), store.Store.flush
-def flush_or_die(rows):
-    global last
-    last -= bool(rows._buffer)
-    flush(rows)
-    if last == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-last = last or -1
-store._BLOCK_ROWS, store.Store.flush = 3, flush_or_die
-runpy.run_path({str(ROOT / "extract_rop1m.py")!r}, run_name="__main__")
-"""
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +45,6 @@ def arguments(distractors, two_layers) -> list[str]:
 def work(tmp_path):
     folder = tmp_path / "work"
     folder.mkdir(exist_ok=True)
-    (folder / "driver.py").write_text(DRIVER)
     return folder
 
 
@@ -72,9 +58,24 @@ def whole(distractors, two_layers, tmp_path_factory):
 
 
 def run_until(arguments: list, work, block: int, count: int = 1) -> list[int]:
-    """Runs as many processes, each until it has written that many blocks of rows. Returns exit codes."""
-    driver, words = work / "driver.py", [block, *arguments]
-    processes = [Forked(driver, words, work)] if count == 1 else ranks(count, driver, words, work)
+    """Runs as many processes, each until it has written that many blocks of three rows, or to its end if it is 0.
+
+    Returns exit codes.
+    """
+
+    def prepare() -> None:
+        flush, written = store.Store.flush, itertools.count(1)
+
+        def flush_or_die(rows: store.Store) -> None:
+            full = bool(rows._buffer)
+            flush(rows)
+            if full and next(written) == block:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        store._BLOCK_ROWS, store.Store.flush = 3, flush_or_die
+
+    script = ROOT / "extract_rop1m.py"
+    processes = ranks(count, script, arguments, work, prepare)
     codes = [process.wait() for process in processes]
     assert any(codes) == bool(block), [process.err for process in processes]
     return codes

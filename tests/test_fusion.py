@@ -71,6 +71,7 @@ def test_weights_1_and_0_give_the_metrics_of_the_first(command, layout, saved, t
     assert f"0.3 of {saved[0]}" in page
 
 
+@pytest.mark.slow  # runs of many settings
 def test_weights_are_tuned(command, layout, saved, tmp_path):
     words = ("TEST.DATA_DIR", layout.data_dir, "--test", "roxford5k", "--folds", 2, "TEST.FUSION", ",".join(saved))
     outcome = command("tools/tune.py", *words)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, kept
+from conftest import NETWORK, ROOT, kept
 from forked import Forked
 
 from extraction.identity import NO_STAT, Identity
@@ -18,9 +18,12 @@ from extraction.store import Store
 
 
 @pytest.fixture
-def words(layout, checkpoint_50) -> list[str]:
-    words = ["TEST.WEIGHTS", checkpoint_50, "TEST.DATA_DIR", layout.data_dir, "TEST.DATASET_LIST", "roxford5k"]
-    return [str(word) for word in (*words, "TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0)]
+def words(layout, tmp_path) -> list[str]:
+    """The options of a run with a fast network with 2048 dimensions."""
+    (tmp_path / "mine.py").write_text(NETWORK.replace("16, 5, 4", "2048, 16, 16"))
+    words = ["MODEL.NAME", tmp_path / "mine.py:build", "TEST.DATA_DIR", layout.data_dir]
+    words += ["TEST.DATASET_LIST", "roxford5k", "TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0]
+    return [*map(str, words)]
 
 
 def limited(work: Path, words: list[str], most_bytes: int) -> Forked:

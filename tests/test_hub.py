@@ -10,6 +10,8 @@ from PIL import Image
 
 from extraction.images import limit_side
 
+pytestmark = pytest.mark.slow  # CVNet's network
+
 load = partial(torch.hub.load, str(ROOT), source="local")
 
 

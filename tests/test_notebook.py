@@ -9,6 +9,8 @@ import re
 import pytest
 from conftest import ROOT
 
+pytestmark = pytest.mark.slow  # executes a notebook
+
 TOUR = ROOT / "notebooks" / "tour.ipynb"
 
 

@@ -15,6 +15,8 @@ import config
 from assembly import make_recipe
 from tools.demo_steps import MODULES
 
+pytestmark = pytest.mark.slow  # runs every command with every option
+
 # A value other than the default for each option.
 CHANGED = {
     "MODEL.NAME": "torchvision:resnet18", "MODEL.POOLING": "max", "MODEL.WHITENING": "none.pth", "TEST.MAX_SIDE": 40,

@@ -6,7 +6,10 @@ import subprocess
 import sys
 import zipfile
 
+import pytest
 from conftest import ROOT
+
+pytestmark = pytest.mark.slow  # builds and installs the package
 
 
 def test_the_package_is_the_modules_and_needs_torch_alone(built):

@@ -8,6 +8,8 @@ import sys
 import pytest
 from conftest import ROOT
 
+pytestmark = pytest.mark.slow  # builds the site and opens it in a browser
+
 DOCS = ROOT / "docs"
 
 

@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -41,10 +42,17 @@ def files_of(place: str) -> list[Path]:
     return sorted((ROOT / place).rglob("*.py")) if (ROOT / place).is_dir() else [ROOT / place]
 
 
+@cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    """Returns the imports and the texts in a file."""
+    kinds = (ast.Import, ast.ImportFrom, ast.Constant)
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)]
+
+
 def imported(path: Path) -> set[str]:
     """Returns the dotted names of all modules that a file imports."""
     package, names = path.relative_to(ROOT).parts[0], set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -102,7 +110,7 @@ def test_library_code_names_no_option():
     named = {}
     rooms = ("modules", "model", "extraction", "cvnet_rerank", "revisitop", "report")
     for path in [path for place in rooms for path in files_of(place)]:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes_of(path):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and OPTION.search(node.value):
                 named[f"{path.relative_to(ROOT)}:{node.lineno}"] = node.value
     assert named == {}

@@ -5,8 +5,11 @@ import re
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 from forked import Forked
+
+pytestmark = pytest.mark.slow  # starts processes
 
 
 def test_simultaneous_runs_give_the_results_of_single_runs(layout, two_layers, command, tmp_path):

@@ -6,7 +6,6 @@ from torch import Tensor
 from cvnet_rerank import network as cvnet_rerank
 from cvnet_rerank.network import CVNetRerank, load_cvnet_rerank
 from model.errors import InputError
-from revisitop.toy import seeded_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +87,7 @@ def test_the_smallest_images_have_a_score(network, maps, size):
         assert 0 <= out[0] <= 1
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_half_precision_moves_a_score_by_little(checkpoint_50, reference, precision):
     network = load_cvnet_rerank(checkpoint_50, 50, precision=precision)
     maps = [feature_map(network, reference[f"image_{i}"]) for i in (0, 1)]
@@ -102,25 +101,23 @@ def test_depth_101_loads(checkpoint_101):
 
 
 @pytest.fixture(scope="module")
-def seeded_state() -> dict[str, Tensor]:
-    return seeded_checkpoint(50)["model_state"]
+def seeded_state(checkpoint_50) -> dict[str, Tensor]:
+    return torch.load(checkpoint_50)["model_state"]
 
 
 @pytest.mark.parametrize(
     ("key", "change"),
     [
         ("conv2ds.1.weight", lambda value: None),
-        ("cv_learner.block5.0.bias", lambda value: torch.zeros(1)),
         ("cv_learner.mlp.0.bias", lambda value: torch.zeros(64)),
         ("cv_learner.mlp.2.bias", lambda value: value * torch.nan),
-        ("encoder_q.s4.b1.f.b.weight", lambda value: None),
     ],
 )
 def test_a_state_that_does_not_fit_is_rejected(tmp_path, seeded_state, key, change):
     changed = {**seeded_state, key: change(seeded_state.get(key))}
     path = tmp_path / "changed.pyth"
     torch.save({name: value for name, value in changed.items() if value is not None}, path)
-    with pytest.raises(InputError, match=key.removeprefix("encoder_q.")):
+    with pytest.raises(InputError, match=key):
         load_cvnet_rerank(path, 50)
 
 

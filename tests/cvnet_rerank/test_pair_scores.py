@@ -14,6 +14,8 @@ from model.errors import InputError
 from model.recipe import Recipe
 from revisitop.layouts import load_dataset
 
+pytestmark = pytest.mark.slow  # CVNet's network on many pairs
+
 CPU = torch.device("cpu")
 IDS = torch.tensor([[0, 5, 7, 3], [2, 7, -1, -1], [23, 1, 0, 5]])
 

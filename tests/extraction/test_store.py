@@ -171,47 +171,6 @@ def test_a_damaged_block_is_named_and_never_used(path, caplog):
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
 
 
-def test_a_kill_at_any_step_of_finishing_loses_no_row(path, monkeypatch):
-    for moment in itertools.count():
-        finished(path, range(100, 200))
-        store = fill(open_store(path), range(100))
-        with monkeypatch.context() as patched:
-            countdown = itertools.count(moment, -1)
-
-            def killed(step, countdown=countdown):
-                def run(*arguments, **options):
-                    if next(countdown) == 0:
-                        raise KeyboardInterrupt
-                    return step(*arguments, **options)
-
-                return run
-
-            patched.setattr(os, "replace", killed(os.replace))
-            patched.setattr(shutil, "rmtree", killed(shutil.rmtree))
-            try:
-                store.finish(LABELS, IDENTITIES)
-                break
-            except KeyboardInterrupt:
-                pass
-        store = open_store(path)
-        assert missing(store) == []
-        store.finish(LABELS, IDENTITIES)
-        np.testing.assert_array_equal(load_rows(path).numpy(), ROWS)
-    assert moment >= 7
-
-
-def test_the_fingerprint_of_a_file_is_that_of_its_rows(tmp_path):
-    for name in ("a.npy", "b.npy"):
-        finished(tmp_path / name)
-    first = file_fingerprint(tmp_path / "a.npy")
-    assert first == file_fingerprint(tmp_path / "b.npy")
-    stat = os.stat(tmp_path / "a.npy")
-    np.save(tmp_path / "c.npy", ROWS[::-1])
-    shutil.copyfile(tmp_path / "c.npy", tmp_path / "a.npy")
-    os.utime(tmp_path / "a.npy", ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert file_fingerprint(tmp_path / "a.npy") != first
-
-
 def killed_at(monkeypatch, moment: int, step) -> bool:
     """Calls a function that is killed at this step in the file system; returns whether it was."""
     countdown = itertools.count(moment, -1)
@@ -232,6 +191,32 @@ def killed_at(monkeypatch, moment: int, step) -> bool:
         except KeyboardInterrupt:
             return True
     return False
+
+
+def test_a_kill_at_any_step_of_finishing_loses_no_row(tmp_path, monkeypatch):
+    path = tmp_path / "rows.npy"
+    for moment in itertools.count():
+        finished(path, range(100, 200))
+        store = fill(open_store(path), range(100))
+        if not killed_at(monkeypatch, moment, lambda store=store: store.finish(LABELS, IDENTITIES)):
+            break
+        store = open_store(path)
+        assert missing(store) == []
+        store.finish(LABELS, IDENTITIES)
+        np.testing.assert_array_equal(load_rows(path).numpy(), ROWS)
+    assert moment >= 5
+
+
+def test_the_fingerprint_of_a_file_is_that_of_its_rows(tmp_path):
+    for name in ("a.npy", "b.npy"):
+        finished(tmp_path / name)
+    first = file_fingerprint(tmp_path / "a.npy")
+    assert first == file_fingerprint(tmp_path / "b.npy")
+    stat = os.stat(tmp_path / "a.npy")
+    np.save(tmp_path / "c.npy", ROWS[::-1])
+    shutil.copyfile(tmp_path / "c.npy", tmp_path / "a.npy")
+    os.utime(tmp_path / "a.npy", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert file_fingerprint(tmp_path / "a.npy") != first
 
 
 def test_a_kill_while_blocks_of_other_settings_are_removed_leaves_none_to_the_new_settings(tmp_path, monkeypatch):

@@ -37,6 +37,8 @@ from revisitop.layouts import load_dataset
 from tools.compare import compare, differing_options, read_run
 from tools.download import unpack
 
+pytestmark = pytest.mark.slow  # reads 2,000 files
+
 
 def test_ground_truth(layout):
     arrays = {**layout.gnd, "gnd": [{k: np.array(v) for k, v in entry.items()} for entry in layout.gnd["gnd"]]}

@@ -4,7 +4,6 @@ import zipfile
 
 import pytest
 import torch
-from torch import Tensor
 
 from model import pickles
 from model.checkpoint import encoder_state, find_checkpoint, load_encoder, load_tensors, sha256
@@ -24,16 +23,12 @@ def encoder(depth: int = 50, reduction_dim: int = 2048) -> ResNet:
         return ResNet(depth, reduction_dim)
 
 
-@pytest.fixture
-def state(checkpoint_50) -> dict[str, Tensor]:
-    return {key: value.clone() for key, value in encoder_state(checkpoint_50).items()}
-
-
 @pytest.mark.parametrize("prefix", ["globalmodel.", "module.encoder_q.", "module.globalmodel.", "module.", ""])
-def test_the_encoder_is_found_under_any_prefix(state, tmp_path, prefix):
+def test_the_encoder_is_found_under_any_prefix(tmp_path, prefix):
+    state = {key: torch.rand(2) for key in ("stem.conv.weight", "s1.b1.f.a.weight", "head.fc.bias")}
     others = {f"{key}.weight": torch.zeros(3) for key in ("localmodel.conv", "desc_cls", "conv2ds.0", "encoder_k.stem")}
     torch.save({f"{prefix}{key}": value for key, value in state.items()} | others, tmp_path / "other.pth")
-    loaded = load_encoder(encoder(), tmp_path / "other.pth").state_dict()
+    loaded = encoder_state(tmp_path / "other.pth")
     assert loaded.keys() == state.keys()
     assert all(torch.equal(value, state[key]) for key, value in loaded.items())
 
@@ -58,12 +53,12 @@ def test_files_from_before_pytorch_1_6_are_read(tmp_path):
         ("s2.b1.f.b.weight", lambda value: None),
         ("s2.b9.f.b.weight", lambda value: torch.zeros(1)),
         ("stem.bn.bias", lambda value: torch.zeros(32)),
-        ("stem.bn.bias", lambda value: value.fill_(float("nan"))),
-        ("head.pool.p", lambda value: value.fill_(0.0)),
-        ("s1.b1.f.a_bn.running_var", lambda value: value.fill_(-1.0)),
+        ("stem.bn.bias", lambda value: value * float("nan")),
+        ("s1.b1.f.a_bn.running_var", lambda value: -value - 1),
     ],
 )
-def test_a_state_that_does_not_fit_is_never_loaded_in_part(state, tmp_path, key, change):
+def test_a_state_that_does_not_fit_is_never_loaded_in_part(checkpoint_50, tmp_path, key, change):
+    state = encoder_state(checkpoint_50)
     changed = {**state, key: change(state.get(key))}
     torch.save({name: value for name, value in changed.items() if value is not None}, tmp_path / "changed.pth")
     network = encoder()
@@ -112,16 +107,14 @@ def test_a_file_that_is_not_a_checkpoint_is_rejected(tmp_path, monkeypatch, cont
 NESTED = b"K\x01\x85" + b"2\x86" * 60  # a tuple that contains itself twice, 60 times over
 
 
-@pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize(
-    "stream",
+    ("stream", "zipped"),
     [
-        b"}" + NESTED + b"K\x01s.",
-        NESTED + b"\x85Q.",  # the name of a storage, which PyTorch would show
-        b"ctorch._utils\n_rebuild_sparse_tensor\n(" + NESTED + b"K\x01tR.",
-        b"ccollections\nOrderedDict\n]" + NESTED + b"K\x01\x86a\x85R.",
+        (b"}" + NESTED + b"K\x01s.", False),
+        (NESTED + b"\x85Q.", True),  # the name of a storage, which PyTorch would show
+        (b"ctorch._utils\n_rebuild_sparse_tensor\n(" + NESTED + b"K\x01tR.", True),
     ],
-    ids=["key", "storage", "layout", "dict"],
+    ids=["key", "storage", "layout"],
 )
 def test_a_checkpoint_that_would_take_for_ever_is_refused(tmp_path, monkeypatch, stream, zipped):
     monkeypatch.setattr(pickles, "SECONDS", 1)

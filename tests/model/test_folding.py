@@ -67,7 +67,7 @@ def test_folding_leaves_the_trained_network_as_it_is(encoder):
     assert all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items())
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_half_precision_keeps_the_direction_of_a_descriptor(checkpoint_50, reference, precision, kernels):
     model = kernels(Recipe(weights=checkpoint_50, scales=(1.0,), precision=precision).descriptor)
     for i in (0, 1):

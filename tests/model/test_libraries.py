@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import timm
 import torch
 import torchvision
 from PIL import Image
@@ -14,6 +13,8 @@ from model.errors import InputError
 from model.libraries import build_backbone
 from model.recipe import Recipe
 from modules import attach
+
+pytestmark = pytest.mark.slow  # imports timm and torchvision
 
 RESNET, VIT = "torchvision:resnet18", "timm:vit_tiny_patch16_224"
 MINE = """
@@ -94,6 +95,8 @@ def test_torchvisions_resnet_is_attached_as_by_hand(pixels, mine):
 
 @torch.inference_mode()
 def test_timms_networks_are_attached_as_by_hand(pixels):
+    import timm
+
     torch.manual_seed(0)
     by_hand = attach(timm.create_model("convnext_atto", num_classes=0).eval(), scales=(1.0,))
     found = descriptors(Recipe("timm:convnext_atto", "untrained", scales=(1.0,)), [pixels])
@@ -102,6 +105,8 @@ def test_timms_networks_are_attached_as_by_hand(pixels):
 
 @pytest.mark.parametrize("pooling", ["average", "max", "class"])
 def test_a_transformers_tokens_are_a_map_at_any_size(pixels, pooling):
+    import timm
+
     torch.manual_seed(0)
     vit = timm.create_model(VIT[5:], num_classes=0, dynamic_img_size=True, dynamic_img_pad=True).eval()
     with torch.inference_mode():

@@ -15,6 +15,7 @@ from tools.whiten import save_whitening
 MODULES = {"relup": "relup_threshold", "gemp": "gemp_p", "rgem": "rgem_p", "sgem": "sgem_p"}
 WITHOUT = {f"no_{name}": {setting: None} for name, setting in MODULES.items()}
 CONFIGS = {"all": {}, "none": dict.fromkeys(MODULES.values()), **WITHOUT}
+OTHERS = [("all", 1), ("all", 5), *((name, 3) for name in WITHOUT)]
 SMALL = """
 from pathlib import Path
 from torch import nn
@@ -42,7 +43,8 @@ def descriptor(recipe: Recipe, pixels: np.ndarray) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("config", "scales"), [("all", 1), ("all", 3), ("all", 5), *((name, 3) for name in [*WITHOUT, "none"])]
+    ("config", "scales"),
+    [("all", 3), ("none", 3), *(pytest.param(name, scales, marks=pytest.mark.slow) for name, scales in OTHERS)],
 )
 def test_descriptors_are_the_papers(reference, checkpoint_50, config, scales):
     recipe = Recipe(weights=checkpoint_50, scales=SCALE_SETS[scales], **CONFIGS[config])
@@ -65,6 +67,7 @@ def test_a_descriptor_does_not_depend_on_its_batch(checkpoint_50, reference):
     torch.testing.assert_close(together, torch.stack(alone), atol=2e-6, rtol=0)
 
 
+@pytest.mark.slow  # five scales of an image of 2,000 pixels
 @pytest.mark.parametrize("config", ["all", "none"])
 def test_images_of_any_size_have_a_finite_unit_descriptor(checkpoint_50, config):
     recipe = Recipe(weights=checkpoint_50, scales=SCALE_SETS[5], **CONFIGS[config])
@@ -158,6 +161,7 @@ def test_the_power_of_gem_is_not_recorded_for_another_pooling(small):
     assert small(pooling="average", gemp_p=3.0).provenance() == small(pooling="average", gemp_p=4.6).provenance()
 
 
+@pytest.mark.slow  # builds networks of timm and torchvision
 @pytest.mark.parametrize("name", ["cvnet", "timm:resnet18", "torchvision:convnext_tiny", "FILE"])
 def test_what_applies_to_any_network_is_in_words(name, small, checkpoint_50):
     others = {"cvnet": Recipe(weights=checkpoint_50), "FILE": small(relup_stages=("1",), scales=(1.0,))}

@@ -32,7 +32,11 @@ def test_torchvisions_resnet_becomes_the_papers_network(checkpoint_50, reference
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("name", ["resnext50_32x4d", "convnext_tiny", "efficientnet_b0", "mobilenet_v3_small"])
+@pytest.mark.parametrize(
+    "name",
+    [*("efficientnet_b0", "mobilenet_v3_small"),
+     *(pytest.param(name, marks=pytest.mark.slow) for name in ("resnext50_32x4d", "convnext_tiny"))],
+)  # fmt: skip
 def test_torchvisions_networks_give_what_enters_their_pooling(name):
     network, seen = getattr(torchvision.models, name)().eval(), []
     network.avgpool.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))

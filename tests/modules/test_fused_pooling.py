@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from modules.descriptor import SuperGlobal
 from modules.pooling import GeMPlus, RegionalGeM
 
+pytestmark = pytest.mark.slow  # starts Triton's compiler
+
 triton = pytest.importorskip("triton", reason="Triton comes with PyTorch for NVIDIA's GPUs")
 
 _CASES = """

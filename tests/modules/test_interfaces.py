@@ -45,40 +45,6 @@ def test_scores_of_the_search_that_are_low_enough_are_kept(vectors):
     assert torch.equal(new.scores[:, 12:], (scores - 9)[:, 12:].double())
 
 
-def test_absent_results_come_last_in_the_whole_ranking(vectors):
-    queries, rows, ids, scores = vectors
-    ids = ids.clone()
-    ids[0, [3, 7]], ids[1, 25:], ids[2] = -1, -1, -1
-    new = SuperGlobalReranker(m=12, k=4).rerank(queries, ids, rows.__getitem__, scores=scores)
-    assert [int((row >= 0).sum()) for row in new.ids] == [28, 25, 0]
-    for row, score, before in zip(new.ids, new.scores, ids, strict=True):
-        assert sorted(row.tolist()) == sorted(before.tolist())
-        present = int((row >= 0).sum())
-        assert (row[present:] == -1).all()
-        assert (score[present:] == -math.inf).all()
-        assert (score[:present].diff() <= 0).all()
-    assert torch.equal(new.ids[:, :12], ids.gather(1, new.order))
-
-
-def test_names_are_returned_in_the_new_order(vectors):
-    queries, rows, ids, _ = vectors
-    reranker = SuperGlobalReranker(m=12, k=4)
-    expected = reranker.rerank(queries, ids, rows.__getitem__).ids
-    names = [[f"image {number}" for number in row] for row in ids.tolist()]
-    number = lambda name: int(name.split()[1])  # noqa: E731
-
-    def fetch(wanted):
-        return rows[[number(name) for name in wanted]]
-
-    assert [[*map(number, row)] for row in reranker.rerank(queries, names, fetch).ids] == expected.tolist()
-    array = reranker.rerank(queries.numpy(), np.array(names), lambda wanted: fetch(wanted).numpy()).ids
-    assert array.dtype == np.array(names).dtype
-    assert [[*map(number, row)] for row in array] == expected.tolist()
-    ragged = reranker.rerank(queries, [names[0], names[1][:5], []], fetch).ids
-    assert [len(row) for row in ragged] == [30, 5, 0]
-    assert set(ragged[1]) == set(names[1][:5])
-
-
 @pytest.mark.parametrize("kind", [torch.Tensor, np.ndarray])
 def test_a_matrix_of_scores_sorts_the_database_as_reranking_does(vectors, kind):
     queries, rows, *_ = vectors

@@ -58,8 +58,8 @@ def test_the_ranking_is_that_of_float64_but_for_scores_closer_than_1e_6(seed):
         assert (positions < (row > scores - 1e-6).sum(dim=1)).all()
 
 
-@pytest.mark.parametrize("queries", [1, 3, 70])
-@pytest.mark.parametrize("n", [1, 2047, 2048, 2049, 16385, GRID + 1])
+@pytest.mark.parametrize("queries", [1, 70])
+@pytest.mark.parametrize("n", [1, 2047, 2048, 2049, GRID + 1])
 def test_ties_and_edges_of_chunks_are_the_oracles(queries, n):
     queries, rows = coarse(queries, 4), coarse(n, 4, seed=1)
     listed = [torch.tensor([0, n - 1, n // 2]), NONE, torch.arange(min(n, 300)).flip(0)] * len(queries)
@@ -78,8 +78,8 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("dim", [3, 777, 2048])
-@pytest.mark.parametrize("queries", [1, 5, 16, 40, 70, 129])
+@pytest.mark.parametrize("dim", [3, 777])
+@pytest.mark.parametrize("queries", [1, 16, 70])
 def test_equal_rows_tie_wherever_they_are_for_any_number_of_threads(queries, dim, threads):
     n, listed, found = 2100, torch.tensor([2099, 0, 255, 256, 1000]), []
     for count in (1, 2, 3):

@@ -42,19 +42,6 @@ def test_a_query_may_have_no_easy_hard_or_junk_image(layout, kind):
     assert {name: numbers.tolist() for name, numbers in kinds.items()} == {"easy": [], "hard": [3, 4], "junk": []}
 
 
-def test_good_images_of_the_original_lists_count_as_ok(layout):
-    for entry in layout.gnd["gnd"]:
-        entry["ok"], entry["good"] = entry.pop("easy"), entry.pop("hard")
-    del layout.gnd["gnd"][0]["bbx"]
-    layout.write()
-    dataset = load_dataset("roxford5k", layout.data_dir)
-    assert [box is None for box in (image.box for image in dataset.queries)] == [True, False, False]
-    assert [protocol.name for protocol in dataset.protocols] == ["all"]
-    for truth, entry in zip(dataset.ground_truth, layout.gnd["gnd"], strict=True):
-        assert truth.kinds["ok"].tolist() == entry["ok"] + entry["good"]
-        assert truth.kinds["junk"].tolist() == entry["junk"]
-
-
 @pytest.mark.parametrize(
     ("change", "noun"),
     [

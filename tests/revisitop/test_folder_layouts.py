@@ -209,6 +209,8 @@ def test_lists_may_name_files_of_any_format_and_leave_boxes_and_junk_out(tmp_pat
         assert {kind: each.tolist() for kind, each in read(truth).ground_truth[0].kinds.items()} == {
             "ok": [0, 3], "junk": [],
         }  # fmt: skip
+    assert [protocol.name for protocol in dataset.protocols] == ["E", "M", "H"]
+    assert [protocol.name for protocol in read(truth).protocols] == ["all"]
     for truth, noun in (({"easy": [0], "hard": [1], "good": [3]}, "good"), ({"junk": [1]}, "easy")):
         with pytest.raises(InputError, match=noun):
             read(truth)

@@ -50,7 +50,7 @@ def test_a_flat_index_is_exact_search(database, tmp_path):
         )
 
 
-@pytest.mark.parametrize("factory", ["IVF16,Flat", "HNSW16", "IVF16,PQ8x4", "OPQ8_16,IVF16,PQ8x4", "SQ8"])
+@pytest.mark.parametrize("factory", ["IVF16,Flat", "HNSW16", "IVF16,PQ8x4", "SQ8"])
 def test_exact_rows_are_sorted_by_their_cosine_and_decoded_ones_come_from_the_index(database, tmp_path, factory):
     queries = clustered(5, seed=1)
     exact = indexed(database, factory, tmp_path / "x", {})

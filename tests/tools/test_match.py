@@ -20,9 +20,9 @@ def scene(landmark: int, place: tuple[int, int], ground: tuple[int, int, int]) -
 PLACES = ((10, 20), (90, 120, 150)), ((170, 70), (170, 160, 120))
 
 
-@pytest.mark.parametrize("scales", [(1.0,), (0.7071, 1.0)])
-def test_the_maps_of_cvnet_sum_to_the_cosine_of_its_descriptors(checkpoint_50, scales):
-    recipe = Recipe(weights=checkpoint_50, scales=scales)
+@pytest.mark.slow  # gradients of CVNet's network
+def test_the_maps_of_cvnet_sum_to_the_cosine_of_its_descriptors(checkpoint_50):
+    recipe = Recipe(weights=checkpoint_50, scales=(0.7071, 1.0))
     images = [scene(landmark, *place) for landmark, place in enumerate(PLACES)]
     match = match_images(recipe, torch.device("cpu"), *images)
     extractor = recipe.extractor()

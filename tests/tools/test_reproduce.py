@@ -167,13 +167,22 @@ def machine() -> list[Finding]:
     return [next(check_descriptors(cfg)), *check_protocol(cfg), *check_environment(cfg)]
 
 
-@pytest.fixture
-def benchmark(monkeypatch):
+@pytest.fixture(scope="module")
+def benchmark():
     """The module that makes the mistakes."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import signatures as benchmark
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        import signatures as benchmark
 
-    return benchmark
+        yield benchmark
+
+
+@pytest.fixture(scope="module")
+def toy(benchmark, toy_data, tmp_path_factory):
+    """Toy, with images of equal sizes."""
+    toy = load_dataset("toy", toy_data)
+    folder = tmp_path_factory.mktemp("toy")
+    return benchmark.with_images(toy, folder, lambda image: ImageOps.pad(image, (200, 200)))
 
 
 def verdict(monkeypatch, mistake: str, findings, **options) -> list[str]:
@@ -207,18 +216,13 @@ def test_a_mistake_in_the_settings_is_named_first(monkeypatch, machine, mistake,
     assert MISTAKES[mistake].option in first
 
 
-@pytest.mark.slow  # toy, and verifies the machine
 @pytest.mark.parametrize(
     ("mistake", "words"),
     [("no crop", "no query is cropped"), ("EXIF", MISTAKES["EXIF"].words), ("resized", "longer side"),
      ("junk", "no query lists junk")],
 )  # fmt: skip
-def test_a_mistake_in_the_data_is_named_first_or_second(
-    monkeypatch, machine, benchmark, toy_data, tmp_path, mistake, words
-):
+def test_a_mistake_in_the_data_is_named_first_or_second(monkeypatch, machine, benchmark, toy, tmp_path, mistake, words):
     monkeypatch.setitem(published()["datasets"], "toy", TOY_FACTS)
-    toy = load_dataset("toy", toy_data)
-    toy = benchmark.with_images(toy, tmp_path / "toy", lambda image: ImageOps.pad(image, (200, 200)))  # of equal sizes
     assert all(finding.ok for finding in check_dataset(toy))
     findings = [*machine, *check_dataset(benchmark.MISTAKES[mistake].data(toy, tmp_path / mistake))]
     assert any(words in line for line in verdict(monkeypatch, mistake, findings))

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.slow  # searches again and again
+
 NAMES = [f"{folder}{name}" for folder in ("", "sub folder/", "фото/写真/") for name in ("a b.jpg", "c.PNG", "ü.webp")]
 BROKEN = ["sub folder/cut.jpg", "фото/text.jpg"]
 

@@ -10,6 +10,8 @@ from revisitop.protocols import REVISITED_PROTOCOLS
 from revisitop.published import find_figures, nearest_reproduction, published
 from tools import tables
 
+pytestmark = pytest.mark.slow  # runs of many settings
+
 QUICK = ("TEST.SCALE_LIST", 1, "DATA_LOADER.NUM_WORKERS", 0)
 
 

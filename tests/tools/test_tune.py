@@ -8,6 +8,8 @@ from conftest import latest
 from drawn_descriptors import draw_descriptors
 from oracles import all_protocols, dense_reranking, full_ranking
 
+pytestmark = pytest.mark.slow  # runs of many settings
+
 GRID = ("--try", "SupG.rerank_k", "2,5,9", "--try", "SupG.rerank_beta", "0.15,2")
 
 

@@ -6,15 +6,13 @@ import numpy as np
 import pytest
 import scipy.io
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from config import make_config
 from extraction.images import ImageFile
-from modules import descriptor
 from revisitop.layouts import load_dataset
 from tools.check import Finding, check_boxes, check_dataset, check_lists, check_sizes, read_images
-from tools.verify import PRODUCT_ERROR, check_datasets, check_descriptors, check_weights, product_error
+from tools.verify import PRODUCT_ERROR, check_datasets, check_weights, product_error
 
 
 def findings_of(layout) -> list[Finding]:
@@ -149,14 +147,3 @@ def test_a_new_machine_gets_ticks_without_data_and_weights(command):
     for name in ("descriptors", "protocol", "environment"):
         assert all(finding["ok"] for finding in sections[name]), sections[name]
     assert all(finding["ok"] is None for name in ("datasets", "weights") for finding in sections[name])
-
-
-@pytest.mark.slow  # as above
-def test_antialiasing_is_noticed(monkeypatch):
-    def antialiased(x, factor):
-        size = [int(side * factor) for side in x.shape[-2:]]
-        return F.interpolate(x, size, mode="bilinear", antialias=True)
-
-    monkeypatch.setattr(descriptor, "rescale", antialiased)
-    in_float32 = next(check_descriptors(make_config([("TEST.DEVICE", "cpu")])))
-    assert in_float32.ok is False

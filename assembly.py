@@ -17,11 +17,11 @@ from yacs.config import CfgNode
 
 from config import DATASET, FUSION, NETWORK, active_rerankers, as_words, fusion_parts, idle_options, plain, varied
 from cvnet_rerank.stage import local_feature_stages
-from extraction.extract import ImageSet, extract_sets, probe, probe_tolerance
+from extraction.extract import ImageSet, extract_sets, provenance_of
 from extraction.images import ImageFile, ReadingLimits, limit_side, set_reading_limits
 from extraction.loading import Loading
 from extraction.processes import Processes
-from extraction.store import content_folder, file_fingerprint, plain_name, read_provenance
+from extraction.provenance import content_folder, file_fingerprint, plain_name, read_provenance
 from model.checkpoint import find_checkpoint
 from model.device import PeakMemory, choose_device, device_name, prepare_process
 from model.errors import InputError, nearest
@@ -611,12 +611,7 @@ def _with_descriptors(cfg: CfgNode, dataset: Dataset, output: Output, device: to
             )
         else:
             with option("TEST.DISTRACTORS"):
-                check_distractors(
-                    distractors.path,
-                    recipe.provenance(),
-                    probe(recipe.extractor(device)),
-                    probe_tolerance(recipe.precision),
-                )
+                check_distractors(distractors.path, provenance_of(recipe, recipe.extractor(device)))
     return Experiment(cfg, dataset, recipe, features, distractors, output, device)
 
 

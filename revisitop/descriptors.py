@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,8 @@ from tqdm import tqdm
 from extraction.arrays import Arrays, is_text, read_arrays_of
 from extraction.files import read_arrays, scratch_rows
 from extraction.images import ImageFile
-from extraction.store import FILE_FACTS, check_rows, differences, provenance_differences, read_provenance, sidecars
+from extraction.provenance import Provenance, differences, read_provenance, sidecars
+from extraction.store import FILE_FACTS, check_rows
 from model.errors import InputError, short_list
 from revisitop.dataset import Dataset
 from revisitop.evaluate import positions_in
@@ -328,18 +329,16 @@ def unit_rows(rows: Tensor, what: str) -> Tensor:
     return unit
 
 
-def check_distractors(path: Path, provenance: dict[str, Any], probe: np.ndarray, tolerance: float) -> None:
+def check_distractors(path: Path, provenance: Provenance) -> None:
     """Compares the provenance of the distractors with that of the database; warns if a file has none.
-
-    Args:
-        probe, tolerance: as in extraction.store.Store.
 
     Raises:
         InputError: if they differ; the message names the differences.
     """
-    differing = provenance_differences(path, provenance, probe, tolerance)
+    settings, images = sidecars(path)
+    differing = provenance.differences(settings, images if images.exists() else None)
     if differing is None:
-        log.warning("%s has no provenance file %s; it is not compared with this run", path, sidecars(path)[0].name)
+        log.warning("%s has no provenance file %s; it is not compared with this run", path, settings.name)
     elif differing:
         raise InputError(
             f"{path} was extracted with other settings ({short_list(differing)}); "

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from extraction.files import jsonable, write_atomically, write_json
 from extraction.identity import stat_record
 from extraction.owner import owned
-from extraction.store import differences, file_fingerprint, plain_name, read_provenance, sidecars
+from extraction.provenance import differences, file_fingerprint, plain_name, read_provenance, sidecars
 from model.errors import InputError
 from modules.search import Database, SearchResult
 from revisitop.measures import NOT_FOUND

@@ -12,7 +12,7 @@ from forked import Forked, ranks
 from oracles import all_protocols, dense_reranking, full_ranking
 from PIL import Image
 
-from extraction.store import sidecars
+from extraction.provenance import sidecars
 
 COUNT = 40
 

@@ -10,6 +10,7 @@ from extraction import batching
 from extraction.extract import ImageSet, extract_images, extract_sets
 from extraction.images import ImageFile
 from extraction.loading import Loading
+from extraction.provenance import Provenance
 from extraction.store import Store
 from model.errors import InputError
 from model.extractor import NetworkExtractor
@@ -50,12 +51,13 @@ def run(model, images: list[ImageFile], on_error: str = "list", **options) -> di
     """Extracts the images, and returns the rows by file name."""
     folder = images[0].path.parent
     number = len(list(folder.glob("*.blocks")))
-    store = Store(folder / f"rows{number}.npy", model.dim, {}, PROBE)
+    store = Store(folder / f"rows{number}.npy", model.dim, Provenance({}, PROBE))
     each = ImageSet(store.path, "test", images, folder)
     try:
         extract_images(model, each, store, np.arange(len(images)), Loading(**options), on_error=on_error)
     finally:
-        run.rows = {label.decode(): store.row(identity.key) for label, identity in store.identities.items()}
+        records = store.records
+        run.rows = dict(zip(np.char.decode(records.labels[1:]), store.rows(records.keys[1:]), strict=True))
     return run.rows
 
 

@@ -39,7 +39,7 @@ def read_csv_dataset(name: str, folder: Path) -> Dataset:
     listed = queries or tests
     for file_name, file in (("solution.csv", solution), ("index.csv", index), ("queries.csv (or test.csv)", listed)):
         if file is None:
-            raise InputError(f"{folder} has no {file_name}, which belongs to {', '.join(CSV.parts)}")
+            raise InputError(f"{folder} has no {file_name}, which belongs to {CSV.files}")
     places, boxes = _places(index), _boxes(listed)
     truth: dict[str, GroundTruth] = {}
     ignored, unknown, strangers = set(), [], []
@@ -166,14 +166,7 @@ def _is_ignored(row: dict[str, str]) -> bool:
 
 
 CSV = Layout(
-    "lists, as in GLDv2",
-    {
-        "index.csv": lambda folder: _find(folder, "index.csv") is not None,
-        "queries.csv": lambda folder: _find(folder, "queries.csv", "test.csv") is not None,
-        "solution.csv": lambda folder: _find(folder, *_SOLUTIONS) is not None,
-        "images in index/": lambda folder: (folder / "index").is_dir(),
-        "images in queries/": lambda folder: (folder / "queries").is_dir() or (folder / "test").is_dir(),
-    },
+    "index.csv, queries.csv (or test.csv) and solution.csv, with images in index/ and queries/ (or test/)",
     lambda folder: _find(folder, *_SOLUTIONS, "index.csv", "queries.csv", "test.csv") is not None,
     read_csv_dataset,
 )

@@ -72,12 +72,7 @@ def read_ground_truth(name: str, path: Path) -> Dataset:
 
 
 REVISITOP = Layout(
-    "revisitop's",
-    {
-        "images in jpg/": lambda folder: (folder / "jpg").is_dir(),
-        "a file gnd_*.pkl": lambda folder: any(folder.glob("gnd_*.pkl")),
-        "its name gnd_NAME.pkl, NAME as that of the folder": lambda folder: _ground_truth_file(folder).is_file(),
-    },
+    "jpg/ and gnd_NAME.pkl, NAME as that of the folder",
     lambda folder: _ground_truth_file(folder).is_file(),
     lambda name, folder: read_ground_truth(name, _ground_truth_file(folder)),
 )

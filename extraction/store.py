@@ -107,7 +107,7 @@ class Store:
         self._cache = OrderedDict({_NO_FILE: np.zeros((1, dim), np.float32)})
         self._buffer: list[tuple[bytes, Identity, np.ndarray]] = []
         self._flushed = time.monotonic()
-        self._finished: Records | None = None
+        self._finished = False  # whether there is a finished file, whole and of this provenance
         # For each known row its record, and the numbers of its file and of the row there; those of `_new` follow.
         self._records, self._places = Records.of([b""], [Identity(NO_KEY, NO_STAT)]), np.zeros((1, 2), np.int64)
         self._new: list[tuple[Records, np.ndarray]] = []
@@ -196,25 +196,28 @@ class Store:
         Raises:
             InputError: if there is no room; all rows are kept.
         """
-        done = self._finished
-        same_rows = done is not None and np.array_equal(records.keys, done.keys)
+        same: dict[str, bool] = {}
+        if self._finished:
+            with np.load(sidecars(self.path)[1]) as content:
+                same = {name: np.array_equal(each, content[name]) for name, each in records._asdict().items()}
+        same_rows = same.get("keys", False)
         try:
-            if done is None or not same_rows:
+            if not same_rows:
                 file = _rows_file(self.path)
                 self._write_rows(file, records, facts)
                 if file != self.path:
-                    self._finished = None
+                    self._finished = False
                     self.clear()
                     write_atomically(self.path, lambda out: torch.save(load_rows(file), out))
                     self._describe(self.path, records, facts)
                     for each in (file, *sidecars(file)):
                         each.unlink(missing_ok=True)
-            elif not all(map(np.array_equal, records, done)):  # renamed images, or new stat records
+            elif not all(same.values()):  # renamed images, or new stat records
                 self._describe(self.path, records, facts)
         except OSError as error:
             raise InputError(f"cannot write {self.path} ({error.strerror or error}); all rows are kept") from None
         self.clear()
-        self._finished = records
+        self._finished = True
         return not same_rows
 
     def _write_rows(self, file: Path, records: Records, facts: dict | None) -> None:
@@ -267,7 +270,7 @@ class Store:
         self._cache[file] = rows
         self._add(file, records, intact & records.keys.any(axis=1))
         if intact.all() and file == self.path:
-            self._finished, self._hashes = records, hashes
+            self._finished, self._hashes = True, hashes
 
     def _belongs(self, files: Path, provenance: Path, probe: Path) -> bool:
         """Returns whether existing files have the provenance of this store; others are removed, unless finished."""

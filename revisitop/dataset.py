@@ -112,9 +112,11 @@ class Dataset:
             )
 
     def missing_files(self) -> tuple[list[Path], int]:
-        """Returns the missing files, and the number of files that should exist."""
-        paths = dict.fromkeys(str(image.path) for image in self.images())  # text, because there may be a million
-        return [Path(path) for path in paths if not os.path.isfile(path)], len(paths)
+        """Returns the missing files, and the number of images that should exist."""
+        queries = self.queries if self.in_database is None else ()
+        paths = (str(image.path) for image in chain(queries, self.database))  # text, because there may be a million
+        missing = dict.fromkeys(path for path in paths if not os.path.isfile(path))
+        return [*map(Path, missing)], len(queries) + len(self.database)
 
 
 class Layout(NamedTuple):

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from extraction.files import write_atomically
-from extraction.images import Box, ImageFile, image_suffixes
+from extraction.images import Box, ImageList, Names, image_suffixes
 from model.errors import InputError, short_list
 from revisitop.dataset import Dataset, GroundTruth, Layout
 from revisitop.protocols import challenge_protocols
@@ -45,8 +45,6 @@ def read_csv_dataset(name: str, folder: Path) -> Dataset:
     ignored, unknown, strangers = set(), [], []
     for query, row in _rows(solution, "id", "images"):
         usage = (row.get("Usage") or "").strip()
-        if query in truth or query in ignored:
-            raise InputError(f"{solution}: query {query} has two lines")
         if query not in boxes:
             strangers.append(query)
         if _is_ignored(row):
@@ -68,50 +66,34 @@ def read_csv_dataset(name: str, folder: Path) -> Dataset:
     if "" in usages and len(usages) > 1:
         raise InputError(f"{solution}: Usage is empty in some lines and not in others")
     order = sorted(usages - {""}, key=lambda usage: (("Public", "Private", usage).index(usage), usage))
-    names = [query for query in boxes if query in truth]
+    names, ids = [query for query in boxes if query in truth], list(places)
     roots = [folder / root for root in (("queries", "test") if queries else ("test", "queries"))]
     root = next((root for root in roots if root.is_dir()), roots[0])
     return Dataset(
         name,
         folder,
-        ImagesById(root, names, [boxes[query] for query in names]),
-        ImagesById(folder / "index", list(places)),
+        _images(root, names, [boxes[query] for query in names]),
+        _images(folder / "index", ids),
         [truth[query] for query in names],
         challenge_protocols(order),
         f"CSV, {listed.name}, {index.name} and {solution.name}, {len(ignored)} queries ignored",
         names,
-        list(places),
+        Names(ids),
     )
 
 
-class ImagesById(Sequence[ImageFile]):
-    """Images below a folder by their ids: a/b/c/<id>.jpg, or <id>.<suffix>; only the ids are kept in memory.
-
-    Args:
-        root: the folder.
-        ids: the ids of the images.
-        boxes: the box of each image, or None.
-    """
-
-    def __init__(self, root: Path, ids: Sequence[str], boxes: Sequence[Box | None] | None = None):
-        self.root, self.ids, self.boxes = root, ids, boxes
-        self.nested = any((root / _nested(each)).is_file() for each in ids[:100])
-        self.files: dict[str, str] = {}
-        if not self.nested and root.is_dir():
-            suffixes = image_suffixes()
-            for name in sorted(entry.name for entry in os.scandir(root)):
-                stem, suffix = os.path.splitext(name)
-                if suffix.lower() in suffixes:
-                    self.files.setdefault(stem, name)
-                    self.files[name] = name
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, number: int) -> ImageFile:
-        each = self.ids[number]
-        name = _nested(each) if self.nested else self.files.get(each, f"{each}.jpg")
-        return ImageFile(self.root / name, self.boxes[number] if self.boxes is not None else None)
+def _images(root: Path, ids: Sequence[str], boxes: Sequence[Box | None] | None = None) -> ImageList:
+    """Returns the images below a folder by their ids: a/b/c/<id>.jpg, or <id>.<suffix>, or the name of a file."""
+    if any((root / _nested(each)).is_file() for each in ids[:100]):
+        return ImageList(root, Names(map(_nested, ids)), boxes)
+    files: dict[str, str] = {}
+    suffixes = image_suffixes()
+    for name in sorted(os.listdir(root)) if root.is_dir() else ():
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() in suffixes:
+            files.setdefault(stem, name)
+            files[name] = name
+    return ImageList(root, Names(files.get(each, f"{each}.jpg") for each in ids), boxes)
 
 
 def read_predictions(path: Path, dataset: Dataset) -> list[np.ndarray]:
@@ -131,8 +113,6 @@ def read_predictions(path: Path, dataset: Dataset) -> list[np.ndarray]:
     known, found = set(queries), {}
     ignored = {query for query, row in _rows(solution, "id", "images") if _is_ignored(row)} if solution else set()
     for query, row in _rows(path, "id", "images"):
-        if query in found:
-            raise InputError(f"{path}: query {query} has two lines")
         if query not in known and query not in ignored:
             raise InputError(f"{path}: {query} is not a query of {dataset.name}")
         numbers, seen = [], set()
@@ -182,16 +162,18 @@ def _nested(image: str) -> str:
 
 
 def _rows(path: Path, *columns: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yields the id of each line of a CSV file, and its values by column."""
+    """Yields the id of each line of a CSV file, and its values by column. Raises InputError if an id is repeated."""
     try:
         content = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
+    encoding = "utf-8-sig"
     try:
-        text = content.decode("utf-8-sig")
+        content.decode(encoding)
     except UnicodeDecodeError:
-        text = content.decode("latin-1")
-    lines = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
+        encoding = "latin-1"
+    lines = csv.DictReader(io.TextIOWrapper(io.BytesIO(content), encoding, newline=""), skipinitialspace=True)
+    seen: set[str] = set()
     try:
         header = [name.strip() for name in lines.fieldnames or []]
         if missing := [name for name in columns if name not in header]:
@@ -202,9 +184,11 @@ def _rows(path: Path, *columns: str) -> Iterator[tuple[str, dict[str, str]]]:
         for row in lines:
             if None in row or any(row[name] is None for name in columns):
                 raise InputError(f"{path}, line {lines.line_num}: the number of columns differs from the header")
-            if not row["id"].strip():
-                raise InputError(f"{path}, line {lines.line_num}: the id is empty")
-            yield row["id"].strip(), row
+            name = row["id"].strip()
+            if not name or name in seen:
+                raise InputError(f"{path}, line {lines.line_num}: {name!r} is {'listed twice' if name else 'no id'}")
+            seen.add(name)
+            yield name, row
     except csv.Error as error:
         raise InputError(f"{path}, line {lines.line_num}: {error}") from None
 
@@ -213,8 +197,6 @@ def _places(path: Path) -> dict[str, int]:
     """Returns the place of each id in a list. Raises InputError if one is repeated, or cannot stand in a solution."""
     places: dict[str, int] = {}
     for image, _ in _rows(path, "id"):
-        if image in places:
-            raise InputError(f"{path}: {image} is listed twice")
         if any(letter.isspace() for letter in image):
             raise InputError(f"{path}: {image!r} contains a space, which separates the images of a solution")
         places[_checked(path, image)] = len(places)
@@ -234,8 +216,6 @@ def _boxes(path: Path) -> dict[str, Box | None]:
     """Returns the box of each query, or None, by its id."""
     boxes: dict[str, Box | None] = {}
     for query, row in _rows(path, "id"):
-        if query in boxes:
-            raise InputError(f"{path}: {query} is listed twice")
         cells = [(row.get(corner) or "").strip() for corner in _CORNERS]
         try:
             box = tuple(float(cell) for cell in cells) if any(cells) else None

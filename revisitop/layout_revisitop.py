@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from extraction.files import read_pickle
-from extraction.images import ImageFile, ImageList, image_suffixes
+from extraction.images import ImageFile, ImageList, Names, image_suffixes
 from model.errors import InputError
 from revisitop.dataset import Dataset, GroundTruth, Layout
 from revisitop.protocols import OK_PROTOCOLS, REVISITED_PROTOCOLS
@@ -102,7 +102,7 @@ def load_distractor_list(folder: Path) -> tuple[str, ImageList]:
         raise InputError(f"{path}: {os.fsdecode(outside[0])!r} is outside the folder of the images")
     roots = (folder, folder / "jpg")
     root = next((root for name in names[:100] for root in roots if (root / os.fsdecode(name)).is_file()), roots[1])
-    return hashlib.sha256(content).hexdigest(), ImageList(root, names)
+    return hashlib.sha256(content).hexdigest(), ImageList(root, Names(names))
 
 
 def _names(content: dict[str, Any], key: str, path: Path) -> list[str]:

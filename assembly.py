@@ -631,7 +631,7 @@ def small_set_advice(cfg: CfgNode, dataset: Dataset) -> str | None:
 def prepare_all(session: Session) -> list[Experiment]:
     """Creates the experiments on all datasets, see prepare; of several processes the first one alone draws toy."""
     cfg = session.cfg
-    with session.processes.first_alone():
+    with session.processes.agreeing():
         return [prepare(cfg, name, session.output, session.device) for name in cfg.TEST.DATASET_LIST]
 
 

@@ -94,8 +94,8 @@ class ImageFile:
         return None
 
 
-class Names(Sequence[str]):
-    """Names, stored as compactly as their bytes: objects for a million would be copied to every process that reads."""
+class NameList(Sequence[str]):
+    """Names, stored as compactly as their bytes: a million objects would be copied to every process that reads."""
 
     def __init__(self, names: Iterable[str | bytes]):
         self.array = np.array([os.fsencode(name) for name in names], np.bytes_)
@@ -104,13 +104,13 @@ class Names(Sequence[str]):
         return len(self.array)
 
     def __getitem__(self, index: Any) -> Any:
-        return Names(self.array[index]) if isinstance(index, slice) else os.fsdecode(bytes(self.array[index]))
+        return NameList(self.array[index]) if isinstance(index, slice) else os.fsdecode(bytes(self.array[index]))
 
 
 class ImageList(Sequence[ImageFile]):
     """Images in a folder by their names, and by their boxes if they have any."""
 
-    def __init__(self, folder: Path, names: Names, boxes: Sequence[Box | None] | None = None):
+    def __init__(self, folder: Path, names: NameList, boxes: Sequence[Box | None] | None = None):
         self.folder, self.names, self.boxes = folder, names, boxes
 
     def __len__(self) -> int:

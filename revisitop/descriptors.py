@@ -15,13 +15,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from extraction.arrays import Arrays, is_text, read_arrays_of
-from extraction.files import read_arrays, scratch_rows
+from extraction.files import read_numpy, scratch_rows
 from extraction.images import ImageFile
 from extraction.provenance import Provenance, differences, read_provenance, sidecars
 from extraction.store import FILE_FACTS, check_rows
 from model.errors import InputError, short_list
 from revisitop.dataset import Dataset
-from revisitop.evaluate import positions_in
+from revisitop.index import positions_of
 from revisitop.layout_csv import read_predictions
 from revisitop.retrieve import Ranking
 
@@ -174,7 +174,7 @@ def check_labels(path: Path, expected: Sequence[bytes]) -> None:
     file = Path(f"{path}.images.npz")
     if not file.exists():
         return
-    (labels,) = read_arrays(file, ["labels"], kinds="S")
+    labels = read_numpy(file).get("labels", np.empty(0, np.bytes_))
     for number, (label, other) in enumerate(zip_longest(labels.tolist(), expected)):
         if label != other:
             found, wanted = ("none" if each is None else repr(each.decode(errors="replace")) for each in (label, other))
@@ -210,8 +210,9 @@ def load_ranking(path: Path, dataset: Dataset) -> Ranking:
         ids, scores = ranking_of(read_arrays_of(path), len(dataset.queries), len(dataset.database))
         if ids.shape[1] < len(dataset.database):
             log.warning("%s has the first %d of %d images", path, ids.shape[1], len(dataset.database))
-    positions = [torch.from_numpy(places) for places in positions_in(ids, dataset.ground_truth)]
-    return Ranking(torch.from_numpy(ids), torch.from_numpy(scores), positions, 0.0)
+    rows = torch.from_numpy(ids)
+    positions = [positions_of(numbers, row) for numbers, row in zip(dataset.listed, rows, strict=True)]
+    return Ranking(rows, torch.from_numpy(scores), positions, 0.0)
 
 
 def ranking_of(found: Arrays, queries: int, n: int) -> tuple[np.ndarray, np.ndarray]:

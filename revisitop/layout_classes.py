@@ -52,14 +52,16 @@ def read_gallery(name: str, folder: Path) -> Dataset:
         InputError: if there are two folders of queries or of the database, no class is in both, or as images_by_folder.
     """
     left_out: LeftOut = {}
-    for roots in (_roots(folder, names) for names in (_QUERIES, _DATABASE)):
-        if len(roots) > 1:
-            raise InputError(f"{folder} has {roots[0].name}/ and {roots[1].name}/; leave one of them")
-    queries, database = (images_by_folder(_roots(folder, each)[0], left_out) for each in (_QUERIES, _DATABASE))
+    roots = []
+    for found in (_roots(folder, names) for names in (_QUERIES, _DATABASE)):
+        if len(found) > 1:
+            raise InputError(f"{folder} has {found[0].name}/ and {found[1].name}/; leave one of them")
+        roots += found
+    queries, database = (images_by_folder(root, left_out) for root in roots)
     if not {*queries} & {*database}:
-        raise InputError(f"{folder}: queries and database have no class folder of the same name")
+        raise InputError(f"{roots[0]} and {roots[1]} have no class folder of the same name")
     layout = f"queries in {len(queries)} and database in {len(database)} class folders"
-    return _dataset(name, folder, queries, database, CLASS_PROTOCOLS, layout, left_out)
+    return _dataset(name, folder, queries, database, CLASS_PROTOCOLS, layout, left_out, roots=roots)
 
 
 def read_objects(name: str, folder: Path, crop_queries: bool = False) -> Dataset:
@@ -120,11 +122,13 @@ def _dataset(
     left_out: LeftOut,
     boxes: Sequence[Box] | None = None,
     in_database: bool = False,
+    roots: Sequence[Path] = (),
 ) -> Dataset:
     """Returns the dataset of the images of queries and database; see Dataset.
 
     Args:
         in_database: whether the queries are all database images of their classes.
+        roots: the folders of queries and database to which their names are relative; by default that of the dataset.
     """
     (kind,), numbers, first = protocols[0].positive, dict.fromkeys(queries, np.empty(0, np.int64)), 0
     for each, images in database.items():
@@ -143,7 +147,8 @@ def _dataset(
     images = [[ImageFile(path) for path in paths] for paths in files]
     if boxes is not None:
         images[0] = [ImageFile(path, box) for path, box in zip(files[0], boxes, strict=True)]
-    names = [[path.relative_to(folder).as_posix() for path in paths] for paths in files]
+    roots = roots or (folder, folder)
+    names = [[path.relative_to(root).as_posix() for path in paths] for root, paths in zip(roots, files, strict=True)]
     return Dataset(name, folder, *images, truth, protocols, layout, *names, own, left_out)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from extraction.files import write_atomically
-from extraction.images import Box, ImageList, Names, image_suffixes
+from extraction.images import Box, ImageList, NameList, image_suffixes
 from model.errors import InputError, short_list
 from revisitop.dataset import Dataset, GroundTruth, Layout
 from revisitop.protocols import challenge_protocols
@@ -78,14 +78,14 @@ def read_csv_dataset(name: str, folder: Path) -> Dataset:
         challenge_protocols(order),
         f"CSV, {listed.name}, {index.name} and {solution.name}, {len(ignored)} queries ignored",
         names,
-        Names(ids),
+        NameList(ids),
     )
 
 
 def _images(root: Path, ids: Sequence[str], boxes: Sequence[Box | None] | None = None) -> ImageList:
     """Returns the images below a folder by their ids: a/b/c/<id>.jpg, or <id>.<suffix>, or the name of a file."""
     if any((root / _nested(each)).is_file() for each in ids[:100]):
-        return ImageList(root, Names(map(_nested, ids)), boxes)
+        return ImageList(root, NameList(map(_nested, ids)), boxes)
     files: dict[str, str] = {}
     suffixes = image_suffixes()
     for name in sorted(os.listdir(root)) if root.is_dir() else ():
@@ -93,7 +93,7 @@ def _images(root: Path, ids: Sequence[str], boxes: Sequence[Box | None] | None =
         if suffix.lower() in suffixes:
             files.setdefault(stem, name)
             files[name] = name
-    return ImageList(root, Names(files.get(each, f"{each}.jpg") for each in ids), boxes)
+    return ImageList(root, NameList(files.get(each, f"{each}.jpg") for each in ids), boxes)
 
 
 def read_predictions(path: Path, dataset: Dataset) -> list[np.ndarray]:

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.spatial import KDTree
 
 from extraction.folder import LeftOut, image_files
-from extraction.images import ImageList, Names
+from extraction.images import ImageList, NameList
 from model.errors import InputError
 from revisitop.dataset import Dataset, GroundTruth, Layout
 from revisitop.protocols import PLACE_PROTOCOLS
@@ -46,7 +46,7 @@ def read_places(name: str, folder: Path, radius: float = RADIUS) -> Dataset:
     if not any(map(len, near)):
         raise InputError(f"{root}: no query has a database image within {radius:g} m")
     images = (
-        ImageList(root / part, Names(str(path.relative_to(root / part)) for path in each))
+        ImageList(root / part, NameList(str(path.relative_to(root / part)) for path in each))
         for part, each in (("queries", queries), ("database", database))
     )
     truth = [GroundTruth({"near": numbers}) for numbers in near]

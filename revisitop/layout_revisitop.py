@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from extraction.files import read_pickle
-from extraction.images import ImageFile, ImageList, Names, image_suffixes
+from extraction.images import ImageFile, ImageList, NameList, image_suffixes
 from model.errors import InputError
 from revisitop.dataset import Dataset, GroundTruth, Layout
 from revisitop.protocols import OK_PROTOCOLS, REVISITED_PROTOCOLS
@@ -85,7 +85,7 @@ def _ground_truth_file(folder: Path) -> Path:
 def load_distractor_list(folder: Path) -> tuple[str, ImageList]:
     """Returns the SHA-256 of revisitop1m.txt, and its images in the order of the list.
 
-    Names are relative to the folder, or to its jpg/. It is not checked that the images exist.
+    NameList are relative to the folder, or to its jpg/. It is not checked that the images exist.
 
     Raises:
         InputError: if the list is missing or empty.
@@ -102,7 +102,7 @@ def load_distractor_list(folder: Path) -> tuple[str, ImageList]:
         raise InputError(f"{path}: {os.fsdecode(outside[0])!r} is outside the folder of the images")
     roots = (folder, folder / "jpg")
     root = next((root for name in names[:100] for root in roots if (root / os.fsdecode(name)).is_file()), roots[1])
-    return hashlib.sha256(content).hexdigest(), ImageList(root, Names(names))
+    return hashlib.sha256(content).hexdigest(), ImageList(root, NameList(names))
 
 
 def _names(content: dict[str, Any], key: str, path: Path) -> list[str]:

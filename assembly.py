@@ -332,7 +332,7 @@ def extract(
     cfg: CfgNode,
     device: torch.device,
     processes: Processes | None = None,
-    on_error: str = "list",
+    on_error: str = "stop",
 ) -> list[Tensor]:
     """Returns the descriptors of sets, (N, D) each, extracting missing ones; see extraction.extract.extract_sets."""
     log_recipe(recipe)

@@ -72,7 +72,7 @@ def extract_sets(
     device: torch.device,
     loading: Loading = PLAIN_LOADING,
     resume: bool = True,
-    on_error: str = "list",
+    on_error: str = "stop",
     processes: Processes | None = None,
     replace: bool = True,
     facts: dict[str, Any] | None = None,
@@ -188,7 +188,7 @@ def extract_images(
     rows: np.ndarray,
     loading: Loading = PLAIN_LOADING,
     max_side: int | None = None,
-    on_error: str = "list",
+    on_error: str = "stop",
     title: str = "",
     done: int = 0,
 ) -> None:
@@ -199,9 +199,9 @@ def extract_images(
         rows: the numbers of the images to extract, ascending.
         loading: how images are read and batched.
         max_side: longer side to which larger images are reduced, or None.
-        on_error: how damaged images are handled. "stop" raises an error at once. "list" extracts no more
-            and only decodes the other images, so that the error can name every damaged file. "skip" adds
-            no row; this includes images that are too large for the memory, which otherwise raise an error at once.
+        on_error: how damaged images are handled, of which none gets a row. "stop" extracts all others and then raises
+            an error that names them; "skip" does not, and includes images that are too large for the memory, which
+            otherwise raise an error at once.
         title: the name in the progress bar and in error messages.
         done: the number of images whose descriptors exist, for the progress bar.
 
@@ -220,21 +220,13 @@ def extract_images(
 
     def usable() -> Iterator[tuple[int, Tensor]]:
         for number, item in enumerate(decoded):
-            if not isinstance(item, ImageError):
-                if damaged:
-                    bar.update()
-                    continue
+            if isinstance(item, ImageError):
+                log.warning("skipped: %s", item)
+                damaged.append(item)
+                bar.update()
+            else:
                 pixels, identities[number] = item
                 yield number, pixels
-                continue
-            bar.update()
-            if on_error == "skip":
-                log.warning("skipped: %s", item)
-                continue
-            damaged.append(item)
-            if on_error == "stop":
-                return
-            bar.set_description(f"{title}: looking for damaged images, {len(damaged)} found")
 
     try:
         try:
@@ -256,7 +248,7 @@ def extract_images(
         raise decoded.death_of_a_worker(error) or error from None
     finally:
         bar.close()  # so that an error starts on a new line
-    if damaged:
+    if damaged and on_error != "skip":
         count = f"{len(damaged)} images" if len(damaged) > 1 else "an image"
         pixels = max(error.pixels for error in damaged)
         advice = f"; raise the limit to {pixels} pixels" if pixels else ""

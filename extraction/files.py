@@ -110,9 +110,7 @@ def read_json(path: Path) -> dict:
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
-    except RecursionError:
-        raise InputError(f"{path} is nested too deeply for a JSON file of ours") from None
-    except ValueError as error:  # of the format, of the encoding, or an integer that is too long
+    except (ValueError, RecursionError) as error:  # of format, encoding, depth, or an integer that is too long
         raise InputError(f"{path} is damaged, not valid JSON ({reason_of(error)})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} must contain a JSON object, but has a {type(content).__name__}")

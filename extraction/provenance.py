@@ -7,13 +7,15 @@ computes anew before rows are used again: if they differ, something else compute
 import hashlib
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from extraction.files import jsonable
+from extraction.files import jsonable, read_json
 from extraction.identity import file_identity, stat_record
+from model.errors import InputError
 
 
 class Provenance(NamedTuple):
@@ -36,8 +38,9 @@ class Provenance(NamedTuple):
             provenance: their settings, a JSON file.
             probe: the .npy file of their probe, or the .npz file that contains it; None compares the settings only.
         """
-        before = read_object(provenance)
-        if before is None:
+        try:
+            before = read_json(provenance)
+        except InputError:
             return None
         return differences(before, jsonable(self.settings)) or ([] if probe is None else self._differs(probe))
 
@@ -78,16 +81,9 @@ def sidecars(path: Path) -> tuple[Path, Path]:
 
 def read_provenance(path: Path) -> dict | None:
     """Returns the content of the provenance file of a finished file, or None if it is missing or damaged."""
-    return read_object(sidecars(path)[0])
-
-
-def read_object(path: Path) -> dict | None:
-    """Returns the content of a JSON file with an object, or None if it is missing or damaged."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
+    with suppress(InputError):
+        return read_json(sidecars(path)[0])
+    return None
 
 
 def is_unchanged(path: Path) -> bool:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from extraction.batching import equal_sizes, first_batch_size, in_fitting_parts
 from extraction.identity import KEY_BYTES, Identity, stat_record
-from extraction.images import ImageError, ImageFile, probe_pixels
+from extraction.images import ImageError, ImageFile, NameList, probe_pixels
 from extraction.loading import PLAIN_LOADING, WORKER_ERRORS, Loading, ReadAhead
 from extraction.owner import owned
 from extraction.processes import Processes
@@ -126,34 +126,37 @@ def _known_images(each: ImageSet, store: Store, on_error: str) -> Records:
 
     The key of all others is NO_KEY. A row whose image has been deleted since is used, too.
     """
-    labels, stats = [], np.zeros((len(each.images), 4), np.int64)
-    absent = np.zeros(len(each.images), dtype=bool)
-    for number, image in enumerate(each.images):
-        labels.append(image.label(each.folder))
-        try:
-            stats[number] = stat_record(os.stat(str(image.path)))  # text, because there may be a million
-        except OSError:
-            absent[number] = True
-    records = Records(np.array(labels, np.bytes_), np.zeros((len(labels), KEY_BYTES), np.uint8), stats)
-    del labels
+    count = len(each.images)
+    keys, stats, absent = np.zeros((count, KEY_BYTES), np.uint8), np.zeros((count, 4), np.int64), np.zeros(count, bool)
+
+    def labels() -> Iterator[bytes]:
+        for number, image in enumerate(each.images):
+            try:
+                stats[number] = stat_record(os.stat(str(image.path)))  # text, because there may be a million
+            except OSError:
+                absent[number] = True
+            yield image.label(each.folder)
+
+    records = Records(NameList(labels()).array, keys, stats)
     numbers = store.records.with_label(records.labels)
-    absent_rows = absent & (numbers > 0)
+    absent_rows = absent & (numbers >= 0)
     stats[absent_rows] = store.records.stats[numbers[absent_rows]]
-    same = (numbers > 0) & (store.records.stats[numbers] == stats).all(axis=1)
-    records.keys[same] = store.records.keys[numbers[same]]
+    same = np.zeros(count, bool)
+    same[numbers >= 0] = (store.records.stats[numbers[numbers >= 0]] == stats[numbers >= 0]).all(axis=1)
+    keys[same] = store.records.keys[numbers[same]]
     if (missing := np.flatnonzero(absent & ~same)).size and on_error != "skip":
         names = short_list([each.images[number].path for number in missing[:_NAMED_AT_MOST]])
-        raise InputError(f"{each.title}: {len(missing)} of {len(stats)} images are missing ({names})")
-    if count := absent_rows.sum():
-        log.warning("%s: %d images have been deleted; their descriptors are used", each.title, count)
-    sizes = np.unique(store.records.stats[1:, 0])
+        raise InputError(f"{each.title}: {len(missing)} of {count} images are missing ({names})")
+    if absent_rows.any():
+        log.warning("%s: %d images have been deleted; their descriptors are used", each.title, absent_rows.sum())
+    sizes = np.unique(store.records.stats[:, 0])
     # The size 0 is that of an image that was too young to trust its stat record.
     changed = np.flatnonzero(~same & ~absent & (np.isin(stats[:, 0], sizes) | (0 in sizes)))
     for number in tqdm(changed, desc=f"{each.title}: comparing", unit="img", dynamic_ncols=True, delay=2):
         with suppress(ImageError):
             key, stats[number] = each.images[number].identity()
-            records.keys[number] = np.frombuffer(key, np.uint8)
-    records.keys[changed[~store.has(records.keys[changed])]] = 0
+            keys[number] = np.frombuffer(key, np.uint8)
+    keys[changed[~store.has(keys[changed])]] = 0
     return records
 
 
@@ -169,9 +172,10 @@ def _finish(
     store.read_blocks()
     missing = np.flatnonzero(~known.keys.any(axis=1))
     numbers = store.records.with_label(known.labels[missing])
-    numbers[numbers < existing] = 0  # what an image of this name was before does not count
-    known.keys[missing], known.stats[missing] = store.records.keys[numbers], store.records.stats[numbers]
-    skipped = [os.fsdecode(bytes(label)) for label in known.labels[missing[numbers == 0]]]
+    new = numbers >= existing  # what an image of this name was before does not count
+    known.keys[missing[new]] = store.records.keys[numbers[new]]
+    known.stats[missing[new]] = store.records.stats[numbers[new]]
+    skipped = [os.fsdecode(bytes(label)) for label in known.labels[missing[~new]]]
     if not store.finish(known, {"skipped": skipped, **(facts or {})}):
         log.info("%s: reused, extracted from the same images, checkpoint and settings", each.path)
         return

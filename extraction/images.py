@@ -10,6 +10,7 @@ import stat
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -98,7 +99,10 @@ class NameList(Sequence[str]):
     """Names, stored as compactly as their bytes: a million objects would be copied to every process that reads."""
 
     def __init__(self, names: Iterable[str | bytes]):
-        self.array = np.array([os.fsencode(name) for name in names], np.bytes_)
+        encoded, parts = map(os.fsencode, names), [np.array([], np.bytes_)]
+        while part := list(islice(encoded, 1 << 14)):  # never all of them as objects
+            parts.append(np.array(part, np.bytes_))
+        self.array = np.concatenate(parts)
 
     def __len__(self) -> int:
         return len(self.array)

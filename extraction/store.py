@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from extraction.files import reserve, write_array, write_atomically, write_json
-from extraction.identity import KEY_BYTES, NO_STAT, Identity, rows_fingerprint, stat_record
+from extraction.identity import KEY_BYTES, Identity, rows_fingerprint, stat_record
 from extraction.provenance import Provenance, is_unchanged, read_provenance, sidecars
 from model.checkpoint import load_tensors
 from model.errors import InputError, reason_of, short_list
@@ -41,7 +41,6 @@ log = logging.getLogger(__name__)
 _BLOCK_ROWS, _BLOCK_SECONDS = 512, 20.0
 _HASHED_ROWS = 64  # rows with one hash in a finished file
 _CACHED_BLOCKS = 16
-_NO_FILE = Path()  # of the row of zeros
 FILE_FACTS = ("rows", "fingerprint", "file", "skipped")  # what a provenance file says of its own file
 NO_KEY = bytes(KEY_BYTES)  # of a row of zeros, for an image that could not be read
 
@@ -73,18 +72,20 @@ class Records(NamedTuple):
         return cls(labels, keys, stats)
 
     def with_label(self, labels: np.ndarray) -> np.ndarray:
-        """Returns the number of the last record with each of the labels; 0 for none. (N,) -> (N,)."""
+        """Returns the number of the last record with each of the labels, -1 for none. (N,) -> (N,)."""
         return _last_places(self.labels, labels)
 
     def with_key(self, keys: np.ndarray) -> np.ndarray:
-        """Returns the number of the last record with each of the keys; 0 for none. (N, 16) -> (N,)."""
+        """Returns the number of the last record with each of the keys, -1 for none. (N, 16) -> (N,)."""
         return _last_places(*(np.ascontiguousarray(each).view(f"S{KEY_BYTES}").ravel() for each in (self.keys, keys)))
 
 
 def _last_places(table: np.ndarray, values: np.ndarray) -> np.ndarray:
+    if not len(table):
+        return np.full(len(values), -1)
     order = np.argsort(table, kind="stable")
     places = order[np.searchsorted(table, values, side="right", sorter=order) - 1]
-    return np.where(table[places] == values, places, 0)
+    return np.where(table[places] == values, places, -1)
 
 
 class Store:
@@ -103,23 +104,21 @@ class Store:
     def __init__(self, path: Path, dim: int, provenance: Provenance, replace: bool = True):
         self.path, self.dim, self.provenance, self.replace = path, dim, provenance, replace
         self.folder = Path(f"{path}.blocks")
-        self._files = [_NO_FILE]
-        self._cache = OrderedDict({_NO_FILE: np.zeros((1, dim), np.float32)})
+        self._files: list[Path] = []
+        self._cache: OrderedDict[Path, np.ndarray] = OrderedDict()
         self._buffer: list[tuple[bytes, Identity, np.ndarray]] = []
         self._flushed = time.monotonic()
         self._finished = False  # whether there is a finished file, whole and of this provenance
-        # For each known row its record, and the numbers of its file and of the row there; those of `_new` follow.
-        self._records, self._places = Records.of([b""], [Identity(NO_KEY, NO_STAT)]), np.zeros((1, 2), np.int64)
-        self._new: list[tuple[Records, np.ndarray]] = []
+        # For each known row its record, and the numbers of its file and of the row there, in parts.
+        self._parts = [(Records.of([], []), np.zeros((0, 2), np.int64))]
 
     @property
     def records(self) -> Records:
-        """The records of all known rows, the newest last; the first one, number 0, is that of no image."""
-        if self._new:
-            records, places = zip((self._records, self._places), *self._new, strict=True)
-            self._records = Records(*map(np.concatenate, zip(*records, strict=True)))
-            self._places, self._new = np.concatenate(places), []
-        return self._records
+        """The records of all known rows, the newest last."""
+        if len(self._parts) > 1:
+            records, places = zip(*self._parts, strict=True)
+            self._parts = [(Records(*map(np.concatenate, zip(*records, strict=True))), np.concatenate(places))]
+        return self._parts[0][0]
 
     def read(self) -> None:
         """Reads the rows of the finished file and of the blocks.
@@ -139,7 +138,7 @@ class Store:
 
     def has(self, keys: np.ndarray) -> np.ndarray:
         """Returns which rows are known. (N, 16) uint8 -> (N,) bool."""
-        return self.records.with_key(keys) > 0
+        return self.records.with_key(keys) >= 0
 
     def rows(self, keys: np.ndarray) -> np.ndarray:
         """Returns the rows with these keys, zeros for unknown ones. (N, 16) uint8 -> (N, D)."""
@@ -293,15 +292,15 @@ class Store:
         numbers = np.arange(len(records.labels)) if usable is None else np.flatnonzero(usable)
         if len(numbers) < len(records.labels):
             records = Records(*(each[numbers] for each in records))
-        self._new.append((records, np.stack([np.full(len(numbers), len(self._files)), numbers], axis=1)))
+        part = records, np.stack([np.full(len(numbers), len(self._files)), numbers], axis=1)
+        self._parts = [part] if not self._files else [*self._parts, part]  # the first may have a million rows: no copy
         self._files.append(file)
 
     def _rows(self, numbers: np.ndarray) -> np.ndarray:
-        """Returns the rows with these numbers among the records, (N, D)."""
-        places = self._places[numbers]
-        rows = np.empty((len(numbers), self.dim), np.float32)
-        for row, (file, number) in zip(rows, places.tolist(), strict=True):
-            row[:] = self._rows_of(self._files[file])[number]
+        """Returns the rows with these numbers among the records, zeros for -1. (N,) -> (N, D)."""
+        rows, known = np.zeros((len(numbers), self.dim), np.float32), np.flatnonzero(numbers >= 0)
+        for row, (file, number) in zip(known, self._parts[0][1][numbers[known]].tolist(), strict=True):
+            rows[row] = self._rows_of(self._files[file])[number]
         return rows
 
     def _rows_of(self, file: Path) -> np.ndarray:

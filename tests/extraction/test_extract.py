@@ -57,7 +57,7 @@ def run(model, images: list[ImageFile], on_error: str = "stop", **options) -> di
         extract_images(model, each, store, np.arange(len(images)), Loading(**options), on_error=on_error)
     finally:
         records = store.records
-        run.rows = dict(zip(np.char.decode(records.labels[1:]), store.rows(records.keys[1:]), strict=True))
+        run.rows = dict(zip(np.char.decode(records.labels), store.rows(records.keys), strict=True))
     return run.rows
 
 

@@ -141,8 +141,9 @@ def _known_images(each: ImageSet, store: Store, on_error: str) -> Records:
     numbers = store.records.with_label(records.labels)
     absent_rows = absent & (numbers >= 0)
     stats[absent_rows] = store.records.stats[numbers[absent_rows]]
-    same = np.zeros(count, bool)
-    same[numbers >= 0] = (store.records.stats[numbers[numbers >= 0]] == stats[numbers >= 0]).all(axis=1)
+    same = numbers >= 0
+    for column, before in zip(stats.T, store.records.stats.T, strict=True):  # one at a time: there may be a million
+        same[same] = column[same] == before[numbers[same]]
     keys[same] = store.records.keys[numbers[same]]
     if (missing := np.flatnonzero(absent & ~same)).size and on_error != "skip":
         names = short_list([each.images[number].path for number in missing[:_NAMED_AT_MOST]])

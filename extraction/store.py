@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from extraction.files import reserve, write_array, write_atomically, write_json
-from extraction.identity import KEY_BYTES, Identity, rows_fingerprint, stat_record
+from extraction.identity import KEY_BYTES, Identity, last_places, rows_fingerprint, stat_record
 from extraction.provenance import Provenance, is_unchanged, read_provenance, sidecars
 from model.checkpoint import load_tensors
 from model.errors import InputError, reason_of, short_list
@@ -73,19 +73,11 @@ class Records(NamedTuple):
 
     def with_label(self, labels: np.ndarray) -> np.ndarray:
         """Returns the number of the last record with each of the labels, -1 for none. (N,) -> (N,)."""
-        return _last_places(self.labels, labels)
+        return last_places(self.labels, labels)
 
     def with_key(self, keys: np.ndarray) -> np.ndarray:
         """Returns the number of the last record with each of the keys, -1 for none. (N, 16) -> (N,)."""
-        return _last_places(*(np.ascontiguousarray(each).view(f"S{KEY_BYTES}").ravel() for each in (self.keys, keys)))
-
-
-def _last_places(table: np.ndarray, values: np.ndarray) -> np.ndarray:
-    if not len(table):
-        return np.full(len(values), -1)
-    order = np.argsort(table, kind="stable")
-    places = order[np.searchsorted(table, values, side="right", sorter=order) - 1]
-    return np.where(table[places] == values, places, -1)
+        return last_places(*(np.ascontiguousarray(each).view(f"S{KEY_BYTES}").ravel() for each in (self.keys, keys)))
 
 
 class Store:

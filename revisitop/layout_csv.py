@@ -12,11 +12,13 @@ import io
 import math
 import os
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from extraction.files import write_atomically
+from extraction.identity import last_places
 from extraction.images import Box, ImageList, NameList, image_suffixes
 from model.errors import InputError, short_list
 from revisitop.dataset import Dataset, GroundTruth, Layout
@@ -40,45 +42,49 @@ def read_csv_dataset(name: str, folder: Path) -> Dataset:
     for file_name, file in (("solution.csv", solution), ("index.csv", index), ("queries.csv (or test.csv)", listed)):
         if file is None:
             raise InputError(f"{folder} has no {file_name}, which belongs to {CSV.files}")
-    places, boxes = _places(index), _boxes(listed)
-    truth: dict[str, GroundTruth] = {}
-    ignored, unknown, strangers = set(), [], []
+    ids, boxes = _ids(index), _boxes(listed)
+    relevant: dict[str, list[str]] = {}
+    usages: dict[str, str] = {}
+    ignored, strangers = set(), []
     for query, row in _rows(solution, "id", "images"):
-        usage = (row.get("Usage") or "").strip()
         if query not in boxes:
             strangers.append(query)
         if _is_ignored(row):
             ignored.add(query)
-            continue
-        images = row["images"].split()
-        unknown += [image for image in images if image not in places]
-        numbers = list(dict.fromkeys(places[image] for image in images if image in places))
-        truth[query] = GroundTruth({"relevant": np.array(numbers, dtype=np.int64)}, usage)
+        else:
+            relevant[query], usages[query] = row["images"].split(), (row.get("Usage") or "").strip()
+    names = NameList(chain(*relevant.values()))
+    places = dict(zip(names, last_places(ids.array, names.array).tolist(), strict=True))
+    unknown = [name for name, place in places.items() if place < 0]
     if strangers:
         raise InputError(f"{solution}: {len(strangers)} queries are not in {listed.name} ({short_list(strangers)})")
     if unknown:
         raise InputError(f"{solution}: {len(unknown)} images are not in {index.name} ({short_list(unknown)})")
-    if queries and (without := [query for query in boxes if query not in truth and query not in ignored]):
+    if queries and (without := [query for query in boxes if query not in relevant and query not in ignored]):
         raise InputError(f"{solution} has no line for {len(without)} queries of {queries.name} ({short_list(without)})")
-    if not truth:
+    if not relevant:
         raise InputError(f"{solution}: every query is ignored")
-    usages = {entry.usage for entry in truth.values()}
-    if "" in usages and len(usages) > 1:
+    titles = {*usages.values()}
+    if "" in titles and len(titles) > 1:
         raise InputError(f"{solution}: Usage is empty in some lines and not in others")
-    order = sorted(usages - {""}, key=lambda usage: (("Public", "Private", usage).index(usage), usage))
-    names, ids = [query for query in boxes if query in truth], list(places)
+    order = sorted(titles - {""}, key=lambda usage: (("Public", "Private", usage).index(usage), usage))
+    truth = {}
+    for query, images in relevant.items():
+        numbers = np.array([*dict.fromkeys(places[image] for image in images)], dtype=np.int64)
+        truth[query] = GroundTruth({"relevant": numbers}, usages[query])
+    query_names = [query for query in boxes if query in truth]
     roots = [folder / root for root in (("queries", "test") if queries else ("test", "queries"))]
     root = next((root for root in roots if root.is_dir()), roots[0])
     return Dataset(
         name,
         folder,
-        _images(root, names, [boxes[query] for query in names]),
+        _images(root, query_names, [boxes[query] for query in query_names]),
         _images(folder / "index", ids),
-        [truth[query] for query in names],
+        [truth[query] for query in query_names],
         challenge_protocols(order),
         f"CSV, {listed.name}, {index.name} and {solution.name}, {len(ignored)} queries ignored",
-        names,
-        NameList(ids),
+        query_names,
+        ids,
     )
 
 
@@ -161,8 +167,12 @@ def _nested(image: str) -> str:
     return f"{image[:1]}/{image[1:2]}/{image[2:3]}/{image}.jpg"
 
 
-def _rows(path: Path, *columns: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yields the id of each line of a CSV file, and its values by column. Raises InputError if an id is repeated."""
+def _rows(path: Path, *columns: str, unique: bool = True) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yields the id of each line of a CSV file, and its values by column.
+
+    Raises:
+        InputError: if the file is missing or damaged, or an id is repeated, which is not checked without `unique`.
+    """
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -187,22 +197,24 @@ def _rows(path: Path, *columns: str) -> Iterator[tuple[str, dict[str, str]]]:
             name = row["id"].strip()
             if not name or name in seen:
                 raise InputError(f"{path}, line {lines.line_num}: {name!r} is {'listed twice' if name else 'no id'}")
-            seen.add(name)
+            if unique:
+                seen.add(name)
             yield name, row
     except csv.Error as error:
         raise InputError(f"{path}, line {lines.line_num}: {error}") from None
 
 
-def _places(path: Path) -> dict[str, int]:
-    """Returns the place of each id in a list. Raises InputError if one is repeated, or cannot stand in a solution."""
-    places: dict[str, int] = {}
-    for image, _ in _rows(path, "id"):
-        if any(letter.isspace() for letter in image):
-            raise InputError(f"{path}: {image!r} contains a space, which separates the images of a solution")
-        places[_checked(path, image)] = len(places)
-    if not places:
+def _ids(path: Path) -> NameList:
+    """Returns the ids of a list, of which there may be a million. Raises InputError if one is repeated or invalid."""
+    ids = NameList(_checked(path, image) for image, _ in _rows(path, "id", unique=False))
+    ordered = np.sort(ids.array)
+    if len(repeated := ordered[1:][ordered[1:] == ordered[:-1]]):
+        raise InputError(f"{path}: {os.fsdecode(repeated[0])} is listed twice")
+    if spaced := next((image for image in ids if len(image.split()) != 1), None):
+        raise InputError(f"{path}: {spaced!r} contains a space, which separates the images of a solution")
+    if not len(ids):
         raise InputError(f"{path} lists no image")
-    return places
+    return ids
 
 
 def _checked(path: Path, image: str) -> str:

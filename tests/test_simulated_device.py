@@ -18,7 +18,8 @@ from extraction.extract import ImageSet, extract_images
 from extraction.hub import ImageDescriptor
 from extraction.images import ImageFile
 from extraction.loading import Loading
-from extraction.store import Store
+from extraction.provenance import Provenance
+from extraction.store import Records, Store
 from model.backbone import Backbone
 from model.extractor import NetworkExtractor
 from model.folding import FoldedConv
@@ -150,9 +151,9 @@ def images(tmp_path) -> list[ImageFile]:
 
 
 def extracted(extractor, images: list[ImageFile], path, loading: Loading) -> np.ndarray:
-    store = Store(path, extractor.dim, {}, np.eye(2, dtype=np.float32))
+    store = Store(path, extractor.dim, Provenance({}, np.eye(2, dtype=np.float32)))
     extract_images(extractor, ImageSet(path, "test", images), store, np.arange(len(images)), loading)
-    return np.stack([store.row(image.identity().key) for image in images])
+    return store.rows(Records.of([b""] * len(images), [image.identity() for image in images]).keys)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -22,9 +22,9 @@ import shutil
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -194,13 +194,12 @@ class Store:
         same_rows = same.get("keys", False)
         try:
             if not same_rows:
-                file = _rows_file(self.path)
-                self._write_rows(file, records, facts)
+                file, numbers = _rows_file(self.path), self.records.with_key(records.keys)
+                self._write_file(file, records, facts, lambda out: self._write_rows(out, numbers))
                 if file != self.path:
                     self._finished = False
                     self.clear()
-                    write_atomically(self.path, lambda out: torch.save(load_rows(file), out))
-                    self._describe(self.path, records, facts)
+                    self._write_file(self.path, records, facts, lambda out: torch.save(load_rows(file), out))
                     for each in (file, *sidecars(file)):
                         each.unlink(missing_ok=True)
             elif not all(same.values()):  # renamed images, or new stat records
@@ -211,25 +210,34 @@ class Store:
         self._finished = True
         return not same_rows
 
-    def _write_rows(self, file: Path, records: Records, facts: dict | None) -> None:
-        new, shape, hashes = Path(f"{file}.new"), (len(records.labels), self.dim), []
-        numbers = self.records.with_key(records.keys)
+    def _write_file(
+        self, file: Path, records: Records, facts: dict | None, write: Callable[[BinaryIO], object]
+    ) -> None:
+        """Writes a file and what belongs to it beside an older one, and then replaces that, see _publish."""
+        new = Path(f"{file}.new")
         sidecars(new)[0].unlink(missing_ok=True)  # that of a file which an interrupted run did not publish
         with new.open("wb") as out:
-            header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(out, header)
-            out.flush()
-            reserve(out, out.tell() + 4 * shape[0] * shape[1])
-            for start in range(0, shape[0], _HASHED_ROWS):
-                rows = self._rows(numbers[start : start + _HASHED_ROWS])
-                out.write(rows.tobytes())
-                hashes.append(_hash(rows))
+            try:
+                write(out)
+            except RuntimeError as error:  # raised by torch.save if the disk is full
+                raise OSError(str(error)) from None
             out.flush()
             os.fsync(out.fileno())
-        self._hashes = np.stack(hashes) if hashes else np.zeros((0, KEY_BYTES), np.uint8)
         self._describe(new, records, facts)
         _publish(file)
         _trust(file)
+
+    def _write_rows(self, out: BinaryIO, numbers: np.ndarray) -> None:
+        """Writes rows in the format of .npy, and keeps the hashes of their blocks."""
+        shape, hashes = (len(numbers), self.dim), []
+        np.lib.format.write_array_header_1_0(out, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        out.flush()
+        reserve(out, out.tell() + 4 * shape[0] * shape[1])
+        for start in range(0, len(numbers), _HASHED_ROWS):
+            rows = self._rows(numbers[start : start + _HASHED_ROWS])
+            out.write(rows.tobytes())
+            hashes.append(_hash(rows))
+        self._hashes = np.stack(hashes) if hashes else np.zeros((0, KEY_BYTES), np.uint8)
 
     def _describe(self, file: Path, records: Records, facts: dict | None) -> None:
         """Writes what the file was made from, and the stat record with which it is trusted."""

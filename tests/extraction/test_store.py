@@ -266,3 +266,14 @@ def test_rows_never_get_the_provenance_of_a_file_that_was_not_published(tmp_path
             np.testing.assert_array_equal(store.rows(records([number]).keys), ROWS[[number]])
         if done:
             break
+
+
+def test_a_kill_while_a_list_is_finished_is_no_error_where_nothing_may_be_replaced(path, monkeypatch):
+    for moment in itertools.count():
+        file = path.with_name(f"{moment}{path.suffix}")
+        store = fill(open_store(file), range(3))
+        killed = killed_at(monkeypatch, moment, lambda store=store: store.finish(records(range(3))))
+        assert missing(open_store(file, replace=False), 3) == []
+        if not killed:
+            break
+    assert moment > 3

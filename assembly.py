@@ -513,15 +513,17 @@ class Experiment:
         images = self.distractors.images
         return ConcatDataset([self.dataset.database, images]) if len(images) else ()
 
-    def matches(self, ranking: Ranking, explanations: Mapping[int, Explanation]) -> dict[int, Match]:
-        """Returns where explained results match their queries, by the number of the query, as far as it is known."""
+    def matches(self, ranking: Ranking, explanations: Mapping[int, Explanation]) -> dict[int, Any]:
+        """Draws where explained results match their queries (MatchDrawing), by the number of the query, if known."""
+        from report.drawing import draw_match  # imports matplotlib, which other commands do not need
+
         matches = {}
         for query, explanation in explanations.items() if self.recipe else ():
             number = int(ranking.ids[query, explanation.before])
             if number < len(self.database_images):
-                images = self.dataset.queries[query], self.database_images[number]
                 try:
-                    matches[query] = match_images(self.recipe, self.device, *(image.read() for image in images))
+                    images = [image.read() for image in (self.dataset.queries[query], self.database_images[number])]
+                    matches[query] = draw_match(match_images(self.recipe, self.device, *images), images)
                 except InputError as error:
                     log.warning("%s", error)
         return matches

@@ -500,6 +500,13 @@ class CommandLine:
         self._flags[flag] = key
         self.add(flag, dest=key, **how)
 
+    def add_weights(self, default: str = "./weights") -> None:
+        """Adds the flag --weights for TEST.WEIGHTS."""
+        words = (
+            f"the checkpoint, or a folder in which exactly one fits the depth; TEST.WEIGHTS means the same [{default}]"
+        )
+        self.add_flag("--weights", "TEST.WEIGHTS", metavar="PATH", help=words)
+
     def parse(self, argv: list[str], defaults: Callable[[Any], Mapping[str, Any]] = lambda args: {}) -> Parsed:
         """Returns the arguments and the config: defaults, then the YAML file, then KEY VALUE pairs, then flags.
 
@@ -520,13 +527,14 @@ class CommandLine:
         if len(files) > 1:
             raise InputError(f"--config-file is given {len(files)} times; put all options into one file")
         settings = [*(setting for file in files for setting in _read_yaml(file)), *written]
+        typed = dict(written)  # a file may list all options, so that only values other than the defaults are refused
         for key, value in settings:
-            if _parsed(key, value) != _BY_KEY[key].default and key not in self.uses:
+            if key not in self.uses and (key in typed or _parsed(key, value) != _BY_KEY[key].default):
                 hint = f"; {self.instead[key]}" if key in self.instead else ""
                 raise InputError(f"{key} is not an option of {self.name}{hint}")
         for flag, key in self._flags.items():
             if (value := getattr(args, key)) is not None:
-                other = dict(written).get(key, value)
+                other = typed.get(key, value)
                 if _parsed(key, other) != _parsed(key, value):
                     raise InputError(f"{flag} {value} and {key} {other} contradict each other; give only one")
                 settings.append((key, value))

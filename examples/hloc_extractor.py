@@ -49,7 +49,7 @@ def main() -> None:
     views = [resize(image + 0.1 * torch.randn_like(image), [96, 128], antialias=True).clamp(0, 1) for image in places]
     with torch.inference_mode():
         rows = torch.cat([model({"image": view[None]})["global_descriptor"] for view in views])
-    scores = SuperGlobalReranker(m=20, k=4).similarities(rows, rows)  # (Q, N), in place of hloc's einsum
+    scores = SuperGlobalReranker(m=20, k=4).similarities(rows, rows)  # (Q, N), for the einsum of pairs_from_retrieval.py
     pairs = pairs_from_score_matrix(scores, torch.eye(len(rows), dtype=torch.bool).numpy(), num_select=4)
     right = sum(query // 5 == number // 5 for query, number in pairs)
     print(f"{right} of {len(pairs)} pairs show the same place")

@@ -85,6 +85,18 @@ def replace_rectifiers(
     return changes
 
 
+def layers_with_relu_plus(model: Any, changes: Sequence[Change]) -> list[str]:
+    """Returns the names of the layers of a network that have ReLU+ for another reason than these changes."""
+    changed = {change.layer for change in changes}
+    modules = model.named_modules(remove_duplicate=False) if isinstance(model, nn.Module) else ()
+    return [
+        name
+        for name, module in modules
+        if name not in changed
+        and (isinstance(module, ReLUPlus) or any(isinstance(hook, _End) for hook in module._forward_hooks.values()))
+    ]
+
+
 class _End:
     """A forward hook that applies ReLU+ to the output of a block."""
 
@@ -123,7 +135,7 @@ def _rectifiers(model: Any, stage: str) -> list[str]:
         kinds = dict.fromkeys(type(each).__name__ for each in modules.values() if "activation" in type(each).__module__)
         present = ", ".join(kinds) or "no activation module; functional ones cannot be changed"
         if any(isinstance(each, ReLUPlus) for each in modules.values()):
-            present = "ReLUPlus: it is attached already; call detach() on the first result of attach"
+            present = "ReLUPlus: it is attached already; call detach() on the first result, or build the network anew"
         raise ValueError(f"relup: {stage!r} has no ReLU, but {present}")
     return names
 

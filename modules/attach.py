@@ -45,8 +45,8 @@ def attach(
         model: a network, or any callable that returns a feature map (N, C, H, W). For torchvision's ResNet,
             ResNeXt, ConvNeXt, EfficientNet, RegNet, VGG, MobileNetV3 and Swin the feature map is the input
             of `avgpool`; for timm's convolutional networks it is the result of `forward_features`.
-        features: for other networks, the name of the method or submodule that returns the feature map, or
-            the names of several that are called one after the other.
+        features: for other networks, the name of the method or submodule that is called with the images and
+            returns the feature map, or the names of several that are called one after the other.
         pooling: (N, C, H, W) -> (N, C) or (N, C, 1, 1); it may be a submodule of the network.
         rgem: Regional-GeM, (N, C, H, W) -> (N, C, H, W); None leaves it out.
         sgem: Scale-GeM, (S, N, D) -> (N, D); None takes the mean over the scales.
@@ -145,7 +145,7 @@ def _matrix(projection: Any, model: Any) -> nn.Module | str | None:
     """Returns a matrix, or a matrix and a mean, as a linear layer; anything else is returned unchanged."""
     if projection is None or isinstance(projection, (nn.Module, str)):
         return projection
-    parts = [torch.as_tensor(part) for part in (projection if isinstance(projection, tuple) else (projection,))]
+    parts = [torch.as_tensor(part) for part in (projection if isinstance(projection, (tuple, list)) else (projection,))]
     check_tensor(parts[0], "projection", "D, C")
     d, c = parts[0].shape
     if len(parts) > 2 or any(part.numel() != c for part in parts[1:]):

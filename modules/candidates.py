@@ -4,23 +4,19 @@ Shapes: Q queries, M candidates per query in ranking order, D dimensions. The ca
 any database, index or vector store: only their descriptors are needed.
 """
 
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .checks import Array, as_tensor, values_can_be_seen, whole_number
+from .checks import Array, as_tensor, values_can_be_seen, warn_of_lengths, whole_number
 from .search import Database, search
 
 RERANK_M = 400
 
 # Bytes of candidate descriptors processed at a time: what fits in the caches of a CPU, or keeps a GPU busy.
 _CPU_BYTES, _GPU_BYTES = 16 << 20, 1 << 30
-
-# Descriptors this much longer than 1 were certainly never normalised; lossy indexes only shorten them.
-_LONGEST = 1.05
 
 
 class Found(Protocol):
@@ -163,7 +159,9 @@ class CandidateReranker(nn.Module):
     def _checked_scores(self, q: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
         """Returns the scores of the first m candidates, in their order. (Q, D), (Q, M', D), (Q, M') -> (Q, M)."""
         q, x, mask = self.checked(q, x, mask)
-        _warn_of_long_rows(q, x)
+        # Eight or more candidates of each query; all would take 10 % of the time of reranking.
+        some = x[:, :: max(1, x.shape[1] // 8)].flatten(0, 1)
+        warn_of_lengths("reranking", {"queries": q, "candidates": some}, stacklevel=6)
         scores = self._scores(q, x, mask)
         return scores if mask is None else scores.masked_fill(~mask, -torch.inf)
 
@@ -215,13 +213,14 @@ class CandidateReranker(nn.Module):
                 -1 where a query has no more results, as in FAISS; or any other identifiers (text, UUIDs), as an
                 array, or a list of lists of any lengths, with None for no more results.
             fetch: returns the descriptors (n, D) of the ids (n,), from any source: ``Database.rows``, FAISS's
-                ``index.reconstruct_batch`` (for an IVF index after ``make_direct_map()``), or your own function.
+                ``index.reconstruct_batch`` (of an IVF index after ``make_direct_map()``, of an IndexIDMap2), or your
+                own function.
                 It is called with ids of the given kind (an int64 tensor or array, an array of text, a list),
                 never with -1 or None. A descriptor that several queries of a block share is fetched once;
                 with integer ids, only if that saves a quarter of them.
             device: where the scores are computed; by default the device of the queries.
-            scores: (Q, R), those of the search, descending, which the results after the first m continue. By
-                default, the score of each of them is 1 below that of the one before.
+            scores: (Q, R), those of the search, descending, which the results after the first m continue; negative
+                distances, if the search has distances. By default, the score of each is 1 below that of the one before.
 
         Returns:
             ids and scores (Q, R), order (Q, min(m, R)), as tensors or arrays like the queries, on their device.
@@ -233,8 +232,8 @@ class CandidateReranker(nn.Module):
         new_scores = self._by_blocks(self._checked_scores, q, numbers, fetch, device, self.m)
         numbers = numbers.long().to(q.device)
         before = -torch.arange(numbers.shape[1], device=q.device).expand(numbers.shape)
-        if scores is not None and (before := as_tensor(scores, "scores")).shape != numbers.shape:
-            raise ValueError(f"scores must be (Q, R) like ids, got {tuple(before.shape)} and {tuple(numbers.shape)}")
+        if scores is not None:
+            before = _descending(as_tensor(scores, "scores"), numbers)
         found = reordered(numbers, before, new_scores)
         names = fetch.names_of(found.order) if isinstance(fetch, _FetchNamed) else None
         found = found._replace(order=found.order[:, : self.m])
@@ -350,6 +349,19 @@ class _FetchNamed:
         return array
 
 
+def _descending(scores: Tensor, ids: Tensor) -> Tensor:
+    """Returns the scores of results. Raises a ValueError unless they fit, (Q, R), and descend where there are ids."""
+    if scores.shape != ids.shape:
+        raise ValueError(f"scores must be (Q, R) like ids, got {tuple(scores.shape)} and {tuple(ids.shape)}")
+    present = (ids >= 0).to(scores.device)
+    wrong = present[:, 1:] & present[:, :-1] & ~(scores[:, 1:] <= scores[:, :-1])  # NaN is wrong, too
+    if values_can_be_seen(scores) and wrong.any():
+        query, place = wrong.nonzero()[0].tolist()
+        pair = ", ".join(f"{value:g}" for value in scores[query, place : place + 2].tolist())
+        raise ValueError(f"the scores of a search must descend, got {pair} for query {query}; negate distances")
+    return scores
+
+
 def _fetched(fetch: Callable, ids: Tensor, there: Tensor | None, dim: int) -> Tensor:
     """Returns the candidates with these ids, zero where a candidate is absent. (Q, M) -> (Q, M, D)."""
     wanted = ids.flatten() if there is None else ids[there]
@@ -359,10 +371,12 @@ def _fetched(fetch: Callable, ids: Tensor, there: Tensor | None, dim: int) -> Te
     try:
         rows = as_tensor(fetch(asked), "the result of fetch")
     except RuntimeError as error:
-        if "direct map" not in str(error):
+        if not any(words in str(error) for words in ("direct map", "reconstruct not implemented")):
             raise
         raise ValueError(
-            "the FAISS index cannot find rows by id yet: call faiss.extract_index_ivf(index).make_direct_map() once"
+            "this FAISS index cannot find rows by id: for an IVF index call faiss.extract_index_ivf(index)"
+            ".make_direct_map() once, or with ids of your own .set_direct_map_type(faiss.DirectMap.Hashtable); "
+            "in place of IndexIDMap use IndexIDMap2"
         ) from error
     if rows.shape != (len(asked), dim):
         raise ValueError(f"fetch gave shape {tuple(rows.shape)} for {len(asked)} ids; queries have {dim} dimensions")
@@ -372,21 +386,6 @@ def _fetched(fetch: Callable, ids: Tensor, there: Tensor | None, dim: int) -> Te
     candidates = rows.new_zeros(*ids.shape, dim)
     candidates[there.to(rows.device)] = rows
     return candidates
-
-
-def _warn_of_long_rows(q: Tensor, x: Tensor) -> None:
-    if not (values_can_be_seen(x) and len(x)):
-        return
-    # Eight or more candidates of each query; all would take 10 % of the time of reranking.
-    some = x[:, :: max(1, x.shape[1] // 8)].flatten(0, 1)
-    lengths = torch.stack([rows.norm(dim=1).max() for rows in (q, some)]).tolist()  # one wait for a GPU
-    for name, longest in zip(("queries", "candidates"), lengths, strict=True):
-        if longest > _LONGEST:
-            warnings.warn(
-                f"reranking expects descriptors of unit length, got {name} of length {longest:.3g}; "
-                "torch.nn.functional.normalize(rows, dim=-1) normalises them",
-                stacklevel=6,
-            )
 
 
 def places_after(positions: Tensor, order: Tensor) -> Tensor:

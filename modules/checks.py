@@ -3,7 +3,7 @@
 import math
 import operator
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 Array = Any  # a tensor, or a NumPy array
+
+# Descriptors are normalised if the longest of some is within this range: lossy indexes change lengths a little.
+_SHORTEST, _LONGEST = 0.5, 1.1
 
 _looking = ContextVar("whether values are checked", default=True)
 
@@ -64,6 +67,19 @@ def values_can_be_seen(x: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.is_meta or not _looking.get():
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def warn_of_lengths(taker: str, rows: Mapping[str, Tensor], stacklevel: int) -> None:
+    """Warns if the longest of some descriptors, (N, D) each, is not near unit length; rows of zeros are accepted."""
+    rows = {name: each for name, each in rows.items() if len(each) and values_can_be_seen(each)}
+    lengths = torch.stack([each.norm(dim=1).max() for each in rows.values()]).tolist() if rows else []  # a single wait
+    for name, longest in zip(rows, lengths, strict=True):
+        if longest > _LONGEST or 0 < longest < _SHORTEST:
+            warnings.warn(
+                f"{taker} expects descriptors of unit length, got {name} of length {longest:.3g}; "
+                "torch.nn.functional.normalize(rows, dim=-1) normalises them",
+                stacklevel=stacklevel,
+            )
 
 
 def refuse_tracing() -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .activation import Change
+from .activation import Change, layers_with_relu_plus
 from .checks import check_tensor, refuse_tracing, values_can_be_seen
 from .pooling import SAFE_POWER, GeM, GeMPlus, RegionalGeM, ScaleGeM
 
@@ -61,7 +61,7 @@ def multi_scale_descriptor(
     refuse_tracing()
     check_tensor(x, "multi_scale_descriptor", "N, C, H, W")
     identity = nn.Identity()
-    pooled = [pooling((rgem or identity)(feature_map(rescale(x, factor)))) for factor in scales]
+    pooled = [pooling((rgem or identity)(_at_scale(feature_map, x, factor))) for factor in scales]
     vectors = F.normalize(torch.stack(pooled), dim=-1)  # (S, N, C)
     if project is not None:
         vectors = project(vectors.flatten(0, 1)).unflatten(0, vectors.shape[:2])  # (S, N, D)
@@ -82,6 +82,20 @@ def rescale(x: Tensor, factor: float) -> Tensor:
     # int() would turn the side into a constant in torch.export.
     size: list[Any] = [torch.sym_max(1, math.floor(side * factor)) for side in x.shape[-2:]]
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=False)
+
+
+def _at_scale(feature_map: Step, x: Tensor, factor: float) -> Tensor:
+    """Returns the feature map of resized images; an error of a network that supports one size only says so."""
+    x = rescale(x, factor)
+    try:
+        return feature_map(x)
+    except (AssertionError, RuntimeError) as error:
+        if factor == 1 or torch.compiler.is_compiling() or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise RuntimeError(
+            f"the network fails for images of {tuple(x.shape[-2:])} pixels, resized by {factor:g} ({error}); "
+            "if it needs one size, or multiples of a patch, use scales=(1.0,)"
+        ) from error
 
 
 class SuperGlobal(nn.Module):
@@ -233,6 +247,7 @@ class SuperGlobal(nn.Module):
             f"sgem: {self.sgem}, scales {', '.join(f'{factor:g}' for factor in self.scales)}",
             f"changed layers: {'' if self.changes else 'none'}",
             *(f"  {change.layer}: {change.meaning}" for change in self.changes),
+            *(f"  {layer}: ReLU+ before this attach" for layer in layers_with_relu_plus(self.model, self.changes)),
         ]
         return "SuperGlobal(\n" + "".join(f"  {line.rstrip()}\n" for line in lines) + ")"
 

@@ -78,6 +78,8 @@ def explain(
     (1, 0, (1, 0))
     """
     reranker = SuperGlobalReranker() if reranker is None else reranker
+    if not isinstance(reranker, SuperGlobalReranker):
+        raise ValueError(f"explain takes a SuperGlobalReranker, got {type(reranker).__name__}")
     q, x = as_tensor(query, "query")[None], as_tensor(candidates, "candidates")[None]
     q, x, present = reranker.checked(q, x, None if mask is None else as_tensor(mask, "mask")[None])
     count = x.shape[1]

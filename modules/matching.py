@@ -78,7 +78,7 @@ def match_maps(network: SuperGlobal, first: Tensor, second: Tensor, whitening: W
         if not abs(float(positions.sum()) + constant - cosine) <= _TOLERANCE:
             raise ValueError(
                 "places sum to the cosine with GeM, average or maximum pooling and a linear projection, but not with "
-                f"{network.pooling} and {network.projection}"
+                f"{network.pooling} and {network.projection}; a Whitening is given as whitening=, not as projection"
             )
     (first_map, first_constant), (second_map, second_constant) = parts
     return Match(cosine, (first_map, second_map), (first_constant, second_constant))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .checks import Array, as_tensor, whole_number
+from .checks import Array, as_tensor, warn_of_lengths, whole_number
 
 GRID = 1 << 15  # a range of rows that starts at a multiple of this is computed as in a search of all rows
 
@@ -185,6 +185,9 @@ def search(
     first, stop = (0, len(database)) if rows is None else rows
     if not 0 <= first <= stop <= len(database):
         raise ValueError(f"rows must be ascending numbers from 0 to {len(database)}, got {rows}")
+    if len(database):
+        some = database.rows(torch.linspace(0, len(database) - 1, 8).long())
+        warn_of_lengths("search", {"rows": some}, stacklevel=4)
     q = q.to(device).to(_product_type())
     ranks = None if listed is None else _ListedRanks(q, database, [as_tensor(each, "listed") for each in listed])
     best = _Best(len(q), min(whole_number(m, "m"), stop - first), q.device)

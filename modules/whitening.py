@@ -58,17 +58,19 @@ class Whitening(nn.Module):
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> "Whitening":
-        """Returns the whitening of a state dict, as ``torch.load(file, weights_only=True)`` returns it.
+        """Returns the whitening of a state dict, or of a file of tools.whiten: ``torch.load(file, weights_only=True)``.
 
         Args:
-            state: exactly the tensors "mean" (D,) and "projection" (dim, D).
+            state: a dict of exactly the tensors "mean" (D,) and "projection" (dim, D), and anything but tensors.
 
         Raises:
-            ValueError: if there are other names, or the tensors do not form a whitening.
+            ValueError: if there are other tensors, or these do not form a whitening.
         """
-        names = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
-        if names != ["mean", "projection"]:
-            raise ValueError(f"the state of a whitening must be a dict of mean and projection, got {names}")
+        names = [*state] if isinstance(state, Mapping) else []
+        tensors = {"mean", "projection"} | {name for name in names if isinstance(state[name], Tensor)}
+        if tensors != {"mean", "projection"} & {*names}:
+            given = sorted(map(str, names)) or type(state).__name__
+            raise ValueError(f"the state of a whitening must be a dict of mean and projection, got {given}")
         return cls(state["mean"], state["projection"])
 
     @property

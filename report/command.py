@@ -1,6 +1,7 @@
 """How a command of this project ends: its exit code, its errors in one line, and output that cannot be written.
 
-Exit codes: 0 success, 1 internal error, 2 bad input, 130 Ctrl-C, 141 the reader of the output has gone.
+Exit codes: 0 success, 1 internal error, 2 bad input, 130 Ctrl-C, 141 the reader of the output has gone. A command may
+exit with 1 itself, as tools.reproduce does for a result that differs.
 
 A command imports this file first, so that Ctrl-C ends it without a traceback from the beginning.
 """
@@ -39,7 +40,7 @@ class _Output:
     """Standard output or error: an error in writing is kept, and what follows is discarded, so that the work goes on.
 
     Only if the reader of the standard output has closed the pipe is there nobody to work for: BrokenPipeError.
-    In a file, a progress bar has a line a minute, and one at its end.
+    In a file or pipe, a progress bar has a line a minute, and a shorter one none.
     """
 
     def __init__(self, stream: TextIO):
@@ -49,22 +50,21 @@ class _Output:
             stream.reconfigure(errors="backslashreplace")  # a file name may not be valid text
 
     def write(self, text: str) -> int:
-        line = text
-        if not self.stream.isatty() and (text.startswith("\r") or (self.bar and text == "\n")):
-            line = self._bar_line(text)
+        of_bar = not self.stream.isatty() and (text.startswith("\r") or (self.bar and text == "\n"))
+        line = self._bar_line(text) if of_bar else text
+        self.bar = self.bar if of_bar else ""
         self._try(lambda: self.stream.write(line))
         return len(text)
 
     def _bar_line(self, text: str) -> str:
         """Returns what a file gets when a progress bar writes its new state, or ends with a line break."""
-        self.next_line = self.next_line if self.bar else time.monotonic() + _BAR_SECONDS
-        bar = self.bar = text.strip() or self.bar
-        if text == "\n":
-            self.bar = ""
-        elif time.monotonic() < self.next_line:
+        now, bar = time.monotonic(), text.strip() or self.bar
+        self.next_line = self.next_line if self.bar else now + _BAR_SECONDS
+        self.bar = "" if text == "\n" else bar
+        if now < self.next_line:
             return ""
-        self.next_line = time.monotonic() + _BAR_SECONDS
-        return f"{bar}\n" if bar else ""
+        self.next_line = now + _BAR_SECONDS
+        return f"{bar}\n"
 
     def flush(self) -> None:
         self._try(self.stream.flush)

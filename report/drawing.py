@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw
 
-from extraction.images import Box, ImageFile, read_image
+from extraction.images import ImageFile, read_image
 from modules.matching import Match
 from revisitop.evaluate import Metrics
 from revisitop.measures import RECALL_LEVELS
@@ -210,8 +210,13 @@ def read_thumbnail(image: ImageFile, side: int) -> Image.Image:
     thumbnail = Image.fromarray(read_image(image.path))
     width, height = thumbnail.size
     thumbnail.thumbnail((side, side))
-    if image.box is not None:
-        _draw_box(thumbnail, image.box, thumbnail.width / width, thumbnail.height / height)
+    if image.box is not None:  # as a light line between dark ones
+        ends = zip((thumbnail.width, thumbnail.height), (width, height), (image.box[::2], image.box[1::2]), strict=True)
+        (x0, x1), (y0, y1) = ([min(max(x * new / old, 0), new - 1) for x in sorted(box)] for new, old, box in ends)
+        pen = ImageDraw.Draw(thumbnail)
+        pen.rectangle((x0, y0, x1, y1), outline=(20, 20, 20), width=5)
+        if min(x1 - x0, y1 - y0) > 2:
+            pen.rectangle((x0 + 1, y0 + 1, x1 - 1, y1 - 1), outline=(255, 210, 40), width=3)
     return thumbnail
 
 
@@ -226,17 +231,6 @@ def jpeg_uri(thumbnail: Image.Image, side: int, quality: int) -> str:
 def _png_uri(image: Image.Image) -> str:
     image.save(content := io.BytesIO(), "PNG")
     return _data_uri("image/png", content.getvalue())
-
-
-def _draw_box(thumbnail: Image.Image, box: Box, x_scale: float, y_scale: float) -> None:
-    """Draws a box, given in pixels of the whole image, on its thumbnail: a light line between dark ones."""
-    right, bottom = thumbnail.width - 1, thumbnail.height - 1
-    x0, x1 = (min(max(x * x_scale, 0), right) for x in sorted(box[::2]))
-    y0, y1 = (min(max(y * y_scale, 0), bottom) for y in sorted(box[1::2]))
-    pen = ImageDraw.Draw(thumbnail)
-    pen.rectangle((x0, y0, x1, y1), outline=(20, 20, 20), width=5)
-    if min(x1 - x0, y1 - y0) > 2:
-        pen.rectangle((x0 + 1, y0 + 1, x1 - 1, y1 - 1), outline=(255, 210, 40), width=3)
 
 
 def _data_uri(kind: str, content: bytes) -> str:

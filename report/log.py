@@ -4,7 +4,6 @@ import importlib.metadata
 import logging
 import platform
 import sys
-from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
@@ -28,18 +27,12 @@ class _LogFile(logging.FileHandler):
 
 
 class _Screen(logging.StreamHandler):
-    """Log lines on the screen. The reader may close the pipe; any other screen that cannot be written is left out."""
+    """Log lines on the screen, see report.command: only a pipe that its reader has closed raises an exception."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        error = sys.exc_info()[1]
-        if isinstance(error, BrokenPipeError):
+        if isinstance(sys.exc_info()[1], BrokenPipeError):
             raise
-        if isinstance(error, OSError):
-            logging.root.removeHandler(self)
-            with suppress(OSError):
-                print(f"the screen cannot be written ({error.strerror}); see the log file", file=sys.stderr)
-        else:
-            super().handleError(record)
+        super().handleError(record)
 
 
 class _OneLine(logging.Formatter):
@@ -70,7 +63,6 @@ def start_log(path: Path, config: dict[str, Any], screen: TextIO | None = None) 
             f"cannot write {path.absolute()} ({error.strerror}); start from a folder that you can write to"
         ) from None
     file.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
-    # The screen is the last, so that no other handler misses a line when it is removed.
     logging.basicConfig(level=logging.INFO, handlers=[file, lines], force=True)
     versions = package_versions()
     date, command = datetime.now().isoformat(timespec="seconds"), command_line()

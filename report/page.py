@@ -22,7 +22,7 @@ from extraction.images import ImageError, ImageFile
 from model.errors import InputError, short_list
 from modules.explanation import Explanation, explain
 from modules.reranking import SuperGlobalReranker
-from report.drawing import MatchDrawing, draw_curves, draw_match, jpeg_uri, read_thumbnail
+from report.drawing import MatchDrawing, draw_curves, jpeg_uri, read_thumbnail
 from report.results import Evaluated, at_k_in_words
 from revisitop.dataset import Dataset
 from revisitop.evaluate import Metrics, query_values
@@ -223,10 +223,13 @@ def evaluated_section(evaluated: Evaluated) -> Section:
         explanation = evaluated.explanations.get(i)
         ids = evaluated.rankings["retrieval"].ids[i].tolist()
         candidates = candidates_of(explanation, dataset, i, ids, evaluated.distractors) if explanation else {}
-        queries.append(Query(name, image, rankings, aps, explanation, candidates, _match_drawing(evaluated, i)))
+        queries.append(Query(name, image, rankings, aps, explanation, candidates, evaluated.matches.get(i)))
     measure = dataset.protocols[0].measure
     value = measure.main_title if measure.main_is_at_k else "AP"
     which = " (Medium)" if dataset.protocols == REVISITED_PROTOCOLS else ""
+    first, *_, last = 2 * [metrics.get("M", next(iter(metrics.values()))).ap for metrics in evaluated.metrics.values()]
+    ties = np.nan_to_num(first if len(evaluated.metrics) == 1 else -np.abs(last - first), nan=math.inf)
+    queries = [queries[i] for i in np.argsort(ties, kind="stable")]  # AP orders those of equal recall@1
     if len(evaluated.rankings) > 1:
         queries.sort(key=lambda query: max(map(abs, query.changes.values()), default=-1), reverse=True)
         order = f"The queries whose {value}{which} reranking changed most, up or down, come first."
@@ -244,17 +247,6 @@ def evaluated_section(evaluated: Evaluated) -> Section:
         dataset.name, queries, order, evaluated.metrics, f"{note}.", facts.get("note", ""),
         plots=plots, caption=caption, value=value,
     )  # fmt: skip
-
-
-def _match_drawing(evaluated: Evaluated, query: int) -> MatchDrawing | None:
-    """Draws where the explained result matches its query; None if it is unknown, or an image cannot be read."""
-    if query not in evaluated.matches:
-        return None
-    dataset, place = evaluated.dataset, evaluated.explanations[query].before
-    number = int(evaluated.rankings["retrieval"].ids[query, place])
-    size = len(dataset.database)
-    result = dataset.database[number] if number < size else evaluated.distractors[number - size]
-    return draw_match(evaluated.matches[query], [dataset.queries[query].read(), result.read()])
 
 
 def explain_largest(
@@ -374,8 +366,11 @@ def write_report(page: Page, folder: Path) -> Path:
     """
     page = replace(page, sections=_first_queries(page.sections))
     originals = _read_images(page.sections)
+    template = environment().get_template("page.html")
     for side, quality in _SIZES:
-        html = _render(page, originals, side, quality)
+        uris = {key: jpeg_uri(original, key[1] * side, quality) for key, original in originals.items()}
+        text = template.render(page=page, uri=lambda *key, uris=uris: uris.get(key), query_scale=_QUERY_SCALE)
+        html = text.encode("utf-8", errors="replace")  # a file name need not be valid UTF-8
         if len(html) < PAGE_BYTES:
             break
     path = folder / "index.html"
@@ -385,19 +380,6 @@ def write_report(page: Page, folder: Path) -> Path:
     except (InputError, OSError) as error:
         raise InputError(f"the report {path} is missing, all other results are kept ({error})") from None
     return path
-
-
-def _render(page: Page, originals: Mapping[tuple[ImageFile, int], Image.Image], side: int, quality: int) -> bytes:
-    """Returns the page with thumbnails of this size."""
-    thumbnails = {
-        (image, scale): jpeg_uri(original, scale * side, quality) for (image, scale), original in originals.items()
-    }
-
-    def uri(image: ImageFile, scale: int) -> str | None:
-        return thumbnails.get((image, scale))
-
-    html = environment().get_template("page.html").render(page=page, uri=uri, query_scale=_QUERY_SCALE)
-    return html.encode("utf-8", errors="replace")  # a file name need not be valid UTF-8
 
 
 def environment() -> jinja2.Environment:

@@ -12,7 +12,7 @@ import numpy as np
 from extraction.images import ImageFile
 from extraction.store import write_json
 from modules.explanation import Explanation
-from modules.matching import Match
+from report.drawing import MatchDrawing
 from revisitop.bootstrap import CONFIDENCE, Difference, paired_difference
 from revisitop.dataset import Dataset
 from revisitop.evaluate import Metrics
@@ -79,7 +79,7 @@ class Evaluated:
     Attributes:
         facts: further facts about the run on this dataset, for results.json.
         explanations: explanations of results for the page, by the number of their query.
-        matches: where these results match the query, by its number, as far as it is known.
+        matches: drawings of where these results match the query, by its number, as far as they are known.
         distractors: the images of the distractors, which follow the database, as far as they are known.
     """
 
@@ -88,7 +88,7 @@ class Evaluated:
     metrics: dict[str, dict[str, Metrics]]
     facts: dict[str, Any] = field(default_factory=dict)
     explanations: Mapping[int, Explanation] = field(default_factory=dict)
-    matches: Mapping[int, Match] = field(default_factory=dict)
+    matches: Mapping[int, MatchDrawing] = field(default_factory=dict)
     distractors: Sequence[ImageFile] = ()
 
     def pair(self, a: str, b: str, protocol: str) -> PairedValues:
@@ -206,9 +206,5 @@ def summary(results: list[Evaluated]) -> Iterator[str]:
 def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Returns the lines of a table in Markdown, given its cells, the heading first."""
     heading, *others = rows
-    return [markdown(each) for each in (heading, ["---"] * len(heading), *others)]
-
-
-def markdown(cells: Sequence[str]) -> str:
-    """Returns a row of a table in Markdown."""
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    lines = [[cell.replace("|", "\\|") for cell in cells] for cells in (heading, ["---"] * len(heading), *others)]
+    return [f"| {' | '.join(cells)} |" for cells in lines]

@@ -215,7 +215,8 @@ def _built(database: Database, factory: str) -> Any:
         for first, chunk in database.chunks(_ROWS):
             rows = np.ascontiguousarray(chunk.float().cpu().numpy())
             _check_finite(rows, range(first, first + len(rows)))
-            with _faiss_errors(f"the index {factory} cannot be filled"):
+            hint = "; leave IDMap out, rows are numbered from 0" if "IDMap" in factory else ""
+            with _faiss_errors(f"the index {factory} cannot be filled{hint}"):
                 index.add(rows)
             bar.update(len(rows))
     log.info("index %s of %d rows: built in %.1f s", factory, n, time.perf_counter() - start)

@@ -59,7 +59,9 @@ def read_csv_dataset(name: str, folder: Path) -> Dataset:
     if strangers:
         raise InputError(f"{solution}: {len(strangers)} queries are not in {listed.name} ({short_list(strangers)})")
     if unknown:
-        raise InputError(f"{solution}: {len(unknown)} images are not in {index.name} ({short_list(unknown)})")
+        suffixed = last_places(ids.array, NameList([f"{unknown[0]}.jpg"]).array)[0] >= 0
+        hint = "; its ids end with .jpg" if suffixed else ""
+        raise InputError(f"{solution}: {len(unknown)} images are not in {index.name} ({short_list(unknown)}){hint}")
     if queries and (without := [query for query in boxes if query not in relevant and query not in ignored]):
         raise InputError(f"{solution} has no line for {len(without)} queries of {queries.name} ({short_list(without)})")
     if not relevant:
@@ -187,9 +189,8 @@ def _rows(path: Path, *columns: str, unique: bool = True) -> Iterator[tuple[str,
     try:
         header = [name.strip() for name in lines.fieldnames or []]
         if missing := [name for name in columns if name not in header]:
-            raise InputError(
-                f"{path}: the first line must be a header with {', '.join(columns)}; {missing[0]} is missing"
-            )
+            words = f"{path}: the first line must be a header with {', '.join(columns)}; {missing[0]} is missing"
+            raise InputError(f"{words}, it has {', '.join(header) or 'nothing'}")
         lines.fieldnames = header
         for row in lines:
             if None in row or any(row[name] is None for name in columns):

@@ -49,6 +49,11 @@ class Finding(NamedTuple):
         return printable(f"{MARKS[self.ok]} {self.text}")
 
 
+def checked(ok: bool, text: str, advice: str, *mistakes: str) -> Finding:
+    """Returns a tick, or a problem with what to do about it, see Finding."""
+    return Finding(bool(ok), text if ok else f"{text}; {advice}", mistakes)
+
+
 class Header(NamedTuple):
     """The upright size of an image, and whether EXIF turns it, from its header."""
 
@@ -70,8 +75,8 @@ def main(argv: list[str]) -> None:
         print(advice)
     findings = list(check_dataset(dataset, args.decode))
     print(*findings, sep="\n")
-    if problems := [finding.text for finding in findings if finding.ok is False]:
-        raise InputError(f"{args.name}: {short_list(problems, 20)}")
+    if any(finding.ok is False for finding in findings):
+        raise InputError(f"{args.name}: see the lines with {MARKS[False]}")
 
 
 def in_words(dataset: Dataset) -> Iterator[str]:
@@ -86,10 +91,9 @@ def in_words(dataset: Dataset) -> Iterator[str]:
         yield f"queries by usage: {', '.join(f'{usage} {count:,}' for usage, count in sorted(usages.items()))}"
     for kind in dataset.ground_truth[0].kinds:
         counts = np.array([len(truth.kinds[kind]) for truth in dataset.ground_truth])
-        yield (
-            f"{kind}: {counts.sum():,} in all, {counts.min():,} to {counts.max():,} per query, "
-            f"median {np.median(counts):g}; {(counts == 0).sum():,} queries without"
-        )
+        each = f"{counts.min():,} to {counts.max():,} per query, median {np.median(counts):g}"
+        each = each if np.ptp(counts) else f"{counts[0]:,} per query"
+        yield f"{kind}: {counts.sum():,} in all, {each}; {(counts == 0).sum():,} queries without"
     measured = dict.fromkeys(each.measure for each in dataset.protocols)
     size = len(dataset.database)
     values = [f"{each.title}, {each.at}@{','.join(str(k) for k in each.kappas if k <= size)}" for each in measured]
@@ -129,17 +133,11 @@ def check_lists(dataset: Dataset, known: dict) -> Iterator[Finding]:
     """Yields the findings about the counts of a published dataset, and about its junk images."""
     again = download_again(dataset, f"gnd_{dataset.name}.pkl")
     counts, expected = (len(dataset.queries), len(dataset.database)), (known["queries"], known["images"])
-    words = f"{counts[0]} queries, {counts[1]:,} database images"
-    if counts == expected:
-        yield Finding(True, f"{words}, as published")
-    else:
-        yield Finding(False, f"{words}, but {expected[0]} and {expected[1]:,} are published; {again}")
+    words = f"{counts[0]} queries, {counts[1]:,} database images; {expected[0]} and {expected[1]:,} are published"
+    yield checked(counts == expected, words, again)
     junk = sum(len(truth.kinds.get("junk", ())) for truth in dataset.ground_truth)
-    if junk:
-        yield Finding(True, f"{junk:,} junk images are listed, which are ignored", ("junk",))
-    else:
-        words = "no query lists junk images, so that they count as negatives"
-        yield Finding(False, f"{words}; {again}", ("junk",))
+    words = f"{junk:,} junk images are listed, which are ignored" if junk else "no query lists junk images to ignore"
+    yield checked(junk > 0, words, again, "junk")
 
 
 def check_boxes(dataset: Dataset, headers: dict[Path, Header], cropped: bool = True) -> Finding:
@@ -154,13 +152,11 @@ def check_boxes(dataset: Dataset, headers: dict[Path, Header], cropped: bool = T
                 outside.append(f"{query.path.name}, {header.width} x {header.height}")
     if outside:
         words = f"{len(outside)} query boxes leave their images ({short_list(outside)}), which were resized or rotated"
-        return Finding(False, f"{words}; {download_again(dataset)}", ("EXIF", "resized"))
+        return checked(False, words, download_again(dataset), "EXIF", "resized")
     if whole == len(boxed):
         words = f"boxes: no query is cropped: {whole:,} have a box, which is the whole image"
-        if cropped:
-            again = download_again(dataset, f"gnd_{dataset.name}.pkl")
-            return Finding(False, f"{words}; {again}", ("no crop",))
-        return Finding(None, words)
+        again = download_again(dataset, f"gnd_{dataset.name}.pkl")
+        return checked(False, words, again, "no crop") if cropped else Finding(None, words)
     return Finding(True, f"boxes: {len(boxed):,} of {len(dataset.queries):,} queries have one, within its image",
                    ("no crop",))  # fmt: skip
 
@@ -168,11 +164,9 @@ def check_boxes(dataset: Dataset, headers: dict[Path, Header], cropped: bool = T
 def check_sizes(dataset: Dataset, headers: dict[Path, Header], side: int) -> Finding:
     """Returns whether the sizes of images can be those of the originals, most of which have this longer side."""
     sides = np.array([max(header.width, header.height) for header in headers.values()])
-    shares = f"{(sides == side).mean():.0%} of the images have a longer side of {side}, {(sides > side).sum():,} more"
-    if (sides > side).any() or (sides == side).mean() < 0.5:
-        words = f"{shares}: these are not the original sizes"
-        return Finding(False, f"{words}; {download_again(dataset)}", ("resized",))
-    return Finding(True, f"{shares}, as the originals have", ("resized",))
+    words = f"{(sides == side).mean():.0%} of the images have a longer side of {side}, {(sides > side).sum():,} more"
+    original = not (sides > side).any() and (sides == side).mean() >= 0.5
+    return checked(original, words, f"the originals have not; {download_again(dataset)}", "resized")
 
 
 def download_again(dataset: Dataset, name: str = "") -> str:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,6 +31,27 @@ from revisitop.dataset import Dataset
 log = logging.getLogger(__name__)
 
 
+class Results(NamedTuple):
+    """The results of a stage on a dataset: its name, and its metrics in percent by protocol."""
+
+    stage: str
+    metrics: dict[str, dict[str, Any]]
+
+    def main_values(self, protocol: str) -> tuple[str, dict[str, float]]:
+        """Returns the name of the main metric, and its value for each query in percent by name."""
+        metrics = self.metrics[protocol]
+        for key in metrics:
+            if key.endswith(OF_EACH_QUERY):
+                return key.removesuffix(OF_EACH_QUERY), metrics[key]
+        return next(key for key in metrics if key.startswith("mAP")), metrics["AP"]
+
+    def in_words(self, protocol: str) -> str:
+        """Returns the metrics in percent as text: mAP 81.00, mP@1 90.00, mP@5 85.50."""
+        return ", ".join(
+            f"{key} {value:.2f}" for key, value in self.metrics[protocol].items() if isinstance(value, float)
+        )
+
+
 @dataclass(frozen=True)
 class Run:
     """One stage of the results of a run.
@@ -39,50 +60,17 @@ class Run:
         letter: A or B.
         folder: the folder of the run.
         content: the content of its results.json.
-        wanted: the requested stage; "" for the last.
+        results: the results of the stage, by dataset.
     """
 
     letter: str
     folder: Path
     content: dict[str, Any]
-    wanted: str
-
-    @property
-    def datasets(self) -> dict[str, Any]:
-        return self.content["datasets"]
-
-    def stage(self, dataset: str) -> str:
-        """Returns the name of the stage.
-
-        Raises:
-            InputError: if the run has no such stage.
-        """
-        stages = [key for key, value in self.datasets[dataset].items() if is_stage(value)]
-        if self.wanted and self.wanted not in stages:
-            raise InputError(f"{self.folder}: {dataset} has no stage {self.wanted}; it has {', '.join(stages)}")
-        return self.wanted or stages[-1]
-
-    def protocols(self, dataset: str) -> dict[str, dict[str, Any]]:
-        """Returns the metrics in percent by protocol."""
-        values = self.datasets[dataset][self.stage(dataset)]
-        return {name: each for name, each in values.items() if isinstance(each, dict) and "AP" in each}
-
-    def main_values(self, dataset: str, protocol: str) -> tuple[str, dict[str, float]]:
-        """Returns the name of the main metric, and its value for each query in percent by name."""
-        metrics = self.protocols(dataset)[protocol]
-        for key in metrics:
-            if key.endswith(OF_EACH_QUERY):
-                return key.removesuffix(OF_EACH_QUERY), metrics[key]
-        return next(key for key in metrics if key.startswith("mAP")), metrics["AP"]
-
-    def in_words(self, dataset: str, protocol: str) -> str:
-        """Returns the metrics in percent as text: mAP 81.00, mP@1 90.00, mP@5 85.50."""
-        values = self.protocols(dataset)[protocol].items()
-        return ", ".join(f"{key} {value:.2f}" for key, value in values if isinstance(value, float))
+    results: dict[str, Results]
 
     def ids(self, dataset: str) -> np.ndarray:
         """Returns the first results, (Q, R). Raises InputError if they are not saved."""
-        path = self.folder / f"{dataset}_{self.stage(dataset).replace(' ', '_')}_ranks.npy"
+        path = self.folder / f"{dataset}_{self.results[dataset].stage.replace(' ', '_')}_ranks.npy"
         ids = read_arrays_of(path).only
         if ids is None or ids.ndim != 2 or ids.dtype.kind not in "iu":
             raise InputError(f"{path} has no rankings (Q, R)")
@@ -95,14 +83,14 @@ def main(argv: list[str]) -> None:
     line.add("run_b", metavar="RUN_B", help="the run to compare it with")
     args, cfg, given = line.parse(argv)
     a, b = read_run("A", args.run_a), read_run("B", args.run_b)
-    names = [name for name in a.datasets if name in b.datasets]
+    names = [name for name in a.results if name in b.results]
     if not names:
-        only_a, only_b = (", ".join(run.datasets) for run in (a, b))
+        only_a, only_b = (", ".join(run.results) for run in (a, b))
         raise InputError(f"{a.folder} has {only_a}, {b.folder} has {only_b}: no dataset is in both")
     session = start_session(cfg)
     for run, other in ((a, b), (b, a)):
         log.info("%s: %s, of %s", run.letter, run.folder, run.content.get("date", "unknown date"))
-        for name in (name for name in run.datasets if name not in other.datasets):
+        for name in sorted(run.results.keys() - other.results.keys()):
             log.warning("%s is only in %s", name, run.folder)
     options = differing_options(a, b)
     for key, values in options.items():
@@ -116,7 +104,7 @@ def main(argv: list[str]) -> None:
             log.info("%s", text)
         for run in (a, b):
             name, protocol = pairs.dataset, pairs.protocol
-            log.info("%s, %s, %s: %s", name, protocol, run.letter, run.in_words(name, protocol))
+            log.info("%s, %s, %s: %s", name, protocol, run.letter, run.results[name].in_words(protocol))
 
     before = {f"TEST.{key}": value for key, value in a.content.get("config", {}).get("TEST", {}).items()}
     cfg = varied(cfg, {key: before[key] for key in DATASET if key in before and key not in given})
@@ -146,18 +134,18 @@ def read_run(letter: str, text: str) -> Run:
         runs = sorted(each.parent for each in path.parent.glob("2*/results.json"))  # by their dates
         hint = f"the newest there is {runs[-1]}" if runs else "runs are folders in output/runs"
         raise InputError(f"{path} is not a run, which has a results.json; {hint}")
-    content = read_json(path / "results.json")
+    content, results = read_json(path / "results.json"), {}
     try:
-        stages = [value for dataset in content["datasets"].values() for value in dataset.values() if is_stage(value)]
-    except (KeyError, AttributeError, TypeError) as error:
+        for name, entry in content["datasets"].items():
+            stages = {key: value for key, value in entry.items() if isinstance(value, dict) and "seconds" in value}
+            if stage and stage not in stages:
+                raise InputError(f"{path}: {name} has no stage {stage}; it has {', '.join(stages)}")
+            last = stage or [*stages][-1]
+            protocols = {key: each for key, each in stages[last].items() if isinstance(each, dict) and "AP" in each}
+            results[name] = Results(last, protocols)
+    except (KeyError, AttributeError, TypeError, IndexError) as error:
         raise InputError(f"{path}/results.json is not from a run of test.py ({error})") from None
-    if not stages:
-        raise InputError(f"{path}/results.json has no results of a dataset")
-    return Run(letter, path.resolve() if path.is_symlink() else path, content, stage)
-
-
-def is_stage(value: Any) -> bool:
-    return isinstance(value, dict) and "seconds" in value
+    return Run(letter, path.resolve() if path.is_symlink() else path, content, results)
 
 
 def compare(a: Run, b: Run, name: str) -> list[PairedValues]:
@@ -166,10 +154,10 @@ def compare(a: Run, b: Run, name: str) -> list[PairedValues]:
     Raises:
         InputError: if the queries differ.
     """
-    protocols = [run.protocols(name) for run in (a, b)]
+    first, second = a.results[name], b.results[name]
     compared = []
-    for protocol in (each for each in protocols[0] if each in protocols[1]):
-        (metric, values_a), (other, values_b) = (run.main_values(name, protocol) for run in (a, b))
+    for protocol in (each for each in first.metrics if each in second.metrics):
+        (metric, values_a), (other, values_b) = (each.main_values(protocol) for each in (first, second))
         if metric != other:
             continue
         names = list(values_a)
@@ -178,7 +166,8 @@ def compare(a: Run, b: Run, name: str) -> list[PairedValues]:
         values = (np.array([of[each] for each in names], dtype=float) / 100 for of in (values_a, values_b))
         compared.append(PairedValues(name, protocol, metric, names, *values))
     if not compared:
-        raise InputError(f"{name} was evaluated by different protocols: {' and '.join(map(', '.join, protocols))}")
+        words = " and ".join(", ".join(each.metrics) for each in (first, second))
+        raise InputError(f"{name} was evaluated by different protocols: {words}")
     return compared
 
 
@@ -219,7 +208,7 @@ def section(a: Run, b: Run, dataset: Dataset, results: Sequence[PairedValues]) -
     lines = [f"{each.protocol}: {each.difference}" for each in results]
     note = f"B - A in percentage points, with the {CONFIDENCE:.0%} interval: {'; '.join(lines)}."
     order = f"The queries whose {shown.metric} ({shown.protocol}) differs most come first."
-    headings = {run.letter: f"{run.letter}: {run.stage(name)} of {run.folder.name}" for run in (a, b)}
+    headings = {run.letter: f"{run.letter}: {run.results[name].stage} of {run.folder.name}" for run in (a, b)}
     return Section(name, queries, order, note=note, headings=headings, value=shown.metric.replace("mAP", "AP"))
 
 

@@ -41,14 +41,11 @@ def main(argv: list[str]) -> None:
     from assembly import start_session
     from tools.demo_steps import Galleries
 
-    if args.database is None:
-        if "TEST.DATASET_LIST" not in given:
-            cfg = varied(cfg, {"TEST.DATASET_LIST": ["toy"]})
-        if "TEST.SCALE_LIST" not in given and cfg.TEST.DATASET_LIST == ["toy"]:
-            cfg = varied(cfg, {"TEST.SCALE_LIST": 1})
-    elif not args.database.is_dir():
+    if args.database is None and "TEST.SCALE_LIST" not in given and cfg.TEST.DATASET_LIST == ["toy"]:
+        cfg = varied(cfg, {"TEST.SCALE_LIST": 1})
+    if args.database is not None and not args.database.is_dir():
         raise InputError(f"--database {args.database}: there is no such folder")
-    elif "TEST.DATASET_LIST" in given:
+    if args.database is not None and "TEST.DATASET_LIST" in given:
         raise InputError("--database and TEST.DATASET_LIST both select what is searched; give only one")
 
     session = start_session(cfg)
@@ -87,16 +84,13 @@ def parse(argv: list[str]) -> Parsed:
     instead = {"TEST.RERANKER": f"the page shows SuperGlobal; {here}", "TEST.REPORT": here}
     line = CommandLine(__doc__, uses, instead)
     line.add("--database", type=Path, metavar="FOLDER", help="your own images, also in subfolders [toy]")
-    line.add_flag(
-        "--weights", "TEST.WEIGHTS", metavar="PATH",
-        help="the checkpoint, or a folder in which exactly one fits the depth [./weights; random for toy]",
-    )  # fmt: skip
+    line.add_weights("./weights; random for toy")
     line.add("--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on; 0.0.0.0 for all [127.0.0.1]")
     line.add("--port", type=int, default=7860, metavar="N", help="port [7860]")
     line.add(
         "--share", action="store_true", help="create a public address on Gradio's servers, for everybody who knows it"
     )
-    return line.parse(argv)
+    return line.parse(argv, lambda args: {"TEST.DATASET_LIST": "toy"})
 
 
 def styles() -> str:

@@ -31,7 +31,7 @@ from report.page import SHOWN, Hit, candidates_of, first_hits
 from revisitop.dataset import Dataset
 from revisitop.evaluate import evaluate, query_values
 from revisitop.retrieve import Ranking, rerank, retrieve
-from tools.search import extract_folders
+from tools.search import extract_folders, folder_dataset
 
 MODULES = {"GeM+": "SupG.gemp", "Regional-GeM": "SupG.rgem", "Scale-GeM": "SupG.sgem", "ReLU+": "SupG.relup"}
 MOST_CANDIDATES = 1000  # largest M
@@ -285,23 +285,16 @@ class Galleries:
         key = name, frozenset(modules)
         with self._lock:
             if key not in self._galleries:
-                rows = self._folder_rows(key) if self.folder else self._dataset_rows(key)
+                recipe, cfg = self._recipe(key), self._cfg(modules)
+                if self.folder is None:
+                    rows = replace(self._experiments[name], cfg=cfg, recipe=recipe).descriptors()
+                else:  # whose dataset then contains the readable images only
+                    images = image_folder_set(self.folder, self.datasets[name].database, recipe, self.output)
+                    (readable,) = extract_folders([images], recipe, self.device, cfg)
+                    self.datasets[name] = folder_dataset(self.folder, readable.images)
+                    rows = readable.descriptors, Database(readable.descriptors)
                 self._galleries[key] = Gallery(self.datasets[name], *rows, key)
             return self._galleries[key]
-
-    def _dataset_rows(self, key: tuple) -> tuple[Tensor, Database]:
-        name, modules = key
-        experiment = replace(self._experiments[name], cfg=self._cfg(modules), recipe=self._recipe(key))
-        return experiment.descriptors()
-
-    def _folder_rows(self, key: tuple) -> tuple[Tensor, Database]:
-        """Returns the descriptors of the folder, whose dataset then contains the readable images only."""
-        name, modules = key
-        recipe = self._recipe(key)
-        images = image_folder_set(self.folder, self.datasets[name].database, recipe, self.output)
-        (readable,) = extract_folders([images], recipe, self.device, self._cfg(modules))
-        self.datasets[name] = folder_dataset(self.folder, readable.images)
-        return readable.descriptors, Database(readable.descriptors)
 
     def _recipe(self, key: tuple) -> Recipe:
         """Returns the recipe for a gallery; only few keep their network in memory."""
@@ -344,13 +337,6 @@ class Galleries:
         with self._lock:
             match = match_images(self._recipe(gallery.key), self.device, *images)
         return draw_match(match, images)
-
-
-def folder_dataset(folder: Path, images: Sequence[ImageFile]) -> Dataset:
-    """Returns the images of a folder as a dataset without ground truth, in which each image is a query."""
-    names = [str(image.path.relative_to(folder)) for image in images]
-    title = folder.resolve().name or str(folder)
-    return Dataset(title, folder, images, images, [], (), "folder", names, names, np.arange(len(names)))
 
 
 @lru_cache(maxsize=20_000)

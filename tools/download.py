@@ -79,33 +79,22 @@ class Item:
     bad_images: Callable[[], list[str]] = list
     advice: str = ""
 
-    def packed(self) -> list[File]:
-        """Returns the archives that are not unpacked yet."""
-        return [file for file in self.archives if file.target.name not in unpacked_names(file.folder)]
-
     def needed(self) -> list[File]:
-        """Returns what is to be downloaded. Raises InputError if an existing list is invalid."""
+        """Returns what is to be downloaded or unpacked. Raises InputError if an existing list is invalid."""
         missing = [file for file in self.files if not file.target.exists()]
-        packed = self.packed()
+        packed = [file for file in self.archives if file.target.name not in unpacked_names(file.folder)]
         return missing + (packed if packed and (missing or self.bad_images()) else [])
-
-    def by_hand(self) -> str:
-        """Returns the addresses of what is to be downloaded, and where it belongs, in a line."""
-        files = [f"{file.hosts[0]}/{file.path} as {file.target}" for file in self.needed() if not file.target.exists()]
-        return f"get {short_list(files)}{self.advice}"
 
     def get(self, fetcher: Fetcher) -> list[str]:
         """Verifies, downloads and unpacks what is needed, and returns why it is not complete, a line each."""
         try:
-            if problems := self.fetch(fetcher, self.files):
+            if problems := self.fetch(fetcher, self.files) or self.fetch(fetcher, self.needed()):
                 return problems
             bad = self.bad_images()
-            if bad and (packed := self.packed()):
-                if problems := self.fetch(fetcher, packed):
-                    return problems
-                bad = self.bad_images()
         except ConnectionError as error:
-            return [f"{error}; {self.by_hand()}"]
+            files = [file for file in self.needed() if not file.target.exists()]
+            places = short_list([f"{file.hosts[0]}/{file.path} as {file.target}" for file in files])
+            return [f"{error}; get {places}{self.advice}"]
         except (InputError, OSError) as error:
             return [str(error)]
         lists = " and ".join(dict.fromkeys(str(file.folder / UNPACKED) for file in self.archives))
@@ -131,16 +120,14 @@ class Item:
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    items = [
-        make_item(name, args.data_dir, args.weights_dir, args.all_test_images) for name in dict.fromkeys(args.items)
-    ]
-    download = Download(items, args.mirror)
+    names, folders = dict.fromkeys(args.items), (args.data_dir, args.weights_dir)
+    download = Download([make_item(name, *folders, args.all_test_images) for name in names], args.mirror)
     if incomplete := download.get():
-        raise InputError(
-            f"not complete: {', '.join(incomplete)}; see above, and start the same command again to resume"
-        )
+        words = "see above, and start the same command again to resume"
+        raise InputError(f"not complete: {', '.join(incomplete)}; {words}")
     if not download.needed:
         print("everything is complete already, nothing was downloaded")
+    print("complete: every file is there and can be read; python -m tools.verify compares them with what is published")
 
 
 class Download:
@@ -170,12 +157,12 @@ class Download:
         if self.needed and not self.offline:
             print(f"to download: {self.size / 1e9:,.3f} GB")
 
-    def get(self) -> dict[str, str]:
-        """Downloads the items, prints what each is missing, and returns it for those that are not complete."""
-        incomplete = {}
+    def get(self) -> list[str]:
+        """Downloads the items, prints what each is missing, and returns the names of those that are not complete."""
+        incomplete = []
         for item in self.items:
             if problems := item.get(self.fetcher):
-                incomplete[item.name] = "; ".join(problems)
+                incomplete.append(item.name)
                 print(*(f"{item.name}: {problem}" for problem in problems), sep="\n", file=sys.stderr)
             else:
                 print(f"{item.name} is complete")

@@ -44,10 +44,7 @@ def parse(argv: list[str]) -> Parsed:
     line.add("first", type=Path, metavar="A", help="an image")
     line.add("second", type=Path, metavar="B", help="another image")
     line.add("--out", type=png, required=True, metavar="FILE.png", help="where both are drawn with their maps")
-    line.add_flag(
-        "--weights", "TEST.WEIGHTS", metavar="PATH",
-        help="the checkpoint, or a folder in which exactly one fits the depth [./weights]",
-    )  # fmt: skip
+    line.add_weights()
     return line.parse(argv)
 
 

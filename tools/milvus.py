@@ -10,9 +10,8 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model.errors import InputError
-from modules.checks import as_tensor
 from revisitop.index import IndexedDatabase, by_cosine
 
 log = logging.getLogger(__name__)
@@ -28,174 +26,108 @@ log = logging.getLogger(__name__)
 _FIELDS = {"key", "name", "content", "vector"}
 _ASKED = 16000  # entities per request; Milvus allows 16384, and Milvus Lite reads all of them for each request
 _SENT_BYTES = 4 << 20  # of vectors per upload
-_GOT_BYTES = 32 << 20  # of vectors per download
-_KEPT_BYTES = 1 << 30  # of vectors of candidates that are kept after a search
+_QUERIES = 100  # per search
 _NAME_BYTES = 16384
 _TIMEOUT = 20.0  # seconds until a server counts as unreachable
 
 
-@dataclass(frozen=True)
-class Milvus:
-    """An open connection to Milvus.
+def connect(uri: str) -> Any:
+    """Returns the client of a file NAME.db, or of a server, whose token is the environment variable MILVUS_TOKEN.
 
-    Attributes:
-        uri: a file NAME.db, or the address of a server.
-        client: the client of pymilvus.
+    Raises:
+        InputError: if pymilvus is not installed, or the server does not answer.
     """
-
-    uri: str
-    client: Any
-
-    @classmethod
-    def connect(cls, uri: str) -> "Milvus":
-        """Connects to the file or the server; the token for a server is the environment variable MILVUS_TOKEN.
-
-        Raises:
-            InputError: if pymilvus is not installed, or the server does not answer.
-        """
-        try:
-            import pymilvus
-        except ImportError:
-            raise InputError("Milvus needs its client: pip install pymilvus milvus-lite") from None
-        logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # its messages are also raised
-        with _milvus_errors(uri):
-            token = os.environ.get("MILVUS_TOKEN", "")
-            return cls(uri, pymilvus.MilvusClient(uri, token=token, timeout=_TIMEOUT))
-
-    def collection(self, name: str, dim: int) -> None:
-        """Creates the collection if it is missing, and prepares it for search.
-
-        Raises:
-            InputError: if it exists with other contents.
-        """
-        from pymilvus import DataType
-
-        with _milvus_errors(self.uri):
-            if self.client.has_collection(name):
-                fields = {field["name"]: field for field in self.client.describe_collection(name)["fields"]}
-                width = fields.get("vector", {}).get("params", {}).get("dim")
-                if fields.keys() != _FIELDS or int(width or 0) != dim:
-                    raise InputError(
-                        f"the collection {name} in {self.uri} belongs to another database "
-                        f"({', '.join(fields)}; {width} dimensions, not {dim}): drop it, or give another address"
-                    )
-                self.client.load_collection(name)
-                return
-            schema = self.client.create_schema(auto_id=False)
-            schema.add_field("key", DataType.VARCHAR, is_primary=True, max_length=64)
-            schema.add_field("name", DataType.VARCHAR, max_length=_NAME_BYTES)
-            schema.add_field("content", DataType.VARCHAR, max_length=64)
-            schema.add_field("vector", DataType.FLOAT_VECTOR, dim=dim)
-            index = self.client.prepare_index_params()
-            index.add_index("vector", index_type="FLAT", metric_type="IP")
-            self.client.create_collection(name, schema=schema, index_params=index, consistency_level="Strong")
-
-    def update(self, collection: str, names: Sequence[str], rows: Tensor) -> "MilvusDatabase":
-        """Updates the collection so that it contains exactly these images, and returns it as a database.
-
-        Args:
-            names: the names of the N images, each once.
-            rows: (N, D), their descriptors, float32.
-
-        Raises:
-            InputError: if the collection belongs to another database, or the server fails; the next update resumes.
-        """
-        self.collection(collection, rows.shape[1])
-        keys = [_digest(os.fsencode(name)) for name in names]
-        contents = [_digest(row.numpy().tobytes()) for row in rows]
-        with _milvus_errors(self.uri):
-            before = self._contents(collection)
-            gone = sorted(before.keys() - set(keys))
-            for start in range(0, len(gone), _ASKED):
-                self.client.delete(collection, ids=gone[start : start + _ASKED])
-            fresh = [i for i, key in enumerate(keys) if before.get(key) != contents[i]]
-            size = max(1, _SENT_BYTES // (4 * rows.shape[1]))
-            for start in tqdm(range(0, len(fresh), size), desc=f"into {self.uri}", unit="block", dynamic_ncols=True):
-                self.client.upsert(
-                    collection,
-                    [
-                        {"key": keys[i], "name": _text(names[i]), "content": contents[i], "vector": rows[i].numpy()}
-                        for i in fresh[start : start + size]
-                    ],
-                )
-        log.info(
-            "%s, collection %s: %d images new or changed, %d removed, %d unchanged",
-            self.uri, collection, len(fresh), len(gone), len(keys) - len(fresh),
-        )  # fmt: skip
-        return MilvusDatabase(self, collection, rows, keys)
-
-    def _contents(self, collection: str) -> dict[str, str]:
-        """Returns the contents of the collection by key."""
-        found, pages = {}, self.client.query_iterator(collection, _ASKED, output_fields=["key", "content"])
-        while page := pages.next():
-            found |= {entity["key"]: entity["content"] for entity in page}
-        pages.close()
-        return found
+    try:
+        import pymilvus
+    except ImportError:
+        raise InputError("Milvus needs its client: pip install pymilvus milvus-lite") from None
+    logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # its messages are also raised
+    with _milvus_errors(uri):
+        return pymilvus.MilvusClient(uri, token=os.environ.get("MILVUS_TOKEN", ""), timeout=_TIMEOUT)
 
 
 class MilvusDatabase(IndexedDatabase):
-    """A collection as a database: candidates and rows come from Milvus, numbered like the images.
+    """Images in a collection of Milvus, which provides the candidates; their rows are those of the descriptors.
 
     Args:
-        milvus: the connection.
-        collection: the name of the collection.
-        rows: (N, D), the descriptors of the images in their order.
-        keys: the keys of the images.
+        client: the client of pymilvus.
+        uri: its file or server.
+        collection: the name of the collection, which is created if it is missing.
+        names: the names of the N images, each once.
+        rows: (N, D), their descriptors, float32.
+
+    Raises:
+        InputError: if the collection has other contents, or the server fails.
     """
 
-    def __init__(self, milvus: Milvus, collection: str, rows: Tensor, keys: Sequence[str]):
+    def __init__(self, client: Any, uri: str, collection: str, names: Sequence[str], rows: Tensor):
         super().__init__(rows)
-        self.milvus, self.collection, self.keys = milvus, collection, list(keys)
-        self.numbers = {key: number for number, key in enumerate(keys)}
-        self._recent: dict[int, Tensor] = {}
+        self.client, self.uri, self.collection = client, uri, collection
+        self.numbers = {_digest(os.fsencode(name)): number for number, name in enumerate(names)}
+        with _milvus_errors(uri):
+            self._open()
+            self._update(names)
+
+    def _open(self) -> None:
+        """Prepares the collection for search, after creating it if it is missing."""
+        from pymilvus import DataType
+
+        if self.client.has_collection(self.collection):
+            fields = {field["name"]: field for field in self.client.describe_collection(self.collection)["fields"]}
+            width = fields.get("vector", {}).get("params", {}).get("dim")
+            if fields.keys() != _FIELDS or int(width or 0) != self.dim:
+                raise InputError(
+                    f"the collection {self.collection} in {self.uri} belongs to another database "
+                    f"({', '.join(fields)}; {width} dimensions, not {self.dim}): drop it, or give another address"
+                )
+            self.client.load_collection(self.collection)
+            return
+        schema = self.client.create_schema(auto_id=False)
+        schema.add_field("key", DataType.VARCHAR, is_primary=True, max_length=64)
+        schema.add_field("name", DataType.VARCHAR, max_length=_NAME_BYTES)
+        schema.add_field("content", DataType.VARCHAR, max_length=64)
+        schema.add_field("vector", DataType.FLOAT_VECTOR, dim=self.dim)
+        index = self.client.prepare_index_params()
+        index.add_index("vector", index_type="FLAT", metric_type="IP")
+        self.client.create_collection(self.collection, schema=schema, index_params=index, consistency_level="Strong")
+
+    def _update(self, names: Sequence[str]) -> None:
+        """Updates the collection so that it contains exactly these images; an interrupted update is resumed."""
+        (rows,), keys = self.parts, list(self.numbers)
+        contents = [_digest(row.numpy().tobytes()) for row in rows]
+        before, pages = {}, self.client.query_iterator(self.collection, _ASKED, output_fields=["key", "content"])
+        while page := pages.next():
+            before |= {entity["key"]: entity["content"] for entity in page}
+        pages.close()
+        gone = sorted(before.keys() - self.numbers.keys())
+        for start in range(0, len(gone), _ASKED):
+            self.client.delete(self.collection, ids=gone[start : start + _ASKED])
+        fresh = [i for i, key in enumerate(keys) if before.get(key) != contents[i]]
+        size = max(1, _SENT_BYTES // (4 * self.dim))
+        for start in tqdm(range(0, len(fresh), size), desc=f"into {self.uri}", unit="block", dynamic_ncols=True):
+            self.client.upsert(
+                self.collection,
+                [
+                    {"key": keys[i], "name": _text(names[i]), "content": contents[i], "vector": rows[i].numpy()}
+                    for i in fresh[start : start + size]
+                ],
+            )
+        log.info(
+            "%s, collection %s: %d images new or changed, %d removed, %d unchanged",
+            self.uri, self.collection, len(fresh), len(gone), len(keys) - len(fresh),
+        )  # fmt: skip
 
     def find(self, queries: Tensor, m: int) -> tuple[Tensor, Tensor]:
         """Returns the candidates of Milvus, sorted by their exact cosine, see IndexedDatabase."""
         ids = torch.full((len(queries), m), -1, dtype=torch.int64)
-        self._recent = {}
-        block = max(1, _GOT_BYTES // (4 * self.dim * m))
-        with _milvus_errors(self.milvus.uri):
-            for start in range(0, len(queries), block):
-                data = list(queries[start : start + block].numpy())
-                found = self.milvus.client.search(self.collection, data=data, limit=m, output_fields=["key", "vector"])
+        with _milvus_errors(self.uri):
+            for start in range(0, len(queries), _QUERIES):
+                data = list(queries[start : start + _QUERIES].numpy())
+                found = self.client.search(self.collection, data=data, limit=m, output_fields=["key"])
                 for row, hits in zip(ids[start:], found, strict=False):
-                    known = [hit["entity"] for hit in hits if hit["key"] in self.numbers]
-                    row[: len(known)] = torch.tensor([self.numbers[each["key"]] for each in known], dtype=torch.int64)
-                    self._keep(known)
+                    numbers = [self.numbers[hit["key"]] for hit in hits if hit["key"] in self.numbers]
+                    row[: len(numbers)] = torch.tensor(numbers, dtype=torch.int64)
         return by_cosine(queries, ids, self)
-
-    def rows(self, ids: Any) -> Any:
-        """Returns the rows with these numbers from Milvus, see Database.rows."""
-        if not isinstance(ids, Tensor):
-            return self.rows(as_tensor(ids, "ids")).numpy()
-        unique, inverse = ids.flatten().cpu().unique(return_inverse=True)
-        rows = torch.empty(len(unique), self.dim)
-        block = max(1, min(_ASKED, _GOT_BYTES // (4 * self.dim)))
-        for part, out in zip(unique.split(block), rows.split(block), strict=True):
-            numbers = part.tolist()
-            known = {number: self._recent[number] for number in numbers if number in self._recent}
-            known |= self._got([number for number in numbers if number not in known])
-            for place, number in enumerate(numbers):
-                out[place] = known[number]
-        return rows[inverse].view(*ids.shape, self.dim)
-
-    def _keep(self, entities: Sequence[Mapping[str, Any]]) -> None:
-        """Keeps the vectors of candidates, which a reranker will need, while there is room."""
-        for entity in entities:
-            if len(self._recent) * 4 * self.dim < _KEPT_BYTES:
-                self._recent[self.numbers[entity["key"]]] = torch.as_tensor(entity["vector"], dtype=torch.float32)
-
-    def _got(self, numbers: list[int]) -> dict[int, Tensor]:
-        """Requests the rows with these numbers from Milvus."""
-        if not numbers:
-            return {}
-        keys = [self.keys[number] for number in numbers]
-        with _milvus_errors(self.milvus.uri):
-            got = self.milvus.client.get(self.collection, ids=keys, output_fields=["key", "vector"])
-        rows = {self.numbers[each["key"]]: torch.as_tensor(each["vector"], dtype=torch.float32) for each in got}
-        if len(rows) < len(numbers):
-            raise InputError(f"{self.milvus.uri} has lost images of {self.collection}; start again to restore them")
-        return rows
 
 
 def collection_name(name: str) -> str:

@@ -23,14 +23,13 @@ from typing import NamedTuple
 
 from yacs.config import CfgNode
 
-from assembly import DEFAULT_WEIGHTS, Session, prepare, start_session
+from assembly import DEFAULT_WEIGHTS, Session, find_dataset, prepare, rankings_of, start_session
 from config import INDEX, LOADING, NETWORK, RERANKING, CommandLine, Parsed, as_typed, make_config, option_values, varied
 from extraction.files import read_json, write_json
 from model.cvnet import STAGE_DEPTHS
 from model.errors import InputError
 from report.command import run_command
-from report.results import markdown
-from revisitop.evaluate import evaluate
+from report.results import markdown_table
 from revisitop.published import find_figures, published
 from tools.causes import MISTAKES, Pattern, causes, differs
 from tools.check import Finding
@@ -84,66 +83,58 @@ class Outcome:
 def main(argv: list[str]) -> None:
     args, cfg, given = parse(argv)
     session = start_session(cfg, sys.stderr)
-    missing = download(args, cfg)
+    for name in {*cfg.TEST.DATASET_LIST} - published()["datasets"].keys():
+        find_dataset(cfg, name)  # raises before the work; the published ones are downloaded
+    depths = [cfg.MODEL.DEPTH] if "MODEL.DEPTH" in given else list(STAGE_DEPTHS)
+    missing = download(args, cfg, depths)
     log.info("verifying the machine, the data and the weights")
     findings = verify(cfg)
     for finding in findings:
         log.info("%s", finding)
     outcomes = []
     for million in (False, True) if args.million else (False,):
-        for depth in args.depth or list(STAGE_DEPTHS):
-            problem = missing.get("revisitop1m", "") or extract_million(cfg, given, depth) if million else ""
+        for depth in depths:
+            failure = missing.get("revisitop1m", "") or extract_million(cfg, given, depth) if million else ""
             for name in cfg.TEST.DATASET_LIST:
-                part, why = Part(depth, name, million), missing.get(name, "") or problem
-                outcomes.append(Outcome(part, problem=why) if why else run_part(part, cfg, session))
-    lines = [
-        *table(outcomes),
-        *failures(outcomes),
-        "",
-        *conditions(session, findings),
-        "",
-        *explanation(outcomes, cfg, findings),
-    ]
-    text, run = "\n".join([*lines, ""]), session.output.new_run("reproduce")
+                part, problem = Part(depth, name, million), missing.get(name, "") or failure
+                outcomes.append(Outcome(part, problem=problem) if problem else run_part(part, cfg, session))
+    parts = table(outcomes), failures(outcomes), conditions(session, findings), explanation(outcomes, cfg, findings)
+    text, run = "\n\n".join("\n".join(part) for part in parts if part) + "\n", session.output.new_run("reproduce")
     (run / "reproduce.md").write_text(text, encoding="utf-8")
     session.output.publish(run)
     print(text)
     log.info("this text, ready to be posted, is in %s", run / "reproduce.md")
     if failed := [str(each.part) for each in outcomes if each.problem]:
         raise InputError(f"failed: {', '.join(failed)}; see above, and start the same command again to resume")
+    if any(differs(each.pattern) for each in outcomes):
+        sys.exit(1)
 
 
 def parse(argv: list[str]) -> Parsed:
-    instead = dict.fromkeys(("MODEL.DEPTH", "SupG.onemeval", "TEST.DISTRACTORS"), "it has --depth and --million")
+    instead = dict.fromkeys(("SupG.onemeval", "TEST.DISTRACTORS"), "it has --million")
     instead |= dict.fromkeys(("MODEL.NAME", "TEST.FEATURES", "TEST.REPORT", "TEST.RERANKER"), "use test.py")
     line = CommandLine(__doc__, instead=instead)
     line.add(
         "--million", action="store_true", help="also with a million distractors, which are downloaded and extracted"
     )
-    line.add("--depth", type=int, action="append", choices=STAGE_DEPTHS, help="only this network [both]")
+    line.add_flag("--depth", "MODEL.DEPTH", type=int, choices=STAGE_DEPTHS, help="only this network [both]")
     line.add("--yes", action="store_true", help="download what is missing without a question")
     line.add("--mirror", metavar="URL", help="a mirror to try first, see tools.download")
-    parsed = line.parse(argv)
-    for key in ("MODEL.DEPTH", "SupG.onemeval"):
-        if key in parsed.given:
-            raise InputError(
-                f"{key} is not an option of this command; --depth selects a network, --million distractors"
-            )
-    return parsed
+    return line.parse(argv)
 
 
-def download(args: argparse.Namespace, cfg: CfgNode) -> dict[str, str]:
-    """Downloads what is missing after a question, and returns why each item is not complete, if it is not."""
+def download(args: argparse.Namespace, cfg: CfgNode, depths: Sequence[int]) -> dict[str, str]:
+    """Downloads what is missing after a question, and returns what to say of each item that is not complete."""
     data, weights = Path(cfg.TEST.DATA_DIR), weights_folder(cfg)
     names = [name for name in cfg.TEST.DATASET_LIST if name in published()["datasets"]]
     names += ["features"] if names else []
     names += ["weights"] * (not weights.is_file()) + ["revisitop1m"] * args.million
-    depths = args.depth or STAGE_DEPTHS
     plan = Download([make_item(name, data, weights, depths=depths) for name in names], args.mirror)
     if not plan.needed:
         return {}
     agreed = plan.offline or args.yes or confirmed(f"download {plan.size / 1e9:,.1f} GB to {data} and {weights}?")
-    return plan.get() if agreed else {}
+    incomplete = plan.get() if agreed else []
+    return {name: f"{name} could not be downloaded; python -m tools.download {name} says why" for name in incomplete}
 
 
 def confirmed(question: str) -> bool:
@@ -160,7 +151,7 @@ def weights_folder(cfg: CfgNode) -> Path:
 
 def extract_million(cfg: CfgNode, given: set[str], depth: int) -> str:
     """Extracts the distractors, or finds that they exist, and returns why this failed; "" if it did not."""
-    keys = given & {*NETWORK, *LOADING, "TEST.DEVICE"} - {"TEST.WEIGHTS"}
+    keys = given & {*NETWORK, *LOADING, "TEST.DEVICE"} - {"TEST.WEIGHTS", "MODEL.DEPTH"}
     options = [word for key in sorted(keys) for word in (key, as_typed(option_values(cfg)[key]))]
     command = [sys.executable, Path(__file__).parents[1] / "extract_rop1m.py", "--depth", str(depth)]
     command += ["--weight", weights_folder(cfg), "--data-dir", Path(cfg.TEST.DATA_DIR) / "revisitop1m", *options]
@@ -172,21 +163,17 @@ def run_part(part: Part, cfg: CfgNode, session: Session) -> Outcome:
     """Extracts, searches, reranks and evaluates; the outcome says what is missing or invalid."""
     log.info("%s", part)
     cfg = varied(cfg, {"MODEL.DEPTH": part.depth, "SupG.onemeval": part.million})
+    clock = session.output.folder / "hours.json"
     try:
         experiment = prepare(cfg, part.dataset, session.output, session.device)
-        clock = session.output.folder / "hours.json"
         with accumulated_hours(clock, experiment.folder.name):
-            searched = experiment.search()
-        stages = experiment.stages.items()
-        rankings = {"retrieval": searched.ranking, **{title: stage(searched) for title, stage in stages}}
+            variants = list(rankings_of(experiment, [experiment], *experiment.descriptors()))
         hours = read_json(clock)[experiment.folder.name]
     except (InputError, OSError) as error:
         log.info("%s failed: %s", part, error)
         return Outcome(part, problem=str(error))
-    maps = {}
-    for stage, ranking in rankings.items():
-        metrics = evaluate(ranking, experiment.dataset.ground_truth, experiment.dataset.protocols)
-        maps[stage] = {name: 100 * each.map for name, each in metrics.items()}
+    metrics = {each.title: experiment.evaluate(each.ranking) for each in variants}
+    maps = {stage: {name: 100 * each.map for name, each in found.items()} for stage, found in metrics.items()}
     return Outcome(part, maps, hours)
 
 
@@ -201,76 +188,76 @@ def accumulated_hours(path: Path, key: str) -> Iterator[None]:
         write_json(path, {**hours, key: hours.get(key, 0) + (time.perf_counter() - start) / 3600})
 
 
-def table(outcomes: Sequence[Outcome]) -> Iterator[str]:
-    """Yields the lines of a table in Markdown: published and reproduced mAP, differences, verdicts and hours."""
-    heading = ["network", "dataset", "setting", "E"]
-    for name in PROTOCOLS:
-        heading += [name, "published", "difference"]
-    yield markdown([*heading, "verdict", "hours"])
-    yield markdown(["---"] * (len(heading) + 2))
+def table(outcomes: Sequence[Outcome]) -> list[str]:
+    """Returns the lines of a table in Markdown: published and reproduced mAP, differences, verdicts and hours."""
+    columns = [title for name in PROTOCOLS for title in (name, "published", "difference")]
+    rows = [["network", "dataset", "setting", "E", *columns, "verdict", "hours"]]
     for outcome in outcomes:
         depth, name, million = outcome.part
-        first = [f"ResNet-{depth}", name]
-        if outcome.problem:
-            yield markdown([*first, "+1M" * million, *[""] * (len(heading) - 3), "failed, see below", ""])
-        for stage, maps in outcome.maps.items():
-            differences = outcome.differences(stage)
-            cells = [*first, f"{stage}{', +1M' * million}", f"{maps.get('E', float('nan')):.2f}"]
+        for stage, maps in (outcome.maps or {"": {}}).items():
+            differences = outcome.differences(stage) if stage else {}
+            values = [f"{maps['E']:.2f}" if "E" in maps else ""]
             for key in PROTOCOLS:
-                difference = differences.get(key)
-                known = ["", ""] if difference is None else [f"{maps[key] - difference:.1f}", f"{difference:+.2f}"]
-                cells += [f"{maps.get(key, float('nan')):.2f}", *known]
+                values.append(f"{maps[key]:.2f}" if key in maps else "")
+                known = key in differences
+                values += [f"{maps[key] - differences[key]:.1f}", f"{differences[key]:+.2f}"] if known else ["", ""]
             verdict = "differs" if differs(differences) else "reproduced" if differences else "nothing is published"
-            yield markdown([*cells, verdict, f"{outcome.hours:.2f}"])
+            end = ["failed, see below", ""] if outcome.problem else [verdict, f"{outcome.hours:.2f}"]
+            setting = ", ".join(filter(None, [stage, "+1M" * million]))
+            rows.append([f"ResNet-{depth}", name, setting, *values, *end])
+    return markdown_table(rows)
 
 
-def failures(outcomes: Sequence[Outcome]) -> Iterator[str]:
-    """Yields why parts failed: a line for each reason, after an empty one."""
-    reasons = dict.fromkeys(outcome.problem for outcome in outcomes if outcome.problem)
-    yield from [""] * bool(reasons)
-    for reason in reasons:
-        yield f"- {', '.join(str(outcome.part) for outcome in outcomes if outcome.problem == reason)}: {reason}"
+def failures(outcomes: Sequence[Outcome]) -> list[str]:
+    """Returns why parts failed, a line for each reason."""
+    parts: dict[str, list[str]] = {}
+    for outcome in outcomes:
+        if outcome.problem:
+            parts.setdefault(outcome.problem, []).append(str(outcome.part))
+    return [f"- {', '.join(names)}: {problem}" for problem, names in parts.items()]
 
 
-def conditions(session: Session, findings: Sequence[Finding]) -> Iterator[str]:
-    """Yields date, device, versions, options and checkpoints of the results."""
+def conditions(session: Session, findings: Sequence[Finding]) -> list[str]:
+    """Returns date, device, versions, options and checkpoints of the results."""
     head = session.head
-    yield f"{head['date']}, {head['device']}; {', '.join(f'{key} {value}' for key, value in head['versions'].items())}"
-    yield f"`{head['command']}`"
-    yield "Hours are those of extraction and search, of all runs together; published: " + published()["source"] + "."
-    yield from (f"- {finding.text}" for finding in findings if "SHA-256" in finding.text)
+    versions = ", ".join(f"{key} {value}" for key, value in head["versions"].items())
+    return [
+        f"{head['date']}, {head['device']}; {versions}",
+        f"`{head['command']}`",
+        f"Hours are those of the computation, of all runs together; published: {published()['source']}.",
+        *(f"- {finding.text}" for finding in findings if "SHA-256" in finding.text),
+    ]
 
 
-def explanation(outcomes: Sequence[Outcome], cfg: CfgNode, findings: Sequence[Finding]) -> Iterator[str]:
-    """Yields the likely causes of differences: facts first, then the mistakes whose patterns fit best."""
+def explanation(outcomes: Sequence[Outcome], cfg: CfgNode, findings: Sequence[Finding]) -> list[str]:
+    """Returns the likely causes of differences: facts first, then the mistakes whose patterns fit best."""
     results = [outcome for outcome in outcomes if outcome.pattern]
     different = [outcome for outcome in results if differs(outcome.pattern)]
-    if not results:
-        return
     if not different:
-        yield f"All {len(results)} parts with published results are reproduced."
-        return
-    yield f"{len(different)} of {len(results)} parts differ from the paper. Likely causes, the most likely first:"
+        return [f"All {len(results)} parts with published results are reproduced."] if results else []
+    lines = [f"{len(different)} of {len(results)} parts differ from the paper. Likely causes, the most likely first:"]
     usual, used = option_values(make_config()), option_values(cfg)
     options = {*NETWORK, *RERANKING, *INDEX} - {"TEST.WEIGHTS", "MODEL.DEPTH"}
     changed = [key for key in usual if key in options and used[key] != usual[key]]
-    yield from (f"- {key} is {as_typed(used[key])}, in the paper {as_typed(usual[key])}" for key in changed)
-    yield from (f"- {finding.text}" for finding in findings if finding.ok is False)
+    lines += [f"- {key} is {as_typed(used[key])}, in the paper {as_typed(usual[key])}" for key in changed]
+    lines += [f"- {finding.text}" for finding in findings if finding.ok is False]
     for what in ("depth", "dataset"):
         affected, every = ({getattr(each.part, what) for each in group} for group in (different, results))
         if len(affected) == 1 < len(every):
             (value,) = affected
-            yield f"- only {value} differs: {'its checkpoint' if what == 'depth' else 'its images or ground truth'}"
+            lines.append(
+                f"- only {value} differs: {'its checkpoint' if what == 'depth' else 'its images or ground truth'}"
+            )
     wrong = {mistake for finding in findings if finding.ok is False for mistake in finding.mistakes}
     ticks = {mistake for finding in findings if finding.ok for mistake in finding.mistakes} - wrong
     ticks |= {name for name, mistake in MISTAKES.items() if mistake.option and mistake.option not in changed}
     fitting = causes([(outcome.part.dataset, outcome.pattern) for outcome in results])
     possible = sorted((name for name in fitting if name not in ticks), key=lambda name: name not in wrong)
     for name in possible[:NAMED_CAUSES]:
-        yield f"- {MISTAKES[name].words} (fits {'a check and ' * (name in wrong)}the signs of the differences)"
-    excluded = "; ".join(MISTAKES[name].words for name in fitting[:NAMED_CAUSES] if name in ticks)
-    if excluded:
-        yield f"- the signs would also fit, but options and tools.verify rule it out here: {excluded}"
+        lines.append(f"- {MISTAKES[name].words} (fits {'a check and ' * (name in wrong)}the signs of the differences)")
+    if excluded := "; ".join(MISTAKES[name].words for name in fitting[:NAMED_CAUSES] if name in ticks):
+        lines.append(f"- the signs would also fit, but options and tools.verify rule it out here: {excluded}")
+    return lines
 
 
 if __name__ == "__main__":

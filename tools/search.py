@@ -7,7 +7,8 @@ python -m tools.search --database holiday/ --queries tower.jpg --index milvus:ht
 torchrun --nproc-per-node=8 -m tools.search --database holiday/ --queries details/
 
 The folder is extracted once; the next search extracts only new and changed images. With --index, the folder is also
-kept in a vector database, which is updated in place and provides the candidates and their descriptors.
+kept in a vector database, which is updated in place and provides the candidates. After a reranking, the score of a
+result is the reranker's own, which only orders the results and may exceed 1; the cosine similarity follows it.
 """
 
 from report.command import run_command  # isort: skip  # first, see there
@@ -22,6 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from yacs.config import CfgNode
@@ -46,12 +48,13 @@ from extraction.processes import Processes
 from model.errors import InputError, short_list
 from model.recipe import Recipe
 from modules.search import Database
-from report.page import SHOWN, Hit, Page, Query, Section, write_report
+from report.page import Page, Query, Section, first_hits, write_report
+from revisitop.dataset import Dataset
 from revisitop.exports import Names, check_forms, write_descriptors, write_rankings
 from revisitop.fusion import fused
 from revisitop.retrieve import SAVED_RANKS, Ranking
 from revisitop.stages import search_for
-from tools.milvus import Milvus, collection_name
+from tools.milvus import MilvusDatabase, collection_name, connect
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +87,7 @@ def main(argv: list[str]) -> None:
         raise InputError(f"--database {args.database}: there is no such folder")
     session = start_session(cfg, sys.stderr if args.json else sys.stdout)
     processes, device = session.processes, session.device
-    milvus = Milvus.connect(args.index) if args.index and session.first else None
+    milvus = connect(args.index) if args.index and session.first else None
     with option("TEST.EXPORT"):
         check_forms(cfg.TEST.EXPORT)
     weights, configs = zip(*(fusion_parts(cfg) if cfg.TEST.FUSION else [(1.0, cfg)]), strict=True)
@@ -96,10 +99,11 @@ def main(argv: list[str]) -> None:
         raise InputError(f"queries: {problem}")
 
     database_images, query_images = find_images(args.database), find_images(args.queries)
+    query_folder = args.queries if args.queries.is_dir() else args.queries.parent
     extracted, files = [], []
     for each, recipe in zip(configs, recipes, strict=True):
         images = image_folder_set(args.database, database_images, recipe, session.output)
-        queried = ImageSet(images.path.with_name("queries.npy"), "queries", query_images, folder_of(args.queries))
+        queried = ImageSet(images.path.with_name("queries.npy"), "queries", query_images, query_folder)
         extracted.append(extract_folders([images, queried], recipe, device, each, processes))
         files.append(images.path)
     database, queries = (
@@ -113,7 +117,7 @@ def main(argv: list[str]) -> None:
     if milvus:
         names = [database.name(number) for number in range(len(database.images))]
         with owned(cache):
-            rows = milvus.update(collection_name(cache.name), names, database.descriptors)
+            rows = MilvusDatabase(milvus, args.index, collection_name(cache.name), names, database.descriptors)
     elif args.index:  # only one process updates and searches the vector database
         processes.end()
         return
@@ -131,15 +135,22 @@ def main(argv: list[str]) -> None:
         return
     rankings = {"retrieval": searched.ranking, **{title: stage(searched) for title, stage in stages.items()}}
 
-    title, final = list(rankings.items())[-1]
+    final = [*rankings.values()][-1]
     reranked = final is not searched.ranking
-    scores = f"those of the {title}, which depend on the other results" if reranked else "cosine similarity"
+    scores = "the reranker's own, which only order the results and may exceed 1" if reranked else "cosine similarity"
+    found = {queries.name(i): list(results(queries, database, final, i, args.top)) for i in range(len(queries.images))}
     if args.json:
-        print(json.dumps({"scores": scores, **as_dict(queries, database, final, args.top)}, indent=1))
+        unreadable = {"database": database.unreadable, "queries": queries.unreadable}
+        listed = [{"query": name, "results": [each._asdict() for each in hits]} for name, hits in found.items()]
+        content = {"scores": scores, "database": str(database.root), "unreadable": unreadable, "queries": listed}
+        print(json.dumps(content, indent=1))
     else:
         log.info("scores: %s%s", scores, "; then the cosine similarity" if reranked else "")
-        for line in in_words(queries, database, final, args.top, reranked):
-            log.info("%s", line)
+        for name, hits in found.items():
+            log.info("")
+            log.info("%s", name)
+            for rank, file, score, cosine in hits:
+                log.info("%4d  %s%7.4f  %s", rank, f"{score:7.4f}  " if reranked else "", cosine, file)
     run = session.output.new_run(f"search-{args.database.resolve().name}") if args.report or cfg.TEST.EXPORT else None
     if cfg.TEST.EXPORT:
         names = Names.of_files((queries.images, queries.root), (database.images, database.root))
@@ -162,24 +173,11 @@ def parse(argv: list[str]) -> Parsed:
     truth = "it needs ground truth, as in test.py"
     instead = {"TEST.FEATURES": truth, "SupG.onemeval": truth, "TEST.DISTRACTORS": truth, "TEST.REPORT": "use --report"}
     instead |= {"TEST.DATA_DIR": "use --database", "TEST.DATASET_LIST": "use --database"}
-    uses = (
-        *NETWORK,
-        *FUSION,
-        *LOADING,
-        *INDEX,
-        *RERANKING,
-        "TEST.DEVICE",
-        "TEST.OUT_DIR",
-        "TEST.RESUME",
-        "TEST.EXPORT",
-    )
-    line = CommandLine(__doc__, uses, instead)
+    uses = ("TEST.DEVICE", "TEST.OUT_DIR", "TEST.RESUME", "TEST.EXPORT")
+    line = CommandLine(__doc__, (*NETWORK, *FUSION, *LOADING, *INDEX, *RERANKING, *uses), instead)
     line.add("--database", type=Path, required=True, metavar="FOLDER", help="images, also in subfolders")
     line.add("--queries", type=Path, required=True, metavar="FOLDER|FILE", help="an image, or several")
-    line.add_flag(
-        "--weights", "TEST.WEIGHTS", metavar="PATH",
-        help="the checkpoint, or a folder in which exactly one fits the depth [./weights]",
-    )  # fmt: skip
+    line.add_weights()
     line.add_flag("--depth", "MODEL.DEPTH", type=int, choices=(50, 101), help="layers of the ResNet encoder [50]")
     line.add_flag(
         "--max-pixels", "DATA_LOADER.MAX_PIXELS", type=int, metavar="N", help="skip images with more pixels [178956970]"
@@ -210,10 +208,6 @@ def top(text: str) -> int:
     return int(text)
 
 
-def folder_of(path: Path) -> Path:
-    return path if path.is_dir() else path.parent
-
-
 def extract_folders(
     sets: Sequence[ImageSet],
     recipe: Recipe,
@@ -233,10 +227,8 @@ def extract_folders(
     extracted = extract(sets, recipe, cfg, device, processes, on_error="skip")
     for each, descriptors in zip(sets, extracted, strict=True):
         readable = descriptors.any(dim=1)  # an unreadable image has a row of zeros
-        images = [image for image, good in zip(each.images, readable.tolist(), strict=True) if good]
-        bad = [
-            _name(image, each.folder) for image, good in zip(each.images, readable.tolist(), strict=True) if not good
-        ]
+        images = [each.images[i] for i in readable.nonzero().flatten().tolist()]
+        bad = [_name(each.images[i], each.folder) for i in (~readable).nonzero().flatten().tolist()]
         if not images:
             problem = each.images[0].problem() or f"{each.images[0].path} has no descriptor"
             raise InputError(f"{each.title}: {problem}{' and more' if len(bad) > 1 else ''}")
@@ -264,48 +256,24 @@ def results(queries: Folder, database: Folder, final: Ranking, query: int, count
     cosines = (database.descriptors[ids].double() @ queries.descriptors[query].double()).float()
     ranked = zip(ids.tolist(), final.scores[query, : len(ids)].tolist(), cosines.tolist(), strict=True)
     for rank, (number, score, cosine) in enumerate(ranked, start=1):
-        yield Result(rank, database.name(number), score, cosine)
-
-
-def in_words(queries: Folder, database: Folder, final: Ranking, count: int, reranked: bool) -> Iterator[str]:
-    for query in range(len(queries.images)):
-        yield ""
-        yield queries.name(query)
-        for rank, file, score, cosine in results(queries, database, final, query, count):
-            scores = f"{score:7.4f}  {cosine:7.4f}" if reranked else f"{score:7.4f}"
-            yield f"{rank:4d}  {scores}  {file}"
-
-
-def as_dict(queries: Folder, database: Folder, final: Ranking, count: int) -> dict:
-    return {
-        "database": str(database.root),
-        "unreadable": {"database": database.unreadable, "queries": queries.unreadable},
-        "queries": [
-            {
-                "query": queries.name(query),
-                "results": [
-                    {**each._asdict(), "score": round(each.score, 6), "cosine": round(each.cosine, 6)}
-                    for each in results(queries, database, final, query, count)
-                ],
-            }
-            for query in range(len(queries.images))
-        ],
-    }
+        yield Result(rank, database.name(number), round(score, 6), round(cosine, 6))
 
 
 def section(queries: Folder, database: Folder, rankings: dict[str, Ranking]) -> Section:
     """Returns the section of the report: the queries in their order, with their results."""
+    images = folder_dataset(database.root, database.images)
+    shown = [
+        Query(queries.name(row), image, first_hits(images, None, rankings, row))
+        for row, image in enumerate(queries.images)
+    ]
+    return Section(images.name, shown, note=f"{len(shown)} queries, {len(database.images):,} images.")
 
-    def hits(ranking: Ranking, query: int) -> list[Hit]:
-        pairs = zip(ranking.ids[query, :SHOWN].tolist(), ranking.scores[query].tolist(), strict=False)
-        return [Hit(database.name(number), database.images[number], score) for number, score in pairs if number >= 0]
 
-    shown = []
-    for number, image in enumerate(queries.images):
-        found = {stage: hits(ranking, number) for stage, ranking in rankings.items()}
-        shown.append(Query(queries.name(number), image, found))
-    note = f"{len(shown)} queries, {len(database.images):,} images."
-    return Section(database.root.resolve().name, shown, note=note)
+def folder_dataset(folder: Path, images: Sequence[ImageFile]) -> Dataset:
+    """Returns the images of a folder as a dataset without ground truth, in which each image is a query."""
+    names = [_name(image, folder) for image in images]
+    title = folder.resolve().name or str(folder)
+    return Dataset(title, folder, images, images, [], (), "folder", names, names, np.arange(len(names)))
 
 
 def _name(image: ImageFile, root: Path) -> str:

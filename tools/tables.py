@@ -5,8 +5,9 @@ python -m tools.tables ablation MODEL.DEPTH 50
 python -m tools.tables rerank TEST.DATASET_LIST "['roxford5k']" SupG.onemeval
 python -m tools.tables rerankers TEST.DATASET_LIST "['roxford5k']"
 
-main       ResNet-50 and ResNet-101, or the network of MODEL.NAME, with and without reranking and +1M distractors;
-           with TEST.RERANKER cvnet also reranking by local features (hours to days, without +1M)
+main       ResNet-50 and ResNet-101, or the network of MODEL.NAME, with and without reranking and +1M distractors, or
+           only those of MODEL.DEPTH and SupG.onemeval, if they are given; with TEST.RERANKER cvnet also reranking by
+           local features (hours to days, without +1M)
 ablation   each of the four modules switched off, all four off, and reranking with both forms of S2
 rerank     reranking with other values of M, K and beta, one at a time
 rerankers  SuperGlobal's reranking and the alternatives, or those of TEST.RERANKER: metrics, time, memory, bytes
@@ -40,9 +41,8 @@ from config import FUSION, INDEX, NETWORK, RERANKING, CommandLine, Parsed, activ
 from cvnet_rerank.pair_scores import map_bytes
 from model.cvnet import STAGE_DEPTHS
 from model.errors import InputError
-from modules.search import Database
 from report.command import run_command
-from report.results import at_k_in_words, markdown
+from report.results import at_k_in_words, markdown_table
 from revisitop import toy
 from revisitop.evaluate import Metrics
 from revisitop.index import FaissDatabase
@@ -76,29 +76,33 @@ class Row:
     setting: str
     protocols: Sequence[Protocol]
     metrics: dict[str, Metrics] | None = None
-    published: dict[str, float] | None = None
+    published: dict[str, float] = field(default_factory=dict)
     note: str = ""
-    costs: tuple[str, ...] = ()
+    costs: tuple[str, ...] = ("",) * len(COSTS)
     reproduced: dict[str, float] = field(default_factory=dict)
 
-    def cells(self, with_costs: bool, with_reproductions: bool = False) -> list[str]:
-        cells = [self.network, self.dataset, self.setting]
+    def cells(self, with_costs: bool, with_reproductions: bool = False) -> Iterator[tuple[str, str]]:
+        """Yields the title of each column, and the text in it; costs replace the published numbers."""
+        yield from (("network", self.network), ("dataset", self.dataset), ("setting", self.setting))
         for protocol in self.protocols:
             value = 100 * self.metrics[protocol.name].main if self.metrics else math.nan
-            cells.append("" if math.isnan(value) else f"{value:.2f}")
+            metric = "" if protocol in REVISITED_PROTOCOLS else f"{protocol.measure.main_title} "
+            yield f"{metric}{protocol.title}", "" if math.isnan(value) else f"{value:.2f}"
             if protocol.name in PUBLISHED and not with_costs:
-                known = (self.published or {}).get(protocol.name)
-                cells.append("" if known is None else f"{known:.1f}")
-                cells.append("" if known is None or math.isnan(value) else f"{value - known:+.2f}")
+                known = self.published.get(protocol.name)
+                yield "published", "" if known is None else f"{known:.1f}"
+                yield "difference", "" if known is None or math.isnan(value) else f"{value - known:+.2f}"
                 if with_reproductions:
-                    cells.append(f"{self.reproduced[protocol.name]:.2f}" if protocol.name in self.reproduced else "")
+                    nearest = self.reproduced.get(protocol.name)
+                    yield "reproduced by others", "" if nearest is None else f"{nearest:.2f}"
         if with_costs:
-            cells += self.costs or [""] * len(COSTS)
+            yield from zip(COSTS, self.costs, strict=True)
         for protocol in self.protocols:
+            kappas = protocol.measure.kappas
             values = at_k_in_words(self.metrics[protocol.name]).split() if self.metrics else []
-            larger = ["-"] * (len(protocol.measure.kappas) - len(values)) if values else []  # k above the database
-            cells.append(" ".join([*values, *larger]))
-        return [*cells, self.note]
+            larger = ["-"] * (len(kappas) - len(values)) if values else []  # k above the database
+            yield f"{protocol.title} {protocol.measure.at}@{','.join(map(str, kappas))}", " ".join([*values, *larger])
+        yield "note", self.note
 
 
 class RowGroup(NamedTuple):
@@ -116,7 +120,7 @@ class RowGroup(NamedTuple):
 
 
 def main(argv: list[str]) -> None:
-    args, cfg, _ = parse(argv)
+    args, cfg, given = parse(argv)
     kind, session = TABLES[args.task], start_session(cfg, sys.stderr)
     output, lines, missing, run = session.output, [], 0, None
     revisited = [name for figures in published()["figures"] for name in figures]
@@ -127,13 +131,16 @@ def main(argv: list[str]) -> None:
             print("\n".join(new), flush=True)
 
     for protocols, names in by_protocols(cfg).items():  # a table per kind of dataset
-        say(*[""] * bool(lines), *heading(protocols, kind.costs, args.reproductions))
-        for group in kind.groups(cfg, args.depth or list(STAGE_DEPTHS)):
+        table: list[str] = []
+        for group in kind.groups(cfg, given):
             # The distractors are those of the revisited benchmarks, unless others are given.
             listed = names if args.task != "main" or not group.cfg.SupG.onemeval or cfg.TEST.DISTRACTORS else revisited
             for row in (row for name in names if name in listed for row in rows(group, name, protocols, session)):
                 missing += row.metrics is None
-                say(markdown(row.cells(kind.costs, args.reproductions)))
+                titles, cells = zip(*row.cells(kind.costs, args.reproductions), strict=True)
+                new = markdown_table([titles, cells])[2 * bool(table) :]  # the heading once
+                say(*[""] * bool(lines and not table), *new)
+                table += new
                 run = run or output.new_run(f"{args.task}-{'+'.join(cfg.TEST.DATASET_LIST)}")
                 (run / f"{args.task}.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
                 output.publish(run)
@@ -153,14 +160,9 @@ def parse(argv: list[str]) -> Parsed:
     instead = {"TEST.FEATURES": "the tables extract the images themselves", "TEST.REPORT": "use test.py"}
     line = CommandLine(__doc__, instead=instead)
     line.add("task", choices=TABLES, help="the table, see above")
-    line.add("--depth", type=int, action="append", choices=STAGE_DEPTHS, help="only this part of main [both]")
+    line.add_flag("--depth", "MODEL.DEPTH", type=int, choices=STAGE_DEPTHS, help="network [50; of main both]")
     line.add("--reproductions", action="store_true", help="also the independent reproductions nearest to the results")
     args, cfg, given = line.parse(argv, lambda args: TABLES[args.task].defaults)
-    for key in ("MODEL.DEPTH", "SupG.onemeval"):
-        if args.task == "main" and key in given:
-            raise InputError(f"{key} is not an option of the table main, which has both; --depth selects a network")
-    if args.depth and args.task != "main":
-        raise InputError(f"--depth is for main; {args.task} takes MODEL.DEPTH {args.depth[0]}")
     if args.task == "rerank" and active_rerankers(cfg) != ["superglobal"]:
         raise InputError("rerank varies SuperGlobal's reranking: leave TEST.RERANKER and SupG.rerank at their defaults")
     names = cfg.TEST.RERANKER
@@ -171,22 +173,24 @@ def parse(argv: list[str]) -> Parsed:
     return Parsed(args, varied(cfg, {"TEST.RERANKER": names}), given)
 
 
-def main_table(cfg: CfgNode, depths: Sequence[int]) -> Iterator[RowGroup]:
+def main_table(cfg: CfgNode, given: set[str]) -> Iterator[RowGroup]:
     fast = [name for name in cfg.TEST.RERANKER if name not in ("cvnet", "dba")]  # the others take days with +1M
-    for depth in depths if cfg.MODEL.NAME == "cvnet" and not cfg.TEST.FUSION else [cfg.MODEL.DEPTH]:
-        network = varied(cfg, {"MODEL.DEPTH": depth})
-        yield RowGroup(varied(network, {"SupG.onemeval": False}), "", each_reranker)
-        yield RowGroup(varied(network, {"TEST.RERANKER": fast or "none"}), "", each_reranker)
+    one_network = "MODEL.DEPTH" in given or cfg.MODEL.NAME != "cvnet" or cfg.TEST.FUSION
+    for depth in [cfg.MODEL.DEPTH] if one_network else STAGE_DEPTHS:
+        for million in [cfg.SupG.onemeval] if "SupG.onemeval" in given else (False, True):
+            names = fast or "none" if million else cfg.TEST.RERANKER
+            changes = {"MODEL.DEPTH": depth, "SupG.onemeval": million, "TEST.RERANKER": names}
+            yield RowGroup(varied(cfg, changes), "", each_reranker)
 
 
-def ablation_table(cfg: CfgNode, depths: Sequence[int]) -> Iterator[RowGroup]:
+def ablation_table(cfg: CfgNode, given: set[str]) -> Iterator[RowGroup]:
     modules = {"": (), **{f"without {MODULES[name]}": (name,) for name in MODULES}, "without the four": tuple(MODULES)}
     for words, off in modules.items():
         changed = varied(cfg, {f"SupG.{name}": False for name in off})
         yield RowGroup(changed, words, each_reranker if off else each_reading)
 
 
-def rerank_table(cfg: CfgNode, depths: Sequence[int]) -> Iterator[RowGroup]:
+def rerank_table(cfg: CfgNode, given: set[str]) -> Iterator[RowGroup]:
     default = {name: cfg.SupG[f"rerank_{name}"] for name in SWEEP}
     methods = [{**default, name: value} for name, values in SWEEP.items() for value in sorted({*values, default[name]})]
     variants = {}
@@ -197,7 +201,7 @@ def rerank_table(cfg: CfgNode, depths: Sequence[int]) -> Iterator[RowGroup]:
     yield RowGroup(cfg, "", lambda cfg: variants)
 
 
-def rerankers_table(cfg: CfgNode, depths: Sequence[int]) -> Iterator[RowGroup]:
+def rerankers_table(cfg: CfgNode, given: set[str]) -> Iterator[RowGroup]:
     yield RowGroup(cfg, "", each_reading)
 
 
@@ -228,24 +232,6 @@ def by_protocols(cfg: CfgNode) -> dict[tuple[Protocol, ...], list[str]]:
             protocols = REVISITED_PROTOCOLS
         tables.setdefault(protocols, []).append(name)
     return tables
-
-
-def heading(protocols: Sequence[Protocol], costs: bool, reproductions: bool = False) -> list[str]:
-    """Returns the first two lines of a table, with columns for the costs or for the published numbers.
-
-    Args:
-        reproductions: whether to have columns for independent reproductions beside the published numbers.
-    """
-    cells = ["network", "dataset", "setting"]
-    for protocol in protocols:
-        revisited = protocol in REVISITED_PROTOCOLS
-        cells.append(protocol.title if revisited else f"{protocol.measure.main_title} {protocol.title}")
-        if protocol.name in PUBLISHED and not costs:
-            cells += ["published", "difference", *["reproduced by others"] * reproductions]
-    cells += COSTS if costs else ()
-    for protocol in protocols:
-        cells.append(f"{protocol.title} {protocol.measure.at}@{','.join(map(str, protocol.measure.kappas))}")
-    return [markdown([*cells, "note"]), markdown(["---"] * (len(cells) + 1))]
 
 
 def rows(group: RowGroup, name: str, protocols: Sequence[Protocol], session: Session) -> Iterator[Row]:
@@ -279,26 +265,22 @@ def rows(group: RowGroup, name: str, protocols: Sequence[Protocol], session: Ses
     for each in rankings_of(experiment, experiments, queries, database, processes):
         ranking, metrics = each.ranking, experiment.evaluate(each.ranking)
         once = f"{ranking.once:.1f} s once for the database" if ranking.once else ""
+        key = paper_setting(each.experiment.cfg, name, each.stage is not None)
+        maps = {protocol: 100 * of.map for protocol, of in metrics.items()}
         yield Row(
             network, name, setting(each.title, words_of.get(id(each.experiment), "")), protocols, metrics,
-            find_published(each.experiment.cfg, name, each.stage is not None), ", ".join(filter(None, [note, once])),
-            costs_of(each), find_reproduced(each.experiment.cfg, name, each.stage is not None, metrics),
+            find_figures(published()["figures"], *key) if key else {}, ", ".join(filter(None, [note, once])),
+            costs_of(each), nearest_reproduction(*key, maps) if key else {},
         )  # fmt: skip
 
 
-def bytes_per_row(database: Database) -> int:
-    """Returns the bytes of a float32 descriptor and its share of an index; only the latter if rows are decoded."""
-    if not isinstance(database, FaissDatabase):
-        return 4 * database.dim
-    own = 0 if database.decoded else 4 * database.dim
-    return own + round(database.size / len(database))
-
-
 def costs_of(variant: Variant) -> tuple[str, ...]:
-    """Returns the cells of COSTS."""
-    ranking, experiment = variant.ranking, variant.experiment
+    """Returns the cells of COSTS. A descriptor that is decoded from an index takes no bytes of its own."""
+    ranking, experiment, database = variant.ranking, variant.experiment, variant.searched.database
     memory = "" if variant.peak_bytes is None else f"{variant.peak_bytes / 1e6:.0f}"
-    kept = bytes_per_row(variant.searched.database)
+    kept = 4 * database.dim
+    if isinstance(database, FaissDatabase):
+        kept = round(database.size / len(database)) + (0 if database.decoded else kept)
     if variant.stage and experiment.cfg.TEST.RERANKER == ["cvnet"]:
         kept += map_bytes(experiment.database_images)
     return f"{1000 * ranking.seconds / len(ranking.ids):.1f}", memory, f"{kept:,}"
@@ -318,34 +300,27 @@ def costs_explained(cfg: CfgNode) -> str:
     return "\n".join(lines)
 
 
-def find_published(cfg: CfgNode, name: str, reranked: bool) -> dict[str, float] | None:
-    """Returns the paper's numbers, which apply only to the paper's settings and exact search (in any precision)."""
+def paper_setting(cfg: CfgNode, name: str, reranked: bool) -> tuple[int, str, bool, str] | None:
+    """Returns what identifies a result of the paper, see find_figures; None for other settings than the paper's.
+
+    Its settings are its exact search, and its network, in any precision.
+    """
     settings = {*NETWORK, *FUSION, *INDEX, *(RERANKING if reranked else ())}
     if as_words(cfg, *settings - {"MODEL.DEPTH", "TEST.WEIGHTS", "TEST.PRECISION"}):
         return None
-    setting = (cfg.MODEL.DEPTH, "reranking" if reranked else "retrieval", cfg.SupG.onemeval, name)
-    return find_figures(published()["figures"], *setting) or None
-
-
-def find_reproduced(cfg: CfgNode, name: str, reranked: bool, metrics: Mapping[str, Metrics]) -> dict[str, float]:
-    """Returns the independent reproductions of the paper's numbers that are nearest to ours, see find_published."""
-    if find_published(cfg, name, reranked) is None:
-        return {}
-    maps = {protocol: 100 * each.map for protocol, each in metrics.items()}
-    stage = "reranking" if reranked else "retrieval"
-    return nearest_reproduction(cfg.MODEL.DEPTH, stage, cfg.SupG.onemeval, name, maps)
+    return cfg.MODEL.DEPTH, "reranking" if reranked else "retrieval", cfg.SupG.onemeval, name
 
 
 class TableKind(NamedTuple):
     """A kind of table.
 
     Attributes:
-        groups: returns its groups of rows, given the options and the depths of the networks.
+        groups: returns its groups of rows, from the options, and the keys of those that are given.
         defaults: defaults of options that differ from those of test.py.
         costs: whether it has columns for time and memory instead of published numbers.
     """
 
-    groups: Callable[[CfgNode, Sequence[int]], Iterator[RowGroup]]
+    groups: Callable[[CfgNode, set[str]], Iterator[RowGroup]]
     defaults: Mapping[str, Any]
     costs: bool = False
 

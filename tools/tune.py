@@ -27,7 +27,6 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 from assembly import (
-    Experiment,
     Session,
     Variant,
     find_dataset,
@@ -52,12 +51,13 @@ from config import (
     option_values,
     varied,
 )
-from model.errors import InputError
+from model.errors import InputError, nearest
 from report.command import run_command
 from report.drawing import draw_heat_map, draw_lines
 from report.page import Page, Section, evaluated_section, write_report
 from report.results import Evaluated, PairedValues, markdown_table, paired_table, save_results
 from revisitop.bootstrap import CONFIDENCE
+from revisitop.dataset import Dataset
 from revisitop.layouts import dataset_folder
 from revisitop.protocols import Protocol
 from revisitop.retrieve import Ranking
@@ -101,13 +101,13 @@ class QuerySet(NamedTuple):
         name, _, usage = text.partition(":")
         return cls(name, usage)
 
-    def protocols(self, experiment: Experiment) -> list[Protocol]:
+    def protocols(self, dataset: Dataset) -> list[Protocol]:
         """Returns the protocols for settings: Medium and Hard of the revisited benchmarks, else all of the usage.
 
         Raises:
             InputError: if there is no such usage.
         """
-        every = experiment.dataset.protocols
+        every = dataset.protocols
         if not self.usage:
             return [each for each in every if each.name in ("M", "H")] or list(every)
         protocols = [each for each in every if each.usage == self.usage]
@@ -141,14 +141,9 @@ class Curve:
             means = np.nansum(values, axis=2) / (~np.isnan(values)).sum(axis=2)
         return np.nanmean(means, axis=1)
 
-    @property
-    def order(self) -> list[int]:
-        """The numbers of the settings, best first; equal ones keep their order, so that the defaults are preferred."""
-        return np.argsort(-np.nan_to_num(self.metrics(), nan=-1), kind="stable").tolist()
-
-    def best(self, queries: np.ndarray | None = None) -> int:
-        """Returns the number of the best setting, the first among equals, so that the defaults are preferred."""
-        return int(np.nanargmax(self.metrics(queries)))
+    def order(self, queries: np.ndarray | None = None) -> list[int]:
+        """Returns the numbers of the settings, best first; equal ones keep their order: the defaults are preferred."""
+        return np.argsort(-np.nan_to_num(self.metrics(queries), nan=-1), kind="stable").tolist()
 
 
 def main(argv: list[str]) -> None:
@@ -160,22 +155,20 @@ def main(argv: list[str]) -> None:
     session = start_session(cfg)
     if dataset_folder(Path(cfg.TEST.DATA_DIR), test.name) is None:
         find_dataset(cfg, test.name)  # draws toy, or reports a missing dataset; nothing is evaluated yet
-    settings = combinations(cfg, grid, len(find_dataset(cfg, (validation or test).name).database))
+    dataset = find_dataset(cfg, (validation or test).name)
+    for queries in (queries for queries in (validation, test) if queries and queries.name == dataset.name):
+        queries.protocols(dataset)  # raises for a usage that it does not have
+    settings = combinations(cfg, grid, len(dataset.database))
     log.info("%d settings of %s", len(settings), ", ".join(grid))
 
     curve = curve_of(session, validation or test, settings)
-    for line in in_words(curve):
+    for line in markdown_table(settings_table(curve, _SHOWN)):
         log.info("%s", line)
-    best, by_fold = settings[curve.best()], []
-    if validation:
-        method = str(validation)
-        log.info("chosen on %s: %s", method, words(best))
-        evaluated, pairs = judge(session, test, settings[0], [best])  # the test set is evaluated only here
-    else:
-        method = f"{args.folds} folds of the queries of {test}"
-        by_fold, fold_of_query = cross_validate(curve, test, args.folds)
-        evaluated, pairs = judge(session, test, settings[0], by_fold, fold_of_query)
-        log.info("chosen by all queries, for use: %s", words(best))
+    best = settings[curve.order()[0]]
+    method = str(validation or f"{args.folds} folds of the queries of {test}")
+    by_fold, fold_of_query = ([], None) if validation else cross_validate(curve, test, args.folds)
+    log.info("chosen on %s: %s", method, words(best))
+    evaluated, pairs = judge(session, test, settings[0], by_fold or [best], fold_of_query)  # the test set is read here
 
     options = as_words(varied(cfg, best))
     log.info("to use it: %s", shlex.join(["python", "test.py", "TEST.DATASET_LIST", test.name, *options]))
@@ -186,9 +179,8 @@ def main(argv: list[str]) -> None:
 
     run = session.output.new_run(f"tune-{test.name}")
     tuning = {"validation": method, "test": str(test), "chosen": best, "default": settings[0], "by fold": by_fold}
-    tuning["settings"] = [
-        {**setting, "figure": 100 * float(metric)} for setting, metric in zip(settings, curve.metrics(), strict=True)
-    ]
+    metrics = (100 * curve.metrics()).tolist()
+    tuning["settings"] = [{**setting, "figure": metric} for setting, metric in zip(settings, metrics, strict=True)]
     save_results(run, {**session.head, "tuning": tuning}, [evaluated])
     session.output.publish(run)
     tables = {f"On {test}, in percent": table}
@@ -237,7 +229,8 @@ def read_grid(tried: Sequence[Sequence[str]] | None, cfg: CfgNode) -> dict[str, 
     grid: dict[str, tuple] = {}
     for key, text in tried:
         if key not in allowed:
-            raise InputError(f"--try {key}: this option cannot be tried; {', '.join(allowed)} can")
+            hint = nearest(key, allowed) or "those of the network and of the rerankers can"
+            raise InputError(f"--try {key}: this option cannot be tried; {hint}")
         configs = [varied(cfg, {key: word.strip()}) for word in text.split(";" if ";" in text else ",") if word.strip()]
         if not configs:
             raise InputError(f"--try {key} needs at least one value")
@@ -290,15 +283,19 @@ def last_rankings(session: Session, name: str, settings: Sequence[Setting]) -> I
     for number, setting in enumerate(settings):
         network = words({key: value for key, value in setting.items() if key in (*NETWORK, *FUSION)})
         networks.setdefault(network, []).append(number)
-    for numbers in networks.values():
-        cfgs = [varied(session.cfg, settings[number]) for number in numbers]
-        first = prepare(cfgs[0], name, session.output, session.device)
-        experiments = prepare_variants(first, cfgs)
-        rankings = rankings_of(first, experiments, *first.descriptors())
-        search = next(rankings)
-        for number, experiment in zip(numbers, experiments, strict=True):
-            *_, last = [search, *(next(rankings) for _ in experiment.stages)]
-            yield number, search, last
+    try:
+        for numbers in networks.values():
+            cfgs = [varied(session.cfg, settings[number]) for number in numbers]
+            first = prepare(cfgs[0], name, session.output, session.device)
+            experiments = prepare_variants(first, cfgs)
+            rankings = rankings_of(first, experiments, *first.descriptors())
+            logging.getLogger("assembly").setLevel(logging.WARNING)  # a recipe is logged once, not for each setting
+            search = next(rankings)
+            for number, experiment in zip(numbers, experiments, strict=True):
+                *_, last = [search, *(next(rankings) for _ in experiment.stages)]
+                yield number, search, last
+    finally:
+        logging.getLogger("assembly").setLevel(logging.NOTSET)
 
 
 def curve_of(session: Session, queries: QuerySet, settings: list[Setting]) -> Curve:
@@ -306,7 +303,7 @@ def curve_of(session: Session, queries: QuerySet, settings: list[Setting]) -> Cu
     values: list[np.ndarray | None] = [None] * len(settings)
     with tqdm(total=len(settings), desc=f"settings on {queries}", dynamic_ncols=True) as bar:
         for number, search, last in last_rankings(session, queries.name, settings):
-            protocols, metrics = queries.protocols(search.experiment), search.experiment.evaluate(last.ranking)
+            protocols, metrics = queries.protocols(search.experiment.dataset), search.experiment.evaluate(last.ranking)
             values[number] = np.stack([metrics[each.name].values for each in protocols])
             bar.update()
     curve = Curve(settings, np.stack(values), protocols[0].measure.main_title)
@@ -328,7 +325,7 @@ def cross_validate(curve: Curve, test: QuerySet, folds: int) -> tuple[list[Setti
     fold_of_query = np.zeros(curve.values.shape[2], dtype=np.int64)
     for fold in range(folds):
         queries = order[fold::folds]
-        by_fold.append(curve.settings[curve.best(np.setdiff1d(positive, queries))])
+        by_fold.append(curve.settings[curve.order(np.setdiff1d(positive, queries))[0]])
         fold_of_query[queries] = fold
         log.info("fold %d, %d queries, chosen by the others: %s", fold + 1, len(queries), words(by_fold[-1]))
     return by_fold, fold_of_query
@@ -349,20 +346,18 @@ def judge(
         by_fold: the chosen setting for each fold; a single one for all queries without folds.
         fold_of_query: (Q,), the number of the fold of each query; None without folds.
     """
-    settings: list[Setting] = []
-    for setting in (default, *by_fold):
-        if setting not in settings:
-            settings.append(setting)
-    variants = {number: (search, last) for number, search, last in last_rankings(session, test.name, settings)}
-    search, first = variants[0]
-    experiment, chosen = search.experiment, first.ranking
+    settings = {words(setting): setting for setting in (default, *by_fold)}  # each once
+    found = sorted(last_rankings(session, test.name, [*settings.values()]), key=lambda variant: variant[0])
+    rankings_of_settings = {text: last.ranking for text, (_, _, last) in zip(settings, found, strict=True)}
+    search, first = found[0][1], rankings_of_settings[words(default)]
+    experiment, chosen = search.experiment, first
     for fold, setting in enumerate(by_fold):
-        ranking = variants[settings.index(setting)][1].ranking
+        ranking = rankings_of_settings[words(setting)]
         chosen = ranking if fold_of_query is None else combined(chosen, ranking, fold_of_query == fold)
-    rankings = {"retrieval": search.ranking, DEFAULT: first.ranking, CHOSEN: chosen}
+    rankings = {"retrieval": search.ranking, DEFAULT: first, CHOSEN: chosen}
     metrics = {stage: experiment.evaluate(ranking) for stage, ranking in rankings.items()}
     evaluated = Evaluated(experiment.dataset, rankings, metrics, experiment.facts())
-    protocols = test.protocols(experiment) if test.usage else experiment.dataset.protocols
+    protocols = test.protocols(experiment.dataset) if test.usage else experiment.dataset.protocols
     return evaluated, [evaluated.pair(DEFAULT, CHOSEN, each.name) for each in protocols]
 
 
@@ -390,20 +385,21 @@ def words(setting: Setting) -> str:
     return ", ".join(f"{key} {as_typed(value) or 'default'}" for key, value in setting.items())
 
 
-def in_words(curve: Curve) -> Iterator[str]:
-    """Yields lines with the best settings and the default one, and their metrics in percent."""
-    metrics = curve.metrics()
-    for place, number in enumerate(curve.order, start=1):
-        if place <= _SHOWN or number == 0:
-            mark = "  (the default)" if number == 0 else ""
-            yield f"{place:5d}  {100 * metrics[number]:6.2f}  {words(curve.settings[number])}{mark}"
+def settings_table(curve: Curve, shown: int) -> list[list[str]]:
+    """Returns the cells of a table of the best settings, and the default one, with their metrics in percent."""
+    metrics, numbers = curve.metrics(), dict.fromkeys([*curve.order()[:shown], 0])
+    rows = [
+        [*map(as_typed, curve.settings[i].values()), f"{100 * metrics[i]:.2f}", "" if i else "the default"]
+        for i in numbers
+    ]
+    return [[*curve.settings[0], curve.title, ""], *rows]
 
 
 def tuning_section(
     method: str, grid: Mapping[str, tuple], curve: Curve, note: str, tables: dict[str, list[list[str]]]
 ) -> Section:
     """Returns the section on the validation set: heat maps of pairs of options, curves of each, the best settings."""
-    metrics, best = curve.metrics(), curve.settings[curve.best()]
+    metrics, best = curve.metrics(), curve.settings[curve.order()[0]]
 
     def best_with(**wanted: Any) -> float:
         own = [each for setting, each in zip(curve.settings, metrics, strict=True) if wanted.items() <= setting.items()]
@@ -418,11 +414,7 @@ def tuning_section(
         )
     for key, values in several.items():
         plots.append(draw_lines(key, values, [best_with(**{key: each}) for each in values], best[key]))
-    listed = [
-        [*map(as_typed, curve.settings[i].values()), f"{100 * metrics[i]:.2f}", "" if i else "the default"]
-        for i in curve.order[:_ON_PAGE]
-    ]
-    tables = {**tables, f"The best settings on {method}": [[*grid, curve.title, ""], *listed]}
+    tables = {**tables, f"The best settings on {method}": settings_table(curve, _ON_PAGE)}
     caption = (
         f"The metric is the mean {curve.title} of the protocols on the validation set, in percent; if other options "
         "were tried, too, with their best values. Red marks the chosen values."

@@ -49,7 +49,7 @@ from revisitop.layout_revisitop import load_distractor_list
 from revisitop.published import published
 from revisitop.retrieve import rerank, retrieve
 from revisitop.toy import seeded_checkpoint
-from tools.check import Finding, check_dataset, read_images
+from tools.check import Finding, check_dataset, checked, read_images
 from tools.download import UNPACKED, read_checkpoint
 
 REFERENCE = Path(revisitop.__file__).parent / "reference"  # computed by the paper's released code
@@ -113,12 +113,10 @@ def check_descriptors(cfg: CfgNode) -> Iterator[Finding]:
             expected = np.stack([reference[f"descriptor_all_3_image_{number}"] for number in (0, 1)])
             largest, cosine = abs(found - expected).max(), (found * expected).sum(axis=1).min()
             words += f": largest difference {largest:.1e} of {LARGEST[precision]:.0e}, cosine {cosine:.7f}"
-            if largest <= LARGEST[precision]:
-                yield Finding(True, words, ("RGB", "antialias") if precision == "fp32" else ())
-            else:
-                advice = "restore the files of this project, install another PyTorch, or choose another TEST.DEVICE"
-                text = f"{words}: these are not the paper's descriptors; {advice}"
-                yield Finding(False, text, ("RGB",))  # antialiasing has a check of its own
+            advice = "restore the files of this project, install another PyTorch, or choose another TEST.DEVICE"
+            right = largest <= LARGEST[precision]
+            mistakes = ("RGB", "antialias") if right and precision == "fp32" else () if right else ("RGB",)
+            yield checked(right, words, f"these are not the paper's descriptors; {advice}", *mistakes)
 
 
 def check_protocol(cfg: CfgNode) -> Iterator[Finding]:
@@ -128,17 +126,15 @@ def check_protocol(cfg: CfgNode) -> Iterator[Finding]:
     truth = [GroundTruth({kind: np.array(lists[kind], dtype=np.int64) for kind in kinds}) for lists in given["gnd"]]
     metrics = evaluate_ranks(np.array(given["ranks"]).T, truth)
     largest = max(abs(metrics[name].map - expected["map"]) for name, expected in given["expected"].items())
-    advice = "; restore the files of this project, git checkout ."
-    words = f"mAP of bundled rankings: largest difference {largest:.0e}"
-    yield Finding(True, words) if largest < 1e-9 else Finding(False, f"{words}{advice}")
+    advice = "restore the files of this project, git checkout ."
+    yield checked(largest < 1e-9, f"mAP of bundled rankings: largest difference {largest:.0e}", advice)
     with np.load(REFERENCE / "reference.npz") as reference:
         queries, rows = (torch.from_numpy(reference[name]) for name in ("rerank_Q", "rerank_X"))
         expected = reference["rerank_ranks_M400_K9_b0.15"].T
     database = Database([rows])
     found = rerank(retrieve(queries, database, len(rows)), SuperGlobalReranker(), queries, database).ids.numpy()
     same = (found == expected).mean()
-    words = f"ranking after reranking: {same:.2%} of the places as expected"
-    yield Finding(True, words, ("S2",)) if same == 1 else Finding(False, f"{words}{advice}")
+    yield checked(same == 1, f"ranking after reranking: {same:.2%} of the places as expected", advice, "S2")
 
 
 def check_environment(cfg: CfgNode) -> Iterator[Finding]:
@@ -148,36 +144,25 @@ def check_environment(cfg: CfgNode) -> Iterator[Finding]:
     for device in devices(cfg):
         error = product_error(device)
         words = f"products in float32 on {device_name(device)}: largest relative error {error:.0e}"
-        if error <= PRODUCT_ERROR:
-            yield Finding(True, words)
-        else:
-            yield Finding(False, f"{words}, as with TF32; remove NVIDIA_TF32_OVERRIDE from the environment")
+        advice = "it is that of TF32, remove NVIDIA_TF32_OVERRIDE from the environment"
+        yield checked(error <= PRODUCT_ERROR, words, advice)
     x = torch.arange(16.0).square().reshape(1, 1, 4, 4)
     halved = torch.allclose(rescale(x, 0.5), avg_pool2d(x, 2))
-    yield (
-        Finding(True, "images are resized without antialiasing", ("antialias",))
-        if halved
-        else Finding(False, "images are not resized as for the paper; install another version of PyTorch")
-    )
+    words = f"images are resized {'without antialiasing' if halved else 'in another way than for the paper'}"
+    yield checked(halved, words, "install another version of PyTorch", "antialias")
     library = f"Pillow {versions['pillow']}"
     if decodes_as_pillow():
         library = f"simplejpeg, to the same pixels as {library}"
-    if PIL.features.check_feature("libjpeg_turbo"):
-        yield Finding(True, f"JPEG files are decoded by {library} with libjpeg-turbo")
-    else:
-        yield Finding(
-            False, f"JPEG files are decoded by {library} with another libjpeg; pip install --force-reinstall pillow"
-        )
+    turbo = PIL.features.check_feature("libjpeg_turbo")
+    words = f"JPEG files are decoded by {library} with {'libjpeg-turbo' if turbo else 'another libjpeg'}"
+    yield checked(turbo, words, "pip install --force-reinstall pillow")
     with tempfile.TemporaryDirectory() as folder:
         exif = Image.Exif()
         exif[ExifTags.Base.Orientation] = 6  # turned by a quarter
         Image.new("RGB", (40, 20)).save(path := Path(folder) / "turned.jpg", exif=exif)
         upright = read_image(path).shape == (40, 20, 3)
-    yield (
-        Finding(True, "images are turned upright by their EXIF orientation")
-        if upright
-        else Finding(False, "the EXIF orientation of images is ignored; pip install --upgrade pillow")
-    )
+    words = f"the EXIF orientation of images is {'followed' if upright else 'ignored'}"
+    yield checked(upright, words, "pip install --upgrade pillow")
 
 
 def check_datasets(cfg: CfgNode) -> Iterator[Finding]:
@@ -200,18 +185,13 @@ def check_datasets(cfg: CfgNode) -> Iterator[Finding]:
         return
     count, expected = len(images), published()["distractors"]
     advice = f"and start python -m tools.download revisitop1m --data-dir {folder.parent}"
-    words = f"revisitop1m: {count:,} images are listed"
-    if count == expected:
-        yield Finding(True, f"{words}, as published")
-    else:
-        text = f"{words}, but {expected:,} are published"
-        yield Finding(False, f"{text}; delete {folder / 'revisitop1m.txt'} {advice}")
+    words = f"revisitop1m: {count:,} images are listed, {expected:,} are published"
+    yield checked(count == expected, words, f"delete {folder / 'revisitop1m.txt'} {advice}")
     sample = [images[number].path for number in range(0, count, max(1, count // SAMPLE))]
-    if damaged := read_images(sample)[1]:
-        words = f"revisitop1m: of {len(sample):,} images, {len(damaged)} are bad ({short_list(damaged)})"
-        yield Finding(False, f"{words}; delete them and {folder / UNPACKED} {advice}")
-    else:
-        yield Finding(True, f"revisitop1m: a sample of {len(sample):,} images is complete")
+    damaged = read_images(sample)[1]
+    words = f"revisitop1m: of a sample of {len(sample):,} images, {len(damaged)} are damaged or missing"
+    bad = f" ({short_list(damaged)})" if damaged else ""
+    yield checked(not damaged, f"{words}{bad}", f"delete them and {folder / UNPACKED} {advice}")
 
 
 def check_features(dataset: Dataset, folder: Path) -> Iterator[Finding]:
@@ -227,12 +207,10 @@ def check_features(dataset: Dataset, folder: Path) -> Iterator[Finding]:
         yield Finding(False, str(error))
         return
     found = {name: 100 * each.map for name, each in evaluate(ranking, dataset.ground_truth, dataset.protocols).items()}
-    words = f"{path.name}: mAP {' / '.join(f'{value:.2f}' for value in found.values())}"
-    if max(abs(found[name] - value) for name, value in expected.items()) < 0.01:
-        yield Finding(True, f"{words}, as published: the ground truth of {dataset.name} is right", ("junk",))
-    else:
-        values = " / ".join(f"{value:.2f}" for value in expected.values())
-        yield Finding(False, f"{words}, but {values} is published; replace {path} and the gnd_{dataset.name}.pkl")
+    ours, theirs = (" / ".join(f"{value:.2f}" for value in maps.values()) for maps in (found, expected))
+    right = max(abs(found[name] - value) for name, value in expected.items()) < 0.01
+    words = f"{path.name}: mAP {ours}, {theirs} is published"
+    yield checked(right, words, f"replace {path} and the gnd_{dataset.name}.pkl", *["junk"] * right)
 
 
 def check_weights(cfg: CfgNode) -> list[Finding]:

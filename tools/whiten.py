@@ -82,7 +82,7 @@ def parse(argv: list[str]) -> Parsed:
     line.add("--labels", type=Path, metavar="FILE", help="the class of each descriptor, a line each")
     line.add("--discriminative", action="store_true", help="use the classes of a dataset in class folders")
     line.add("--shrinkage", type=float, default=0.0, metavar="S", help="0 to 1, for few descriptors per class [0]")
-    line.add_flag("--weights", "TEST.WEIGHTS", metavar="PATH", help="the checkpoint, see TEST.WEIGHTS")
+    line.add_weights()
     return line.parse(argv)
 
 
@@ -107,10 +107,7 @@ def descriptors(source: str, session: Session) -> tuple[Tensor, Tensor | None, d
 
 def read_classes(path: Path, count: int) -> Tensor:
     """Reads the class of each of `count` descriptors, a line each, see numbered."""
-    try:
-        names = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(getattr(error, "strerror", None) or str(error)) from None
+    names = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()  # names may be in any encoding
     if len(names) != count:
         raise InputError(f"it has {len(names)} lines for {count} descriptors")
     return numbered(names)
@@ -219,10 +216,8 @@ def _rank(variances: np.ndarray) -> int:
 
 
 def _descending(axes: np.ndarray) -> Tensor:
-    """Returns ascending axes (D, dim) as (dim, D), descending, the largest component of each positive."""
-    projection = torch.from_numpy(axes.T[::-1].copy())
-    largest = projection.gather(1, projection.abs().argmax(dim=1, keepdim=True))
-    return projection * largest.sign()
+    """Returns ascending axes (D, dim) as (dim, D), descending."""
+    return torch.from_numpy(axes.T[::-1].copy())
 
 
 if __name__ == "__main__":

@@ -105,6 +105,25 @@ def test_an_index_without_a_direct_map_is_refused_and_the_advice_works(vectors):
     assert reranker.rerank(queries, ids, index.reconstruct_batch).ids.shape == (3, 10)
 
 
+@pytest.mark.parametrize("kind", ["IVF2,Flat", "IDMap,Flat"])
+def test_an_index_with_ids_of_its_own_is_refused_and_the_advice_works(vectors, kind):
+    queries, rows = (each.float().numpy() for each in vectors[:2])
+    numbers = np.arange(len(rows)) * 7 + 1000
+    index = faiss.index_factory(16, kind, faiss.METRIC_INNER_PRODUCT)
+    index.train(rows)
+    index.add_with_ids(rows, numbers)
+    _, ids = index.search(queries, 10)
+    reranker = SuperGlobalReranker(m=10, k=3)
+    with pytest.raises(ValueError, match="IndexIDMap2"):
+        reranker.rerank(queries, ids, index.reconstruct_batch)
+    if kind == "IDMap,Flat":
+        index = faiss.IndexIDMap2(faiss.IndexFlatIP(16))
+        index.add_with_ids(rows, numbers)
+    else:
+        faiss.extract_index_ivf(index).set_direct_map_type(faiss.DirectMap.Hashtable)
+    assert {*reranker.rerank(queries, ids, index.reconstruct_batch).ids.flatten()} <= {*numbers, -1}
+
+
 @pytest.mark.parametrize(
     "wrap",
     [
@@ -195,3 +214,30 @@ def test_sorting_by_the_new_scores_gives_the_new_order_on_random_problems():
             assert np.isneginf(values[present:]).all()
             if first < present and first:
                 assert values[first] < values[first - 1]
+
+
+@pytest.mark.parametrize("wrong", ["distances", "NaN"])
+def test_scores_that_do_not_descend_are_refused(vectors, wrong):
+    queries, rows, ids, scores = vectors
+    scores = -scores if wrong == "distances" else scores.index_fill(1, torch.tensor([12]), torch.nan)
+    with pytest.raises(ValueError, match="query 0"):
+        SuperGlobalReranker(m=12, k=4).rerank(queries, ids, rows.__getitem__, scores=scores)
+
+
+def test_a_network_shows_the_relu_plus_of_an_earlier_attach():
+    network = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.ReLU())
+    first = attach(network, relup="0")
+    assert "0.1: ReLU+" in repr(attach(network))
+    first.detach()
+    assert "ReLU+" not in repr(attach(network))
+
+
+def test_a_network_that_fails_at_another_scale_names_the_scale():
+    class OneSize(nn.Module):
+        def forward(self, x):
+            assert x.shape[2:] == (32, 32), "wrong size"
+            return x
+
+    with pytest.raises(RuntimeError, match="resized"):
+        attach(OneSize())(torch.rand(1, 3, 32, 32))
+    assert attach(OneSize(), scales=(1.0,))(torch.rand(1, 3, 32, 32)).shape == (1, 3)

@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -199,3 +201,13 @@ def test_numbers_that_are_no_rows_are_rejected(ids, message):
     for numbers in (torch.tensor(ids), np.array(ids)):
         with pytest.raises(ValueError, match=message):
             Database([unit(4, 8), unit(6, 8)]).rows(numbers)
+
+
+def test_rows_that_are_not_of_unit_length_are_warned_of():
+    rows = unit(100, 8)
+    with pytest.warns(UserWarning, match="length"):
+        search(rows[:2], 2 * rows, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        search(rows[:2], rows, 5)
+        search(2 * rows[:2], 0.5 * rows, 5)  # a lossy index shortens rows; the length of a query changes no order

@@ -62,7 +62,7 @@ def test_a_whitening_says_its_widths(whitening):
     [
         ([torch.zeros(3)], "list"),
         ({"mean": torch.zeros(3)}, r"\['mean'\]"),
-        ({"mean": torch.zeros(3), "projection": torch.zeros(2, 3), "P": 1}, "'P'"),
+        ({"mean": torch.zeros(3), "projection": torch.zeros(2, 3), "P": torch.ones(1)}, "'P'"),
         ({"mean": torch.zeros(3), "projection": [[1.0]]}, "projection .* list"),
         ({"mean": torch.zeros(1, 3), "projection": torch.zeros(2, 3)}, r"mean .* \(1, 3\)"),
         ({"mean": torch.zeros(3), "projection": torch.zeros(0, 3)}, r"projection .* \(0, 3\)"),
@@ -74,3 +74,8 @@ def test_a_whitening_says_its_widths(whitening):
 def test_an_invalid_state_of_a_whitening_is_rejected(state, message):
     with pytest.raises(ValueError, match=message):
         Whitening.from_state(state)
+
+
+def test_a_file_of_a_whitening_may_say_what_it_was_learnt_from():
+    state = {"mean": torch.zeros(3), "projection": torch.ones(2, 3), "learnt_from": {"dim": 2}}
+    assert Whitening.from_state(state).dim == 2

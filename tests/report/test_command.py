@@ -77,9 +77,10 @@ def test_a_pipe_that_its_reader_has_closed_ends_the_command_quietly():
     assert process.returncode == 141
 
 
-def test_a_progress_bar_in_a_file_is_a_line_and_not_a_line_per_refresh():
-    bars = "[x for name in 'ab' for x in tqdm(range(9), name, mininterval=0, miniters=1)]"
-    done = run(f"from tqdm import tqdm\ndef main(argv):\n {bars}\n print('c', file=sys.stderr)")
-    first, second, last, *others = done.stderr.split("\n")
-    assert (first[:8], second[:8], last, others) == ("a: 100%|", "b: 100%|", "c", [""])
-    assert "\r" not in done.stderr
+def test_in_a_file_a_progress_bar_has_a_line_a_minute_and_nothing_stands_before_an_error():
+    bars = "[x for leave in (True, False) for x in tqdm(range(9), mininterval=0, miniters=1, leave=leave)]"
+    code = f"from tqdm import tqdm\ndef main(argv):\n {bars}\n raise InputError('no bar')"
+    assert run(f"from model.errors import InputError\n{code}").stderr == "error: no bar\n"
+    lines = run(f"import report.command as c\nc._BAR_SECONDS = 0\nfrom model.errors import InputError\n{code}").stderr
+    assert "\r" not in lines
+    assert lines.count("9/9") >= 2

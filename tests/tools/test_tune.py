@@ -150,4 +150,12 @@ def test_another_reranker_and_options_of_the_network_are_tuned(command, layout, 
     outcome = command("tools/tune.py", *words, *two_layers)
     assert outcome.code == 0, outcome.err
     assert outcome.out.count("roxford5k database: 24 images extracted") == 2
+    assert outcome.out.count("descriptors: ") == 2  # a recipe for the validation, and one for the test
     assert len(results(tmp_path)["tuning"]["settings"]) == 6  # including the one with the paper's 10 results
+
+
+def test_a_misspelt_usage_of_the_test_set_is_reported_before_the_work(tune):
+    outcome = tune("--folds", 2, "--test", "new:Privat")
+    assert outcome.code == 2
+    assert "Privat" in outcome.err
+    assert "settings of" not in outcome.out

@@ -32,10 +32,9 @@ def some_classes(n: int = N, most: int = 20) -> torch.Tensor:
 
 
 def assert_axes_equal(got: torch.Tensor, expected: np.ndarray, atol: float) -> None:
-    """Checks axes (dim, D) up to signs, and that the largest component of each axis is positive."""
+    """Checks axes (dim, D) up to signs, which change no similarity."""
     expected = expected * np.sign((got.numpy() * expected).sum(axis=1, keepdims=True))
     np.testing.assert_allclose(got, expected, atol=atol, rtol=0)
-    assert (got.amax(dim=1) == got.abs().amax(dim=1)).all()
 
 
 @pytest.mark.parametrize(

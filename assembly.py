@@ -28,11 +28,11 @@ from config import (
     varied,
 )
 from cvnet_rerank.stage import local_feature_stages
-from extraction.extract import ImageSet, extract_sets, probe, probe_tolerance
+from extraction.extract import ImageSet, extract_sets, provenance_of
 from extraction.images import ImageFile, ReadingLimits, limit_side, set_reading_limits
 from extraction.loading import Loading
 from extraction.processes import Processes
-from extraction.store import content_folder, file_fingerprint, plain_name, read_provenance
+from extraction.provenance import content_folder, file_fingerprint, plain_name, read_provenance
 from model.checkpoint import find_checkpoint
 from model.device import PeakMemory, choose_device, device_name, prepare_process
 from model.errors import InputError, nearest
@@ -349,7 +349,7 @@ def extract(
     cfg: CfgNode,
     device: torch.device,
     processes: Processes | None = None,
-    on_error: str = "list",
+    on_error: str = "stop",
 ) -> list[Tensor]:
     """Returns the descriptors of sets, (N, D) each, extracting missing ones; see extraction.extract.extract_sets."""
     log_recipe(recipe)
@@ -630,12 +630,7 @@ def _with_descriptors(cfg: CfgNode, dataset: Dataset, output: Output, device: to
             )
         else:
             with option("TEST.DISTRACTORS"):
-                check_distractors(
-                    distractors.path,
-                    recipe.provenance(),
-                    probe(recipe.extractor(device)),
-                    probe_tolerance(recipe.precision),
-                )
+                check_distractors(distractors.path, provenance_of(recipe, recipe.extractor(device)))
     return Experiment(cfg, dataset, recipe, features, distractors, output, device)
 
 
@@ -658,7 +653,7 @@ def small_set_advice(cfg: CfgNode, dataset: Dataset) -> str | None:
 def prepare_all(session: Session) -> list[Experiment]:
     """Creates the experiments on all datasets, see prepare; of several processes the first one alone draws toy."""
     cfg = session.cfg
-    with session.processes.first_alone():
+    with session.processes.agreeing():
         return [prepare(cfg, name, session.output, session.device) for name in cfg.TEST.DATASET_LIST]
 
 

@@ -78,7 +78,7 @@ def parse(argv: list[str]) -> Parsed:
     )  # fmt: skip
     line.add(
         "--on-error", choices=("stop", "skip"), default="stop",
-        help="for an image that cannot be read: end the run, or write a row of zeros [stop]",
+        help="for images that cannot be read: an error after all others, or rows of zeros [stop]",
     )  # fmt: skip
     parsed = line.parse(argv)
     for flag, key in (("--weight FILE", "TEST.WEIGHTS"), ("--depth N", "MODEL.DEPTH")):

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +28,8 @@ from extraction.identity import KEY_BYTES, NO_STAT, Identity
 from extraction.images import ImageError, ImageFile, probe_pixels
 from extraction.loading import PLAIN_LOADING, WORKER_ERRORS, Loading, ReadAhead
 from extraction.owner import owned
-from extraction.store import Store, fingerprint, probe_distance
+from extraction.provenance import Provenance, fingerprint
+from extraction.store import Records, Store
 from model.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -84,16 +84,14 @@ class PairScores:
         recipe = self.recipe
         network = load_cvnet_rerank(Path(recipe.weights), recipe.depth, recipe.reduction_dim, recipe.precision, device)
         names = ("weights_sha256", "depth", "precision", "max_side")
-        provenance = {name: getattr(recipe, name) for name in names}
+        settings = {name: getattr(recipe, name) for name in names}
+        provenance = Provenance(settings, pair_probe(network, device), probe_tolerance(recipe.precision))
         maps = FeatureMaps(network, provenance, recipe.max_side, self.maps_folder, self.maps_bytes, self.loading)
-        tolerance = probe_tolerance(recipe.precision)
-        store = Store(self.path, ids.shape[1], provenance, pair_probe(network, device), tolerance)
+        store = Store(self.path, ids.shape[1], provenance)
         store.read() if self.resume else store.clear()
         keys = self._keys(ids)
-        if store.finished_keys == keys:
-            log.info("%s: reused, computed from the same images, candidates and checkpoint", self.path)
-            return np.load(self.path)
-        missing = [query for query, key in enumerate(keys) if key not in store]
+        records = Records.of([b""] * len(keys), [Identity(key, NO_STAT) for key in keys])
+        missing = np.flatnonzero(~store.has(records.keys)).tolist()
         bar = tqdm(
             total=ids.numel(), initial=(len(keys) - len(missing)) * ids.shape[1], desc="CVNet-Rerank", unit="pair",
             dynamic_ncols=True, smoothing=0.05,
@@ -109,7 +107,8 @@ class PairScores:
                     bar.update(len(places))
                 store.write(b"", Identity(keys[query], NO_STAT), scores)
                 store.flush()
-        store.finish([b""] * len(keys), [Identity(key, NO_STAT) for key in keys])
+        if not store.finish(records):
+            log.info("%s: reused, computed from the same images, candidates and checkpoint", self.path)
         return np.load(self.path)
 
     def _keys(self, ids: Tensor) -> list[bytes]:
@@ -145,7 +144,7 @@ class FeatureMaps:
 
     Args:
         network: computes them.
-        provenance: what they depend on beside code and image.
+        provenance: what they depend on beside their images.
         max_side: longer side to which larger images are reduced, or None.
         folder: where they are saved, in a folder per provenance; None keeps only some of them, in memory.
         limit: the largest size of that folder in bytes, including maps of earlier runs.
@@ -155,7 +154,7 @@ class FeatureMaps:
     def __init__(
         self,
         network: CVNetRerank,
-        provenance: dict[str, Any],
+        provenance: Provenance,
         max_side: int | None,
         folder: Path | None,
         limit: int,
@@ -163,25 +162,17 @@ class FeatureMaps:
     ):
         self.network, self.max_side, self.loading = network, max_side, loading
         self.device = next(network.parameters()).device
-        self.folder = None if folder is None else folder / fingerprint(provenance)
+        self.folder = None if folder is None else folder / fingerprint(provenance.settings)
         self.in_memory: dict[bytes, Tensor] = {}
         self.memory_left, self.disk_left = MEMORY_BYTES, limit
         if self.folder is not None:
-            self._open(self.folder, provenance)
+            settings, probe = self.folder / "provenance.json", self.folder / "probe.npy"
+            if provenance.differences(settings, probe) != []:  # computed by other code
+                shutil.rmtree(self.folder, ignore_errors=True)
+                self.folder.mkdir(parents=True)
+                write_json(settings, provenance.settings)
+                write_array(probe, provenance.probe)
             self.disk_left -= sum(file.stat().st_size for file in self.folder.parent.rglob("*.npz"))
-
-    def _open(self, folder: Path, provenance: dict[str, Any]) -> None:
-        """Creates the folder; one whose maps were computed by other code is emptied first."""
-        probe = pair_probe(self.network, self.device)
-        try:
-            current = probe_distance(np.load(folder / "probe.npy"), probe) <= probe_tolerance(provenance["precision"])
-        except (OSError, ValueError):
-            current = False
-        if not current:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            write_json(folder / "provenance.json", provenance)
-            write_array(folder / "probe.npy", probe)
 
     def of(self, images: Sequence[ImageFile]) -> Iterator[tuple[int, Tensor]]:
         """Yields the number and feature map of each image; saved ones come first.

@@ -23,13 +23,11 @@ class Arrays(NamedTuple):
         path: the file.
         arrays: its arrays of numbers by their names; an array without a name, as in a .npy file, has the name "".
         names: the images to which the rows of its only array belong, if the file names them.
-        columns: whether a descriptor is a column, as MATLAB users store them.
     """
 
     path: Path
     arrays: dict[str, np.ndarray]
     names: list[str] | None = None
-    columns: bool = False
 
     @property
     def only(self) -> np.ndarray | None:
@@ -48,7 +46,9 @@ def is_text(path: Path) -> bool:
 
 
 def read_arrays_of(path: Path) -> Arrays:
-    """Returns the arrays of a file, memory-mapped if it is a .npy or .pth file.
+    """Returns the arrays of a file, memory-mapped if it is a .npy or .pth file; those of MATLAB are transposed.
+
+    (MATLAB users store a descriptor as a column.)
 
     Raises:
         InputError: if it is missing, damaged, of another kind, or contains no array of numbers.
@@ -75,7 +75,9 @@ def read_arrays_of(path: Path) -> Arrays:
     if not arrays:
         where = " (in HDF5: of a descriptor per image, not of local features)" if _HDF5_MAGIC in head else ""
         raise InputError(f"{path} contains no array of numbers{where}")
-    return Arrays(path, arrays, names, head.startswith(b"MATLAB") and head[512:520] != _HDF5_MAGIC)
+    if head.startswith(b"MATLAB") and head[512:520] != _HDF5_MAGIC:
+        arrays = {name: array.T for name, array in arrays.items()}
+    return Arrays(path, arrays, names)
 
 
 def _head(path: Path) -> bytes:

@@ -9,7 +9,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,14 +17,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from extraction.batching import equal_sizes, first_batch_size, in_fitting_parts
-from extraction.identity import NO_STAT, Identity, stat_record
-from extraction.images import ImageError, ImageFile, probe_pixels
+from extraction.identity import KEY_BYTES, Identity, stat_record
+from extraction.images import ImageError, ImageFile, NameList, probe_pixels
 from extraction.loading import PLAIN_LOADING, WORKER_ERRORS, Loading, ReadAhead
 from extraction.owner import owned
 from extraction.processes import Processes
-from extraction.store import NO_KEY, Store, load_rows
+from extraction.provenance import Provenance
+from extraction.store import Records, Store, load_rows
 from model.errors import InputError, short_list
 from model.extractor import Extractor
+from model.recipe import Recipe
 from modules.checks import values_unseen
 
 log = logging.getLogger(__name__)
@@ -34,29 +36,6 @@ _NAMED_AT_MOST = 50
 
 # The number of batches queued on a GPU before the host waits for the first of them.
 _IN_FLIGHT = 3
-
-
-class ExtractorRecipe(Protocol):
-    """Creates an extractor, and records what its descriptors depend on; implemented by model.recipe.Recipe.
-
-    Attributes:
-        dim: D, dimensions of a descriptor.
-        precision: fp32, bf16 or fp16.
-        max_side: longer side to which larger images are reduced, or None.
-    """
-
-    @property
-    def dim(self) -> int: ...
-    @property
-    def precision(self) -> str: ...
-    @property
-    def max_side(self) -> int | None: ...
-
-    def extractor(self, device: torch.device) -> Extractor: ...
-
-    def provenance(self) -> dict[str, Any]:
-        """Returns everything a descriptor depends on except its image and the code, as JSON."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -76,10 +55,10 @@ class ImageSet:
     folder: Path | None = None
 
 
-def probe(extractor: Extractor) -> np.ndarray:
-    """Returns the descriptors of two small drawn images, which change when the code behind them does. (2, D)."""
+def provenance_of(recipe: Recipe, extractor: Extractor) -> Provenance:
+    """Returns what descriptors depend on beside their images; the probe is those of two small drawn images, (2, D)."""
     rows = [extract_batch(extractor, [torch.from_numpy(pixels)])[0].cpu() for pixels in probe_pixels()]
-    return torch.stack(rows).float().numpy()
+    return Provenance(recipe.provenance(), torch.stack(rows).float().numpy(), probe_tolerance(recipe.precision))
 
 
 def probe_tolerance(precision: str) -> float:
@@ -89,11 +68,11 @@ def probe_tolerance(precision: str) -> float:
 
 def extract_sets(
     sets: Sequence[ImageSet],
-    recipe: ExtractorRecipe,
+    recipe: Recipe,
     device: torch.device,
     loading: Loading = PLAIN_LOADING,
     resume: bool = True,
-    on_error: str = "list",
+    on_error: str = "stop",
     processes: Processes | None = None,
     replace: bool = True,
     facts: dict[str, Any] | None = None,
@@ -120,15 +99,15 @@ def extract_sets(
     """
     processes = processes or Processes(alone=True)
     extractor = recipe.extractor(device)
-    identity = recipe.provenance(), probe(extractor), probe_tolerance(recipe.precision)
+    provenance = provenance_of(recipe, extractor)
     with owned(sets[0].path) if processes.rank == 0 and finish else nullcontext():
         for each in sets:
-            store = Store(each.path, recipe.dim, *identity, replace)
+            store = Store(each.path, recipe.dim, provenance, replace)
             missing, start = np.zeros(len(each.images), dtype=bool), time.perf_counter()
             if processes.rank == 0:
                 store.read() if resume else store.clear()
-                known = _known_images(each, store, on_error)
-                missing[:] = [identity is None for identity in known.identities]
+                known, existing = _known_images(each, store, on_error), len(store.records.labels)
+                missing[:] = ~known.keys.any(axis=1)
             missing = processes.from_first(missing)
             rows = np.array_split(np.flatnonzero(missing), processes.count)[processes.rank]
             if len(rows):
@@ -137,74 +116,73 @@ def extract_sets(
                 extract_images(extractor, each, store, rows, loading, recipe.max_side, on_error, title, done)
             processes.wait()
             if processes.rank == 0 and finish:
-                _finish(each, store, known, facts, start)
+                _finish(each, store, known, existing, facts, start)
             processes.wait()
     return [load_rows(each.path) for each in sets] if finish else []
 
 
-class KnownImages(NamedTuple):
-    """The labels of a list of images, and the identity of each image whose row exists; None for the others."""
+def _known_images(each: ImageSet, store: Store, on_error: str) -> Records:
+    """Returns the records of the images whose rows exist, found by their stat record, or else by their content.
 
-    labels: list[bytes]
-    identities: list[Identity | None]
-
-
-def _known_images(each: ImageSet, store: Store, on_error: str) -> KnownImages:
-    """Finds the images whose rows exist: by their stat record, or else by their content.
-
-    A row whose image has been deleted since is used, too.
+    The key of all others is NO_KEY. A row whose image has been deleted since is used, too.
     """
-    labels = [image.label(each.folder) for image in each.images]
-    identities: list[Identity | None] = [None] * len(labels)
-    sizes = {identity.stat[0] for identity in store.identities.values()}
-    any_size = 0 in sizes  # that of an image that was too young to trust its stat record is unknown
-    changed, absent = [], []
-    for number, image in enumerate(each.images):
-        try:
-            stat = stat_record(os.stat(str(image.path)))  # text, because there may be a million
-        except OSError:
-            identities[number] = store.identities.get(labels[number])
-            absent.append(number)
-            continue
-        identities[number] = store.identity(labels[number], stat)
-        if identities[number] is None and (any_size or stat[0] in sizes):
-            changed.append(number)
-    missing = [number for number in absent if identities[number] is None]
-    if missing and on_error != "skip":
+    count = len(each.images)
+    keys, stats, absent = np.zeros((count, KEY_BYTES), np.uint8), np.zeros((count, 4), np.int64), np.zeros(count, bool)
+
+    def labels() -> Iterator[bytes]:
+        for number, image in enumerate(each.images):
+            try:
+                stats[number] = stat_record(os.stat(str(image.path)))  # text, because there may be a million
+            except OSError:
+                absent[number] = True
+            yield image.label(each.folder)
+
+    records = Records(NameList(labels()).array, keys, stats)
+    numbers = store.records.with_label(records.labels)
+    absent_rows = absent & (numbers >= 0)
+    stats[absent_rows] = store.records.stats[numbers[absent_rows]]
+    same = numbers >= 0
+    for column, before in zip(stats.T, store.records.stats.T, strict=True):  # one at a time: there may be a million
+        same[same] = column[same] == before[numbers[same]]
+    keys[same] = store.records.keys[numbers[same]]
+    if (missing := np.flatnonzero(absent & ~same)).size and on_error != "skip":
         names = short_list([each.images[number].path for number in missing[:_NAMED_AT_MOST]])
-        raise InputError(f"{each.title}: {len(missing)} of {len(labels)} images are missing ({names})")
-    if len(absent) > len(missing):
-        count = len(absent) - len(missing)
-        log.warning("%s: %d images have been deleted; their descriptors are used", each.title, count)
+        raise InputError(f"{each.title}: {len(missing)} of {count} images are missing ({names})")
+    if absent_rows.any():
+        log.warning("%s: %d images have been deleted; their descriptors are used", each.title, absent_rows.sum())
+    sizes = np.unique(store.records.stats[:, 0])
+    # The size 0 is that of an image that was too young to trust its stat record.
+    changed = np.flatnonzero(~same & ~absent & (np.isin(stats[:, 0], sizes) | (0 in sizes)))
     for number in tqdm(changed, desc=f"{each.title}: comparing", unit="img", dynamic_ncols=True, delay=2):
         with suppress(ImageError):
-            identity = each.images[number].identity()
-            if identity.key in store:
-                identities[number] = identity
-    for label, identity in zip(labels, identities, strict=True):
-        if identity is None:  # what an image of this name was before does not count
-            store.identities.pop(label, None)
-    return KnownImages(labels, identities)
+            key, stats[number] = each.images[number].identity()
+            keys[number] = np.frombuffer(key, np.uint8)
+    keys[changed[~store.has(keys[changed])]] = 0
+    return records
 
 
-def _finish(each: ImageSet, store: Store, known: KnownImages, facts: dict[str, Any] | None, start: float) -> None:
-    """Completes the file of a set after its extraction, and logs what was done."""
-    count, existing = len(each.images), sum(identity is not None for identity in known.identities)
+def _finish(
+    each: ImageSet, store: Store, known: Records, existing: int, facts: dict[str, Any] | None, start: float
+) -> None:
+    """Completes the file of a set after its extraction, and logs what was done.
+
+    Args:
+        existing: the number of the store's records before the extraction.
+    """
     store.flush()
     store.read_blocks()
-    identities = [
-        store.identities.get(label, Identity(NO_KEY, NO_STAT)) if identity is None else identity
-        for label, identity in zip(known.labels, known.identities, strict=True)
-    ]
-    skipped = [
-        os.fsdecode(label) for label, identity in zip(known.labels, identities, strict=True) if identity.key == NO_KEY
-    ]
-    if not store.finish(known.labels, identities, {"skipped": skipped, **(facts or {})}):
+    missing = np.flatnonzero(~known.keys.any(axis=1))
+    numbers = store.records.with_label(known.labels[missing])
+    new = numbers >= existing  # what an image of this name was before does not count
+    known.keys[missing[new]] = store.records.keys[numbers[new]]
+    known.stats[missing[new]] = store.records.stats[numbers[new]]
+    skipped = [os.fsdecode(bytes(label)) for label in known.labels[missing[~new]]]
+    if not store.finish(known, {"skipped": skipped, **(facts or {})}):
         log.info("%s: reused, extracted from the same images, checkpoint and settings", each.path)
         return
-    counts = {"unchanged": existing, "unreadable": len(skipped)}
+    counts = {"unchanged": len(known.keys) - len(missing), "unreadable": len(skipped)}
     words = "".join(f", {number} {what}" for what, number in counts.items() if number)
-    extracted, seconds = count - existing - len(skipped), time.perf_counter() - start
+    extracted, seconds = len(missing) - len(skipped), time.perf_counter() - start
     log.info("%s: %d images extracted%s (%.1f s)", each.title, extracted, words, seconds)
 
 
@@ -215,7 +193,7 @@ def extract_images(
     rows: np.ndarray,
     loading: Loading = PLAIN_LOADING,
     max_side: int | None = None,
-    on_error: str = "list",
+    on_error: str = "stop",
     title: str = "",
     done: int = 0,
 ) -> None:
@@ -226,9 +204,9 @@ def extract_images(
         rows: the numbers of the images to extract, ascending.
         loading: how images are read and batched.
         max_side: longer side to which larger images are reduced, or None.
-        on_error: how damaged images are handled. "stop" raises an error at once. "list" extracts no more
-            and only decodes the other images, so that the error can name every damaged file. "skip" adds
-            no row; this includes images that are too large for the memory, which otherwise raise an error at once.
+        on_error: how damaged images are handled, of which none gets a row. "stop" extracts all others and then raises
+            an error that names them; "skip" does not, and includes images that are too large for the memory, which
+            otherwise raise an error at once.
         title: the name in the progress bar and in error messages.
         done: the number of images whose descriptors exist, for the progress bar.
 
@@ -247,21 +225,13 @@ def extract_images(
 
     def usable() -> Iterator[tuple[int, Tensor]]:
         for number, item in enumerate(decoded):
-            if not isinstance(item, ImageError):
-                if damaged:
-                    bar.update()
-                    continue
+            if isinstance(item, ImageError):
+                log.warning("skipped: %s", item)
+                damaged.append(item)
+                bar.update()
+            else:
                 pixels, identities[number] = item
                 yield number, pixels
-                continue
-            bar.update()
-            if on_error == "skip":
-                log.warning("skipped: %s", item)
-                continue
-            damaged.append(item)
-            if on_error == "stop":
-                return
-            bar.set_description(f"{title}: looking for damaged images, {len(damaged)} found")
 
     try:
         try:
@@ -283,7 +253,7 @@ def extract_images(
         raise decoded.death_of_a_worker(error) or error from None
     finally:
         bar.close()  # so that an error starts on a new line
-    if damaged:
+    if damaged and on_error != "skip":
         count = f"{len(damaged)} images" if len(damaged) > 1 else "an image"
         pixels = max(error.pixels for error in damaged)
         advice = f"; raise the limit to {pixels} pixels" if pixels else ""

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -110,66 +110,39 @@ def read_json(path: Path) -> dict:
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
-    except RecursionError:
-        raise InputError(f"{path} is nested too deeply for a JSON file of ours") from None
-    except ValueError as error:  # of the format, of the encoding, or an integer that is too long
+    except (ValueError, RecursionError) as error:  # of format, encoding, depth, or an integer that is too long
         raise InputError(f"{path} is damaged, not valid JSON ({reason_of(error)})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} must contain a JSON object, but has a {type(content).__name__}")
     return content
 
 
-def read_array(path: Path, kinds: str = "f", mapped: bool = False) -> np.ndarray:
-    """Returns the array of a .npy file, in the byte order of this machine.
-
-    Args:
-        path: the file.
-        kinds: the kinds of numbers that are valid, in NumPy's letters: "f" floating-point, "iu" integers.
-        mapped: whether it is memory-mapped, copy-on-write, and not read; an array in another byte order is read.
-
-    Raises:
-        InputError: if it is missing, damaged, or does not contain one array of such numbers.
-    """
-    array = _load(path)
-    if not isinstance(array, np.ndarray):
-        raise InputError(f"{path} has several arrays; one is expected, in NumPy's .npy format")
-    return _checked(array if mapped else np.array(array), kinds, str(path))
-
-
-def read_arrays(path: Path, names: Sequence[str], kinds: str = "f") -> list[np.ndarray]:
-    """Returns the named arrays of a .npz file, see read_array.
-
-    Raises:
-        InputError: if it is missing or damaged, or one of the arrays is missing or not of such numbers.
-    """
-    content = _load(path)
-    if isinstance(content, np.ndarray):
-        raise InputError(f"{path} has a single array; {' and '.join(names)} are expected, in NumPy's .npz format")
-    with content:
-        if missing := [name for name in names if name not in content.files]:
-            raise InputError(f"{path} has no {missing[0]}; {' and '.join(names)} are expected")
-        if sum(each.file_size for each in content.zip.infolist()) > 100 * path.stat().st_size + 1_000_000:
-            raise InputError(f"{path} is refused: unpacked, it is more than 100 times as large")
-        try:
-            arrays = [content[name] for name in names]  # which are decompressed here
-        except Exception as error:  # exceptions of zipfile, zlib and NumPy
-            raise InputError(f"{path} is damaged ({reason_of(error)}); fetch it again") from None
-    named = zip(names, map(np.asarray, arrays), strict=True)  # bytes, where something else than an array is packed
-    return [_checked(array, kinds, f"{name} of {path}") for name, array in named]
-
-
 def read_numpy(path: Path) -> dict[str, np.ndarray]:
-    """Returns the arrays of numbers of a .npz file by name, or that of a .npy file, named "" and memory-mapped.
+    """Returns the arrays of numbers or text of a .npz file by name, or that of a .npy file, named "" and memory-mapped.
+
+    They have the byte order of this machine.
 
     Raises:
-        InputError: as read_array and read_arrays.
+        InputError: if it is missing or damaged, or an array has anything else.
     """
-    content = _load(path)
-    if isinstance(content, np.ndarray):
-        return {"": _checked(content, "fiu", str(path))}
-    with content:
-        names = content.files
-    return dict(zip(names, read_arrays(path, names, "fiuSU"), strict=True))
+    try:
+        content = np.load(path, mmap_mode="c", allow_pickle=False)  # mapped: a short file is noticed before it is read
+        if isinstance(content, np.ndarray):
+            content = {"": content}
+        elif sum(each.file_size for each in content.zip.infolist()) > 100 * path.stat().st_size + 1_000_000:
+            raise InputError(f"{path} is refused: unpacked, it is more than 100 times as large")
+        arrays = {name: np.asarray(content[name]) for name in content}  # which are decompressed here
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from None
+    except Exception as error:  # exceptions of zipfile, zlib and NumPy
+        raise InputError(f"{path} is damaged or not a NumPy file ({reason_of(error)}); fetch it again") from None
+    for name, array in arrays.items():
+        if array.dtype.kind not in "fiuSU" or array.dtype.char == "g":
+            what = f"{name} of {path}" if name else path
+            raise InputError(f"{what}: expected numbers of at most 64 bits, got {array.dtype} {array.shape}")
+    return {name: array.astype(array.dtype.newbyteorder("="), copy=False) for name, array in arrays.items()}
 
 
 def read_hdf5(path: Path) -> dict[str, Any]:
@@ -201,22 +174,6 @@ def read_mat(path: Path) -> dict[str, np.ndarray]:
         InputError: if it is missing, damaged or not a MATLAB file, or takes too much time or memory.
     """
     return _from_child("MATLAB", path)
-
-
-def _load(path: Path) -> Any:
-    try:
-        return np.load(path, mmap_mode="c", allow_pickle=False)  # mapped: a short file is noticed before it is read
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from None
-    except Exception as error:  # exceptions of zipfile, zlib and NumPy
-        raise InputError(f"{path} is damaged or not a NumPy file ({reason_of(error)})") from None
-
-
-def _checked(array: np.ndarray, kinds: str, what: str) -> np.ndarray:
-    if array.dtype.kind not in kinds or array.dtype.char == "g":
-        names = {"f": "floating-point numbers of at most 64 bits", "iu": "integers", "S": "bytes"}
-        raise InputError(f"{what}: expected {names.get(kinds, 'numbers')}, got {array.dtype} {array.shape}")
-    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
 def _from_child(kind: str, path: Path) -> Any:

@@ -61,3 +61,12 @@ def box_in_words(box: Box) -> str:
 def rows_fingerprint(hashes: np.ndarray) -> str:
     """Returns the fingerprint of rows, given the hashes of their blocks."""
     return hashlib.blake2b(hashes.tobytes(), digest_size=KEY_BYTES).hexdigest()
+
+
+def last_places(table: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Returns the number of the last entry of a table that equals each value, -1 for none. (T,), (N,) -> (N,)."""
+    if not len(table):
+        return np.full(len(values), -1)
+    order = np.argsort(table, kind="stable")
+    places = order[np.searchsorted(table, values, side="right", sorter=order) - 1]
+    return np.where(table[places] == values, places, -1)

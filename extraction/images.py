@@ -8,10 +8,11 @@ import os
 import re
 import stat
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, overload
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -94,30 +95,36 @@ class ImageFile:
         return None
 
 
+class NameList(Sequence[str]):
+    """Names, stored as compactly as their bytes: a million objects would be copied to every process that reads."""
+
+    def __init__(self, names: Iterable[str | bytes]):
+        encoded, parts = map(os.fsencode, names), [np.array([], np.bytes_)]
+        while part := list(islice(encoded, 1 << 14)):  # never all of them as objects
+            parts.append(np.array(part, np.bytes_))
+        self.array = np.concatenate(parts)
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, index: Any) -> Any:
+        return NameList(self.array[index]) if isinstance(index, slice) else os.fsdecode(bytes(self.array[index]))
+
+
 class ImageList(Sequence[ImageFile]):
-    """Images in a folder, by name, stored as compactly as the bytes of the names.
+    """Images in a folder by their names, and by their boxes if they have any."""
 
-    (A list of a million objects would be copied to every process that reads images.)
-    """
-
-    def __init__(self, folder: Path, names: Sequence[bytes] | np.ndarray):
-        self.folder, self.names = folder, np.array(names, dtype=np.bytes_)
+    def __init__(self, folder: Path, names: NameList, boxes: Sequence[Box | None] | None = None):
+        self.folder, self.names, self.boxes = folder, names, boxes
 
     def __len__(self) -> int:
         return len(self.names)
 
-    @overload
-    def __getitem__(self, index: int) -> ImageFile: ...
-    @overload
-    def __getitem__(self, index: slice) -> "ImageList": ...
-    def __getitem__(self, index: int | slice) -> "ImageFile | ImageList":
+    def __getitem__(self, index: Any) -> Any:
+        boxes = None if self.boxes is None else self.boxes[index]
         if isinstance(index, slice):
-            return ImageList(self.folder, self.names[index])
-        return ImageFile(self.folder / self.name(index))
-
-    def name(self, index: int) -> str:
-        """Returns the name as it is in the list."""
-        return os.fsdecode(bytes(self.names[index]))
+            return ImageList(self.folder, self.names[index], boxes)
+        return ImageFile(self.folder / self.names[index], boxes)
 
 
 class ReadingLimits(NamedTuple):

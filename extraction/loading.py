@@ -1,12 +1,9 @@
 """Images decoded ahead in worker processes."""
 
-import multiprocessing
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.connection import wait
 from typing import Any
 
 import numpy as np
@@ -16,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from extraction.identity import Identity
 from extraction.images import ImageError, ImageFile, ReadingLimits, limit_side, reading_limits, set_reading_limits
-from model.errors import InputError, short_list
+from model.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -76,22 +73,13 @@ class ReadAhead:
 
     def death_of_a_worker(self, error: Exception) -> InputError | None:
         """Returns the error to raise if this exception, one of WORKER_ERRORS, means that a worker died; else None."""
-        pids = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
-        if pids is not None:
-            dead = {int(pid) for pid in pids[1].split(",")}
-        elif isinstance(error, RuntimeError) or not self.workers:
+        if not self.workers or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
             return None
-        else:
-            started = set(self.pixels.reading[:, 0].tolist())
-            running = [process for process in multiprocessing.active_children() if process.pid in started]
-            dead = started - {process.pid for process in running}
-            if not dead:  # the connections of a killed process are closed a moment before it is dead
-                ended = wait([process.sentinel for process in running], timeout=5)
-                dead = started - {process.pid for process in running if process.sentinel not in ended}
-        paths = [self.pixels.images[row].path for pid, row in self.pixels.reading.tolist() if pid in dead and row >= 0]
+        paths = [str(self.pixels.images[row].path) for row in self.pixels.reading.tolist() if row >= 0]
+        where = f" while {', '.join(paths)} {'was' if len(paths) == 1 else 'were'} read" if paths else ""
         return InputError(
-            f"a process that decodes images died{f' while reading {short_list(paths)}' if paths else ''}; check that "
-            f"file, or use fewer than {self.workers} workers if memory was short; descriptors extracted so far are kept"
+            f"a process that decodes images died{where}; check what was read, or use fewer than {self.workers} workers "
+            "if memory was short; descriptors extracted so far are kept"
         )
 
 
@@ -115,8 +103,7 @@ class _Pixels(Dataset):
 
     def __init__(self, images: Sequence[ImageFile], rows: np.ndarray, workers: int, max_side: int | None):
         self.images, self.rows, self.max_side = images, rows, max_side
-        # Per worker: its process id and the row that it is reading.
-        self.reading = torch.full((workers, 2), -1).share_memory_()
+        self.reading = torch.full((workers,), -1).share_memory_()  # the row that each worker is reading
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -125,7 +112,7 @@ class _Pixels(Dataset):
         row = int(self.rows[index])
         worker = get_worker_info()
         if worker is not None:
-            self.reading[worker.id] = torch.tensor([os.getpid(), row])
+            self.reading[worker.id] = row
         try:
             pixels, identity = self.images[row].read_identified()
             return limit_side(torch.from_numpy(pixels), self.max_side), identity
@@ -133,4 +120,4 @@ class _Pixels(Dataset):
             return error
         finally:
             if worker is not None:
-                self.reading[worker.id, 1] = -1
+                self.reading[worker.id] = -1

@@ -46,15 +46,6 @@ class Processes:
             self._together(dist.barrier)
 
     @contextmanager
-    def first_alone(self) -> Iterator[None]:
-        """A context that the first process runs before the others."""
-        if self.rank > 0:
-            self.wait()
-        yield
-        if self.rank == 0:
-            self.wait()
-
-    @contextmanager
     def agreeing(self) -> Iterator[None]:
         """A context that the first process runs before the others; an InputError in one is raised in all."""
         error = None

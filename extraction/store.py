@@ -16,24 +16,23 @@ Rows are used again only if the settings are equal and the probe, computed anew,
 """
 
 import hashlib
-import json
 import logging
 import os
-import re
 import shutil
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from extraction.files import jsonable, reserve, write_array, write_atomically, write_json
-from extraction.identity import KEY_BYTES, Identity, file_identity, rows_fingerprint, stat_record
+from extraction.files import reserve, write_array, write_atomically, write_json
+from extraction.identity import KEY_BYTES, Identity, last_places, rows_fingerprint, stat_record
+from extraction.provenance import Provenance, is_unchanged, read_provenance, sidecars
 from model.checkpoint import load_tensors
 from model.errors import InputError, reason_of, short_list
 
@@ -47,7 +46,10 @@ NO_KEY = bytes(KEY_BYTES)  # of a row of zeros, for an image that could not be r
 
 
 class Records(NamedTuple):
-    """What rows were made from: labels (N,) bytes, keys (N, 16) uint8, stats (N, 4) int64."""
+    """What rows were made from: labels (N,) bytes, keys (N, 16) uint8, stats (N, 4) int64.
+
+    Arrays, because a million objects of Python would take more memory than the libraries and the network.
+    """
 
     labels: np.ndarray
     keys: np.ndarray
@@ -69,10 +71,13 @@ class Records(NamedTuple):
             raise ValueError("it has other arrays than records of images")
         return cls(labels, keys, stats)
 
-    def items(self) -> Iterator[tuple[bytes, Identity]]:
-        """Iterates over the labels and identities, of which there may be a million."""
-        for label, key, stat in zip(self.labels, self.keys, self.stats, strict=True):
-            yield bytes(label), Identity(bytes(key), tuple(stat.tolist()))
+    def with_label(self, labels: np.ndarray) -> np.ndarray:
+        """Returns the number of the last record with each of the labels, -1 for none. (N,) -> (N,)."""
+        return last_places(self.labels, labels)
+
+    def with_key(self, keys: np.ndarray) -> np.ndarray:
+        """Returns the number of the last record with each of the keys, -1 for none. (N, 16) -> (N,)."""
+        return last_places(*(np.ascontiguousarray(each).view(f"S{KEY_BYTES}").ravel() for each in (self.keys, keys)))
 
 
 class Store:
@@ -81,43 +86,37 @@ class Store:
     Args:
         path: the finished file, .npy or .pth (one tensor).
         dim: D.
-        provenance: the settings of all rows, as JSON.
-        probe: (P, D'), unit rows that depend on the code that computes the rows.
-        tolerance: the largest difference from 1 of the cosine of the same probe.
-        replace: whether rows of other settings are replaced; else they are an error.
+        provenance: what all rows depend on beside their images.
+        replace: whether rows of another provenance are replaced; else they are an error.
 
     A new store has no rows: call :meth:`read` to use existing ones, or :meth:`clear` to start over. A process that
     only adds rows, for another one to finish, needs neither.
-
-    Attributes:
-        identities: by label, the identity that its row had when it was made.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        dim: int,
-        provenance: dict[str, Any],
-        probe: np.ndarray,
-        tolerance: float = 1e-8,
-        replace: bool = True,
-    ):
-        self.path, self.dim, self.provenance, self.probe = path, dim, jsonable(provenance), probe
-        self.tolerance, self.replace = tolerance, replace
+    def __init__(self, path: Path, dim: int, provenance: Provenance, replace: bool = True):
+        self.path, self.dim, self.provenance, self.replace = path, dim, provenance, replace
         self.folder = Path(f"{path}.blocks")
-        self.identities: dict[bytes, Identity] = {}
-        self._places: dict[bytes, tuple[Path, int]] = {}  # the file and the number of the row of each key
+        self._files: list[Path] = []
         self._cache: OrderedDict[Path, np.ndarray] = OrderedDict()
         self._buffer: list[tuple[bytes, Identity, np.ndarray]] = []
         self._flushed = time.monotonic()
-        self._finished: Records | None = None
-        self._known_blocks: set[Path] = set()
+        self._finished = False  # whether there is a finished file, whole and of this provenance
+        # For each known row its record, and the numbers of its file and of the row there, in parts.
+        self._parts = [(Records.of([], []), np.zeros((0, 2), np.int64))]
+
+    @property
+    def records(self) -> Records:
+        """The records of all known rows, the newest last."""
+        if len(self._parts) > 1:
+            records, places = zip(*self._parts, strict=True)
+            self._parts = [(Records(*map(np.concatenate, zip(*records, strict=True))), np.concatenate(places))]
+        return self._parts[0][0]
 
     def read(self) -> None:
         """Reads the rows of the finished file and of the blocks.
 
         Raises:
-            InputError: if there are rows of other settings that are not to be replaced.
+            InputError: if there are rows of another provenance that are not to be replaced.
         """
         for file in dict.fromkeys((self.path, _rows_file(self.path))):
             _publish(file)
@@ -129,21 +128,13 @@ class Store:
         if self.folder.exists():
             _remove_blocks(self.folder)
 
-    def __contains__(self, key: bytes) -> bool:
-        return key in self._places
+    def has(self, keys: np.ndarray) -> np.ndarray:
+        """Returns which rows are known. (N, 16) uint8 -> (N,) bool."""
+        return self.records.with_key(keys) >= 0
 
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def row(self, key: bytes) -> np.ndarray:
-        """Returns the row with this key, (D,)."""
-        file, number = self._places[key]
-        return self._rows_of(file)[number]
-
-    def identity(self, label: bytes, stat: tuple[int, ...]) -> Identity | None:
-        """Returns the identity of an image if its label and stat record are known; else it must be read."""
-        known = self.identities.get(label)
-        return known if known is not None and known.stat == stat else None
+    def rows(self, keys: np.ndarray) -> np.ndarray:
+        """Returns the rows with these keys, zeros for unknown ones. (N, 16) uint8 -> (N, D)."""
+        return self._rows(self.records.with_key(keys))
 
     def write(self, label: bytes, identity: Identity, row: np.ndarray) -> None:
         """Adds a row; rows are written to disk together, every few seconds."""
@@ -161,8 +152,8 @@ class Store:
         try:
             if not (self.folder / "provenance.json").exists():
                 self.folder.mkdir(exist_ok=True)
-                write_array(self.folder / "probe.npy", self.probe)
-                write_json(self.folder / "provenance.json", self.provenance)
+                write_array(self.folder / "probe.npy", self.provenance.probe)
+                write_json(self.folder / "provenance.json", self.provenance.settings)
             content = {**records._asdict(), "rows": np.stack(rows).astype(np.float32)}
             write_atomically(file, lambda out: np.savez(out, **content))
         except OSError as error:
@@ -174,7 +165,7 @@ class Store:
         """Reads the blocks that were written since the last call, by this process or others."""
         if not self._belongs(self.folder, self.folder / "provenance.json", self.folder / "probe.npy"):
             return
-        for file in sorted(set(self.folder.glob("*.npz")) - self._known_blocks):
+        for file in sorted({*self.folder.glob("*.npz")} - {*self._files}):
             try:
                 with np.load(file) as content:  # verifies a checksum of each array
                     rows, records = content["rows"], Records.read(content)
@@ -186,74 +177,75 @@ class Store:
                 continue
             self._add(file, records)
 
-    @property
-    def finished_keys(self) -> list[bytes]:
-        """The keys of the finished file, in order; empty without an intact one."""
-        return [] if self._finished is None else [bytes(key) for key in self._finished.keys]
-
-    def finish(self, labels: Sequence[bytes], identities: Sequence[Identity], facts: dict | None = None) -> bool:
+    def finish(self, records: Records, facts: dict | None = None) -> bool:
         """Makes the finished file of all rows of a list, and removes the blocks. Returns whether its rows changed.
 
         Args:
-            labels: the labels of the images, in order.
-            identities: their identities; the row of an image with the key NO_KEY is zero.
+            records: of the images, in order; the row of an image with the key NO_KEY is zero.
             facts: added to the provenance file.
 
         Raises:
             InputError: if there is no room; all rows are kept.
         """
-        records, done = Records.of(labels, identities), self._finished
-        same_rows = done is not None and np.array_equal(records.keys, done.keys)
-        if done is not None and same_rows:
-            if not all(map(np.array_equal, records, done)):  # renamed images, or new stat records
-                self._describe(self.path, records, facts)
-        else:
-            file = _rows_file(self.path)
-            try:
-                self._write_rows(file, records, facts)
+        same: dict[str, bool] = {}
+        if self._finished:
+            with np.load(sidecars(self.path)[1]) as content:
+                same = {name: np.array_equal(each, content[name]) for name, each in records._asdict().items()}
+        same_rows = same.get("keys", False)
+        try:
+            if not same_rows:
+                file, numbers = _rows_file(self.path), self.records.with_key(records.keys)
+                self._write_file(file, records, facts, lambda out: self._write_rows(out, numbers))
                 if file != self.path:
-                    self._finished = None
+                    self._finished = False
                     self.clear()
-                    _save_tensor(self.path, load_rows(file))
-                    self._describe(self.path, records, facts)
+                    self._write_file(self.path, records, facts, lambda out: torch.save(load_rows(file), out))
                     for each in (file, *sidecars(file)):
                         each.unlink(missing_ok=True)
-            except OSError as error:
-                reason = error.strerror or reason_of(error)
-                raise InputError(f"cannot write {self.path} ({reason}); all rows are kept") from None
+            elif not all(same.values()):  # renamed images, or new stat records
+                self._describe(self.path, records, facts)
+        except OSError as error:
+            raise InputError(f"cannot write {self.path} ({error.strerror or error}); all rows are kept") from None
         self.clear()
-        self._finished = records
+        self._finished = True
         return not same_rows
 
-    def _write_rows(self, file: Path, records: Records, facts: dict | None) -> None:
-        new, shape, hashes = Path(f"{file}.new"), (len(records.labels), self.dim), []
+    def _write_file(
+        self, file: Path, records: Records, facts: dict | None, write: Callable[[BinaryIO], object]
+    ) -> None:
+        """Writes a file and what belongs to it beside an older one, and then replaces that, see _publish."""
+        new = Path(f"{file}.new")
         sidecars(new)[0].unlink(missing_ok=True)  # that of a file which an interrupted run did not publish
         with new.open("wb") as out:
-            header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(out, header)
-            out.flush()
-            reserve(out, out.tell() + 4 * shape[0] * shape[1])
-            for start in range(0, shape[0], _HASHED_ROWS):
-                rows = np.zeros((min(_HASHED_ROWS, shape[0] - start), self.dim), np.float32)
-                for row, key in zip(rows, map(bytes, records.keys[start : start + len(rows)]), strict=True):
-                    if key != NO_KEY:
-                        row[:] = self.row(key)
-                out.write(rows.tobytes())
-                hashes.append(_hash(rows))
+            try:
+                write(out)
+            except RuntimeError as error:  # raised by torch.save if the disk is full
+                raise OSError(str(error)) from None
             out.flush()
             os.fsync(out.fileno())
-        self._hashes = np.stack(hashes) if hashes else np.zeros((0, KEY_BYTES), np.uint8)
         self._describe(new, records, facts)
         _publish(file)
         _trust(file)
 
+    def _write_rows(self, out: BinaryIO, numbers: np.ndarray) -> None:
+        """Writes rows in the format of .npy, and keeps the hashes of their blocks."""
+        shape, hashes = (len(numbers), self.dim), []
+        np.lib.format.write_array_header_1_0(out, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        out.flush()
+        reserve(out, out.tell() + 4 * shape[0] * shape[1])
+        for start in range(0, len(numbers), _HASHED_ROWS):
+            rows = self._rows(numbers[start : start + _HASHED_ROWS])
+            out.write(rows.tobytes())
+            hashes.append(_hash(rows))
+        self._hashes = np.stack(hashes) if hashes else np.zeros((0, KEY_BYTES), np.uint8)
+
     def _describe(self, file: Path, records: Records, facts: dict | None) -> None:
         """Writes what the file was made from, and the stat record with which it is trusted."""
         provenance, images = sidecars(file)
-        content = {**records._asdict(), "hashes": self._hashes, "probe": self.probe}
+        content = {**records._asdict(), "hashes": self._hashes, "probe": self.provenance.probe}
         write_atomically(images, lambda out: np.savez(out, **content))
         own = {"rows": len(records.labels), "fingerprint": rows_fingerprint(self._hashes)}
-        write_json(provenance, {**self.provenance, **own, **(facts or {}), "file": stat_record(file.stat())})
+        write_json(provenance, {**self.provenance.settings, **own, **(facts or {}), "file": stat_record(file.stat())})
 
     def _read_finished(self, file: Path) -> None:
         """Adds the rows of a finished file, without those that are damaged."""
@@ -277,45 +269,39 @@ class Store:
         self._cache[file] = rows
         self._add(file, records, intact & records.keys.any(axis=1))
         if intact.all() and file == self.path:
-            self._finished, self._hashes = records, hashes
+            self._finished, self._hashes = True, hashes
 
     def _belongs(self, files: Path, provenance: Path, probe: Path) -> bool:
-        """Returns whether existing files have the settings of this store, and were computed by the same code."""
-        try:
-            before = json.loads(provenance.read_text())
-            if not isinstance(before, dict):
-                raise ValueError("it has no JSON object")
-            with_probe = np.load(probe)
-            old_probe = with_probe["probe"] if isinstance(with_probe, np.lib.npyio.NpzFile) else with_probe
-        except FileNotFoundError:
-            before = old_probe = None
-        except Exception:  # damaged files raise almost any exception
-            log.warning("%s is damaged", provenance)
-            before = old_probe = None
-        if before is None or old_probe is None:
-            if files.exists() and not self.replace and not files.is_dir():
-                raise InputError(f"{files} exists without its provenance; start over, or choose another file")
-            if provenance.exists() and files.is_dir():  # rows of unknown settings
-                _remove_blocks(files)
-            return False
-        differing = differences(before, self.provenance) or _code_differs(old_probe, self.probe, self.tolerance)
-        if not differing:
+        """Returns whether existing files have the provenance of this store; others are removed, unless finished."""
+        differing = self.provenance.differences(provenance, probe)
+        if differing == []:
             return True
-        if not self.replace:
-            raise InputError(
-                f"{files} was made with other settings ({short_list(differing)}); start over, or choose another file"
-            )
-        log.warning("%s was made with other settings (%s); it is replaced", files, short_list(differing))
+        if differing is None and not provenance.exists():
+            if files.is_file() and not self.replace:
+                raise InputError(f"{files} exists without its provenance; start over, or choose another file")
+            return False
+        words = short_list(differing or [f"{provenance} is damaged"])
+        if not self.replace and (files.is_file() or any(files.glob("*.npz"))):
+            raise InputError(f"{files} was made with other settings ({words}); start over, or choose another file")
+        log.warning("%s was made with other settings (%s); it is replaced", files, words)
         if files.is_dir():
             _remove_blocks(files)
         return False
 
     def _add(self, file: Path, records: Records, usable: np.ndarray | None = None) -> None:
-        self._known_blocks.add(file)
-        for number, (label, identity) in enumerate(records.items()):
-            if usable is None or usable[number]:
-                self._places[identity.key] = file, number
-                self.identities[label] = identity
+        numbers = np.arange(len(records.labels)) if usable is None else np.flatnonzero(usable)
+        if len(numbers) < len(records.labels):
+            records = Records(*(each[numbers] for each in records))
+        part = records, np.stack([np.full(len(numbers), len(self._files)), numbers], axis=1)
+        self._parts = [part] if not self._files else [*self._parts, part]  # the first may have a million rows: no copy
+        self._files.append(file)
+
+    def _rows(self, numbers: np.ndarray) -> np.ndarray:
+        """Returns the rows with these numbers among the records, zeros for -1. (N,) -> (N, D)."""
+        rows, known = np.zeros((len(numbers), self.dim), np.float32), np.flatnonzero(numbers >= 0)
+        for row, (file, number) in zip(known, self._parts[0][1][numbers[known]].tolist(), strict=True):
+            rows[row] = self._rows_of(self._files[file])[number]
+        return rows
 
     def _rows_of(self, file: Path) -> np.ndarray:
         if file not in self._cache:
@@ -330,6 +316,7 @@ def _remove_blocks(folder: Path) -> None:
     """Removes a folder of blocks; it may be interrupted: the provenance stays as long as there is a block."""
     for block in folder.glob("*.npz"):
         block.unlink()
+    (folder / "provenance.json").unlink(missing_ok=True)
     shutil.rmtree(folder)
 
 
@@ -348,47 +335,8 @@ def _publish(file: Path) -> None:
 
 def _trust(file: Path) -> None:
     """Records the stat record with which the file is trusted."""
-    provenance, stat = read_provenance(file) or {}, list(stat_record(file.stat()))
-    if provenance.get("file") != stat:
-        write_json(sidecars(file)[0], {**provenance, "file": stat})
-
-
-def sidecars(path: Path) -> tuple[Path, Path]:
-    """Returns the files beside a finished file: of its provenance, and of its images."""
-    return Path(f"{path}.json"), Path(f"{path}.images.npz")
-
-
-def content_folder(root: Path, name: str, provenance: dict[str, Any]) -> Path:
-    """Returns the folder root/<name>-<fingerprint>, which is created if needed.
-
-    Args:
-        root: the parent of all such folders.
-        name: a readable name; characters that are not portable in file names become "_".
-        provenance: everything that the content depends on except code and images, as JSON.
-    """
-    folder = root / f"{plain_name(name)}-{fingerprint(provenance)}"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def fingerprint(facts: Any) -> str:
-    """Returns the first 12 hexadecimal digits of the SHA-256 of the facts as JSON with sorted keys."""
-    text = json.dumps(jsonable(facts), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def plain_name(name: str, longest: int = 60) -> str:
-    """Returns the name reduced to letters, digits, dots, plus and minus signs, and cut to `longest` characters."""
-    return re.sub(r"[^A-Za-z0-9.+-]+", "_", name)[:longest]
-
-
-def read_provenance(path: Path) -> dict | None:
-    """Returns the provenance of a finished file, or None if it has no provenance file."""
-    try:
-        content = json.loads(sidecars(path)[0].read_text())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
+    if not is_unchanged(file):
+        write_json(sidecars(file)[0], {**(read_provenance(file) or {}), "file": stat_record(file.stat())})
 
 
 def _hashes_of(content: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -402,7 +350,7 @@ def damaged_rows(path: Path, rows: np.ndarray, hashes: np.ndarray) -> np.ndarray
     None do as long as the file has the stat record with which it is trusted.
     """
     damaged = np.zeros(len(rows), dtype=bool)
-    if (read_provenance(path) or {}).get("file") != list(stat_record(path.stat())):
+    if not is_unchanged(path):
         for number, start in enumerate(range(0, len(rows), _HASHED_ROWS)):
             block = rows[start : start + _HASHED_ROWS]
             damaged[start : start + len(block)] = not np.array_equal([_hash(block)], hashes[number : number + 1])
@@ -424,60 +372,6 @@ def check_rows(path: Path, rows: np.ndarray) -> None:
         raise InputError(f"{path}: {count} of {len(rows)} rows are damaged or were replaced; extract them again")
 
 
-def file_fingerprint(path: Path) -> str:
-    """Returns the fingerprint of the rows in a file: from its provenance while that stands, else of its content."""
-    provenance = read_provenance(path) or {}
-    if provenance.get("fingerprint") and provenance.get("file") == list(stat_record(path.stat())):
-        return provenance["fingerprint"]
-    with path.open("rb") as file:
-        return file_identity(file).key.hex()
-
-
-def provenance_differences(path: Path, provenance: dict, probe: np.ndarray, tolerance: float) -> list[str] | None:
-    """Returns in what a finished file differs from these settings and this probe, or None without a provenance."""
-    before = read_provenance(path)
-    if before is None:
-        return None
-    differing = differences(before, jsonable(provenance))
-    try:
-        with np.load(sidecars(path)[1]) as content:
-            old_probe = content["probe"]
-    except Exception:  # missing or damaged: only the settings are compared
-        return differing
-    return differing or _code_differs(old_probe, probe, tolerance)
-
-
-def differences(before: dict, now: dict) -> list[str]:
-    """Returns the entries of `now` whose values differ in `before`, as text. Extra keys in `before` are ignored."""
-
-    def shown(value: Any) -> str:
-        if value is None:
-            return "off"
-        return f"{value[:12]}…" if isinstance(value, str) and len(value) > 20 else str(value)
-
-    return [
-        f"{key}: {shown(before.get(key))} before, {shown(value)} now"
-        for key, value in now.items()
-        if before.get(key) != value
-    ]
-
-
-def _code_differs(before: np.ndarray, now: np.ndarray, tolerance: float) -> list[str]:
-    """Returns in one entry that the code differs, if the probes of equal settings do; else nothing."""
-    distance = probe_distance(before, now)
-    if distance <= tolerance:
-        return []
-    return [f"the code: the same settings give other descriptors now, cosine {1 - distance:.6f}"]
-
-
-def probe_distance(before: np.ndarray, now: np.ndarray) -> float:
-    """Returns the largest 1 - cosine of two probes of unit rows; infinity if they have other shapes, or NaN."""
-    if not isinstance(before, np.ndarray) or before.shape != now.shape or before.dtype.kind != "f":
-        return np.inf
-    distance = float(((before.astype(np.float64) - now) ** 2).sum(axis=1).max() / 2)
-    return np.inf if np.isnan(distance) else distance
-
-
 def _hash(rows: np.ndarray) -> np.ndarray:
     return np.frombuffer(hashlib.blake2b(rows.tobytes(), digest_size=KEY_BYTES).digest(), np.uint8)
 
@@ -493,18 +387,3 @@ def load_rows(path: Path) -> Tensor:
     if not isinstance(rows, Tensor):
         raise ValueError("it is not one tensor")
     return rows
-
-
-def _save_tensor(path: Path, rows: Tensor) -> None:
-    """Writes rows as one tensor, atomically. torch.save writes the file's name into it: a fixed one is used."""
-    folder = Path(f"{path}.new")
-    folder.mkdir(exist_ok=True)
-    try:
-        torch.save(rows, folder / "descriptors.pth")
-        with (folder / "descriptors.pth").open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(folder / "descriptors.pth", path)
-    except RuntimeError as error:  # raised by torch.save if the disk is full
-        raise OSError(str(error)) from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

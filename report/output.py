@@ -7,7 +7,7 @@ from datetime import datetime
 from itertools import count
 from pathlib import Path
 
-from extraction.store import plain_name
+from extraction.provenance import plain_name
 from model.errors import InputError
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from extraction.folder import LeftOut
 from extraction.images import ImageFile
 from model.errors import InputError, short_list
 from revisitop.protocols import REVISITED_PROTOCOLS, Protocol
@@ -48,7 +49,7 @@ class Dataset:
         layout: the layout from which it was read, in words.
         query_names, names: the names of queries and database images; by default their file names.
         in_database: the database number of each query, if the queries are database images themselves.
-        left_out: the number of files in the folder that do not belong to the dataset, by reason.
+        left_out: the files in the folder that do not belong to the dataset, by reason.
     """
 
     name: str
@@ -61,10 +62,10 @@ class Dataset:
     query_names: Sequence[str] | None = None
     names: Sequence[str] | None = None
     in_database: np.ndarray | None = None
-    left_out: Mapping[str, int] = field(default_factory=dict)
+    left_out: LeftOut = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        left_out = "".join(f", {count} left out ({reason})" for reason, count in self.left_out.items())
+        left_out = "".join(f", {len(paths)} left out ({reason})" for reason, paths in self.left_out.items() if paths)
         return (
             f"{self.name}: {len(self.queries)} queries, {len(self.database)} database images in {self.folder}{left_out}"
         )
@@ -111,28 +112,24 @@ class Dataset:
             )
 
     def missing_files(self) -> tuple[list[Path], int]:
-        """Returns the missing files, and the number of files that should exist."""
-        paths = dict.fromkeys(str(image.path) for image in self.images())  # text, because there may be a million
-        return [Path(path) for path in paths if not os.path.isfile(path)], len(paths)
+        """Returns the missing files, and the number of images that should exist."""
+        queries = self.queries if self.in_database is None else ()
+        paths = (str(image.path) for image in chain(queries, self.database))  # text, because there may be a million
+        missing = dict.fromkeys(path for path in paths if not os.path.isfile(path))
+        return [*map(Path, missing)], len(queries) + len(self.database)
 
 
 class Layout(NamedTuple):
     """A way in which a dataset lies in its folder.
 
     Attributes:
-        title: its name.
-        parts: what the folder of the dataset NAME contains, in words, with a function that returns whether it does.
+        files: what the folder of a dataset NAME contains, in words.
         fits: returns whether a folder has this layout, complete or not.
         read: returns the dataset, from its name and its folder, and the settings by their names.
         settings: the names of the settings that it has.
     """
 
-    title: str
-    parts: Mapping[str, Callable[[Path], bool]]
+    files: str
     fits: Callable[[Path], bool]
     read: Callable[..., Dataset]
     settings: tuple[str, ...] = ()
-
-    def missing(self, folder: Path) -> list[str]:
-        """Returns the parts that a folder does not have."""
-        return [words for words, exists in self.parts.items() if not exists(folder)]

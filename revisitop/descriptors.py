@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,12 +15,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from extraction.arrays import Arrays, is_text, read_arrays_of
-from extraction.files import read_arrays, scratch_rows
+from extraction.files import read_numpy, scratch_rows
 from extraction.images import ImageFile
-from extraction.store import FILE_FACTS, check_rows, differences, provenance_differences, read_provenance, sidecars
+from extraction.provenance import Provenance, differences, read_provenance, sidecars
+from extraction.store import FILE_FACTS, check_rows
 from model.errors import InputError, short_list
 from revisitop.dataset import Dataset
-from revisitop.evaluate import positions_in
+from revisitop.index import positions_of
 from revisitop.layout_csv import read_predictions
 from revisitop.retrieve import Ranking
 
@@ -61,7 +62,8 @@ def load_features(path: Path, dataset: Dataset) -> SavedDescriptors | Ranking:
             or values that are not finite.
     """
     if path.is_dir():
-        return _pair(_query_file(path, dataset), dataset)
+        file, others = path / f"{dataset.name}_query.npy", sorted(path.glob("*_query_global.*"))
+        return _pair(others[0] if len(others) == 1 and not file.exists() else file, dataset)
     if is_text(path):
         return load_ranking(path, dataset)
     found = read_arrays_of(path)
@@ -69,7 +71,7 @@ def load_features(path: Path, dataset: Dataset) -> SavedDescriptors | Ranking:
         return load_ranking(path, dataset)
     if {"Q", "X"} <= found.arrays.keys():
         queries, database = (
-            _rows(found.arrays[name], count, found.columns, f"{name} of {path}", dataset.name)
+            _rows(found.arrays[name], count, f"{name} of {path}", dataset.name)
             for name, count in (("Q", len(dataset.queries)), ("X", len(dataset.database)))
         )
         return _saved(queries, database, path)
@@ -77,20 +79,11 @@ def load_features(path: Path, dataset: Dataset) -> SavedDescriptors | Ranking:
         raise InputError(f"{found}: Q and X (queries and database), or a single array, are expected")
     if found.names is not None:
         queries, database = (
-            _rows(found.only[rows_by_name(found.names, images, path)], len(images), False, str(path), dataset.name)
+            _rows(found.only[rows_by_name(found.names, images, path)], len(images), str(path), dataset.name)
             for images in (dataset.queries, dataset.database)
         )
         return _saved(queries, database, path)
     return _pair(path, dataset)
-
-
-def _query_file(folder: Path, dataset: Dataset) -> Path:
-    """Returns the file with the query descriptors of a dataset in a folder."""
-    file = folder / f"{dataset.name}_query.npy"
-    others = sorted(folder.glob("*_query_global.*"))
-    if not file.exists() and len(others) == 1:
-        return others[0]
-    return file
 
 
 def _pair(path: Path, dataset: Dataset) -> SavedDescriptors:
@@ -127,7 +120,7 @@ def _rows_of_images(file: Path, images: Sequence[ImageFile], names: str, dataset
         if len(named) != len(rows):
             raise InputError(f"{listed} has {len(named)} lines, {file} has {len(rows)} rows")
         rows = rows[rows_by_name(named, images, listed)]
-    return _rows(rows, len(images), found.columns, str(file), dataset.name)
+    return _rows(rows, len(images), str(file), dataset.name)
 
 
 def _saved(queries: Tensor, database: Tensor, file: Path) -> SavedDescriptors:
@@ -173,7 +166,7 @@ def check_labels(path: Path, expected: Sequence[bytes]) -> None:
     file = Path(f"{path}.images.npz")
     if not file.exists():
         return
-    (labels,) = read_arrays(file, ["labels"], kinds="S")
+    labels = read_numpy(file).get("labels", np.empty(0, np.bytes_))
     for number, (label, other) in enumerate(zip_longest(labels.tolist(), expected)):
         if label != other:
             found, wanted = ("none" if each is None else repr(each.decode(errors="replace")) for each in (label, other))
@@ -209,8 +202,9 @@ def load_ranking(path: Path, dataset: Dataset) -> Ranking:
         ids, scores = ranking_of(read_arrays_of(path), len(dataset.queries), len(dataset.database))
         if ids.shape[1] < len(dataset.database):
             log.warning("%s has the first %d of %d images", path, ids.shape[1], len(dataset.database))
-    positions = [torch.from_numpy(places) for places in positions_in(ids, dataset.ground_truth)]
-    return Ranking(torch.from_numpy(ids), torch.from_numpy(scores), positions, 0.0)
+    rows = torch.from_numpy(ids)
+    positions = [positions_of(numbers, row) for numbers, row in zip(dataset.listed, rows, strict=True)]
+    return Ranking(rows, torch.from_numpy(scores), positions, 0.0)
 
 
 def ranking_of(found: Arrays, queries: int, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -299,7 +293,7 @@ def load_rows(path: Path, name: str = "X") -> Tensor:
         raise InputError(f"{found}: a floating-point array (N, D), or one named {name}, is expected")
     if not array.size:
         raise InputError(f"{path} contains no descriptors: its shape is {array.shape}")
-    return torch.from_numpy(array.T if found.columns else array)
+    return torch.from_numpy(array)
 
 
 def unit_rows(rows: Tensor, what: str) -> Tensor:
@@ -328,18 +322,16 @@ def unit_rows(rows: Tensor, what: str) -> Tensor:
     return unit
 
 
-def check_distractors(path: Path, provenance: dict[str, Any], probe: np.ndarray, tolerance: float) -> None:
+def check_distractors(path: Path, provenance: Provenance) -> None:
     """Compares the provenance of the distractors with that of the database; warns if a file has none.
-
-    Args:
-        probe, tolerance: as in extraction.store.Store.
 
     Raises:
         InputError: if they differ; the message names the differences.
     """
-    differing = provenance_differences(path, provenance, probe, tolerance)
+    settings, images = sidecars(path)
+    differing = provenance.differences(settings, images if images.exists() else None)
     if differing is None:
-        log.warning("%s has no provenance file %s; it is not compared with this run", path, sidecars(path)[0].name)
+        log.warning("%s has no provenance file %s; it is not compared with this run", path, settings.name)
     elif differing:
         raise InputError(
             f"{path} was extracted with other settings ({short_list(differing)}); "
@@ -358,21 +350,14 @@ def _check_pair(queries: Path, database: Path) -> None:
         )
 
 
-def _rows(array: np.ndarray, count: int, columns_first: bool, what: str, dataset: str) -> Tensor:
-    """Returns one unit descriptor per image, as a row, whether the file has them as rows or columns."""
-    if array.ndim != 2 or array.dtype.kind != "f":
-        raise InputError(f"{what}: expected a 2-dimensional floating-point array, got {array.dtype} {array.shape}")
-    fits = [axis for axis in ((1, 0) if columns_first else (0, 1)) if array.shape[axis] == count]
-    if not fits:
-        raise InputError(f"{what}: {dataset} has {count} images, but the shape is {array.shape}")
-    if len(fits) == 2:  # as many dimensions as images: descriptors have unit length, a few damaged ones aside
-        values = torch.from_numpy(array.astype(np.float32))
-        unit = {axis: (values.norm(dim=1 - axis) - 1).abs() <= _UNIT_TOLERANCE for axis in fits}
-        fits = [axis for axis in fits if unit[axis].float().mean() > 0.5]
-        if len(fits) != 1:
-            advice = "both have unit length; add a dimension of zeros" if fits else "save them with unit length"
-            raise InputError(f"{what}: rows and columns cannot be distinguished by the shape {array.shape}; {advice}")
-    rows = torch.from_numpy(np.ascontiguousarray(array if fits[0] == 0 else array.T, dtype=np.float32))
+def _rows(array: np.ndarray, count: int, what: str, dataset: str) -> Tensor:
+    """Returns one unit descriptor per image, as a row; the file may have them as columns."""
+    if array.ndim != 2 or array.dtype.kind != "f" or count not in array.shape:
+        raise InputError(f"{what}: {dataset} has {count} images, but the file an array {array.dtype} {array.shape}")
+    array = array if len(array) == count else array.T
+    rows = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+    if array.shape == (count, count) and ((rows.norm(dim=1) - 1).abs() > _UNIT_TOLERANCE).float().mean() > 0.5:
+        raise InputError(f"{what}: as many dimensions as images: each must be a row of unit length, a column in MATLAB")
     if len(bad := (~rows.any(dim=1)).nonzero()):
         raise InputError(f"{what}: row {int(bad[0])} (from 0), the descriptor of an image, is zero")
     return unit_rows(rows, what)

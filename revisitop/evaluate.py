@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from revisitop.dataset import GroundTruth
-from revisitop.measures import CHALLENGE, NOT_FOUND, RECALL_LEVELS, Measure, first_rank, interpolated_precision
+from revisitop.measures import CHALLENGE, LAST, RECALL_LEVELS, Measure, interpolated_precision
 from revisitop.protocols import REVISITED_PROTOCOLS, Protocol
 from revisitop.retrieve import Ranking
 
@@ -109,14 +109,34 @@ def evaluate_positions(
     for where, truth in zip(positions, ground_truth, strict=True):
         if len(where) != len(truth.listed):
             raise ValueError(f"{len(where)} positions for {len(truth.listed)} listed images")
-    return {
-        each.name: summarise(
-            [protocol_ranks(where, truth, each) for where, truth in zip(positions, ground_truth, strict=True)],
-            ground_truth,
-            each,
-        )
-        for each in protocols
-    }
+    return {each.name: _metrics(positions, ground_truth, each) for each in protocols}
+
+
+def _metrics(positions: Sequence[np.ndarray], ground_truth: Sequence[GroundTruth], protocol: Protocol) -> Metrics:
+    """Returns the metrics of one protocol, see evaluate_positions."""
+    measure: Measure = protocol.measure
+    ap = np.full(len(ground_truth), math.nan)
+    at_k = np.full((len(ap), len(measure.kappas)), math.nan)
+    precision = np.full((len(ap), RECALL_LEVELS), math.nan)
+    first = []  # ranks, from 1, of the first positives; 101 if it is not within the first 100
+    for query, (where, truth) in enumerate(zip(positions, ground_truth, strict=True)):
+        if protocol.usage not in (None, truth.usage):
+            continue
+        positive, ignored = positive_and_ignored(truth, protocol)
+        ranks = remove_ignored(np.asarray(where)[positive], np.asarray(where)[ignored])
+        if not len(ranks):
+            at_k[query] = measure.without_positives
+            continue
+        ap[query], at_k[query] = measure.ap(ranks), measure.at_k(ranks, measure.kappas)
+        precision[query] = interpolated_precision(ranks)
+        first.append(min(int(ranks[0]), LAST) + 1)
+    if not first:
+        return Metrics(protocol, math.nan, ap, np.full(at_k.shape[1], math.nan), np.full(RECALL_LEVELS, math.nan))
+    first_ranks = {"mean": float(np.mean(first)), "median": float(np.median(first))} if measure is CHALLENGE else {}
+    means = (np.nanmean(values, axis=0) for values in (at_k, precision))
+    return Metrics(
+        protocol, float(np.nanmean(ap)), ap, *means, first_ranks, at_k[:, 0] if measure.main_is_at_k else None
+    )
 
 
 def positive_and_ignored(truth: GroundTruth, protocol: Protocol) -> tuple[np.ndarray, np.ndarray]:
@@ -124,39 +144,6 @@ def positive_and_ignored(truth: GroundTruth, protocol: Protocol) -> tuple[np.nda
     kinds = np.repeat([*truth.kinds], [len(numbers) for numbers in truth.kinds.values()])
     positive = np.isin(kinds, protocol.positive)
     return positive, ~positive
-
-
-def protocol_ranks(where: np.ndarray, truth: GroundTruth, protocol: Protocol) -> np.ndarray:
-    """Returns ascending ranks of a query's positives after ignored images were removed. (L,) -> (positives,).
-
-    Args:
-        where: the positions of its listed images, see evaluate_positions.
-    """
-    positive, ignored = positive_and_ignored(truth, protocol)
-    return remove_ignored(np.asarray(where)[positive], np.asarray(where)[ignored])
-
-
-def summarise(ranks: Sequence[np.ndarray], ground_truth: Sequence[GroundTruth], protocol: Protocol) -> Metrics:
-    """Returns the metrics of one protocol, from the ascending ranks of each query's positives, see protocol_ranks."""
-    measure: Measure = protocol.measure
-    in_usage = np.array([protocol.usage in (None, truth.usage) for truth in ground_truth])
-    counted = [own for own, of_usage in zip(ranks, in_usage, strict=True) if of_usage]
-    ap = np.full(len(ranks), math.nan)
-    ap[in_usage] = [measure.ap(own) for own in counted]
-    if np.isnan(ap).all():
-        empty = np.full(len(measure.kappas), math.nan)
-        return Metrics(protocol, math.nan, ap, empty, np.full(RECALL_LEVELS, math.nan))
-    at_k = np.array([measure.at_k(own, measure.kappas) for own in counted])
-    at_first_k = None
-    if measure.main_is_at_k:
-        at_first_k = np.full(len(ranks), math.nan)
-        at_first_k[in_usage] = at_k[:, 0]
-    precision = np.nanmean([interpolated_precision(own) for own in counted], axis=0)
-    first = {}
-    if measure is CHALLENGE:
-        places = [first_rank(own) for own in counted if len(own)]
-        first = {"mean": float(np.mean(places)), "median": float(np.median(places))}
-    return Metrics(protocol, float(np.nanmean(ap)), ap, np.nanmean(at_k, axis=0), precision, first, at_first_k)
 
 
 def evaluate_ranks(
@@ -175,19 +162,3 @@ def remove_ignored(positive: np.ndarray, ignored: np.ndarray) -> np.ndarray:
     """Returns ascending ranks of the positives in the ranking without the ignored images."""
     positive = np.sort(positive)
     return positive - np.searchsorted(np.sort(ignored), positive)
-
-
-def positions_in(results: Sequence[np.ndarray], ground_truth: Sequence[GroundTruth]) -> list[np.ndarray]:
-    """Returns the positions of the listed images in results that may be cut off or empty, see evaluate_positions.
-
-    Args:
-        results: per query, database numbers, best first, each at most once; -1 takes a rank but never scores.
-        ground_truth: the ground truth of each query.
-    """
-    positions = []
-    for row, truth in zip(results, ground_truth, strict=True):
-        numbers = np.append(row, -1)  # an array without numbers has no place to look at
-        order = numbers.argsort(kind="stable")
-        places = order[np.searchsorted(numbers, truth.listed, sorter=order).clip(max=len(row))]
-        positions.append(np.where(numbers[places] == truth.listed, places, NOT_FOUND))
-    return positions

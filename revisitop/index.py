@@ -25,7 +25,7 @@ from tqdm import tqdm
 from extraction.files import jsonable, write_atomically, write_json
 from extraction.identity import stat_record
 from extraction.owner import owned
-from extraction.store import differences, file_fingerprint, plain_name, read_provenance, sidecars
+from extraction.provenance import differences, file_fingerprint, plain_name, read_provenance, sidecars
 from model.errors import InputError
 from modules.search import Database, SearchResult
 from revisitop.measures import NOT_FOUND
@@ -75,11 +75,13 @@ class IndexedDatabase(Database):
 
 
 def positions_of(numbers: Tensor, ids: Tensor) -> Tensor:
-    """Returns the 0-based place of each number among the ids, or NOT_FOUND. (L,), (M,) -> (L,)."""
-    if not len(numbers):
-        return torch.empty(0, dtype=torch.int64)
-    same = numbers[:, None] == ids
-    return torch.where(same.any(dim=1), same.long().argmax(dim=1), NOT_FOUND)
+    """Returns the 0-based place of each number among the ids, or NOT_FOUND. (L,), (M,) -> (L,).
+
+    Each id is there at most once, but for -1, which takes a place and is never found.
+    """
+    found, order = torch.cat([ids, ids.new_tensor([-1])]).sort()
+    places = torch.searchsorted(found, numbers).clamp(max=len(ids))
+    return torch.where(found[places] == numbers, order[places], NOT_FOUND)
 
 
 def by_cosine(queries: Tensor, ids: Tensor, database: Database) -> tuple[Tensor, Tensor]:

@@ -12,12 +12,14 @@ import io
 import math
 import os
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from extraction.files import write_atomically
-from extraction.images import Box, ImageFile, image_suffixes
+from extraction.identity import last_places
+from extraction.images import Box, ImageList, NameList, image_suffixes
 from model.errors import InputError, short_list
 from revisitop.dataset import Dataset, GroundTruth, Layout
 from revisitop.protocols import challenge_protocols
@@ -39,80 +41,67 @@ def read_csv_dataset(name: str, folder: Path) -> Dataset:
     listed = queries or tests
     for file_name, file in (("solution.csv", solution), ("index.csv", index), ("queries.csv (or test.csv)", listed)):
         if file is None:
-            raise InputError(f"{folder} has no {file_name}, which belongs to {', '.join(CSV.parts)}")
-    places, boxes = _places(index), _boxes(listed)
-    truth: dict[str, GroundTruth] = {}
-    ignored, unknown, strangers = set(), [], []
+            raise InputError(f"{folder} has no {file_name}, which belongs to {CSV.files}")
+    ids, boxes = _ids(index), _boxes(listed)
+    relevant: dict[str, list[str]] = {}
+    usages: dict[str, str] = {}
+    ignored, strangers = set(), []
     for query, row in _rows(solution, "id", "images"):
-        usage = (row.get("Usage") or "").strip()
-        if query in truth or query in ignored:
-            raise InputError(f"{solution}: query {query} has two lines")
         if query not in boxes:
             strangers.append(query)
         if _is_ignored(row):
             ignored.add(query)
-            continue
-        images = row["images"].split()
-        unknown += [image for image in images if image not in places]
-        numbers = list(dict.fromkeys(places[image] for image in images if image in places))
-        truth[query] = GroundTruth({"relevant": np.array(numbers, dtype=np.int64)}, usage)
+        else:
+            relevant[query], usages[query] = row["images"].split(), (row.get("Usage") or "").strip()
+    names = NameList(chain(*relevant.values()))
+    places = dict(zip(names, last_places(ids.array, names.array).tolist(), strict=True))
+    unknown = [name for name, place in places.items() if place < 0]
     if strangers:
         raise InputError(f"{solution}: {len(strangers)} queries are not in {listed.name} ({short_list(strangers)})")
     if unknown:
-        hint = "; its ids end with .jpg" if f"{unknown[0]}.jpg" in places else ""
+        suffixed = last_places(ids.array, NameList([f"{unknown[0]}.jpg"]).array)[0] >= 0
+        hint = "; its ids end with .jpg" if suffixed else ""
         raise InputError(f"{solution}: {len(unknown)} images are not in {index.name} ({short_list(unknown)}){hint}")
-    if queries and (without := [query for query in boxes if query not in truth and query not in ignored]):
+    if queries and (without := [query for query in boxes if query not in relevant and query not in ignored]):
         raise InputError(f"{solution} has no line for {len(without)} queries of {queries.name} ({short_list(without)})")
-    if not truth:
+    if not relevant:
         raise InputError(f"{solution}: every query is ignored")
-    usages = {entry.usage for entry in truth.values()}
-    if "" in usages and len(usages) > 1:
+    titles = {*usages.values()}
+    if "" in titles and len(titles) > 1:
         raise InputError(f"{solution}: Usage is empty in some lines and not in others")
-    order = sorted(usages - {""}, key=lambda usage: (("Public", "Private", usage).index(usage), usage))
-    names = [query for query in boxes if query in truth]
+    order = sorted(titles - {""}, key=lambda usage: (("Public", "Private", usage).index(usage), usage))
+    truth = {}
+    for query, images in relevant.items():
+        numbers = np.array([*dict.fromkeys(places[image] for image in images)], dtype=np.int64)
+        truth[query] = GroundTruth({"relevant": numbers}, usages[query])
+    query_names = [query for query in boxes if query in truth]
     roots = [folder / root for root in (("queries", "test") if queries else ("test", "queries"))]
     root = next((root for root in roots if root.is_dir()), roots[0])
     return Dataset(
         name,
         folder,
-        ImagesById(root, names, [boxes[query] for query in names]),
-        ImagesById(folder / "index", list(places)),
-        [truth[query] for query in names],
+        _images(root, query_names, [boxes[query] for query in query_names]),
+        _images(folder / "index", ids),
+        [truth[query] for query in query_names],
         challenge_protocols(order),
         f"CSV, {listed.name}, {index.name} and {solution.name}, {len(ignored)} queries ignored",
-        names,
-        list(places),
+        query_names,
+        ids,
     )
 
 
-class ImagesById(Sequence[ImageFile]):
-    """Images below a folder by their ids: a/b/c/<id>.jpg, or <id>.<suffix>; only the ids are kept in memory.
-
-    Args:
-        root: the folder.
-        ids: the ids of the images.
-        boxes: the box of each image, or None.
-    """
-
-    def __init__(self, root: Path, ids: Sequence[str], boxes: Sequence[Box | None] | None = None):
-        self.root, self.ids, self.boxes = root, ids, boxes
-        self.nested = any((root / _nested(each)).is_file() for each in ids[:100])
-        self.files: dict[str, str] = {}
-        if not self.nested and root.is_dir():
-            suffixes = image_suffixes()
-            for name in sorted(entry.name for entry in os.scandir(root)):
-                stem, suffix = os.path.splitext(name)
-                if suffix.lower() in suffixes:
-                    self.files.setdefault(stem, name)
-                    self.files[name] = name
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, number: int) -> ImageFile:
-        each = self.ids[number]
-        name = _nested(each) if self.nested else self.files.get(each, f"{each}.jpg")
-        return ImageFile(self.root / name, self.boxes[number] if self.boxes is not None else None)
+def _images(root: Path, ids: Sequence[str], boxes: Sequence[Box | None] | None = None) -> ImageList:
+    """Returns the images below a folder by their ids: a/b/c/<id>.jpg, or <id>.<suffix>, or the name of a file."""
+    if any((root / _nested(each)).is_file() for each in ids[:100]):
+        return ImageList(root, NameList(map(_nested, ids)), boxes)
+    files: dict[str, str] = {}
+    suffixes = image_suffixes()
+    for name in sorted(os.listdir(root)) if root.is_dir() else ():
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() in suffixes:
+            files.setdefault(stem, name)
+            files[name] = name
+    return ImageList(root, NameList(files.get(each, f"{each}.jpg") for each in ids), boxes)
 
 
 def read_predictions(path: Path, dataset: Dataset) -> list[np.ndarray]:
@@ -132,8 +121,6 @@ def read_predictions(path: Path, dataset: Dataset) -> list[np.ndarray]:
     known, found = set(queries), {}
     ignored = {query for query, row in _rows(solution, "id", "images") if _is_ignored(row)} if solution else set()
     for query, row in _rows(path, "id", "images"):
-        if query in found:
-            raise InputError(f"{path}: query {query} has two lines")
         if query not in known and query not in ignored:
             raise InputError(f"{path}: {query} is not a query of {dataset.name}")
         numbers, seen = [], set()
@@ -167,14 +154,7 @@ def _is_ignored(row: dict[str, str]) -> bool:
 
 
 CSV = Layout(
-    "lists, as in GLDv2",
-    {
-        "index.csv": lambda folder: _find(folder, "index.csv") is not None,
-        "queries.csv": lambda folder: _find(folder, "queries.csv", "test.csv") is not None,
-        "solution.csv": lambda folder: _find(folder, *_SOLUTIONS) is not None,
-        "images in index/": lambda folder: (folder / "index").is_dir(),
-        "images in queries/": lambda folder: (folder / "queries").is_dir() or (folder / "test").is_dir(),
-    },
+    "index.csv, queries.csv (or test.csv) and solution.csv, with images in index/ and queries/ (or test/)",
     lambda folder: _find(folder, *_SOLUTIONS, "index.csv", "queries.csv", "test.csv") is not None,
     read_csv_dataset,
 )
@@ -189,17 +169,23 @@ def _nested(image: str) -> str:
     return f"{image[:1]}/{image[1:2]}/{image[2:3]}/{image}.jpg"
 
 
-def _rows(path: Path, *columns: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yields the id of each line of a CSV file, and its values by column."""
+def _rows(path: Path, *columns: str, unique: bool = True) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yields the id of each line of a CSV file, and its values by column.
+
+    Raises:
+        InputError: if the file is missing or damaged, or an id is repeated, which is not checked without `unique`.
+    """
     try:
         content = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
+    encoding = "utf-8-sig"
     try:
-        text = content.decode("utf-8-sig")
+        content.decode(encoding)
     except UnicodeDecodeError:
-        text = content.decode("latin-1")
-    lines = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
+        encoding = "latin-1"
+    lines = csv.DictReader(io.TextIOWrapper(io.BytesIO(content), encoding, newline=""), skipinitialspace=True)
+    seen: set[str] = set()
     try:
         header = [name.strip() for name in lines.fieldnames or []]
         if missing := [name for name in columns if name not in header]:
@@ -209,25 +195,27 @@ def _rows(path: Path, *columns: str) -> Iterator[tuple[str, dict[str, str]]]:
         for row in lines:
             if None in row or any(row[name] is None for name in columns):
                 raise InputError(f"{path}, line {lines.line_num}: the number of columns differs from the header")
-            if not row["id"].strip():
-                raise InputError(f"{path}, line {lines.line_num}: the id is empty")
-            yield row["id"].strip(), row
+            name = row["id"].strip()
+            if not name or name in seen:
+                raise InputError(f"{path}, line {lines.line_num}: {name!r} is {'listed twice' if name else 'no id'}")
+            if unique:
+                seen.add(name)
+            yield name, row
     except csv.Error as error:
         raise InputError(f"{path}, line {lines.line_num}: {error}") from None
 
 
-def _places(path: Path) -> dict[str, int]:
-    """Returns the place of each id in a list. Raises InputError if one is repeated, or cannot stand in a solution."""
-    places: dict[str, int] = {}
-    for image, _ in _rows(path, "id"):
-        if image in places:
-            raise InputError(f"{path}: {image} is listed twice")
-        if any(letter.isspace() for letter in image):
-            raise InputError(f"{path}: {image!r} contains a space, which separates the images of a solution")
-        places[_checked(path, image)] = len(places)
-    if not places:
+def _ids(path: Path) -> NameList:
+    """Returns the ids of a list, of which there may be a million. Raises InputError if one is repeated or invalid."""
+    ids = NameList(_checked(path, image) for image, _ in _rows(path, "id", unique=False))
+    ordered = np.sort(ids.array)
+    if len(repeated := ordered[1:][ordered[1:] == ordered[:-1]]):
+        raise InputError(f"{path}: {os.fsdecode(repeated[0])} is listed twice")
+    if spaced := next((image for image in ids if len(image.split()) != 1), None):
+        raise InputError(f"{path}: {spaced!r} contains a space, which separates the images of a solution")
+    if not len(ids):
         raise InputError(f"{path} lists no image")
-    return places
+    return ids
 
 
 def _checked(path: Path, image: str) -> str:
@@ -241,8 +229,6 @@ def _boxes(path: Path) -> dict[str, Box | None]:
     """Returns the box of each query, or None, by its id."""
     boxes: dict[str, Box | None] = {}
     for query, row in _rows(path, "id"):
-        if query in boxes:
-            raise InputError(f"{path}: {query} is listed twice")
         cells = [(row.get(corner) or "").strip() for corner in _CORNERS]
         try:
             box = tuple(float(cell) for cell in cells) if any(cells) else None

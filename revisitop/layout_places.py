@@ -4,7 +4,6 @@ A name begins with @EAST@NORTH@, in metres; images may be in subfolders. Berton 
 Benchmark", CVPR 2022.
 """
 
-import os
 import re
 from pathlib import Path
 
@@ -12,10 +11,9 @@ import numpy as np
 from scipy.spatial import KDTree
 
 from extraction.folder import LeftOut, image_files
-from extraction.images import ImageList
+from extraction.images import ImageList, NameList
 from model.errors import InputError
 from revisitop.dataset import Dataset, GroundTruth, Layout
-from revisitop.layout_classes import counts
 from revisitop.protocols import PLACE_PROTOCOLS
 
 RADIUS = 25.0
@@ -24,11 +22,8 @@ _COORDINATES = re.compile(r"@(-?\d+(?:\.\d*)?)@(-?\d+(?:\.\d*)?)@")
 
 def place_folders(folder: Path) -> list[Path]:
     """Returns the folders with queries/ and database/: the folder itself, and images/test in it."""
-    return [root for root in _roots(folder) if (root / "database").is_dir() and _has_coordinates(root / "queries")]
-
-
-def _roots(folder: Path) -> tuple[Path, Path]:
-    return folder, folder / "images" / "test"
+    roots = (folder, folder / "images" / "test")
+    return [root for root in roots if (root / "database").is_dir() and _has_coordinates(root / "queries")]
 
 
 def read_places(name: str, folder: Path, radius: float = RADIUS) -> Dataset:
@@ -51,12 +46,12 @@ def read_places(name: str, folder: Path, radius: float = RADIUS) -> Dataset:
     if not any(map(len, near)):
         raise InputError(f"{root}: no query has a database image within {radius:g} m")
     images = (
-        ImageList(root / part, [os.fsencode(path.relative_to(root / part)) for path in each])
+        ImageList(root / part, NameList(str(path.relative_to(root / part)) for path in each))
         for part, each in (("queries", queries), ("database", database))
     )
     truth = [GroundTruth({"near": numbers}) for numbers in near]
     layout = f"places with UTM coordinates, positive within {radius:g} m"
-    return Dataset(name, folder, *images, truth, PLACE_PROTOCOLS, layout, left_out=counts(left_out))
+    return Dataset(name, folder, *images, truth, PLACE_PROTOCOLS, layout, left_out=left_out)
 
 
 def positives_within(radius: float, queries: np.ndarray, database: np.ndarray) -> list[np.ndarray]:
@@ -78,16 +73,7 @@ def _has_coordinates(folder: Path) -> bool:
 
 
 PLACES = Layout(
-    "places, with UTM coordinates",
-    {
-        "database/": lambda folder: any((root / "database").is_dir() for root in _roots(folder)),
-        "queries/ (or both in images/test/)": lambda folder: any(
-            (root / "queries").is_dir() for root in _roots(folder)
-        ),
-        "files @EAST@NORTH@...jpg": lambda folder: any(
-            _has_coordinates(root / part) for root in _roots(folder) for part in ("queries", "database")
-        ),
-    },
+    "queries/ and database/ (or both in images/test/), with files @EAST@NORTH@...jpg",
     lambda folder: bool(place_folders(folder)),
     read_places,
     ("radius",),

@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 
 from extraction.files import read_pickle
-from extraction.images import ImageFile, ImageList, image_suffixes
+from extraction.images import ImageFile, ImageList, NameList, image_suffixes
 from model.errors import InputError
 from revisitop.dataset import Dataset, GroundTruth, Layout
 from revisitop.protocols import OK_PROTOCOLS, REVISITED_PROTOCOLS
 
 _REVISITED, _OK = ("easy", "hard", "junk"), ("ok", "junk")
-_POSITIVE = {"easy", "hard", "ok", "good"}
 
 
 def read_ground_truth(name: str, path: Path) -> Dataset:
@@ -27,27 +26,28 @@ def read_ground_truth(name: str, path: Path) -> Dataset:
         InputError: if the file is unsafe, damaged or inconsistent.
     """
     content = read_pickle(path)
-    if not isinstance(content, dict) or not all(
-        isinstance(content.get(key), list) for key in ("imlist", "qimlist", "gnd")
-    ):
-        raise InputError(f"{path} is not a ground truth: a dict with the lists imlist, qimlist and gnd is expected")
-    names, query_names, entries = _names(content, "imlist", path), _names(content, "qimlist", path), content["gnd"]
+    parts = [content.get(key) for key in ("imlist", "qimlist", "gnd")] if isinstance(content, dict) else [None]
+    if not all(isinstance(each, list) and each for each in parts):
+        raise InputError(f"{path} is not a ground truth: a dict with lists imlist, qimlist and gnd, none of them empty")
+    names, query_names, entries = parts
+    for each in (*names, *query_names):
+        if not isinstance(each, str) or not each or "\0" in each or len(each) > 1000:
+            raise InputError(f"{path}: imlist and qimlist must contain names of images, but have {_shown(each)}")
+        if each.startswith("/") or ".." in Path(each).parts:
+            raise InputError(f"{path}: {_shown(each)} is outside the folder of the images")
     if len(query_names) != len(entries) or not all(isinstance(entry, dict) for entry in entries):
         raise InputError(f"{path}: gnd must have a dict for each of the {len(query_names)} queries")
-    if not names or not query_names:
-        raise InputError(f"{path}: {len(query_names)} queries and {len(names)} database images; it must have both")
     keys = set().union(*entries)
     kinds = _OK if keys & {"ok", "good"} else _REVISITED
     if kinds == _OK and keys & {"easy", "hard"}:
-        found = ", ".join(sorted(keys & _POSITIVE))
+        found = ", ".join(sorted(keys & {"easy", "hard", "ok", "good"}))
         raise InputError(
             f"{path} has {found}: a ground truth has either easy and hard, or ok (and good, which counts so)"
         )
-    missing = {"junk"} - keys if "good" not in keys else {"ok", "junk"} - keys
-    none = np.empty(0, dtype=np.int64)
+    empty: dict[str, Any] = dict.fromkeys({"junk", *(["ok"] if "good" in keys else [])} - keys, ())
     jpg, queries, truth, suffixes = path.parent / "jpg", [], [], image_suffixes()
     for query, entry in zip(query_names, entries, strict=True):
-        lists = {kind: none if kind in missing else _numbers(entry, kind, path, query) for kind in kinds}
+        lists = {kind: _numbers({**empty, **entry}, kind, path, query) for kind in kinds}
         if "good" in keys:
             lists["ok"] = np.concatenate([lists["ok"], _numbers(entry, "good", path, query)])
         box = None
@@ -72,12 +72,7 @@ def read_ground_truth(name: str, path: Path) -> Dataset:
 
 
 REVISITOP = Layout(
-    "revisitop's",
-    {
-        "images in jpg/": lambda folder: (folder / "jpg").is_dir(),
-        "a file gnd_*.pkl": lambda folder: any(folder.glob("gnd_*.pkl")),
-        "its name gnd_NAME.pkl, NAME as that of the folder": lambda folder: _ground_truth_file(folder).is_file(),
-    },
+    "jpg/ and gnd_NAME.pkl, NAME as that of the folder",
     lambda folder: _ground_truth_file(folder).is_file(),
     lambda name, folder: read_ground_truth(name, _ground_truth_file(folder)),
 )
@@ -90,7 +85,7 @@ def _ground_truth_file(folder: Path) -> Path:
 def load_distractor_list(folder: Path) -> tuple[str, ImageList]:
     """Returns the SHA-256 of revisitop1m.txt, and its images in the order of the list.
 
-    Names are relative to the folder, or to its jpg/. It is not checked that the images exist.
+    NameList are relative to the folder, or to its jpg/. It is not checked that the images exist.
 
     Raises:
         InputError: if the list is missing or empty.
@@ -107,16 +102,7 @@ def load_distractor_list(folder: Path) -> tuple[str, ImageList]:
         raise InputError(f"{path}: {os.fsdecode(outside[0])!r} is outside the folder of the images")
     roots = (folder, folder / "jpg")
     root = next((root for name in names[:100] for root in roots if (root / os.fsdecode(name)).is_file()), roots[1])
-    return hashlib.sha256(content).hexdigest(), ImageList(root, names)
-
-
-def _names(content: dict[str, Any], key: str, path: Path) -> list[str]:
-    for name in content[key]:
-        if not isinstance(name, str) or not name or "\0" in name or len(name) > 1000:
-            raise InputError(f"{path}: {key} must contain names of images, but has {_shown(name)}")
-        if name.startswith("/") or ".." in Path(name).parts:
-            raise InputError(f"{path}: {key} has {_shown(name)}, which is outside the folder of the images")
-    return content[key]
+    return hashlib.sha256(content).hexdigest(), ImageList(root, NameList(names))
 
 
 def _image(jpg: Path, name: str, suffixes: set[str]) -> Path:

@@ -1,20 +1,17 @@
 """Load a dataset from a folder; its layout is recognised from its files. A new layout is a Layout in this list."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from extraction.folder import entries_of
 from model.errors import InputError, short_list
 from revisitop.dataset import Dataset
-from revisitop.layout_classes import CLASSES, subfolders
+from revisitop.layout_classes import CLASSES, GALLERIES, OBJECTS, subfolders
 from revisitop.layout_csv import CSV
-from revisitop.layout_galleries import GALLERIES
-from revisitop.layout_instances import INSTANCES
 from revisitop.layout_places import PLACES
 from revisitop.layout_revisitop import REVISITOP
 
-LAYOUTS = (REVISITOP, CSV, CLASSES, GALLERIES, PLACES, INSTANCES)
+LAYOUTS = (REVISITOP, CSV, CLASSES, GALLERIES, PLACES, OBJECTS)
 
 
 def dataset_folder(data_dir: Path, name: str) -> Path | None:
@@ -39,26 +36,15 @@ def load_dataset(name: str, data_dir: Path, **settings: Any) -> Dataset:
         (layout,) = layouts
         return layout.read(name, folder, **{key: settings[key] for key in layout.settings if key in settings})
     if layouts:
-        forms = "; or ".join(f"{layout.title} ({', '.join(layout.parts)})" for layout in layouts)
-        raise InputError(f"{folder} has two layouts, remove one of them: {forms}")
+        raise InputError(
+            f"{folder} has two layouts, remove one of them: {'; or '.join(layout.files for layout in layouts)}"
+        )
     if not folder.is_dir():
         raise InputError(f"no dataset {name}: no folder {folder}")
     files = short_list([f"{path.name}{'/' * path.is_dir()}" for path in entries_of(folder)]) or "no files"
+    datasets = [path.name for path in subfolders(folder) if any(layout.fits(path) for layout in LAYOUTS)]
     raise InputError(
-        f"{folder} has none of the layouts in docs/datasets.md: it has {files}{'; '.join(['', *_advice(folder)])}"
+        f"{folder} has none of the layouts in docs/datasets.md: it has {files}, and not "
+        f"{'; or '.join(layout.files for layout in LAYOUTS)}"
+        f"{f'; datasets themselves are {short_list(datasets)}' if datasets else ''}"
     )
-
-
-def _advice(folder: Path) -> Iterator[str]:
-    """Yields the layouts of which a folder has most, with what it lacks, and its subfolders that are datasets."""
-    missing = [layout.missing(folder) for layout in LAYOUTS]
-    shares = [len(parts) / len(layout.parts) for layout, parts in zip(LAYOUTS, missing, strict=True)]
-    nearest = [
-        f"{layout.title}, which needs {' and '.join(parts)}"
-        for layout, parts, share in zip(LAYOUTS, missing, shares, strict=True)
-        if share == min(shares) < 1
-    ]
-    if nearest:
-        yield f"nearest is {'; or '.join(nearest)}"
-    if datasets := [path.name for path in subfolders(folder) if any(layout.fits(path) for layout in LAYOUTS)]:
-        yield f"datasets themselves are {short_list(datasets)}"

@@ -1,9 +1,10 @@
 """Measures of one query: average precision in its three forms, and values at k.
 
-Every function takes the ascending 0-based ranks of all positives of a query, in the ranking without the
-ignored images.
+Every function takes the ascending 0-based ranks of all positives of a query, of which there is at least one, in the
+ranking without the ignored images.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -27,6 +28,7 @@ class Measure(NamedTuple):
         at_k: the values at each k, a function of a query's ranks and the kappas.
         depth: number of results per query beyond which nothing counts; 0 if all count.
         main_is_at_k: whether the published metric is the mean value at the first k, and not the mean average precision.
+        without_positives: the value at each k of a query without a positive; NaN if it is left out of the mean.
     """
 
     title: str
@@ -36,6 +38,7 @@ class Measure(NamedTuple):
     at_k: Callable[[np.ndarray, Sequence[int]], np.ndarray]
     depth: int = 0
     main_is_at_k: bool = False
+    without_positives: float = math.nan
 
     @property
     def main_title(self) -> str:
@@ -44,14 +47,12 @@ class Measure(NamedTuple):
 
 
 def average_precision(ranks: np.ndarray) -> float:
-    """Returns the AP by the trapezoid rule over the ascending 0-based ranks of all positives; NaN without positives.
+    """Returns the AP by the trapezoid rule over the ascending 0-based ranks of all positives.
 
     The k-th positive (from 0) at rank r adds (k/r + (k+1)/(r+1)) / 2 / n_pos, where k/r is 1 at r = 0.
 
     Radenović et al., "Revisiting Oxford and Paris: Large-Scale Image Retrieval Benchmarking", CVPR 2018.
     """
-    if len(ranks) == 0:
-        return float("nan")
     k = np.arange(len(ranks))
     before = np.where(ranks == 0, 1.0, k / np.maximum(ranks, 1))
     return float(np.mean((before + (k + 1) / (ranks + 1)) / 2))
@@ -60,67 +61,42 @@ def average_precision(ranks: np.ndarray) -> float:
 def average_precision_at(ranks: np.ndarray, last: int) -> float:
     """Returns AP@last: the sum over positives in the first `last` of (positives so far) / rank, over min(n_pos, last).
 
-    Ranks in this formula count from 1. NaN without positives.
+    Ranks in this formula count from 1.
 
     Weyand et al., "Google Landmarks Dataset v2", CVPR 2020, sec. 4.1, with 100; Kordopatis-Zilos et al., "ILIAS:
     Instance-Level Image retrieval At Scale", CVPR 2025, with 1000.
     """
-    if len(ranks) == 0:
-        return float("nan")
     within = ranks[ranks < last]
     return float(np.sum(np.arange(1, len(within) + 1) / (within + 1)) / min(len(ranks), last))
 
 
 def precision_until_last(ranks: np.ndarray, kappas: Sequence[int]) -> np.ndarray:
-    """Returns the precision within the first min(k, rank of the last positive, from 1); NaN without positives."""
-    if len(ranks) == 0:
-        return np.full(len(kappas), np.nan)
+    """Returns the precision within the first min(k, rank of the last positive, from 1)."""
     first = np.minimum(kappas, ranks[-1] + 1)
     return np.searchsorted(ranks, first) / first
 
 
 def precision_at(ranks: np.ndarray, kappas: Sequence[int]) -> np.ndarray:
-    """Returns the share of positives within the first k, for each k; NaN without positives."""
-    if len(ranks) == 0:
-        return np.full(len(kappas), np.nan)
+    """Returns the share of positives within the first k, for each k."""
     return np.searchsorted(ranks, kappas) / np.array(kappas)
 
 
 def recall_at(ranks: np.ndarray, kappas: Sequence[int]) -> np.ndarray:
-    """Returns 1 if there is a positive within the first k, else 0, for each k; NaN without positives."""
-    if len(ranks) == 0:
-        return np.full(len(kappas), np.nan)
+    """Returns 1 if there is a positive within the first k, else 0, for each k."""
     return (ranks[0] < np.array(kappas)).astype(float)
 
 
-def recall_of_all(ranks: np.ndarray, kappas: Sequence[int]) -> np.ndarray:
-    """Returns recall_at, and 0 without positives: such a query counts in the mean, as in VPR-methods-evaluation.
-
-    Berton et al., "Deep Visual Geo-localization Benchmark", CVPR 2022.
-    """
-    return np.nan_to_num(recall_at(ranks, kappas))
-
-
-def first_rank(ranks: np.ndarray) -> int:
-    """Returns the rank, from 1, of the first positive; 101 if there is none within the first 100."""
-    return int(ranks[0]) + 1 if len(ranks) and ranks[0] < LAST else LAST + 1
-
-
 def interpolated_precision(ranks: np.ndarray) -> np.ndarray:
-    """Returns interpolated precision at the recalls 0, 0.01, ... 1; NaN without positives. (n_pos,) -> (101,).
+    """Returns interpolated precision at the recalls 0, 0.01, ... 1. (n_pos,) -> (101,).
 
     At recall r it is the highest precision at any cutoff of the ranking with recall r or more. The
     k-th positive (from 0) at the ascending 0-based rank r_k gives recall (k+1)/n_pos and precision
     (k+1)/(r_k+1).
     """
     n = len(ranks)
-    if n == 0:
-        return np.full(RECALL_LEVELS, np.nan)
     precision = np.arange(1, n + 1) / (ranks + 1)
     highest = np.maximum.accumulate(precision[::-1])[::-1]
-    needed = -(
-        -np.arange(RECALL_LEVELS) * n // (RECALL_LEVELS - 1)
-    )  # number of positives needed for each recall, in integers
+    needed = -(-np.arange(RECALL_LEVELS) * n // (RECALL_LEVELS - 1))  # positives for each recall, in integers
     return highest[np.maximum(needed, 1) - 1]
 
 
@@ -128,5 +104,6 @@ REVISITED = Measure("mAP", "mP", KAPPAS, average_precision, precision_until_last
 RECALL = Measure("mAP", "recall", KAPPAS, average_precision, recall_at)
 CHALLENGE = Measure("mAP@100", "P", (1, 5, 10, 50, 100), partial(average_precision_at, last=LAST), precision_at, LAST)
 INSTANCES = Measure("mAP@1000", "recall", KAPPAS, partial(average_precision_at, last=1000), recall_at, 1000)
-# Only the recall of places is published; the mean average precision beside it is ours.
-PLACES = Measure("our mAP", "recall", (1, 5, 10, 20), average_precision, recall_of_all, main_is_at_k=True)
+# As in VPR-methods-evaluation (Berton et al., "Deep Visual Geo-localization Benchmark", CVPR 2022), recall is the mean
+# over all queries, and the only metric; the mean average precision beside it is ours.
+PLACES = Measure("our mAP", "recall", (1, 5, 10, 20), average_precision, recall_at, 0, True, 0.0)

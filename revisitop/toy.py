@@ -6,14 +6,14 @@ angles, in different light and weather, and behind occluders; the strength of th
 an image is easy, hard or junk. Everything is drawn from fixed seeds.
 """
 
-import csv
 import logging
 import math
 import os
 import pickle
 import shutil
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
 
@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from cvnet_rerank.network import CVNetLayers
 from extraction.files import read_pickle, write_atomically
-from model.checkpoint import reranker_state
 from model.cvnet import ResNet
 from model.errors import InputError
 from revisitop.layouts import dataset_folder
@@ -61,11 +60,22 @@ def ensure_dataset(data_dir: Path, progress: Callable[[Iterable], Iterable] = it
         content = read_pickle(folder / "gnd_toy.pkl")
         if isinstance(content, dict) and content.get("version") == _VERSION:
             return
-    folder = data_dir / "toy"
-    new = data_dir / f"toy.{os.getpid()}.new"
-    try:
-        (new / "jpg").mkdir(parents=True)
+    with _new_folder(data_dir / "toy") as new:
+        (new / "jpg").mkdir()
         _draw_dataset(new, progress)
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A context that fills a folder, which appears when it is complete, in place of an older one.
+
+    Raises:
+        InputError: if it cannot be written.
+    """
+    new = folder.with_name(f"{folder.name}.{os.getpid()}.new")
+    try:
+        new.mkdir(parents=True)
+        yield new
         shutil.rmtree(folder, ignore_errors=True)
         new.rename(folder)
     except OSError as error:
@@ -83,62 +93,38 @@ def ensure_landmarks(data_dir: Path, progress: Callable[[Iterable], Iterable] = 
         InputError: if it cannot be written.
     """
     ensure_dataset(data_dir, progress)
-    source, folder, new = data_dir / "toy", data_dir / LANDMARKS, data_dir / f"{LANDMARKS}.{os.getpid()}.new"
-    marker = f"toy {_VERSION}\n"
+    source, folder, marker = data_dir / "toy", data_dir / LANDMARKS, f"toy {_VERSION}\n"
     if (folder / "made_from.txt").exists() and (folder / "made_from.txt").read_text() == marker:
         return
     content = read_pickle(source / "gnd_toy.pkl")
     names, queries, truth = content["imlist"], content["qimlist"], content["gnd"]
-    try:
+    tables = {
+        "index.csv": ["id", *names],
+        "queries.csv": ["id,x0,y0,x1,y1"],
+        "solution.csv": ["id,images,Usage"],
+    }
+    for query, each, usage in zip(queries, truth, cycle(("Public", "Private")), strict=False):
+        positives = " ".join(names[number] for number in [*each["easy"], *each["hard"]])
+        tables["queries.csv"].append(",".join(map(str, [query, *each["bbx"]])))
+        tables["solution.csv"].append(f"{query},{positives},{usage}")
+    with _new_folder(folder) as new:
         for kind, members in (("index", names), ("queries", queries)):
-            (new / kind).mkdir(parents=True)
+            (new / kind).mkdir()
             for name in members:
                 shutil.copyfile(source / "jpg" / f"{name}.jpg", new / kind / f"{name}.jpg")
-        tables = {
-            "index.csv": [["id"], *([name] for name in names)],
-            "queries.csv": [
-                ["id", "x0", "y0", "x1", "y1"],
-                *([q, *g["bbx"]] for q, g in zip(queries, truth, strict=True)),
-            ],
-            "solution.csv": [
-                ["id", "images", "Usage"],
-                *(
-                    [query, " ".join(names[number] for number in [*own["easy"], *own["hard"]]), usage]
-                    for query, own, usage in zip(queries, truth, cycle(("Public", "Private")), strict=False)
-                ),
-            ],
-        }
-        for name, rows in tables.items():
-            with (new / name).open("w", newline="", encoding="utf-8") as file:
-                csv.writer(file, lineterminator="\n").writerows(rows)
+        for name, lines in tables.items():
+            (new / name).write_text("\n".join([*lines, ""]))
         (new / "made_from.txt").write_text(marker)
-        shutil.rmtree(folder, ignore_errors=True)
-        new.rename(folder)
-    except OSError as error:
-        raise InputError(f"cannot write {folder} ({error.strerror})") from None
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def ensure_weights(folder: Path, depth: int) -> Path:
-    """Returns a checkpoint of random weights in the published format, which is written on first use.
-
-    A file that is damaged, or from a version without the weights of the reranker, is written again.
-    """
+    """Returns a checkpoint of random weights in the published format, which is written on first use."""
     path = folder / f"toy_R{depth}.pyth"
-    if not _holds_reranker(path):
+    if not path.exists():
         log.info("drawing the random weights %s", path)
-        write_atomically(
-            path, lambda file: torch.save(seeded_checkpoint(depth), file)
-        )  # a path would stand in the file
+        checkpoint = seeded_checkpoint(depth)
+        write_atomically(path, lambda file: torch.save(checkpoint, file))  # a path would stand in the file
     return path
-
-
-def _holds_reranker(path: Path) -> bool:
-    try:
-        return bool(reranker_state(path))
-    except InputError:
-        return False
 
 
 def seeded_checkpoint(depth: int, prefix: str = "encoder_q.") -> dict:

@@ -14,7 +14,8 @@ from forked import Forked
 
 from extraction.identity import NO_STAT, Identity
 from extraction.images import ImageFile
-from extraction.store import Store
+from extraction.provenance import Provenance
+from extraction.store import Records, Store
 
 
 @pytest.fixture
@@ -92,8 +93,8 @@ def test_a_file_system_that_cannot_reserve_space_is_supported(tmp_path, monkeypa
         monkeypatch.delattr(os, "posix_fallocate")
     else:
         monkeypatch.setattr(os, "posix_fallocate", refuse)
-    store = Store(tmp_path / "rows.npy", 3, {}, np.eye(2, dtype=np.float32))
+    store = Store(tmp_path / "rows.npy", 3, Provenance({}, np.eye(2, dtype=np.float32)))
     store.write(b"a.jpg", identity := Identity(b"a" * 16, NO_STAT), np.ones(3, np.float32))
     store.flush()
-    store.finish([b"a.jpg"], [identity])
+    store.finish(Records.of([b"a.jpg"], [identity]))
     np.testing.assert_array_equal(np.load(tmp_path / "rows.npy"), [[1, 1, 1]])

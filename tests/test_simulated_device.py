@@ -16,7 +16,8 @@ from extraction.batching import GPU_PIXELS, first_batch_size
 from extraction.extract import ImageSet, extract_images
 from extraction.images import ImageFile
 from extraction.loading import Loading
-from extraction.store import Store
+from extraction.provenance import Provenance
+from extraction.store import Records, Store
 from model.backbone import Backbone
 from model.extractor import NetworkExtractor
 from model.folding import FoldedConv
@@ -96,9 +97,9 @@ def images(tmp_path) -> list[ImageFile]:
 @pytest.mark.parametrize("size", [1, 5])
 def test_extraction_has_the_cpus_descriptors_and_batches_overlap(device, extractor, images, tmp_path, size):
     def extracted(path) -> np.ndarray:
-        store = Store(path, extractor.dim, {}, np.eye(2, dtype=np.float32))
+        store = Store(path, extractor.dim, Provenance({}, np.eye(2, dtype=np.float32)))
         extract_images(extractor, ImageSet(path, "test", images), store, np.arange(14), Loading(batch_size=size))
-        return np.stack([store.row(image.identity().key) for image in images])
+        return store.rows(Records.of([b""] * len(images), [image.identity() for image in images]).keys)
 
     expected = extracted(tmp_path / "cpu.npy")
     extractor.to(DEVICE)

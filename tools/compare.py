@@ -19,7 +19,8 @@ import numpy as np
 
 from assembly import find_dataset, start_session
 from config import DATASET, CommandLine, make_config, option_values, varied
-from extraction.files import read_array, read_json
+from extraction.arrays import read_arrays_of
+from extraction.files import read_json
 from model.errors import InputError, short_list
 from report.command import run_command
 from report.page import SHOWN, Page, Query, Section, labelled_hits, write_report
@@ -70,9 +71,9 @@ class Run:
     def ids(self, dataset: str) -> np.ndarray:
         """Returns the first results, (Q, R). Raises InputError if they are not saved."""
         path = self.folder / f"{dataset}_{self.results[dataset].stage.replace(' ', '_')}_ranks.npy"
-        ids = read_array(path, "iu")
-        if ids.ndim != 2:
-            raise InputError(f"{path} has no rankings (Q, R), but the shape {ids.shape}")
+        ids = read_arrays_of(path).only
+        if ids is None or ids.ndim != 2 or ids.dtype.kind not in "iu":
+            raise InputError(f"{path} has no rankings (Q, R)")
         return ids
 
 

@@ -122,7 +122,7 @@ def main(argv: list[str]) -> None:
         processes.end()
         return
     else:
-        with owned(cache) if session.first else nullcontext(), processes.first_alone():
+        with owned(cache) if session.first else nullcontext(), processes.agreeing():
             rows = with_index(cfg, Database(database.descriptors), cache / "database", files, device, weights=weights)
 
     stages = make_stages(cfg, session.output.folder)

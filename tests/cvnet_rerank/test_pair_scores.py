@@ -8,8 +8,9 @@ from conftest import latest
 from torch import Tensor
 
 from cvnet_rerank.network import load_cvnet_rerank
-from cvnet_rerank.pair_scores import FeatureMaps, PairScores
+from cvnet_rerank.pair_scores import FeatureMaps, PairScores, pair_probe
 from extraction.images import ImageFile, limit_side
+from extraction.provenance import Provenance
 from model.errors import InputError
 from model.recipe import Recipe
 from revisitop.layouts import load_dataset
@@ -94,7 +95,7 @@ def test_a_damaged_candidate_is_named(layout, pairs):
 
 
 def test_maps_on_disk_stay_within_their_limit_and_are_reused(dataset, network, tmp_path):
-    provenance, images = {"precision": "fp32"}, dataset.database
+    provenance, images = Provenance({"precision": "fp32"}, pair_probe(network, CPU)), dataset.database
 
     def maps(limit: int = 1 << 30) -> FeatureMaps:
         return FeatureMaps(network, provenance, None, tmp_path / "maps", limit)
@@ -120,7 +121,8 @@ def test_maps_on_disk_stay_within_their_limit_and_are_reused(dataset, network, t
 
 def test_maps_that_other_code_computed_are_not_reused(dataset, network, tmp_path):
     def first_map() -> Tensor:
-        maps = FeatureMaps(network, {"precision": "fp32"}, None, tmp_path / "maps", 1 << 30)
+        provenance = Provenance({"precision": "fp32"}, pair_probe(network, CPU))
+        maps = FeatureMaps(network, provenance, None, tmp_path / "maps", 1 << 30)
         return next(iter(maps.of(dataset.database[:1])))[1]
 
     expected = first_map()

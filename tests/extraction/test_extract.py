@@ -10,6 +10,7 @@ from extraction import batching
 from extraction.extract import ImageSet, extract_images, extract_sets
 from extraction.images import ImageFile
 from extraction.loading import Loading
+from extraction.provenance import Provenance
 from extraction.store import Store
 from model.errors import InputError
 from model.extractor import NetworkExtractor
@@ -46,16 +47,17 @@ def rotated() -> Image.Exif:
     return exif
 
 
-def run(model, images: list[ImageFile], on_error: str = "list", **options) -> dict[str, np.ndarray]:
+def run(model, images: list[ImageFile], on_error: str = "stop", **options) -> dict[str, np.ndarray]:
     """Extracts the images, and returns the rows by file name."""
     folder = images[0].path.parent
     number = len(list(folder.glob("*.blocks")))
-    store = Store(folder / f"rows{number}.npy", model.dim, {}, PROBE)
+    store = Store(folder / f"rows{number}.npy", model.dim, Provenance({}, PROBE))
     each = ImageSet(store.path, "test", images, folder)
     try:
         extract_images(model, each, store, np.arange(len(images)), Loading(**options), on_error=on_error)
     finally:
-        run.rows = {label.decode(): store.row(identity.key) for label, identity in store.identities.items()}
+        records = store.records
+        run.rows = dict(zip(np.char.decode(records.labels), store.rows(records.keys), strict=True))
     return run.rows
 
 
@@ -137,15 +139,13 @@ def test_a_descriptor_that_is_not_finite_is_reported_with_its_image_and_possible
     assert run.rows == {}
 
 
-def test_damaged_images_stop_the_run_all_named_and_nothing_is_lost(model, tmp_path):
+def test_damaged_images_are_all_named_after_the_others_were_extracted(model, tmp_path):
     images = [write(tmp_path, f"{i}.png") for i in range(6)]
     for i in (2, 4):
         images[i].path.write_text("no image")
-    with pytest.raises(InputError, match=r"2\.png.*4\.png"):
+    with pytest.raises(InputError, match=r"2\.png: not an image.*4\.png"):
         run(model, images)
-    assert sorted(run.rows) == ["0.png", "1.png"]
-    with pytest.raises(InputError, match=r"2\.png: not an image$"):
-        run(model, images, on_error="stop")
+    assert sorted(run.rows) == ["0.png", "1.png", "3.png", "5.png"]
 
 
 # ---- other extractors ----

@@ -8,15 +8,8 @@ import pytest
 import torch
 
 from extraction.identity import KEY_BYTES, Identity
-from extraction.store import (
-    NO_KEY,
-    Store,
-    file_fingerprint,
-    load_rows,
-    provenance_differences,
-    read_provenance,
-    sidecars,
-)
+from extraction.provenance import Provenance, file_fingerprint, read_provenance, sidecars
+from extraction.store import NO_KEY, Records, Store, load_rows
 from model.errors import InputError
 
 ROWS = np.random.default_rng(0).standard_normal((200, 4)).astype(np.float32)
@@ -32,13 +25,13 @@ def path(request, tmp_path):
 
 
 def open_store(path, settings=SETTINGS, probe=PROBE, **options) -> Store:
-    store = Store(path, 4, settings, probe, **options)
+    store = Store(path, 4, Provenance(settings, probe), **options)
     store.read()
     return store
 
 
 def missing(store: Store, count: int = 200) -> list[int]:
-    return [number for number in range(count) if IDENTITIES[number].key not in store]
+    return np.flatnonzero(~store.has(Records.of(LABELS[:count], IDENTITIES[:count]).keys)).tolist()
 
 
 def fill(store: Store, numbers) -> Store:
@@ -48,9 +41,13 @@ def fill(store: Store, numbers) -> Store:
     return store
 
 
+def records(numbers) -> Records:
+    return Records.of([LABELS[n] for n in numbers], [IDENTITIES[n] for n in numbers])
+
+
 def finished(path, numbers=range(200)) -> Store:
     store = fill(open_store(path), numbers)
-    store.finish([LABELS[n] for n in numbers], [IDENTITIES[n] for n in numbers])
+    store.finish(records(numbers))
     return store
 
 
@@ -71,7 +68,7 @@ def test_a_tensor_file_is_the_same_whatever_its_name(tmp_path):
 
 def test_an_interrupted_run_keeps_what_was_flushed_by_any_process(path):
     fill(open_store(path), range(50))
-    other = Store(path, 4, SETTINGS, PROBE)  # a rank, or a machine with a part of the list
+    other = Store(path, 4, Provenance(SETTINGS, PROBE))  # a rank, or a machine with a part of the list
     fill(other, range(120, 150))
     other.write(LABELS[7], IDENTITIES[199], ROWS[7])  # never flushed
     assert not path.exists()
@@ -82,19 +79,20 @@ def test_rows_are_found_by_content_when_images_are_renamed_or_the_list_changes(p
     finished(path)
     store = open_store(path)
     numbers = [5, 3, 199, 0]
-    store.finish([b"new name", *(LABELS[n] for n in numbers[1:])], [IDENTITIES[n] for n in numbers])
+    store.finish(Records.of([b"new name", *(LABELS[n] for n in numbers[1:])], [IDENTITIES[n] for n in numbers]))
     np.testing.assert_array_equal(load_rows(path).numpy(), ROWS[numbers])
-    again = open_store(path)
-    assert again.identity(b"new name", IDENTITIES[5].stat) == IDENTITIES[5]
-    assert again.identity(LABELS[3], (4, 9, 9, 9)) is None
-    assert again.finished_keys == [IDENTITIES[n].key for n in numbers]
+    again = open_store(path).records
+    assert again.labels.tolist() == [b"new name", *(LABELS[n] for n in numbers[1:])]
+    assert again.with_label(np.array([LABELS[199], b"unknown", b"new name"])).tolist() == [2, -1, 0]
+    np.testing.assert_array_equal(again.keys, records(numbers).keys)
 
 
 def test_an_image_without_a_row_has_zeros_and_is_missing_the_next_time(path):
-    fill(open_store(path), range(10)).finish(LABELS[:11], [*IDENTITIES[:10], Identity(NO_KEY, (0, 0, 0, 0))])
+    unread = Identity(NO_KEY, (0, 0, 0, 0))
+    fill(open_store(path), range(10)).finish(Records.of(LABELS[:11], [*IDENTITIES[:10], unread]))
     np.testing.assert_array_equal(load_rows(path).numpy(), [*ROWS[:10], np.zeros(4)])
     store = open_store(path)
-    assert NO_KEY not in store
+    assert not store.has(Records.of([b""], [unread]).keys).any()
     assert missing(store, 11) == [10]
 
 
@@ -113,25 +111,25 @@ def test_rows_of_other_settings_or_other_code_are_replaced_or_refused(path, sett
         open_store(path, settings, probe, replace=False)
     assert len(missing(open_store(path))) == (0 if complete else 150)
     if complete:
-        assert provenance_differences(path, settings, probe, 1e-6) != []
+        assert Provenance(settings, probe).differences(*sidecars(path)) != []
     store = open_store(path, settings, probe)
-    assert len(store) == 0
-    fill(store, [4]).finish(LABELS[4:5], IDENTITIES[4:5])
+    assert len(missing(store)) == 200
+    fill(store, [4]).finish(records([4]))
     np.testing.assert_array_equal(load_rows(path).numpy(), ROWS[4:5])
 
 
 def test_the_probe_may_differ_by_rounding(path):
     finished(path)
-    assert provenance_differences(path, SETTINGS, PROBE + np.float32(1e-5), 1e-6) == []
+    assert Provenance(SETTINGS, PROBE + np.float32(1e-5), 1e-6).differences(*sidecars(path)) == []
 
 
 def test_starting_over_keeps_the_finished_file_until_the_new_one_is_complete(path):
     finished(path)
-    store = Store(path, 4, SETTINGS, PROBE)
+    store = Store(path, 4, Provenance(SETTINGS, PROBE))
     store.clear()
     fill(store, [0])
     np.testing.assert_array_equal(load_rows(path).numpy(), ROWS)
-    store.finish(LABELS[:1], IDENTITIES[:1])
+    store.finish(records([0]))
     np.testing.assert_array_equal(load_rows(path).numpy(), ROWS[:1])
 
 
@@ -193,16 +191,15 @@ def killed_at(monkeypatch, moment: int, step) -> bool:
     return False
 
 
-def test_a_kill_at_any_step_of_finishing_loses_no_row(tmp_path, monkeypatch):
-    path = tmp_path / "rows.npy"
+def test_a_kill_at_any_step_of_finishing_loses_no_row(path, monkeypatch):
     for moment in itertools.count():
         finished(path, range(100, 200))
         store = fill(open_store(path), range(100))
-        if not killed_at(monkeypatch, moment, lambda store=store: store.finish(LABELS, IDENTITIES)):
+        if not killed_at(monkeypatch, moment, lambda store=store: store.finish(records(range(200)))):
             break
         store = open_store(path)
         assert missing(store) == []
-        store.finish(LABELS, IDENTITIES)
+        store.finish(records(range(200)))
         np.testing.assert_array_equal(load_rows(path).numpy(), ROWS)
     assert moment >= 5
 
@@ -236,20 +233,31 @@ def test_rows_never_get_the_provenance_of_a_file_that_was_not_published(tmp_path
     for moment in itertools.count():
         path = tmp_path / f"{moment}.npy"
         first = fill(open_store(path), range(3))
-        assert killed_at(monkeypatch, 3, lambda store=first: store.finish(LABELS[:3], IDENTITIES[:3]))
+        assert killed_at(monkeypatch, 3, lambda store=first: store.finish(records(range(3))))
         assert sidecars(tmp_path / f"{path.name}.new")[0].exists()
-        second = Store(path, 4, {**SETTINGS, "checkpoint": "xyz"}, PROBE)
+        second = Store(path, 4, Provenance({**SETTINGS, "checkpoint": "xyz"}, PROBE))
 
         def run(store=second):
             store.clear()
             for number in range(3):
                 store.write(LABELS[number], IDENTITIES[number], -ROWS[number])
             store.flush()
-            store.finish(LABELS[:3], IDENTITIES[:3])
+            store.finish(records(range(3)))
 
         done = not killed_at(monkeypatch, moment, run)
         store = open_store(path)
         for number in set(range(3)) - set(missing(store, 3)):
-            np.testing.assert_array_equal(store.row(IDENTITIES[number].key), ROWS[number])
+            np.testing.assert_array_equal(store.rows(records([number]).keys), ROWS[[number]])
         if done:
             break
+
+
+def test_a_kill_while_a_list_is_finished_is_no_error_where_nothing_may_be_replaced(path, monkeypatch):
+    for moment in itertools.count():
+        file = path.with_name(f"{moment}{path.suffix}")
+        store = fill(open_store(file), range(3))
+        killed = killed_at(monkeypatch, moment, lambda store=store: store.finish(records(range(3))))
+        assert missing(open_store(file, replace=False), 3) == []
+        if not killed:
+            break
+    assert moment > 3

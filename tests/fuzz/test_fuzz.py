@@ -25,7 +25,8 @@ from PIL import Image
 from config import OPTIONS, CommandLine
 from extraction.identity import NO_STAT, Identity
 from extraction.images import ReadingLimits, read_image
-from extraction.store import Store
+from extraction.provenance import Provenance
+from extraction.store import Records, Store
 from model.checkpoint import encoder_state, load_encoder
 from model.cvnet import ResNet
 from model.errors import InputError
@@ -158,16 +159,17 @@ def test_stores(tmp_path, kind):
     """Rows that are found in damaged files are correct, to the bit; files with right checksums are read or not."""
     rows = np.random.default_rng(0).random((10, 4), dtype=np.float32) + 1
     identities = [Identity(bytes([row]) * 16, NO_STAT) for row in range(10)]
+    records = Records.of([str(number).encode() for number in range(10)], identities)
 
     def store() -> Store:
-        return Store(tmp_path / "rows.npy", 4, {"checkpoint": "abc"}, np.eye(2, dtype=np.float32))
+        return Store(tmp_path / "rows.npy", 4, Provenance({"checkpoint": "abc"}, np.eye(2, dtype=np.float32)))
 
     written = store()
     for number, (identity, row) in enumerate(zip(identities, rows, strict=True)):
         written.write(str(number).encode(), identity, row)
     written.flush()
     if kind in ("rows.npy", "json", "images.npz"):
-        written.finish([str(number).encode() for number in range(10)], identities)
+        written.finish(records)
     whole = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     path = next(each for each in whole if each.name.endswith(".npz" if kind == "block" else kind))
 
@@ -182,10 +184,10 @@ def test_stores(tmp_path, kind):
             other.write_bytes(data if other == path else content)
         read = store()
         read.read()
-        for identity, row in zip(identities, rows, strict=True):
-            if identity.key in read and number < count:
-                np.testing.assert_array_equal(read.row(identity.key), row)
-                found += 1
+        known = read.has(records.keys)
+        if number < count:
+            np.testing.assert_array_equal(read.rows(records.keys)[known], rows[known])
+            found += int(known.sum())
     assert found < 10 * count
 
 

@@ -129,9 +129,9 @@ def test_hidden_files_and_those_of_macos_are_left_out_with_their_number(shop, to
         image(folder / inside / "__MACOSX" / "1.jpg")
         after = load(folder)
         assert (len(after.queries), len(after.database)) == (len(before.queries), len(before.database))
-        assert after.left_out["hidden"] == 3
+        assert len(after.left_out["hidden"]) == 3
         assert "3 left out (hidden)" in repr(after)
-    assert load(classes).left_out["in no class folder"] == 1
+    assert load(classes).left_out["in no class folder"] == [classes / "stray.jpg"]
 
 
 def test_each_folder_is_read_as_one_layout_only(shop, town, objects):
@@ -170,16 +170,14 @@ def test_folders_that_could_mean_something_else_are_refused(request, fixture, ch
 @pytest.mark.parametrize(
     ("files", "noun"),
     [
-        (("1.jpg", "2.jpg"), "class folders"),
+        (("1.jpg", "2.jpg"), "names of classes"),
         (("query/1.jpg", "gallery/2.jpg"), "class folders of the same names"),
-        (("query/bag/1.jpg", "stock/bag/2.jpg"), "gallery/"),
-        (("database/@1@2@.jpg",), "queries/"),
-        (("queries/1.jpg", "database/2.jpg"), "@EAST@NORTH@"),
+        (("database/@1@2@.jpg",), "it has database/, .*@EAST@NORTH@"),
         (("cup/query/1.jpg", "pot/query/1.jpg"), "pos/"),
         (("train/a/1.jpg", "train/b/1.jpg"), "themselves are train"),
     ],
 )
-def test_the_nearest_layout_and_what_it_lacks_are_named(tmp_path, files, noun):
+def test_the_files_of_a_folder_without_a_layout_and_those_of_each_layout_are_named(tmp_path, files, noun):
     for name in files:
         image(tmp_path / "mine" / name)
     with pytest.raises(InputError, match=noun):

@@ -16,7 +16,8 @@ from PIL import Image
 from model.errors import InputError
 from revisitop.dataset import GroundTruth
 from revisitop.descriptors import load_ranking
-from revisitop.evaluate import evaluate, evaluate_positions, evaluate_ranks, positions_in
+from revisitop.evaluate import evaluate, evaluate_positions, evaluate_ranks
+from revisitop.index import positions_of
 from revisitop.layout_csv import write_predictions
 from revisitop.layouts import load_dataset
 from revisitop.measures import NOT_FOUND
@@ -203,7 +204,9 @@ def test_map_at_100_is_the_textbooks():
             known.append(np.array([-1 if each >= n or each in seen or seen.add(each) else each for each in row]))
         usages = rng.choice(["Public", "Private"], q).tolist()
         truth = [GroundTruth({"relevant": own}, usage) for own, usage in zip(positives, usages, strict=True)]
-        found = evaluate_positions(positions_in(known, truth), truth, challenge_protocols(sorted(set(usages))))
+        rows = [torch.from_numpy(np.append(row, -1).astype(np.int64)) for row in known]
+        positions = [positions_of(torch.from_numpy(each.listed), row) for each, row in zip(truth, rows, strict=True)]
+        found = evaluate_positions(positions, truth, challenge_protocols(sorted(set(usages))))
         for usage in set(usages):
             mine = [query for query in range(q) if usages[query] == usage]
             predictions = {str(query): [str(each) for each in named[query]] for query in mine}

@@ -26,7 +26,7 @@ from revisitop.protocols import CLASS_PROTOCOLS, INSTANCE_PROTOCOLS, Protocol
 Groups = dict[str, list[Path]]  # image files by the name of their class or object
 
 # Names of folders that are parts of a dataset, or of another layout.
-_NO_CLASSES = ("train", "val", "test", "gallery", "query", "queries", "images", "index", "database", "jpg")
+NO_CLASSES = ("train", "val", "test", "gallery", "query", "queries", "images", "index", "database", "jpg")
 _QUERIES, _DATABASE = ("query", "queries"), ("database", "gallery", "index")
 
 
@@ -181,7 +181,7 @@ def subfolders(folder: Path) -> list[Path]:
 def _has_classes(folder: Path) -> bool:
     """Returns whether a folder has two or more folders, and none with a name, or a query/, as in other layouts."""
     folders = subfolders(folder)
-    others = (path for path in folders if path.name.lower() in _NO_CLASSES or (path / "query").is_dir())
+    others = (path for path in folders if path.name.lower() in NO_CLASSES or (path / "query").is_dir())
     return len(folders) > 1 and not any(others) and any(map(_has_image, folders))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from extraction.folder import entries_of
 from model.errors import InputError, short_list
 from revisitop.dataset import Dataset
-from revisitop.layout_classes import CLASSES, GALLERIES, OBJECTS, subfolders
+from revisitop.layout_classes import CLASSES, GALLERIES, NO_CLASSES, OBJECTS, subfolders
 from revisitop.layout_csv import CSV
 from revisitop.layout_places import PLACES
 from revisitop.layout_revisitop import REVISITOP
@@ -42,9 +42,20 @@ def load_dataset(name: str, data_dir: Path, **settings: Any) -> Dataset:
     if not folder.is_dir():
         raise InputError(f"no dataset {name}: no folder {folder}")
     files = short_list([f"{path.name}{'/' * path.is_dir()}" for path in entries_of(folder)]) or "no files"
-    datasets = [path.name for path in subfolders(folder) if any(layout.fits(path) for layout in LAYOUTS)]
-    raise InputError(
-        f"{folder} has none of the layouts in docs/datasets.md: it has {files}, and not "
-        f"{'; or '.join(layout.files for layout in LAYOUTS)}"
-        f"{f'; datasets themselves are {short_list(datasets)}' if datasets else ''}"
-    )
+    likely = _likely_mistake(folder) or f"it needs {'; or '.join(layout.files for layout in LAYOUTS)}"
+    raise InputError(f"{folder} has none of the layouts in docs/datasets.md, but {files}: {likely}")
+
+
+def _likely_mistake(folder: Path) -> str:
+    """Returns what probably keeps a folder from having a layout; "" if nothing is likely."""
+    folders = subfolders(folder)
+    parts = [path.name for path in folders if path.name.lower() in NO_CLASSES]
+    capital = [name for name in parts if name != name.lower()]
+    datasets = [path.name for path in folders if any(layout.fits(path) for layout in LAYOUTS)]
+    if capital:
+        return f"rename {capital[0]}/ to {capital[0].lower()}/, such names are in small letters"
+    if datasets:
+        return f"take {' or '.join(datasets[:3])} as the dataset, and {folder} as the folder of the datasets"
+    if len(parts) == 1 and len(folders) > 2:
+        return f"rename {parts[0]}/ if it is a class"
+    return ""

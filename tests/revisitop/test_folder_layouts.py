@@ -172,9 +172,11 @@ def test_folders_that_could_mean_something_else_are_refused(request, fixture, ch
     [
         (("1.jpg", "2.jpg"), "names of classes"),
         (("query/1.jpg", "gallery/2.jpg"), "class folders of the same names"),
-        (("database/@1@2@.jpg",), "it has database/, .*@EAST@NORTH@"),
+        (("database/@1@2@.jpg",), "database/: .*@EAST@NORTH@"),
         (("cup/query/1.jpg", "pot/query/1.jpg"), "pos/"),
-        (("train/a/1.jpg", "train/b/1.jpg"), "themselves are train"),
+        (("train/a/1.jpg", "train/b/1.jpg"), "take train as"),
+        (("Query/a/1.jpg", "gallery/a/2.jpg"), "rename Query/ to query/"),
+        (("a/1.jpg", "b/2.jpg", "test/3.jpg"), "rename test/"),
     ],
 )
 def test_the_files_of_a_folder_without_a_layout_and_those_of_each_layout_are_named(tmp_path, files, noun):

@@ -263,8 +263,7 @@ def test_the_processes_of_a_torchrun_share_extraction_and_search_and_one_may_be_
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "process 2 of 2" in done.stderr, done.stderr
-    assert (tmp_path / "shared" / "killed").exists()
+    assert (tmp_path / "shared" / "killed").exists()  # the second process wrote rows
 
     alone = evaluate(*words)
     assert alone.code == 0, alone.err

@@ -137,7 +137,7 @@ def test_results_of_runs(command, tmp_path):
 
     def read(path: Path) -> None:
         run = read_run("A", str(path))
-        for name in run.datasets:
+        for name in run.results:
             for pairs in compare(run, run, name):
                 assert pairs.cells()
         assert differing_options(run, run) == {}

@@ -120,7 +120,9 @@ def test_relu_plus_that_changes_no_layer_is_not_recorded(small):
 
 @pytest.mark.parametrize("network", ["cvnet", "small"])
 def test_every_setting_that_changes_a_descriptor_is_recorded(small, checkpoint_50, network):
-    recipe = small(relup_stages=("1",)) if network == "small" else Recipe(weights=checkpoint_50)
+    recipe = Recipe(weights=checkpoint_50)
+    if network == "small":
+        recipe = small(relup_stages=("1",), scales=(1.0, 0.7))
     changes = {"scales": (1.0, 0.5), "relup_threshold": 0.3, "pooling": "average", "gemp_p": None, "rgem_p": 3.0}
     changes |= {"rgem_window": 3, "sgem_p": 2.0, "precision": "bf16", "max_side": 100}
     changes |= {"relup_stages": ()} if network == "small" else {"relup_stages": ("s2",)}

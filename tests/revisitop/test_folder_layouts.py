@@ -321,7 +321,7 @@ def test_folders_go_to_metrics_report_table_and_tuning(shop, town, objects, comm
     assert tuned.code == 0, tuned.err
     assert "to use it: python test.py TEST.DATASET_LIST shop MODEL.NAME torchvision:resnet18" in tuned.out
     tuned = command("tools/tune.py", "--on", "shop", "--test", "town", *words, "--try", "SupG.rerank_k", "1,2")
-    assert "| town | all | recall@1 | 50.00 | 50.00 |" in tuned.out
+    assert "| town | all | recall@1 |" in tuned.out
     content = json.loads((latest(tmp_path / "work" / "output") / "results.json").read_text())["datasets"]["town"]
     assert {*content["retrieval"]["all"]["recall@1 of each query"].values()} == {100.0, 0.0}
     tuned = command("tools/tune.py", "--folds", 2, "--test", "shop", *words)

@@ -54,6 +54,10 @@ class ImageSet:
     images: Sequence[ImageFile]
     folder: Path | None = None
 
+    def __post_init__(self) -> None:
+        if isinstance(self.path, str):
+            object.__setattr__(self, "path", Path(self.path))
+
 
 def provenance_of(recipe: Recipe, extractor: Extractor) -> Provenance:
     """Returns what descriptors depend on beside their images; the probe is those of two small drawn images, (2, D)."""

@@ -64,6 +64,10 @@ class ImageFile:
     path: Path
     box: Box | None = None
 
+    def __post_init__(self) -> None:
+        if isinstance(self.path, str):
+            object.__setattr__(self, "path", Path(self.path))
+
     def read(self) -> np.ndarray:
         """Returns the pixels, (H, W, 3) uint8 RGB. Raises ImageError if the file is damaged or the box outside it."""
         return self.read_identified()[0]

@@ -91,7 +91,7 @@ class Recipe:
     sgem_p: float | None = SGEM_P
     precision: str = "fp32"
     max_side: int | None = None
-    whitening: Path | None = None
+    whitening: Path | str | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     size: tuple[int, int] | None = None
@@ -192,7 +192,7 @@ class Recipe:
 
     @cached_property
     def _learnt_whitening(self) -> tuple[Whitening, dict[str, Any]] | None:
-        return None if self.whitening is None else load_whitening(self.whitening)
+        return None if self.whitening is None else load_whitening(Path(self.whitening))
 
     @property
     def whitening_provenance(self) -> dict[str, Any]:
@@ -220,7 +220,7 @@ class Recipe:
         if not self.is_cvnet:
             facts |= {**self.backbone.image_requirements(), **self.backbone.provenance}
         if self.whitening is not None:
-            facts |= {"whitening_sha256": sha256(self.whitening), "dim": self.dim}
+            facts |= {"whitening_sha256": sha256(Path(self.whitening)), "dim": self.dim}
         return facts
 
     def check(self) -> None:

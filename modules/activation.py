@@ -133,10 +133,12 @@ def _rectifiers(model: Any, stage: str) -> list[str]:
     names = [name for name, module in modules.items() if isinstance(module, RECTIFIERS)]
     if not names:
         kinds = dict.fromkeys(type(each).__name__ for each in modules.values() if "activation" in type(each).__module__)
-        present = ", ".join(kinds) or "no activation module; functional ones cannot be changed"
+        present = f"but {', '.join(kinds)}" if kinds else "nor another activation module; functions cannot be changed"
         if any(isinstance(each, ReLUPlus) for each in modules.values()):
-            present = "ReLUPlus: it is attached already; call detach() on the first result, or build the network anew"
-        raise ValueError(f"relup: {stage!r} has no ReLU, but {present}")
+            present = (
+                "but ReLUPlus: it is attached already; call detach() on the first result, or build the network anew"
+            )
+        raise ValueError(f"relup: {stage!r} has no ReLU, {present}")
     return names
 
 

@@ -36,7 +36,8 @@ def attach(
     The result expects images that are already normalised as the network was trained. The network is not
     copied: its weights, mode (training or evaluation), device and state dict stay as they are. Only the
     rectifiers named in `relup` and `relup_ends` are changed, until :meth:`SuperGlobal.detach` is called or a
-    ``with`` block ends; ``repr`` lists them. Wrap the result (``DataParallel(attach(network))``,
+    ``with`` block ends; ``repr`` lists them. Results of one network share them: to compare several, attach to copies
+    (``copy.deepcopy``). Wrap the result (``DataParallel(attach(network))``,
     ``torch.compile``), not the network.
 
     Shao et al., "Global Features are All You Need for Image Retrieval and Reranking", ICCV 2023, sec. 3.
@@ -53,7 +54,8 @@ def attach(
         scales: factors by which the images are resized (bilinear, without antialiasing); (1.0,) for
             networks that accept one size only.
         projection: the step after the pooling: a module (N, C) -> (N, D); the name of a submodule of the
-            network, for example ``"fc"``; a matrix P (D, C); or whitening, (P, m) with m (C,): P (x - m).
+            network, for example ``"fc"``; a matrix P (D, C); or whitening, (P, m) with m (C,): P (x - m), which was
+            learnt for the vectors of single scales. A Whitening of whole descriptors is applied to the result.
         relup: names of the submodules, stages or layers in which every ReLU (or ReLU6) becomes ReLU+.
         relup_ends: names of the stages whose blocks end in ReLU+, while the ReLUs inside stay. The
             paper's choice for a ResNet is ``relup="layer1", relup_ends=("layer2", "layer3")``.

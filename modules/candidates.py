@@ -219,8 +219,9 @@ class CandidateReranker(nn.Module):
                 never with -1 or None. A descriptor that several queries of a block share is fetched once;
                 with integer ids, only if that saves a quarter of them.
             device: where the scores are computed; by default the device of the queries.
-            scores: (Q, R), those of the search, descending, which the results after the first m continue; negative
-                distances, if the search has distances. By default, the score of each is 1 below that of the one before.
+            scores: (Q, R), those of the search, descending, with any values for no result, which the results after
+                the first m continue; negative distances, if the search has distances. By default, the score of each is
+                1 below that of the one before.
 
         Returns:
             ids and scores (Q, R), order (Q, min(m, R)), as tensors or arrays like the queries, on their device.
@@ -305,6 +306,8 @@ class CandidateReranker(nn.Module):
 
 def numbered_ids(ids: Any, fetch: Callable) -> tuple[Tensor, Callable]:
     """Returns ids of any kind as an integer tensor (Q, R), -1 for none, and a fetch that accepts such tensors."""
+    if hasattr(ids, "ids"):
+        raise ValueError(f"ids must be the ids of results, got {type(ids).__name__}; give its attribute ids")
     if isinstance(ids, Tensor) or not callable(fetch):
         return as_tensor(ids, "ids"), fetch
     if getattr(ids, "dtype", None) is not None and ids.dtype.kind in "iufb":
@@ -357,8 +360,10 @@ def _descending(scores: Tensor, ids: Tensor) -> Tensor:
     wrong = present[:, 1:] & present[:, :-1] & ~(scores[:, 1:] <= scores[:, :-1])  # NaN is wrong, too
     if values_can_be_seen(scores) and wrong.any():
         query, place = wrong.nonzero()[0].tolist()
-        pair = ", ".join(f"{value:g}" for value in scores[query, place : place + 2].tolist())
-        raise ValueError(f"the scores of a search must descend, got {pair} for query {query}; negate distances")
+        pair = scores[query, place : place + 2]
+        values = ", ".join(f"{value:g}" for value in pair.tolist())
+        advice = "" if pair.isnan().any() else "; negate distances"
+        raise ValueError(f"the scores of a search must descend, got {values} for query {query}{advice}")
     return scores
 
 

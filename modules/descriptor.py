@@ -240,15 +240,16 @@ class SuperGlobal(nn.Module):
         if isinstance(projection, str):
             projection = f"{projection} of the network, {self._part(projection)!r}"
         pooling = f"{self.pooling} of the network" if isinstance(self.pooling, str) else self.pooling
+        shared = layers_with_relu_plus(self.model, self.changes)
         lines = [
             f"network: {name_of(self.model)}{path}",
             f"rgem: {self.rgem}",
             f"pooling: {pooling}",
             f"projection: {projection}",
             f"sgem: {self.sgem}, scales {', '.join(f'{factor:g}' for factor in self.scales)}",
-            f"changed layers: {'' if self.changes else 'none'}",
+            f"changed layers: {'' if self.changes or shared else 'none'}",
             *(f"  {change.layer}: {change.meaning}" for change in self.changes),
-            *(f"  {layer}: ReLU+ before this attach" for layer in layers_with_relu_plus(self.model, self.changes)),
+            *(f"  {layer}: has ReLU+ of another attach" for layer in shared),
         ]
         return "SuperGlobal(\n" + "".join(f"  {line.rstrip()}\n" for line in lines) + ")"
 

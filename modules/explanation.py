@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from .checks import Array, as_tensor
+from .checks import Array, as_tensor, whole_number
 from .reranking import SuperGlobalReranker, superglobal_scores
 
 
@@ -79,12 +79,15 @@ def explain(
     """
     reranker = SuperGlobalReranker() if reranker is None else reranker
     if not isinstance(reranker, SuperGlobalReranker):
-        raise ValueError(f"explain takes a SuperGlobalReranker, got {type(reranker).__name__}")
-    q, x = as_tensor(query, "query")[None], as_tensor(candidates, "candidates")[None]
+        raise ValueError(f"explain takes a SuperGlobalReranker of this package, got {type(reranker)}")
+    q, x = as_tensor(query, "query"), as_tensor(candidates, "candidates")
+    if q.ndim != 1 or x.ndim != 2:
+        raise ValueError(f"explain takes a query (D,) and candidates (M, D), got {tuple(q.shape)} and {tuple(x.shape)}")
+    q, x, place = q[None], x[None], whole_number(place, "place", least=0)
     q, x, present = reranker.checked(q, x, None if mask is None else as_tensor(mask, "mask")[None])
     count = x.shape[1]
-    if not 0 <= place < count or (present is not None and not present[0, place]):
-        raise ValueError(f"there is no candidate at place {place}, counted from 0; {count} are reranked")
+    if not place < count or (present is not None and not present[0, place]):
+        raise ValueError(f"there is no candidate at place {place}, counted from 0, of the {count} that are reranked")
     with torch.no_grad():
         scores = superglobal_scores(q, x, reranker.k, reranker.beta, reranker.s2, present)
         total = (scores.s1 + scores.s2)[0] / 2  # -inf for absent candidates, like s1

@@ -64,7 +64,9 @@ def match_maps(network: SuperGlobal, first: Tensor, second: Tensor, whitening: W
     True
     """
     if not isinstance(network, SuperGlobal):
-        raise ValueError(f"match_maps takes a network that attach returned, got {type(network).__name__}")
+        raise ValueError(f"match_maps takes a network that attach of this package returned, got {type(network)}")
+    if not isinstance(whitening, Whitening | None):
+        raise ValueError(f"match_maps takes a Whitening, got {type(whitening)}")
     for image in (first, second):
         check_tensor(image, "match_maps", "1, 3, H, W")
         if len(image) != 1:

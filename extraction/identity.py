@@ -32,8 +32,11 @@ class Identity(NamedTuple):
 
 
 def stat_record(stat: os.stat_result) -> tuple[int, int, int, int]:
-    """Returns size, times of modification and of status change in nanoseconds, and inode of a file."""
-    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+    """Returns size, times of modification and of status change in nanoseconds, and inode of a file, as int64.
+
+    (File systems that compute inodes as hashes, such as mergerfs, use all 64 bits.)
+    """
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino % (1 << 63)
 
 
 def file_identity(file: BinaryIO, box: Box | None = None) -> Identity:

@@ -73,7 +73,7 @@ class ReadAhead:
 
     def death_of_a_worker(self, error: Exception) -> InputError | None:
         """Returns the error to raise if this exception, one of WORKER_ERRORS, means that a worker died; else None."""
-        if not self.workers or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
+        if not self.workers or (isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error)):
             return None
         paths = [str(self.pixels.images[row].path) for row in self.pixels.reading.tolist() if row >= 0]
         where = f" while {', '.join(paths)} {'was' if len(paths) == 1 else 'were'} read" if paths else ""

@@ -216,13 +216,14 @@ class Store:
         """Writes a file and what belongs to it beside an older one, and then replaces that, see _publish."""
         new = Path(f"{file}.new")
         sidecars(new)[0].unlink(missing_ok=True)  # that of a file which an interrupted run did not publish
-        with new.open("wb") as out:
-            try:
+        try:
+            with new.open("wb") as out:
                 write(out)
-            except RuntimeError as error:  # raised by torch.save if the disk is full
-                raise OSError(str(error)) from None
-            out.flush()
-            os.fsync(out.fileno())
+                out.flush()
+                os.fsync(out.fileno())
+        except (OSError, RuntimeError) as error:  # the latter is raised by torch.save if the disk is full
+            new.unlink(missing_ok=True)  # it would stay in the way there
+            raise error if isinstance(error, OSError) else OSError(str(error)) from None
         self._describe(new, records, facts)
         _publish(file)
         _trust(file)
@@ -273,14 +274,16 @@ class Store:
 
     def _belongs(self, files: Path, provenance: Path, probe: Path) -> bool:
         """Returns whether existing files have the provenance of this store; others are removed, unless finished."""
+        # Blocks without a provenance are of unknown settings. In this order: another process may be writing its first.
+        absent = not any(files.glob("*.npz")) and not provenance.exists()
         differing = self.provenance.differences(provenance, probe)
         if differing == []:
             return True
-        if differing is None and not provenance.exists():
+        if differing is None and absent:
             if files.is_file() and not self.replace:
                 raise InputError(f"{files} exists without its provenance; start over, or choose another file")
             return False
-        words = short_list(differing or [f"{provenance} is damaged"])
+        words = short_list(differing or [f"{provenance} is missing or damaged"])
         if not self.replace and (files.is_file() or any(files.glob("*.npz"))):
             raise InputError(f"{files} was made with other settings ({words}); start over, or choose another file")
         log.warning("%s was made with other settings (%s); it is replaced", files, words)

@@ -1,5 +1,6 @@
 import os
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,10 +9,11 @@ from PIL import Image
 
 from extraction import batching
 from extraction.extract import ImageSet, extract_images, extract_sets
+from extraction.identity import Identity, stat_record
 from extraction.images import ImageFile
 from extraction.loading import Loading
 from extraction.provenance import Provenance
-from extraction.store import Store
+from extraction.store import Records, Store
 from model.errors import InputError
 from model.extractor import NetworkExtractor
 from modules import attach
@@ -125,6 +127,19 @@ def test_a_worker_that_dies_is_reported_with_its_file_and_nothing_is_lost(model,
     with pytest.raises(InputError, match=r"9\.png"):
         run(model, images, workers=1, batch_size=2)
     assert 2 <= len(run.rows) <= 9
+
+
+class FaultyFile(ImageFile):
+    """A file whose decoder has a fault."""
+
+    def read_identified(self):
+        raise RuntimeError("a fault of the decoder")
+
+
+def test_a_fault_in_a_worker_is_not_taken_for_its_death(model, tmp_path):
+    images = [FaultyFile(write(tmp_path, "a.png").path)]
+    with pytest.raises(RuntimeError, match="a fault of the decoder"):
+        run(model, images, workers=1)
 
 
 def test_a_descriptor_that_is_not_finite_is_reported_with_its_image_and_possible_reasons(tmp_path):
@@ -265,3 +280,8 @@ def test_equal_names_in_two_folders_never_meet(colours, tmp_path):
     for _ in range(2):
         (rows,) = extract_sets(sets, colours, torch.device("cpu"))
         np.testing.assert_allclose(rows.numpy(), mean_colours(images), atol=1e-6)
+
+
+def test_an_inode_of_64_bits_fits_into_the_records(tmp_path):
+    stat = SimpleNamespace(st_size=1, st_mtime_ns=2, st_ctime_ns=3, st_ino=2**64 - 1)
+    assert Records.of([b"a"], [Identity(bytes(16), stat_record(stat))]).stats.tolist() == [[1, 2, 3, 2**63 - 1]]

@@ -1,6 +1,7 @@
 import itertools
 import logging
 import os
+import resource
 import shutil
 
 import numpy as np
@@ -261,3 +262,28 @@ def test_a_kill_while_a_list_is_finished_is_no_error_where_nothing_may_be_replac
         if not killed:
             break
     assert moment > 3
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, {**SETTINGS, "checkpoint": "xyz"}])
+def test_blocks_without_a_provenance_are_never_used(path, settings):
+    store = fill(open_store(path, {**SETTINGS, "checkpoint": "xyz"}), range(10))
+    (store.folder / "provenance.json").unlink()
+    with pytest.raises(InputError, match="provenance"):
+        open_store(path, settings, replace=False)
+    store = open_store(path, settings)
+    store.write(LABELS[0], IDENTITIES[0], -ROWS[0])
+    store.flush()
+    store.read_blocks()
+    np.testing.assert_array_equal(store.rows(records(range(10)).keys), [-ROWS[0], *np.zeros((9, 4))])
+
+
+def test_a_full_disk_gets_no_part_of_a_file_and_loses_no_row(path):
+    store, limits = fill(open_store(path), range(200)), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(InputError, match="kept"):
+            store.finish(records(range(200)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [file.name for file in path.parent.iterdir()] == [store.folder.name]
+    assert missing(open_store(path)) == []

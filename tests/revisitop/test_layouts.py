@@ -177,7 +177,7 @@ def test_folders_that_are_no_classes_are_refused(classes, names):
     target = classes.with_name("other")
     for name in names:
         shutil.copytree(classes, target / name)
-    with pytest.raises(InputError, match=f"it has .*{names[0]}/"):
+    with pytest.raises(InputError, match=f"none of the layouts.*{names[0]}/"):
         load(target)
 
 

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset
@@ -122,7 +123,8 @@ def find_recipe(cfg: CfgNode, dataset: Dataset | None = None) -> Recipe:
         recipe.check()
     except InputError as error:
         advice = "" if recipe.is_cvnet else _network_advice(cfg, weights)
-        raise InputError(f"this network needs {advice}: {error}" if advice else str(error)) from None
+        text = f"this network needs {advice}: {error}" if advice else f"{error}; see docs/networks.md"
+        raise InputError(str(error) if recipe.is_cvnet else text) from None
     threshold = cfg.SupG.relup_threshold
     if threshold != RELUP_THRESHOLD and "ReLU+" in recipe.idle_modules:
         raise InputError(
@@ -147,7 +149,7 @@ def _network_advice(cfg: CfgNode, weights: Path | str) -> str:
                 before, after = option_values(cfg), option_values(other)
                 words = [f"{key} {value}" for key, value in changes.items() if after[key] != before[key]]
                 return " ".join(words)
-    return "a function around it, see docs/networks.md"
+    return ""
 
 
 def log_recipe(recipe: Recipe) -> None:
@@ -196,7 +198,7 @@ def find_dataset(cfg: CfgNode, name: str) -> Dataset:
             draw = toy.ensure_dataset if name == "toy" else toy.ensure_landmarks
             draw(folder, lambda images: tqdm(images, desc="drawing toy", unit="img"))
         if dataset_folder(folder, name) is None:
-            if name in DOWNLOADED:
+            if name in DOWNLOADED and not (folder / name).is_dir():
                 raise InputError(
                     f"no dataset {name} in {folder}; get it with python -m tools.download {name} --data-dir {folder}"
                 )
@@ -205,7 +207,11 @@ def find_dataset(cfg: CfgNode, name: str) -> Dataset:
             names = [path.name for path in folder.iterdir() if path.is_dir()]
             if name not in names and (hint := nearest(name, [*DOWNLOADED, *toy.NAMES, *names])):
                 raise InputError(f"no dataset {name} in {folder}; {hint}")
-        return load_dataset(name, folder, radius=cfg.TEST.PLACE_RADIUS, crop_queries=cfg.TEST.CROP_QUERIES)
+        try:
+            return load_dataset(name, folder, radius=cfg.TEST.PLACE_RADIUS, crop_queries=cfg.TEST.CROP_QUERIES)
+        except InputError as error:
+            command = f"; python -m tools.download {name} --data-dir {folder} fetches what is missing"
+            raise InputError(f"{error}{command if name in DOWNLOADED else ''}") from None
 
 
 @dataclass(frozen=True)
@@ -446,6 +452,9 @@ class Experiment:
             if self.distractors.rows.shape[1] != rows.shape[1]:
                 width = self.distractors.rows.shape[1]
                 raise InputError(f"the distractors have {width} dimensions, the database {rows.shape[1]}")
+            if self.distractors.path.resolve() in [file.resolve() for file in files]:
+                raise InputError(f"TEST.DISTRACTORS: {self.distractors.path} has the rows of the database itself")
+            log.info("distractors: %d in %s", len(self.distractors.rows), self.distractors.path)
             parts.append(self.distractors.rows)
             files.append(self.distractors.path)
         return queries, parts, files
@@ -636,17 +645,18 @@ def _with_descriptors(cfg: CfgNode, dataset: Dataset, output: Output, device: to
 
 def small_set_advice(cfg: CfgNode, dataset: Dataset) -> str | None:
     """Returns a line if SuperGlobal's reranking averages more results than a query usually has positive images."""
-    positives, k = dataset.median_positives, cfg.SupG.rerank_k
+    positives, k = float(np.median(dataset.positives or [0])), cfg.SupG.rerank_k
     if "superglobal" not in active_rerankers(cfg) or positives >= k + 1:
         return None
     smaller, keys = max(1, int(positives) - 1), (*NETWORK, *DATASET, "TEST.FEATURES", *FUSION)
-    words = ["tools.tune", "--folds", "5", "--test", dataset.name, *as_words(cfg, *keys)]
+    folds = str(min(5, len(dataset.positives)))
+    words = ["tools.tune", "--folds", folds, "--test", dataset.name, *as_words(cfg, *keys)]
     if cfg.TEST.FUSION:  # whose weights are tried by default
         words += ["--try", "SupG.rerank_k", f"{smaller},{k}"]
-    command = shlex.join(["python", "-m", *words])
+    command = f", or {shlex.join(['python', '-m', *words])}" if len(dataset.positives) > 1 else ""
     return (
         f"{dataset.name}: the median number of positive images is {positives:g}, less than the K + 1 = {k + 1} results "
-        f"that the reranking averages; try SupG.rerank{f'_k {smaller}' if smaller < k else ' False'}, or {command}"
+        f"that the reranking averages; try SupG.rerank{f'_k {smaller}' if smaller < k else ' False'}{command}"
     )
 
 

@@ -449,7 +449,7 @@ def _missing_need(cfg: CfgNode, key: str) -> Need | None:
 
 def _option(key: str) -> Option:
     if key not in _BY_KEY:
-        hint = nearest(key, _BY_KEY) or "--help lists all"
+        hint = nearest(key, _BY_KEY) or ("--help lists all" if "." in key else "a list is written with commas, a,b")
         raise InputError(f"unknown option {key}; {hint}")
     return _BY_KEY[key]
 
@@ -562,7 +562,10 @@ def pair_options(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        raise InputError(f"{message}; options are given as KEY VALUE, such as MODEL.DEPTH 50; see --help")
+        hint = ""
+        if message.startswith("unrecognized"):
+            hint = nearest(message.split()[-1], self._option_string_actions) or "options are given as KEY VALUE"
+        raise InputError(f"{message}; {hint}{'; ' * bool(hint)}see --help")
 
 
 def _read_yaml(path: Path, flag: str = "--config-file") -> Iterator[tuple[str, Any]]:

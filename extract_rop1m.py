@@ -47,14 +47,15 @@ def main(argv: list[str]) -> None:
             raise InputError(f"--shard {number}/{count} has no image: the list is shorter")
     log_recipe(recipe)
 
-    with option(f"--out {out}"):
-        distractors = ImageSet(out, "distractors", images, args.data_dir)
-        extract_sets(
-            [distractors], recipe, session.device, make_loading(cfg, session.device), args.resume, args.on_error,
-            session.processes, replace=not args.resume, facts=session.head, finish=not args.shard,
-        )  # fmt: skip
+    distractors = ImageSet(out, "distractors", images, args.data_dir)
+    extract_sets(
+        [distractors], recipe, session.device, make_loading(cfg, session.device), args.resume, args.on_error,
+        session.processes, replace=not args.resume, facts=session.head, finish=not args.shard,
+    )  # fmt: skip
     session.processes.end()
-    if args.shard:
+    if args.shard and not Path(f"{out}.blocks").exists():
+        log.info("%s has these %d descriptors already", out, len(images))
+    elif args.shard:
         log.info("%d descriptors are in %s.blocks; when all parts are there, start without --shard", len(images), out)
     else:
         log.info("%s: %d descriptors of %d dimensions", out, len(images), recipe.dim)

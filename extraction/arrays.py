@@ -76,7 +76,7 @@ def read_arrays_of(path: Path) -> Arrays:
         where = " (in HDF5: of a descriptor per image, not of local features)" if _HDF5_MAGIC in head else ""
         raise InputError(f"{path} contains no array of numbers{where}")
     if head.startswith(b"MATLAB") and head[512:520] != _HDF5_MAGIC:
-        arrays = {name: array.T for name, array in arrays.items()}
+        arrays = {name: array.T if array.ndim == 2 else array for name, array in arrays.items()}
     return Arrays(path, arrays, names)
 
 

@@ -230,7 +230,7 @@ def extract_images(
     def usable() -> Iterator[tuple[int, Tensor]]:
         for number, item in enumerate(decoded):
             if isinstance(item, ImageError):
-                log.warning("skipped: %s", item)
+                log.warning("%s", item)
                 damaged.append(item)
                 bar.update()
             else:
@@ -246,7 +246,7 @@ def extract_images(
                     if not isinstance(vectors, InputError):
                         results.take(images, vectors)
                     elif on_error == "skip":
-                        log.warning("skipped: %s", vectors)
+                        log.warning("%s", vectors)
                         bar.update()
                     else:
                         raise vectors

@@ -45,6 +45,8 @@ WHOLE = "none"  # the network returns descriptors, which are such a map, too
 _REQUIREMENTS = ("mean", "std", "size", "multiple")
 _PLAIN_GEM = 3.0  # the power of GeM with which most retrieval networks were trained
 
+_CHECKED_SIZE = (67, 83)  # of an image that any network should take, as images have any size
+
 # Matrix products with another number of rows may add in another order.
 _PROJECTED_TOGETHER = 16
 
@@ -181,7 +183,7 @@ class Recipe:
             yield f"parameters that came from no file: {short_list(backbone.unfilled)}"
         yield f"modules: {self.modules_in_words}"
         if self.idle_modules:
-            yield f"without effect on this network: {', '.join(self.idle_modules)}"
+            yield f"without effect on this network at these scales: {', '.join(self.idle_modules)}"
         if modules.changes:
             places = [*self.relup_places[0], *(f"the ends of {stage}" for stage in self.relup_places[1])]
             yield f"ReLU+ ({self.relup_threshold}) in {len(modules.changes)} layers: {short_list(places)}"
@@ -235,7 +237,7 @@ class Recipe:
             return self.reduction_dim
         try:
             with torch.inference_mode():
-                return network(self.backbone.normalise(torch.full((1, 64, 64, 3), 0.5))).shape[1]
+                return network(self.backbone.normalise(torch.full((1, *_CHECKED_SIZE, 3), 0.5))).shape[1]
         except ValueError as error:
             raise InputError(f"{self.network}: {' '.join(str(error).split())}") from None
         except Exception as error:  # the code of a network raises any exception
@@ -245,7 +247,8 @@ class Recipe:
             text = " ".join(str(error).split())[:300] or type(error).__name__
             if not self.backbone.size:
                 text += "; if it takes only one size of images, or multiples of a patch, give its size or multiple"
-            raise InputError(f"{where} fails for an image of 64 x 64 pixels: {text}") from None
+            size = " x ".join(map(str, _CHECKED_SIZE))
+            raise InputError(f"{where} fails for an image of {size} pixels: {text}") from None
 
     @cached_property
     def dim(self) -> int:

@@ -33,6 +33,7 @@ _MENDABLE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG),
     *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.EMFILE, errno.EIO),
 )
+_MOVES = ("\x1b[A",)  # tqdm between several bars
 _BAR_SECONDS = 60
 
 
@@ -50,6 +51,8 @@ class _Output:
             stream.reconfigure(errors="backslashreplace")  # a file name may not be valid text
 
     def write(self, text: str) -> int:
+        if text.strip("\n") in _MOVES and not self.stream.isatty():
+            return len(text)
         of_bar = not self.stream.isatty() and (text.startswith("\r") or (self.bar and text == "\n"))
         line = self._bar_line(text) if of_bar else text
         self.bar = self.bar if of_bar else ""
@@ -113,7 +116,7 @@ def _exit_code(main: Callable[[list[str]], None]) -> int:
     except BrokenPipeError:
         return 141
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        print("\ninterrupted; what was computed is kept, the same command resumes", file=sys.stderr)
         return 130
     except (InputError, OSError) as error:
         if not isinstance(error, InputError) and error.errno not in _MENDABLE:

@@ -33,8 +33,8 @@ def _style(ink: str, grid: str, *lines: str) -> dict[str, Any]:
 
 
 _STYLES = {
-    "light": _style("#2a2f35", "#dfe3e8", "#0b62c4", "#b3541e", "#1b7f5c"),
-    "dark": _style("#d5d9de", "#3a4149", "#5aa7f7", "#f0a35e", "#6cc7a1"),
+    "light": _style("#2a2f35", "#dfe3e8", "#0b62c4", "#b3541e", "#1b7f5c", "#7a4fbf", "#9a6700", "#c2348a"),
+    "dark": _style("#d5d9de", "#3a4149", "#5aa7f7", "#f0a35e", "#6cc7a1", "#b89cf5", "#d9d05a", "#f27fc0"),
 }
 _RED = "#e5484d"
 _MAP_SIDE = 192  # pixels of a match map on a page, whose positions are some tens

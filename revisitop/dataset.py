@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -66,9 +67,9 @@ class Dataset:
 
     def __repr__(self) -> str:
         left_out = "".join(f", {len(paths)} left out ({reason})" for reason, paths in self.left_out.items() if paths)
-        return (
-            f"{self.name}: {len(self.queries)} queries, {len(self.database)} database images in {self.folder}{left_out}"
-        )
+        without = len(self.queries) - len(self.positives)
+        queries = f"{len(self.queries)} queries{f' ({without} without a positive image)' if without else ''}"
+        return f"{self.name}: {queries}, {len(self.database)} database images in {self.folder}{left_out}"
 
     def query_name(self, number: int) -> str:
         return self.query_names[number] if self.query_names is not None else self.queries[number].path.stem
@@ -91,12 +92,12 @@ class Dataset:
         """The number of results per query that the measures need from an index; 0 if they count all alike."""
         return max(each.measure.depth for each in self.protocols)
 
-    @property
-    def median_positives(self) -> float:
-        """The median number of positive images of the queries that have one, in any protocol."""
+    @cached_property
+    def positives(self) -> list[int]:
+        """The number of positive images in any protocol of each query that has one."""
         kinds = {kind for each in self.protocols for kind in each.positive}
         counts = [sum(len(truth.kinds[kind]) for kind in kinds) for truth in self.ground_truth]
-        return float(np.median([count for count in counts if count] or [0]))
+        return [count for count in counts if count]
 
     def images(self) -> Iterator[ImageFile]:
         """Iterates over the queries, then the database."""

@@ -96,7 +96,8 @@ def _pair(path: Path, dataset: Dataset) -> SavedDescriptors:
     ]
     if not pairs:
         raise InputError(
-            f"{path} has a single array; queries and database are two files, NAME_query.npy and NAME_db.npy"
+            f"{path} has a single array; name it {dataset.name}_db.npy"
+            + (f", beside {dataset.name}_query.npy for the queries" if dataset.in_database is None else "")
         )
     files = next((files for files in pairs if all(file.exists() for file in files)), pairs[0])
     database = _rows_of_images(files[1], dataset.database, LISTS[1], dataset)

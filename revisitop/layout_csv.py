@@ -56,12 +56,11 @@ def read_csv_dataset(name: str, folder: Path) -> Dataset:
     names = NameList(chain(*relevant.values()))
     places = dict(zip(names, last_places(ids.array, names.array).tolist(), strict=True))
     unknown = [name for name, place in places.items() if place < 0]
-    if strangers:
-        raise InputError(f"{solution}: {len(strangers)} queries are not in {listed.name} ({short_list(strangers)})")
-    if unknown:
-        suffixed = last_places(ids.array, NameList([f"{unknown[0]}.jpg"]).array)[0] >= 0
-        hint = "; its ids end with .jpg" if suffixed else ""
-        raise InputError(f"{solution}: {len(unknown)} images are not in {index.name} ({short_list(unknown)}){hint}")
+    for kind, file, known, missing in (("queries", listed, boxes, strangers), ("images", index, ids, unknown)):
+        if missing:
+            others = missing[0].removesuffix(".jpg"), f"{missing[0]}.jpg"
+            hint = "; with .jpg in one file and without in the other" if any(each in known for each in others) else ""
+            raise InputError(f"{solution}: {len(missing)} {kind} are not in {file.name} ({short_list(missing)}){hint}")
     if queries and (without := [query for query in boxes if query not in relevant and query not in ignored]):
         raise InputError(f"{solution} has no line for {len(without)} queries of {queries.name} ({short_list(without)})")
     if not relevant:

@@ -52,10 +52,15 @@ def _likely_mistake(folder: Path) -> str:
     parts = [path.name for path in folders if path.name.lower() in NO_CLASSES]
     capital = [name for name in parts if name != name.lower()]
     datasets = [path.name for path in folders if any(layout.fits(path) for layout in LAYOUTS)]
+    truths = [path.name for path in entries_of(folder) if path.name.startswith("gnd") and path.suffix == ".pkl"]
+    if truths:
+        return f"rename {truths[0]} to gnd_{folder.name}.pkl"
     if capital:
-        return f"rename {capital[0]}/ to {capital[0].lower()}/, such names are in small letters"
+        return f"rename {', '.join(f'{name}/ to {name.lower()}/' for name in capital)}: such names are in small letters"
     if datasets:
         return f"take {' or '.join(datasets[:3])} as the dataset, and {folder} as the folder of the datasets"
     if len(parts) == 1 and len(folders) > 2:
         return f"rename {parts[0]}/ if it is a class"
+    if len(folders) == 1 and not parts:
+        return f"with {folders[0].name}/ as its only class, no image is negative"
     return ""

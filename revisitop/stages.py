@@ -5,7 +5,7 @@ A reranker sorts the first results of each query; query expansion and database-s
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -111,21 +111,21 @@ class Reranked:
 class SearchedAgain:
     """Searches the whole database again with expanded queries (AQE, alpha-QE)."""
 
-    expansion: QueryExpansion
+    reranker: QueryExpansion
 
     @property
     def needed(self) -> int:
-        return self.expansion.n
+        return self.reranker.n
 
     @property
     def shortlist(self) -> str:
-        return f"the whole database, with queries expanded by the first {self.expansion.n} results"
+        return f"the whole database, with queries expanded by the first {self.reranker.n} results"
 
     def __call__(self, searched: Searched) -> Ranking:
         """Returns the new ranking, see :class:`Stage`."""
         start = time.perf_counter()
         rows = searched.database.rows
-        expanded = self.expansion.expand(searched.queries, searched.ranking.ids, rows, searched.device)
+        expanded = self.reranker.expand(searched.queries, searched.ranking.ids, rows, searched.device)
         return replace(searched.again(expanded, searched.database), seconds=time.perf_counter() - start)
 
 
@@ -141,7 +141,7 @@ class Augmented:
     """
 
     k: int = DBA_K
-    folder: Path | None = None
+    folder: Path | None = field(default=None, repr=False)
 
     needed = 1
 

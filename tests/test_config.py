@@ -185,6 +185,6 @@ def test_the_default_options_are_the_defaults_of_the_library():
     }  # fmt: skip
     for name, module in defaults.items():
         (stage,) = make_stages(make_config([("TEST.RERANKER", name)])).values()
-        assert repr(getattr(stage, "reranker", None) or stage.expansion) == repr(module)
+        assert repr(stage.reranker) == repr(module)
     (stage,) = make_stages(make_config([("TEST.RERANKER", "dba")])).values()
     assert stage == Augmented()

@@ -168,9 +168,9 @@ def check_boxes(dataset: Dataset, headers: dict[Path, Header], cropped: bool = T
 def check_sizes(dataset: Dataset, headers: dict[Path, Header], side: int) -> Finding:
     """Returns whether the sizes of images can be those of the originals, most of which have this longer side."""
     sides = np.array([max(header.width, header.height) for header in headers.values()])
-    words = f"{(sides == side).mean():.0%} of the images have a longer side of {side}, {(sides > side).sum():,} more"
+    words = f"{(sides == side).mean():.0%} of the images have a longer side of {side}, {(sides > side).sum():,} longer"
     original = not (sides > side).any() and (sides == side).mean() >= 0.5
-    return checked(original, words, f"the originals have not; {download_again(dataset)}", "resized")
+    return checked(original, words, f"these are not the originals; {download_again(dataset)}", "resized")
 
 
 def download_again(dataset: Dataset, name: str = "") -> str:

@@ -89,7 +89,9 @@ def main(argv: list[str]) -> None:
         raise InputError(f"{a.folder} has {only_a}, {b.folder} has {only_b}: no dataset is in both")
     session = start_session(cfg)
     for run, other in ((a, b), (b, a)):
-        log.info("%s: %s, of %s", run.letter, run.folder, run.content.get("date", "unknown date"))
+        stages = ", ".join(dict.fromkeys(each.stage for each in run.results.values()))
+        date = run.content.get("date", "unknown date")
+        log.info("%s: the stage %s of %s, of %s", run.letter, stages, run.folder, date)
         for name in sorted(run.results.keys() - other.results.keys()):
             log.warning("%s is only in %s", name, run.folder)
     options = differing_options(a, b)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from yacs.config import CfgNode
 
-from assembly import RERANKERS, check_index, make_stages, option, query_expansion, start_session, with_index
+from assembly import RERANKERS, check_index, make_stages, option, start_session, with_index
 from config import INDEX, RERANKING, CommandLine
 from extraction.arrays import read_arrays_of
 from extraction.files import write_array
@@ -110,7 +110,7 @@ def of_candidates(cfg: CfgNode, stage: Stage) -> Reranked:
         return stage
     if isinstance(stage, SearchedAgain):
         log.info("with --ids the expanded queries sort the first %d candidates; nothing is searched", cfg.SupG.rerank_m)
-        return Reranked(query_expansion(cfg, stage.expansion.alpha))
+        return Reranked(stage.reranker)
     raise InputError("--reranker dba searches the whole database, which --ids avoids: leave --ids out")
 
 

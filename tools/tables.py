@@ -20,6 +20,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +37,7 @@ from assembly import (
     prepare,
     prepare_variants,
     rankings_of,
+    small_set_advice,
     start_session,
 )
 from config import FUSION, INDEX, NETWORK, RERANKING, CommandLine, Parsed, active_rerankers, as_words, varied
@@ -132,6 +134,10 @@ def main(argv: list[str]) -> None:
             lines.extend(new)
             print("\n".join(new), flush=True)
 
+    for name in cfg.TEST.DATASET_LIST if session.first else ():
+        with suppress(InputError):  # its rows report it
+            if advice := small_set_advice(cfg, find_dataset(cfg, name)):
+                log.warning("%s", advice)
     for protocols, names in by_protocols(cfg).items():  # a table per kind of dataset
         table: list[str] = []
         for group in kind.groups(cfg, given):
@@ -162,7 +168,7 @@ def main(argv: list[str]) -> None:
 
 
 def parse(argv: list[str]) -> Parsed:
-    instead = {"TEST.FEATURES": "the tables extract the images themselves", "TEST.REPORT": "use test.py"}
+    instead = {"TEST.FEATURES": "give saved descriptors as TEST.FUSION", "TEST.REPORT": "use test.py"}
     line = CommandLine(__doc__, instead=instead)
     line.add("task", choices=TABLES, help="the table, see above")
     line.add_flag("--depth", "MODEL.DEPTH", type=int, choices=STAGE_DEPTHS, help="network [50; of main both]")
@@ -272,6 +278,8 @@ def rows(
     words_of = {id(each): words for each, words in zip(experiments, variants, strict=True)}
     whitening = experiment.facts().get("whitening", {})
     note = "whitening learnt on this database itself" if whitening.get("learnt_on_the_test_set") else ""
+    if experiment.distractors and (count := len(experiment.distractors.rows)) != published()["distractors"]:
+        note = ", ".join(filter(None, [note, f"{count:,} distractors instead of a million"]))
     if (same := seen.setdefault(experiment.folder, group.words)) != group.words:
         note = f"no effect: the descriptors are those {same or 'of all modules'}"
     for each in rankings_of(experiment, experiments, queries, database, processes):

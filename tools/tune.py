@@ -176,7 +176,8 @@ def main(argv: list[str]) -> None:
     table = paired_table(pairs, "default", "chosen")
     pairs_with_retrieval = [evaluated.pair("retrieval", CHOSEN, each.protocol) for each in pairs]
     conclusion = " ".join(filter(None, [verdict(pairs), without_reranking(pairs_with_retrieval)]))
-    log.info("on %s; retrieval has the default values:", test)
+    values = "each query has the values chosen by the other folds" if by_fold else "all queries have the chosen values"
+    log.info("on %s (%s; retrieval has the default ones):", test, values)
     for line in (*evaluated.lines(), f"on {test}, in percent:", *markdown_table(table), conclusion):
         log.info("%s", line)
 
@@ -262,7 +263,7 @@ def combinations(cfg: CfgNode, grid: dict[str, tuple], size: int) -> list[Settin
         grid: the values of each option; of values of M that take in the whole database, one is left.
         size: number of images in the database.
     """
-    default = {key: value for key, value in option_values(make_config()).items() if key in grid}
+    default = {key: option_values(make_config())[key] for key in grid}
     varied(cfg, default)  # raises if the defaults do not fit the options that are not tried
     if "SupG.rerank_m" in grid:
         m = default["SupG.rerank_m"]
@@ -377,7 +378,7 @@ def verdict(pairs: Sequence[PairedValues]) -> str:
     if all(np.array_equal(each.a, each.b, equal_nan=True) for each in pairs):
         return "The chosen values are as good as the defaults for each query of the test set."
     if beyond := [each.protocol for each in pairs if not each.difference.is_within_chance]:
-        return f"The {CONFIDENCE:.0%} interval of the difference does not contain 0 for {', '.join(beyond)}."
+        return f"The {CONFIDENCE:.0%} interval of the difference does not contain 0 for protocol {', '.join(beyond)}."
     return (
         f"The difference may be chance, because every {CONFIDENCE:.0%} interval contains 0: "
         "on other queries of this kind the defaults may be just as good."
@@ -394,7 +395,7 @@ def without_reranking(pairs: Sequence[PairedValues]) -> str:
     if not (better := {name: before for name, (before, after) in means.items() if before > after}):
         return ""
     figures = ", ".join(f"{name} {before:.2f}" for name, before in better.items())
-    return f"Without reranking, the default values are better ({figures}): compare with TEST.RERANKER none."
+    return f"Retrieval without reranking is better, {figures} with the default values: compare with TEST.RERANKER none."
 
 
 def words(setting: Setting) -> str:

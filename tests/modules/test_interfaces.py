@@ -193,7 +193,7 @@ def test_scores_that_do_not_descend_are_refused(vectors, wrong):
 def test_a_network_shows_the_relu_plus_of_an_earlier_attach():
     network = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.ReLU())
     first = attach(network, relup="0")
-    assert "0.1: ReLU+" in repr(attach(network))
+    assert "0.1: has ReLU+" in repr(attach(network))
     first.detach()
     assert "ReLU+" not in repr(attach(network))
 

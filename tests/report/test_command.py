@@ -37,7 +37,7 @@ def run(code: str, how: str = "", cwd: object = None) -> subprocess.CompletedPro
         ("print('done')", 0, ""),
         ("from model.errors import InputError; raise InputError('no file \\x1b x')", 2, "error: no file \\x1b x\n"),
         ("open('/nowhere/x')", 2, "error: /nowhere/x: No such file or directory\n"),
-        ("raise KeyboardInterrupt", 130, "\ninterrupted\n"),
+        ("raise KeyboardInterrupt", 130, "\ninterrupted; what was computed is kept, the same command resumes\n"),
         ("raise BrokenPipeError", 141, ""),
     ],
 )

@@ -166,3 +166,16 @@ def test_a_misspelt_usage_of_the_test_set_is_reported_before_the_work(tune):
     assert outcome.code == 2
     assert "Privat" in outcome.err
     assert "settings of" not in outcome.out
+
+
+def test_the_columns_of_the_settings_are_their_options_in_any_order(tune):
+    words = ("--folds", "2", "--test", "new", "--try", "SupG.rerank_m", "9,10", "--try", "SupG.rerank_k", "3,4")
+    outcome = tune(*words)
+    assert outcome.code == 0, outcome.err
+    lines = [line.strip("| ").split(" | ") for line in outcome.out.splitlines() if line.startswith("| ")]
+    heading, *rows = lines[0], *[line for line in lines[2:] if len(line) >= 3 and line[0].isdigit()]
+    for row in rows:
+        setting = dict(zip(heading, row, strict=False))
+        assert int(setting["SupG.rerank_m"]) in (9, 10, 400)
+        assert int(setting["SupG.rerank_k"]) in (3, 4, 9)
+    assert len(rows) > 3

@@ -7,9 +7,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple, TextIO
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset
@@ -645,7 +645,7 @@ def _with_descriptors(cfg: CfgNode, dataset: Dataset, output: Output, device: to
 
 def small_set_advice(cfg: CfgNode, dataset: Dataset) -> str | None:
     """Returns a line if SuperGlobal's reranking averages more results than a query usually has positive images."""
-    positives, k = float(np.median(dataset.positives or [0])), cfg.SupG.rerank_k
+    positives, k = float(median(dataset.positives or [0])), cfg.SupG.rerank_k
     if "superglobal" not in active_rerankers(cfg) or positives >= k + 1:
         return None
     smaller, keys = max(1, int(positives) - 1), (*NETWORK, *DATASET, "TEST.FEATURES", *FUSION)

@@ -105,12 +105,13 @@ def check_descriptors(cfg: CfgNode) -> Iterator[Finding]:
             words = f"{device_name(device)}, {precision}"
             try:
                 extractor = Recipe(weights=weights, precision=precision).extractor(device)
-                pixels = [torch.from_numpy(reference[f"image_{number}"]) for number in (0, 1)]
+                numbers = (0, 1) if precision == "fp32" else (1,)  # half precision is slow on many CPUs
+                pixels = [torch.from_numpy(reference[f"image_{number}"]) for number in numbers]
                 found = np.stack([extract_batch(extractor, [image])[0].cpu().numpy() for image in pixels])
             except RuntimeError as error:
                 yield Finding(None, f"{words}: not supported ({reason_of(error)})")
                 continue
-            expected = np.stack([reference[f"descriptor_all_3_image_{number}"] for number in (0, 1)])
+            expected = np.stack([reference[f"descriptor_all_3_image_{number}"] for number in numbers])
             largest, cosine = abs(found - expected).max(), (found * expected).sum(axis=1).min()
             words += f": largest difference {largest:.1e} of {LARGEST[precision]:.0e}, cosine {cosine:.7f}"
             advice = "restore the files of this project, install another PyTorch, or choose another TEST.DEVICE"

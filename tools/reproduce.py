@@ -26,6 +26,7 @@ from yacs.config import CfgNode
 from assembly import DEFAULT_WEIGHTS, Session, find_dataset, prepare, rankings_of, start_session
 from config import INDEX, LOADING, NETWORK, RERANKING, CommandLine, Parsed, as_typed, make_config, option_values, varied
 from extraction.files import read_json, write_json
+from model.checkpoint import PUBLISHED
 from model.cvnet import STAGE_DEPTHS
 from model.errors import InputError
 from report.command import run_command
@@ -88,7 +89,7 @@ def main(argv: list[str]) -> None:
     depths = [cfg.MODEL.DEPTH] if "MODEL.DEPTH" in given else list(STAGE_DEPTHS)
     missing = download(args, cfg, depths)
     log.info("verifying the machine, the data and the weights")
-    unused = [f"ResNet-{depth}" for depth in STAGE_DEPTHS if depth not in depths]
+    unused = [word for depth in STAGE_DEPTHS if depth not in depths for word in (f"ResNet-{depth}", PUBLISHED[depth])]
     unused += [] if args.million else ["revisitop1m"]
     findings = [each for each in verify(cfg) if not any(word in each.text for word in unused)]
     for finding in findings:

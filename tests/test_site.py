@@ -34,6 +34,8 @@ def test_the_diagrams_show_their_sources():
 def pages(tmp_path_factory):
     """The pages of the built site."""
     pytest.importorskip("mkdocs", reason="the site needs docs/requirements.txt")
+    if sys.version_info < (3, 11):
+        pytest.skip("the last mkdocstrings for Python 3.10 fails with today's pymdown-extensions")
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--no-directory-urls", "--site-dir", folder]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

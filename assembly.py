@@ -122,9 +122,11 @@ def find_recipe(cfg: CfgNode, dataset: Dataset | None = None) -> Recipe:
     try:
         recipe.check()
     except InputError as error:
-        advice = "" if recipe.is_cvnet else _network_advice(cfg, weights)
+        if recipe.is_cvnet:
+            raise
+        advice = _network_advice(cfg, weights)
         text = f"this network needs {advice}: {error}" if advice else f"{error}; see docs/networks.md"
-        raise InputError(str(error) if recipe.is_cvnet else text) from None
+        raise InputError(text) from None
     threshold = cfg.SupG.relup_threshold
     if threshold != RELUP_THRESHOLD and "ReLU+" in recipe.idle_modules:
         raise InputError(

@@ -33,7 +33,7 @@ _MENDABLE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG),
     *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.EMFILE, errno.EIO),
 )
-_MOVES = ("\x1b[A",)  # tqdm between several bars
+_MOVE_UP = "\x1b[A"  # what tqdm writes between several bars
 _BAR_SECONDS = 60
 
 
@@ -51,9 +51,10 @@ class _Output:
             stream.reconfigure(errors="backslashreplace")  # a file name may not be valid text
 
     def write(self, text: str) -> int:
-        if text.strip("\n") in _MOVES and not self.stream.isatty():
+        in_file = not self.stream.isatty()
+        if in_file and _MOVE_UP in text:
             return len(text)
-        of_bar = not self.stream.isatty() and (text.startswith("\r") or (self.bar and text == "\n"))
+        of_bar = in_file and (text.startswith("\r") or (self.bar and text == "\n"))
         line = self._bar_line(text) if of_bar else text
         self.bar = self.bar if of_bar else ""
         self._try(lambda: self.stream.write(line))

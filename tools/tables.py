@@ -134,11 +134,7 @@ def main(argv: list[str]) -> None:
             lines.extend(new)
             print("\n".join(new), flush=True)
 
-    for name in cfg.TEST.DATASET_LIST if session.first else ():
-        with suppress(InputError):  # its rows report it
-            if advice := small_set_advice(cfg, find_dataset(cfg, name)):
-                log.warning("%s", advice)
-    for protocols, names in by_protocols(cfg).items():  # a table per kind of dataset
+    for protocols, names in by_protocols(session).items():  # a table per kind of dataset
         table: list[str] = []
         for group in kind.groups(cfg, given):
             # The distractors are those of the revisited benchmarks, unless others are given.
@@ -233,14 +229,19 @@ def each_reading(cfg: CfgNode) -> dict[str, CfgNode]:
     return variants
 
 
-def by_protocols(cfg: CfgNode) -> dict[tuple[Protocol, ...], list[str]]:
-    """Returns the datasets grouped by their protocols; unreadable ones are grouped with the revisited ones."""
+def by_protocols(session: Session) -> dict[tuple[Protocol, ...], list[str]]:
+    """Returns the datasets grouped by their protocols, after the log's advice for small ones.
+
+    Unreadable ones are grouped with the revisited ones.
+    """
     tables: dict[tuple[Protocol, ...], list[str]] = {}
-    for name in cfg.TEST.DATASET_LIST:
-        try:
-            protocols = find_dataset(cfg, name).protocols
-        except InputError:  # its rows report this
-            protocols = REVISITED_PROTOCOLS
+    for name in session.cfg.TEST.DATASET_LIST:
+        protocols = REVISITED_PROTOCOLS
+        with suppress(InputError):  # its rows report this
+            dataset = find_dataset(session.cfg, name)
+            protocols = dataset.protocols
+            if session.first and (advice := small_set_advice(session.cfg, dataset)):
+                log.warning("%s", advice)
         tables.setdefault(protocols, []).append(name)
     return tables
 
